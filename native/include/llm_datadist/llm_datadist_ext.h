@@ -1,0 +1,54 @@
+// What this engine offers beside the LLM-DataDist API: reasons in words, link facts, options of its own.
+#ifndef LLM_DATADIST_LLM_DATADIST_EXT_H_
+#define LLM_DATADIST_LLM_DATADIST_EXT_H_
+
+#include <cstdint>
+#include <string>
+
+#include "llm_datadist/llm_datadist.h"
+
+namespace llm_datadist {
+
+// ---- options of this engine, given to Initialize beside the documented ones ----
+// "auto" (default), "local", "cma" or "tcp": which transport links use. A forced transport that cannot reach the peer
+// fails the link with LLM_LINK_FAILED.
+constexpr char OPTION_TRANSPORT[] = "datadist.Transport";
+// Threads that share the copying of one large transfer, the caller's included: 1..64, default 2.
+constexpr char OPTION_TRANSFER_THREADS[] = "datadist.TransferThreads";
+// Data connections per direction of a tcp link: 1..16, default 2.
+constexpr char OPTION_TCP_STREAMS[] = "datadist.TcpStreams";
+// A link is lost after three heartbeat intervals of silence: 10..60000 ms, default 2000.
+constexpr char OPTION_HEARTBEAT_MS[] = "datadist.HeartbeatMs";
+// The documented limits, raisable: links (default 512), addresses per registration (240), registered device bytes
+// (50 GB) and host bytes (20 GB), GB = 1024^3.
+constexpr char OPTION_MAX_LINKS[] = "datadist.MaxLinks";
+constexpr char OPTION_MAX_ADDRS_PER_CACHE[] = "datadist.MaxAddrsPerCache";
+constexpr char OPTION_MAX_DEVICE_BYTES[] = "datadist.MaxDeviceBytes";
+constexpr char OPTION_MAX_HOST_BYTES[] = "datadist.MaxHostBytes";
+
+// Why the last call on this thread that returned other than LLM_SUCCESS failed: option or field, value, allowed range,
+// peer. Empty after a success. Valid until the thread's next call.
+LLM_DATADIST_API const char *GetLastErrorText();
+
+// "LLM_PARAM_INVALID" for 0x5010B005 and so on; "LLM_UNKNOWN" for other values.
+LLM_DATADIST_API const char *GetStatusName(Status status);
+
+// The port the listener is bound to: what the system chose when OPTION_LISTEN_IP_INFO said port 0. LLM_FAILED when not
+// initialised, LLM_FEATURE_NOT_ENABLED when not listening.
+LLM_DATADIST_API Status QueryListenPort(const LlmDataDist &datadist, uint16_t &port);
+
+struct LinkReport {
+  bool alive = false;             // false: lost, waiting for unlink or relink
+  std::string transport;          // "local", "cma" or "tcp": what transfers that we initiate use
+  std::string transport_reason;   // why not a faster one; empty when it is the fastest
+  std::string peer;               // "ip:port" of the control connection
+  uint64_t bytes_pulled = 0;
+  uint64_t bytes_pushed = 0;
+};
+
+// LLM_NOT_YET_LINK when there is no link to that cluster.
+LLM_DATADIST_API Status QueryLink(const LlmDataDist &datadist, uint64_t cluster_id, LinkReport &report);
+
+}  // namespace llm_datadist
+
+#endif  // LLM_DATADIST_LLM_DATADIST_EXT_H_

@@ -1,0 +1,131 @@
+// Registered caches of one endpoint, and the one place that turns (cache, tensor, offset, length) into an address.
+//
+//   RegisterKvCache ──> RegionTable ── Pin(cache id) ──> CachePin ── Resolve(tensor, offset, length) ──> bytes
+//                          │
+//                          └── one CacheStamp per cache, readable by peers on this host
+//
+// Lifecycle of a cache: registered -> pinned and unpinned any number of times -> Unregister: new pins are refused at
+// once, its stamp is invalidated, and the call returns when the last pin is gone; from then on no transfer of this
+// process touches the memory.
+//
+// A reader in another process (cma) takes no pin here. It reads the stamp before and after the bytes: the same valid
+// generation both times means that the cache was registered all the while; anything else means the bytes are not to be
+// trusted and the transfer fails with LLM_KV_CACHE_NOT_EXIST. A *writer* in another process must hold a pin, taken
+// through the control connection, because a late write cannot be undone.
+//
+// Threads: every member may be called from any thread.
+#ifndef DATADIST_MEMORY_REGION_TABLE_H_
+#define DATADIST_MEMORY_REGION_TABLE_H_
+
+#include <atomic>
+#include <cstddef>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "base/deadline.h"
+#include "base/status.h"
+
+namespace datadist {
+
+// Shape of a cache in bytes. `stride` = tensor_bytes / num_blocks: one block, or one batch row, of one tensor.
+struct CacheGeometry {
+  llm_datadist::CachePlacement placement = llm_datadist::CachePlacement::kDevice;
+  uint32_t num_tensors = 0;
+  uint64_t num_blocks = 0;
+  uint64_t tensor_bytes = 0;
+  uint64_t stride = 0;
+};
+
+// Checks a description (spec 2.4.6: shape, dtype, overflow) and computes its geometry; LLM_PARAM_INVALID otherwise.
+Result<CacheGeometry> ComputeGeometry(const llm_datadist::CacheDesc &desc);
+
+// Lives in memory that stays mapped until the table dies, so that a peer may read it at any time. generation is unique
+// per registration in this table, 0 when no cache uses the slot.
+struct alignas(64) CacheStamp {
+  std::atomic<uint64_t> generation{0};
+};
+
+struct RegionLimits {
+  uint32_t max_addrs_per_cache = 240;
+  uint64_t max_device_bytes = 50ULL << 30;
+  uint64_t max_host_bytes = 20ULL << 30;
+};
+
+class RegionTable;
+
+// One registered cache. Immutable but for its pin count.
+class RegisteredCache {
+ public:
+  int64_t id() const { return id_; }
+  uint64_t generation() const { return generation_; }
+  const CacheGeometry &geometry() const { return geometry_; }
+  const std::vector<uint64_t> &addrs() const { return addrs_; }  // for cma peers; not to be dereferenced with arithmetic
+  const CacheStamp *stamp() const { return stamp_; }
+
+ private:
+  friend class RegionTable;
+  friend class CachePin;
+  int64_t id_ = 0;
+  uint64_t generation_ = 0;
+  CacheGeometry geometry_;
+  std::vector<uint64_t> addrs_;
+  CacheStamp *stamp_ = nullptr;
+  uint64_t pins_ = 0;     // guarded by RegionTable::mutex_
+  bool closing_ = false;  // guarded by RegionTable::mutex_
+};
+
+// Keeps a cache registered while bytes move. Move-only; keeps the table alive.
+class CachePin {
+ public:
+  CachePin() = default;
+  CachePin(CachePin &&other) noexcept;
+  CachePin &operator=(CachePin &&other) noexcept;
+  ~CachePin();
+
+  explicit operator bool() const { return cache_ != nullptr; }
+  const RegisteredCache &cache() const { return *cache_; }
+
+  // The address of `length` bytes at `offset` of tensor `tensor`; LLM_PARAM_INVALID, naming the range, when any byte
+  // would lie outside. Checked without overflow for every input.
+  Result<std::byte *> Resolve(uint64_t tensor, uint64_t offset, uint64_t length) const;
+
+ private:
+  friend class RegionTable;
+  CachePin(std::shared_ptr<RegionTable> table, std::shared_ptr<RegisteredCache> cache);
+  void Release();
+  std::shared_ptr<RegionTable> table_;
+  std::shared_ptr<RegisteredCache> cache_;
+};
+
+class RegionTable : public std::enable_shared_from_this<RegionTable> {
+ public:
+  static std::shared_ptr<RegionTable> Create(RegionLimits limits);
+  ~RegionTable();
+  RegionTable(const RegionTable &) = delete;
+  RegionTable &operator=(const RegionTable &) = delete;
+
+  // Checks in the order of spec 2.4.6, then the limits. Ids count from 1.
+  Result<int64_t> Register(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs);
+
+  // Unknown id: nothing to do. Waits for pins; every holder of a pin has a deadline, which bounds the wait.
+  void Unregister(int64_t cache_id);
+  void UnregisterAll();
+
+  // LLM_KV_CACHE_NOT_EXIST for an id that is unknown or being unregistered.
+  Result<CachePin> Pin(int64_t cache_id);
+
+ private:
+  friend class CachePin;
+  explicit RegionTable(RegionLimits limits);
+
+  struct State;  // stamps' memory, caches by id, byte totals, condition variable for pins
+  std::mutex mutex_;
+  std::unique_ptr<State> state_;
+};
+
+}  // namespace datadist
+
+#endif  // DATADIST_MEMORY_REGION_TABLE_H_

@@ -1,0 +1,211 @@
+"""The C++ API as Python sees it: thin, no logic; codes are returned, not raised.
+
+Every call that can block releases the GIL. Wrong argument *types* raise TypeError (pybind11); everything else is the
+business of the engine and comes back as a status word (`LLM_SUCCESS` is 0) whose reason `last_error()` gives.
+"""
+
+from collections.abc import Sequence
+from typing import Any, Final, NamedTuple
+
+LLM_SUCCESS: Final[int]
+LLM_FAILED: Final[int]
+LLM_WAIT_PROC_TIMEOUT: Final[int]
+LLM_KV_CACHE_NOT_EXIST: Final[int]
+LLM_PARAM_INVALID: Final[int]
+LLM_NOT_YET_LINK: Final[int]
+LLM_ALREADY_LINK: Final[int]
+LLM_LINK_FAILED: Final[int]
+LLM_UNLINK_FAILED: Final[int]
+LLM_NOTIFY_PROMPT_UNLINK_FAILED: Final[int]
+LLM_CLUSTER_NUM_EXCEED_LIMIT: Final[int]
+LLM_PROCESSING_LINK: Final[int]
+LLM_DEVICE_OUT_OF_MEMORY: Final[int]
+LLM_EXIST_LINK: Final[int]
+LLM_FEATURE_NOT_ENABLED: Final[int]
+LLM_TIMEOUT: Final[int]
+LLM_LINK_BUSY: Final[int]
+LLM_OUT_OF_MEMORY: Final[int]
+
+BlockIds = Sequence[int] | Any
+"""Block indices: a list or tuple of int, or any contiguous one-dimensional buffer of int64 or uint64 (array.array('q'),
+numpy). Negative values are refused with LLM_PARAM_INVALID."""
+
+def last_error() -> str:
+    """Why the last call on this thread failed; empty after a success."""
+
+def status_name(status: int) -> str:
+    """`"LLM_TIMEOUT"` for 0x5010B01A and so on."""
+
+def providers() -> list[str]:
+    """Providers that can be constructed in this process, preferred first: `"engine"`, and `"cann"` where it loads."""
+
+class ClusterInfo:
+    """One peer of a link or unlink call. IPs are literals; `remote` has exactly one entry for a link."""
+
+    remote_cluster_id: int
+    remote_role_type: int
+    local_ip_infos: list[tuple[str, int]]
+    remote_ip_infos: list[tuple[str, int]]
+    def __init__(
+        self,
+        remote_cluster_id: int = 0,
+        remote_ip_infos: list[tuple[str, int]] = ...,
+        local_ip_infos: list[tuple[str, int]] = ...,
+        remote_role_type: int = 0,
+    ) -> None: ...
+
+class LinkReport(NamedTuple):
+    alive: bool
+    transport: str
+    transport_reason: str
+    peer: str
+    bytes_pulled: int
+    bytes_pushed: int
+
+class LlmDataDist:
+    """`llm_datadist::LlmDataDist` of the chosen provider. Role: 1 prompt, 2 decoder, 3 mix.
+
+    Use after fork() in the child is refused with LLM_FAILED.
+    """
+
+    def __init__(self, cluster_id: int, role: int, provider: str = "engine") -> None: ...
+    @property
+    def cluster_id(self) -> int: ...
+    @property
+    def provider(self) -> str: ...
+    def initialize(self, options: dict[str, str]) -> int: ...
+    def finalize(self) -> None: ...
+    def set_role(self, role: int, options: dict[str, str] = ...) -> int: ...
+    def link_clusters(self, clusters: list[ClusterInfo], timeout_ms: int = 1000) -> tuple[int, list[int]]:
+        """(overall status, status per cluster)."""
+
+    def unlink_clusters(
+        self, clusters: list[ClusterInfo], timeout_ms: int = 1000, force: bool = False
+    ) -> tuple[int, list[int]]: ...
+    def register_kv_cache(
+        self, shape: Sequence[int], data_type: int, addrs: Sequence[int], placement: int = 1
+    ) -> tuple[int, int]:
+        """(status, cache id). One address per tensor; `data_type` is the ge number (uint8 is 4); placement 0 host,
+        1 device."""
+
+    def unregister_kv_cache(self, cache_id: int) -> int: ...
+    def pull_kv_blocks(
+        self,
+        src_cluster_id: int,
+        src_cache_id: int,
+        dst_cache_id: int,
+        src_blocks: BlockIds,
+        dst_blocks: BlockIds,
+        src_layer_range: tuple[int, int] = (-1, -1),
+        dst_layer_range: tuple[int, int] = (-1, -1),
+        tensor_num_per_layer: int = 2,
+    ) -> int: ...
+    def push_kv_blocks(
+        self,
+        src_cache_id: int,
+        dst_cluster_id: int,
+        dst_cache_id: int,
+        src_blocks: BlockIds,
+        dst_blocks: BlockIds,
+        num_tensors: int,
+        src_layer_range: tuple[int, int] = (-1, -1),
+        dst_layer_range: tuple[int, int] = (-1, -1),
+        tensor_num_per_layer: int = 2,
+    ) -> int:
+        """`num_tensors` is the source cache's: PushKvBlocks takes the layer count from it when no range is given."""
+
+    def pull_kv_cache(
+        self,
+        src_cluster_id: int,
+        src_cache_id: int,
+        src_batch_index: int,
+        dst_cache_id: int,
+        dst_batch_index: int = 0,
+        size: int = -1,
+        src_layer_range: tuple[int, int] = (-1, -1),
+        dst_layer_range: tuple[int, int] = (-1, -1),
+        tensor_num_per_layer: int = 2,
+    ) -> int: ...
+    def push_kv_cache(
+        self,
+        src_cache_id: int,
+        src_batch_index: int,
+        dst_cluster_id: int,
+        dst_cache_id: int,
+        dst_batch_index: int,
+        num_tensors: int,
+        size: int = -1,
+        src_layer_range: tuple[int, int] = (-1, -1),
+        dst_layer_range: tuple[int, int] = (-1, -1),
+        tensor_num_per_layer: int = 2,
+    ) -> int: ...
+    def listen_port(self) -> tuple[int, int]:
+        """(status, port the listener is bound to)."""
+
+    def query_link(self, cluster_id: int) -> tuple[int, LinkReport | None]: ...
+
+class QueueFullError(RuntimeError):
+    """`capacity` operations are waiting or running."""
+
+class Completion(NamedTuple):
+    """Terminal state of one submitted operation; each submitted id appears in exactly one."""
+
+    id: int
+    status: int
+    """What the call returned; LLM_TIMEOUT if the deadline passed before it started."""
+    cancelled: bool
+    """True if cancel() or drain() removed it before it started; it then never ran and status is LLM_FAILED."""
+    error: str
+    """The call's last-error text; empty on success."""
+    queued_s: float
+    run_s: float
+
+class TransferQueue:
+    """A bounded pool of native threads that runs Pull/Push/Link/Unlink calls without the GIL.
+
+    submit -> id at once; poll() -> completions; fileno() is an eventfd, readable while completions wait. Operations to
+    one cluster run one at a time and in order of submission; those to different clusters run in parallel. A running
+    operation cannot be interrupted (the engine bounds it by its own timeout): cancel() of one only says False.
+    """
+
+    def __init__(self, datadist: LlmDataDist, threads: int = 4, capacity: int = 4096) -> None: ...
+    def submit_pull_blocks(
+        self,
+        src_cluster_id: int,
+        src_cache_id: int,
+        dst_cache_id: int,
+        src_blocks: BlockIds,
+        dst_blocks: BlockIds,
+        deadline_ms: int,
+        src_layer_range: tuple[int, int] = (-1, -1),
+        dst_layer_range: tuple[int, int] = (-1, -1),
+        tensor_num_per_layer: int = 2,
+    ) -> int: ...
+    def submit_push_blocks(
+        self,
+        src_cache_id: int,
+        dst_cluster_id: int,
+        dst_cache_id: int,
+        src_blocks: BlockIds,
+        dst_blocks: BlockIds,
+        num_tensors: int,
+        deadline_ms: int,
+        src_layer_range: tuple[int, int] = (-1, -1),
+        dst_layer_range: tuple[int, int] = (-1, -1),
+        tensor_num_per_layer: int = 2,
+    ) -> int: ...
+    def submit_link(self, cluster: ClusterInfo, timeout_ms: int, deadline_ms: int) -> int: ...
+    def submit_unlink(self, cluster: ClusterInfo, timeout_ms: int, deadline_ms: int, force: bool = False) -> int: ...
+    def poll(self) -> list[Completion]:
+        """Completions since the last poll, oldest first; never blocks. Resets fileno()."""
+
+    def cancel(self, id: int) -> bool:
+        """True if the operation had not started: it will complete as cancelled. False: it runs, ended, or never was."""
+
+    def drain(self, timeout_s: float) -> bool:
+        """Cancels what has not started, waits for what runs; True if nothing is left. Submitting is refused from then
+        on with RuntimeError."""
+
+    def fileno(self) -> int: ...
+    def close(self) -> None:
+        """drain, then joins the threads: waits for running operations, which their own timeouts bound. Idempotent."""
