@@ -1,0 +1,16 @@
+# _native: the engine linked in, hidden. LLM_DATADIST_STATIC and --exclude-libs keep its symbols out of the process: a
+# CANN library that exports the same names must neither be taken for ours nor get ours.
+find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
+find_package(pybind11 CONFIG REQUIRED)
+
+file(GLOB binding_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/bindings/*.cc)
+pybind11_add_module(_native MODULE NO_EXTRAS ${binding_sources})
+target_compile_definitions(_native PRIVATE LLM_DATADIST_STATIC)
+target_link_libraries(_native PRIVATE datadist_provider datadist_options)
+target_link_options(_native PRIVATE -Wl,--exclude-libs,ALL)
+if(DATADIST_SANITIZE STREQUAL "")
+  target_link_options(_native PRIVATE -Wl,-z,relro,-z,now)
+endif()
+if(SKBUILD)
+  target_link_options(_native PRIVATE -Wl,--strip-debug)
+endif()

@@ -1,0 +1,28 @@
+#include "provider/provider.h"
+
+#include <utility>
+
+#include "provider/engine.h"
+
+namespace datadist {
+namespace {
+
+constexpr char kEngine[] = "engine";
+
+}  // namespace
+
+std::vector<std::string> ProviderNames() { return {kEngine}; }
+
+Result<std::unique_ptr<Provider>> MakeProvider(const std::string &name, uint64_t cluster_id,
+                                               llm_datadist::LlmRole role) {
+  if (name == kEngine) {
+    return MakeEngineProvider(cluster_id, role);
+  }
+  std::string available;
+  for (const std::string &candidate : ProviderNames()) {
+    available += (available.empty() ? "'" : ", '") + candidate + "'";
+  }
+  return Status(llm_datadist::LLM_PARAM_INVALID, "provider is '" + name + "'; available here: " + available);
+}
+
+}  // namespace datadist

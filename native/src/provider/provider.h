@@ -1,0 +1,83 @@
+// One endpoint of the LLM-DataDist API, whoever implements it: the seam between bindings and engines.
+//
+//   bindings, TransferQueue ──> Provider ──┬── engine.cc   our engine, linked in
+//                                          └── others are found at run time and listed by ProviderNames()
+//
+// The members are those of llm_datadist::LlmDataDist with their semantics, plus what llm_datadist_ext.h adds. The reason
+// of a failure travels in the Status instead of a thread-local text, so that it survives a change of threads; a provider
+// that has no reason to tell leaves the text empty. Types are those of our public header: a provider of another library
+// translates, because that library's own strings and structs have another layout.
+//
+// Implementor's contract: calls may come from any thread; every call that can wait for a peer is bounded by its own
+// timeout; Finalize may be called again and before Initialize; no call throws.
+#ifndef DATADIST_PROVIDER_PROVIDER_H_
+#define DATADIST_PROVIDER_PROVIDER_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+#include "llm_datadist/llm_datadist.h"
+#include "llm_datadist/llm_datadist_ext.h"
+
+namespace datadist {
+
+using Options = std::map<std::string, std::string>;
+
+// Arguments of the four transfers. `local` is the cache id (and, for push, placement and tensor count) on this side.
+struct BlocksTransfer {
+  llm_datadist::CacheIndex remote{};
+  llm_datadist::Cache local;
+  std::vector<uint64_t> src_blocks;
+  std::vector<uint64_t> dst_blocks;
+  llm_datadist::KvCacheExtParam ext;
+};
+
+struct CacheTransfer {
+  llm_datadist::CacheIndex remote{};
+  llm_datadist::Cache local;
+  uint32_t local_batch_index = 0;
+  int64_t size = -1;
+  llm_datadist::KvCacheExtParam ext;
+};
+
+class Provider {
+ public:
+  virtual ~Provider() = default;
+
+  virtual Status Initialize(const Options &options) = 0;
+  virtual void Finalize() = 0;
+  virtual Status SetRole(llm_datadist::LlmRole role, const Options &options) = 0;
+
+  // `rets`: one status per cluster in order, or empty when the call itself was refused.
+  virtual Status Link(const std::vector<llm_datadist::ClusterInfo> &clusters, std::vector<llm_datadist::Status> &rets,
+                      int32_t timeout_ms) = 0;
+  virtual Status Unlink(const std::vector<llm_datadist::ClusterInfo> &clusters, std::vector<llm_datadist::Status> &rets,
+                        int32_t timeout_ms, bool force) = 0;
+
+  virtual Result<int64_t> RegisterKvCache(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs) = 0;
+  virtual Status UnregisterKvCache(int64_t cache_id) = 0;
+
+  virtual Status PullKvBlocks(const BlocksTransfer &transfer) = 0;
+  virtual Status PushKvBlocks(const BlocksTransfer &transfer) = 0;
+  virtual Status PullKvCache(const CacheTransfer &transfer) = 0;
+  virtual Status PushKvCache(const CacheTransfer &transfer) = 0;
+
+  // LLM_FEATURE_NOT_ENABLED where the provider cannot tell.
+  virtual Result<uint16_t> ListenPort() = 0;
+  virtual Result<llm_datadist::LinkReport> QueryLink(uint64_t cluster_id) = 0;
+};
+
+// Names that MakeProvider accepts in this process, preferred first.
+std::vector<std::string> ProviderNames();
+
+// LLM_PARAM_INVALID, naming what there is, for any other name.
+Result<std::unique_ptr<Provider>> MakeProvider(const std::string &name, uint64_t cluster_id,
+                                               llm_datadist::LlmRole role);
+
+}  // namespace datadist
+
+#endif  // DATADIST_PROVIDER_PROVIDER_H_
