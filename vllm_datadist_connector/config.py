@@ -1,0 +1,123 @@
+"""ConnectorConfig: every key of `kv_connector_extra_config`, parsed and checked once."""
+
+from __future__ import annotations
+
+import difflib
+import ipaddress
+from collections.abc import Mapping
+from typing import Annotated, Literal
+
+import msgspec
+
+Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
+Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
+SmallCount = Annotated[int, msgspec.Meta(ge=1, le=64)]
+
+
+class ConfigError(ValueError):
+    """A key of kv_connector_extra_config is unknown or has a value that is not allowed."""
+
+
+class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
+    """Options of one vLLM instance. Times are seconds."""
+
+    host: str = "127.0.0.1"
+    """IP address that the side channel and the engine bind and advertise. Wildcards are refused."""
+
+    side_channel_port: Port = 0
+    """Port of the side channel, plus the data parallel index; 0 lets the system choose (peers learn it)."""
+
+    engine_port: Port = 0
+    """First port of the engines' listeners, one per worker rank counting up; 0 lets the system choose."""
+
+    transport: Literal["auto", "local", "cma", "tcp"] = "auto"
+    """How KV bytes move; auto takes the fastest that reaches the peer."""
+
+    transfer_threads: SmallCount = 2
+    """Threads that share the copying of one large transfer."""
+
+    tcp_streams: Annotated[int, msgspec.Meta(ge=1, le=16)] = 2
+    """Data connections per direction of a tcp link."""
+
+    queue_threads: SmallCount = 4
+    """Native threads per worker: transfers with so many different peers run at once."""
+
+    lease_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 30.0
+    """P keeps a finished request's blocks so long after the last sign of life of its D."""
+
+    lease_limit_s: Seconds = 600.0
+    """P ends a lease so long after it was granted, however often it was renewed."""
+
+    recv_deadline_s: Seconds = 60.0
+    """D gives a pull so long, from the scheduling of the request to its confirmation."""
+
+    pull_timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 20.0
+    """One PullKvBlocks call gives up after so long; its link is then remade."""
+
+    handshake_timeout_s: Seconds = 5.0
+    """D waits so long for each answer on the side channel."""
+
+    link_timeout_s: Seconds = 5.0
+    """LinkLlmClusters gives up after so long."""
+
+    peer_backoff_s: Seconds = 1.0
+    """After a failed handshake or link, requests for that peer fail at once for so long."""
+
+    allowed_peers: Annotated[list[str], msgspec.Meta(max_length=256)] = []
+    """IP addresses or networks (CIDR) that kv_transfer_params may send us to; loopback and `host` always are."""
+
+    provider: Literal["engine"] = "engine"
+    """Implementation of the LLM-DataDist API."""
+
+    def __post_init__(self) -> None:
+        try:
+            address = ipaddress.ip_address(self.host)
+        except ValueError:
+            raise ConfigError(f"host: {self.host!r} is not an IP address literal such as '127.0.0.1'") from None
+        if address.is_unspecified or address.is_multicast:
+            raise ConfigError(f"host: {self.host!r} is not one address of this machine; name the one peers can reach")
+        for entry in self.allowed_peers:
+            try:
+                ipaddress.ip_network(entry, strict=False)
+            except ValueError:
+                raise ConfigError(
+                    f"allowed_peers: {entry!r} is neither an IP address nor a network such as '10.0.0.0/16'"
+                ) from None
+        if self.lease_limit_s < self.lease_s:
+            raise ConfigError(
+                f"lease_limit_s: {self.lease_limit_s} is below lease_s ({self.lease_s}); a lease lasts at least lease_s"
+            )
+
+    def allows_peer(self, host: str) -> bool:
+        """Whether a host named by a router, client or peer may be dialled. Names are refused: only literals match."""
+        try:
+            address = ipaddress.ip_address(host)
+        except ValueError:
+            return False
+        if address.is_loopback or host == self.host:
+            return True
+        return any(address in ipaddress.ip_network(entry, strict=False) for entry in self.allowed_peers)
+
+
+def parse_config(extra: Mapping[str, object] | None) -> ConnectorConfig:
+    """Checks `kv_connector_extra_config`.
+
+    Raises:
+        ConfigError: names the key, the value and what is allowed; for an unknown key, the nearest known one.
+    """
+    given = dict(extra or {})
+    known = ConnectorConfig.__struct_fields__
+    for key in given:
+        if key not in known:
+            near = difflib.get_close_matches(key, known, n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
+            raise ConfigError(f"kv_connector_extra_config: unknown key {key!r}{hint}")
+    try:
+        return msgspec.convert(given, ConnectorConfig)
+    except msgspec.ValidationError as error:
+        cause = error.__cause__
+        if isinstance(cause, ConfigError):
+            raise cause from None
+        field = str(error).rpartition("$.")[2].rstrip("`") if "$." in str(error) else ""
+        value = f" (value {given[field]!r})" if field in given else ""
+        raise ConfigError(f"kv_connector_extra_config: {error}{value}") from None

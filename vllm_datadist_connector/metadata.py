@@ -1,0 +1,40 @@
+"""What the scheduler tells the workers in one step: plain values, pickled by vLLM with its own SchedulerOutput."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
+
+from vllm_datadist_connector.protocol.params import BlockIds, RemotePrefill
+
+
+@dataclass(frozen=True, slots=True)
+class PullJob:
+    """One request's KV cache to be pulled: block remote_blocks[g][i] of P into local_blocks[g][i]."""
+
+    request_id: str
+    remote: RemotePrefill
+    remote_blocks: BlockIds
+    local_blocks: BlockIds
+    prompt_digest: str
+    deadline_s: float
+    """Remaining time; rebased by the receiver, because clocks of different processes are never compared."""
+
+
+@dataclass(slots=True)
+class StepMetadata(KVConnectorMetadata):
+    """Empty on nearly every step: vLLM builds one every 1.5 ms while requests wait."""
+
+    pulls: tuple[PullJob, ...] = ()
+    cancels: tuple[str, ...] = ()
+    """Requests that ended while their pull was under way: drain it and report them received."""
+    ended_leases: tuple[str, ...] = ()
+    """Requests whose blocks nobody needs any more: report them sent."""
+
+
+@dataclass(frozen=True, slots=True)
+class RankHandshake(KVConnectorHandshakeMetadata):
+    """A worker rank's RankGeometry in msgpack, on its way to its scheduler process."""
+
+    geometry: bytes

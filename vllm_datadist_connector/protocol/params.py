@@ -1,0 +1,125 @@
+"""`kv_transfer_params`: what the router carries from P to D, field-compatible with the NIXL connector's.
+
+The dict passes through HTTP clients and routers, so it is attacker input: it is parsed once, here, into a typed value,
+and nothing else in the package looks into it. Unknown fields are tolerated (routers and newer connectors add some);
+integers may arrive as integral floats or digit strings (protobuf- and string-based routers).
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Final
+
+import msgspec
+
+from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
+
+EXTRA_KEY: Final = "datadist"
+"""The one key of ours in kv_transfer_params."""
+
+BlockIds = tuple[tuple[int, ...], ...]
+"""Block ids per KV cache group, in token order."""
+
+_BlockId = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
+_Group = Annotated[tuple[_BlockId, ...], msgspec.Meta(max_length=2**18)]
+_Token = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+_RankCount = Annotated[int, msgspec.Meta(ge=1, le=4096)]
+
+
+class ParamsError(ValueError):
+    """kv_transfer_params ask for a remote prefill that cannot be carried out; says which field and why."""
+
+
+class LeaseTicket(msgspec.Struct, frozen=True, kw_only=True):
+    """P's promise to keep a request's blocks, as it travels in kv_transfer_params under EXTRA_KEY."""
+
+    version: int
+    incarnation: _Token
+    """The life of P's engine core that granted the lease; a restarted P has another."""
+    token: _Token
+    """Random; whoever holds it may renew, confirm and release the lease."""
+    generation: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+    lease_s: Annotated[float, msgspec.Meta(gt=0, le=3600)]
+    prompt_digest: _Token
+    """Of the prompt that P prefilled, see digest.py: D pulls only for the same prompt."""
+
+
+class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
+    """A prefill that P has done and D may pull."""
+
+    remote_engine_id: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
+    remote_request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    remote_host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+    remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    remote_block_ids: Annotated[tuple[_Group, ...], msgspec.Meta(min_length=1, max_length=64)]
+    remote_num_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+    ticket: LeaseTicket = msgspec.field(name=EXTRA_KEY)
+    tp_size: _RankCount = 1
+    pp_size: _RankCount = 1
+
+
+def wants_remote_prefill(params: object) -> bool:
+    """Whether a request asks to be a D request: its prompt was prefilled elsewhere."""
+    return isinstance(params, dict) and params.get("do_remote_prefill") is True
+
+
+def wants_remote_decode(params: object) -> bool:
+    """Whether a request asks to be a P request: its blocks shall be kept for a D."""
+    return isinstance(params, dict) and params.get("do_remote_decode") is True
+
+
+def parse_remote_prefill(params: dict[str, Any]) -> RemotePrefill:
+    """Parses the params of a D request.
+
+    Raises:
+        ParamsError: for every input that is not a complete, well-formed remote prefill granted by this connector.
+    """
+    blocks = params.get("remote_block_ids")
+    if isinstance(blocks, (list, tuple)) and blocks and not isinstance(blocks[0], (list, tuple)):
+        # Older routers and vLLM's own tests send one flat group.
+        params = {**params, "remote_block_ids": [blocks]}
+    extra = params.get(EXTRA_KEY)
+    if not isinstance(extra, dict):
+        raise ParamsError(f"no {EXTRA_KEY!r} object: the prefill was not done by a DataDistConnector")
+    if extra.get("version") != PROTOCOL_VERSION:
+        raise ParamsError(f"{EXTRA_KEY}.version: P speaks {extra.get('version')!r:.40}, we speak {PROTOCOL_VERSION}")
+    try:
+        return msgspec.convert(params, RemotePrefill, strict=False)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise ParamsError(str(error)) from None
+
+
+def build_params(
+    *,
+    engine_id: str,
+    request_id: str,
+    host: str,
+    port: int,
+    block_ids: BlockIds,
+    num_tokens: int,
+    tp_size: int,
+    pp_size: int,
+    dcp_size: int,
+    ticket: LeaseTicket | None,
+) -> dict[str, Any]:
+    """The params that P returns with a finished request: every field of the NIXL flavour, ours under EXTRA_KEY.
+
+    Without a ticket nothing is held and `block_ids` is empty: D then prefills locally.
+    """
+    params: dict[str, Any] = {
+        "do_remote_prefill": True,
+        "do_remote_decode": False,
+        "remote_block_ids": [list(group) for group in block_ids],
+        "remote_engine_id": engine_id,
+        "remote_request_id": request_id,
+        "remote_host": host,
+        "remote_port": port,
+        "tp_size": tp_size,
+        "dcp_size": dcp_size,
+        "pp_size": pp_size,
+        "remote_num_tokens": num_tokens,
+        "remote_blocks_expiry_time": None,
+        "transfer_mode": "pull",
+    }
+    if ticket is not None:
+        params[EXTRA_KEY] = msgspec.to_builtins(ticket)
+    return params

@@ -1,0 +1,133 @@
+"""LeaseTable: P's promises to keep finished requests' blocks, the only place that knows which still stand.
+
+    grant ──> held ──┬── release (D is done, or will never come)
+                     ├── expiry (no renewal for lease_s, or lease_limit_s after the grant)
+                     └── end_all (shutdown, cache reset)
+
+A lease leaves the table *before* its blocks go back to vLLM, so a confirmation that succeeds proves that the blocks
+were the request's own until then. Called by the scheduler thread and by the side channel's.
+"""
+
+from __future__ import annotations
+
+import secrets
+import threading
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from vllm_datadist_connector.protocol.params import BlockIds, LeaseTicket
+from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
+
+
+class EndedLease(NamedTuple):
+    request_id: str
+    why: str
+    """released, expired or revoked"""
+
+
+@dataclass(slots=True)
+class _Lease:
+    request_id: str
+    generation: int
+    blocks: tuple[frozenset[int], ...]
+    prompt_digest: str
+    expires: float
+    limit: float
+
+
+class LeaseTable:
+    """Leases by their random token."""
+
+    def __init__(self, incarnation: str, lease_s: float, limit_s: float) -> None:
+        self._incarnation = incarnation
+        self._lease_s = lease_s
+        self._limit_s = limit_s
+        self._lock = threading.Lock()
+        self._leases: dict[str, _Lease] = {}
+        self._ended: list[EndedLease] = []
+        self._generation = 0
+
+    def grant(self, request_id: str, blocks: BlockIds, prompt_digest: str) -> LeaseTicket:
+        now = time.monotonic()
+        token = secrets.token_hex(16)
+        with self._lock:
+            self._generation += 1
+            self._leases[token] = _Lease(
+                request_id=request_id,
+                generation=self._generation,
+                blocks=tuple(frozenset(group) for group in blocks),
+                prompt_digest=prompt_digest,
+                expires=now + self._lease_s,
+                limit=now + self._limit_s,
+            )
+            return LeaseTicket(
+                version=PROTOCOL_VERSION,
+                incarnation=self._incarnation,
+                token=token,
+                generation=self._generation,
+                lease_s=self._lease_s,
+                prompt_digest=prompt_digest,
+            )
+
+    def confirm(self, token: str, generation: int, prompt_digest: str, blocks: BlockIds) -> str:
+        """Empty if the lease stands and covers the blocks and the prompt; otherwise why the read does not count."""
+        now = time.monotonic()
+        with self._lock:
+            self._expire(now)
+            lease = self._leases.get(token)
+            if lease is None or lease.generation != generation:
+                return "the lease has ended or never was"
+            if lease.prompt_digest != prompt_digest:
+                return "the lease is for another prompt"
+            if len(blocks) != len(lease.blocks) or any(
+                not held.issuperset(read) for held, read in zip(lease.blocks, blocks, strict=True)
+            ):
+                return "the lease does not cover these blocks"
+            return ""
+
+    def renew(self, tokens: Iterable[str]) -> tuple[str, ...]:
+        """Extends leases by lease_s from now, within their limit; returns the tokens that name none."""
+        now = time.monotonic()
+        gone = []
+        with self._lock:
+            self._expire(now)
+            for token in tokens:
+                lease = self._leases.get(token)
+                if lease is None:
+                    gone.append(token)
+                else:
+                    lease.expires = min(now + self._lease_s, lease.limit)
+        return tuple(gone)
+
+    def release(self, tokens: Iterable[str]) -> None:
+        with self._lock:
+            for token in tokens:
+                self._end(token, "released")
+
+    def end_all(self) -> None:
+        with self._lock:
+            for token in list(self._leases):
+                self._end(token, "revoked")
+
+    def take_ended(self) -> list[EndedLease]:
+        """Leases that ended since the last call, each once."""
+        with self._lock:
+            self._expire(time.monotonic())
+            ended, self._ended = self._ended, []
+            return ended
+
+    def held(self) -> tuple[int, int]:
+        """(leases, blocks) that are held now."""
+        with self._lock:
+            return len(self._leases), sum(len(group) for lease in self._leases.values() for group in lease.blocks)
+
+    def _expire(self, now: float) -> None:
+        for token in [token for token, lease in self._leases.items() if lease.expires <= now]:
+            self._end(token, "expired")
+
+    def _end(self, token: str, why: str) -> None:
+        lease = self._leases.pop(token, None)
+        if lease is not None:
+            self._ended.append(EndedLease(lease.request_id, why))
