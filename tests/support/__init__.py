@@ -1,0 +1,1 @@
+"""Real servers, clients and readings for the end-to-end tests."""

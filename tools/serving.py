@@ -1,0 +1,242 @@
+"""Starts and ends `vllm serve` and `vllm-router` on this machine, for the demo, the tests and the benchmarks.
+
+Standard library only. Every program runs in a session of its own, so that all the processes it has made can be found
+and ended, whatever state they are in; output goes to a log file whose tail is part of every failure message.
+"""
+
+from __future__ import annotations
+
+import http.client
+import json
+import os
+import random
+import signal
+import socket
+import subprocess
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from console import Progress, tail
+
+HOST = "127.0.0.1"
+READY_DEADLINE_S = 300.0
+STOP_GRACE_S = 20.0
+POLL_S = 0.25
+# Below the kernel's usual ephemeral range, so that no outgoing connection takes a port between choice and use.
+PORT_RANGE = range(20000, 32000)
+
+SERVER_VARIABLES = {
+    "HF_HUB_OFFLINE": "1",
+    "TRANSFORMERS_OFFLINE": "1",
+    "VLLM_NO_USAGE_STATS": "1",
+    "DO_NOT_TRACK": "1",
+    "VLLM_CPU_CI_ENV": "1",
+    "VLLM_HOST_IP": HOST,
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",
+}
+
+
+class ServingError(RuntimeError):
+    """A server did not do what it should have; the message holds the end of its log."""
+
+
+def free_port() -> int:
+    """A port nobody listens on."""
+    for port in random.sample(PORT_RANGE, len(PORT_RANGE)):
+        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
+            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            try:
+                probe.bind((HOST, port))
+            except OSError:
+                continue
+            return port
+    raise ServingError(f"no free port in {PORT_RANGE.start} to {PORT_RANGE.stop - 1}")
+
+
+def session_members(leader: int) -> list[int]:
+    """Processes of the session `leader` started, itself included if it still runs; zombies are not counted."""
+    members = []
+    for entry in os.listdir("/proc"):
+        if not entry.isdigit():
+            continue
+        try:
+            # Fields after the command's closing bracket: state, parent, group, session.
+            fields = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+        except (OSError, UnicodeDecodeError):
+            continue  # ended while we looked
+        if int(fields[3]) == leader and fields[0] != "Z":
+            members.append(int(entry))
+    return members
+
+
+class Program:
+    """One program and all processes it makes. Not for use by several threads."""
+
+    def __init__(self, name: str, command: Sequence[str], port: int, log: Path, env: Mapping[str, str]) -> None:
+        self.name = name
+        self.port = port
+        self.log = log
+        self._command = list(command)
+        self._env = dict(env)
+        self._process: subprocess.Popen[bytes] | None = None
+
+    @property
+    def url(self) -> str:
+        return f"http://{HOST}:{self.port}"
+
+    @property
+    def alive(self) -> bool:
+        return self._process is not None and self._process.poll() is None
+
+    def start(self) -> None:
+        """Starts the program and returns at once; wait_ready() says when it serves."""
+        if self.alive:
+            raise ServingError(f"{self.name} already runs")
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        with self.log.open("ab") as output:
+            output.write(f"$ {' '.join(self._command)}\n".encode())
+            output.flush()
+            self._process = subprocess.Popen(
+                self._command,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=output,
+                env=self._env,
+                cwd=self.log.parent,  # not the repository: its sources must not hide the installed package
+                start_new_session=True,
+            )
+
+    def wait_ready(self, deadline_s: float = READY_DEADLINE_S, shown: Progress | None = None) -> None:
+        """Returns when /health answers; ServingError if the program ends or the deadline passes first."""
+        until = time.monotonic() + deadline_s
+        while not self._healthy():
+            if shown is not None:
+                shown.tick()
+            if not self.alive:
+                raise ServingError(self.describe("ended before it served"))
+            if time.monotonic() > until:
+                raise ServingError(self.describe(f"did not serve within {deadline_s:.0f} s"))
+            self._wait(POLL_S)
+
+    def _healthy(self) -> bool:
+        try:
+            with urllib.request.urlopen(f"{self.url}/health", timeout=5) as answer:
+                return bool(answer.status == 200)
+        except (OSError, http.client.HTTPException):
+            return False
+
+    def _wait(self, seconds: float) -> None:
+        if self._process is None:
+            return
+        try:
+            self._process.wait(seconds)
+        except subprocess.TimeoutExpired:
+            return
+
+    def signal(self, number: signal.Signals) -> None:
+        """Sends a signal to every process of the program."""
+        if self._process is None:
+            return
+        for pid in session_members(self._process.pid):
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+
+    def pause(self) -> None:
+        self.signal(signal.SIGSTOP)
+
+    def resume(self) -> None:
+        self.signal(signal.SIGCONT)
+
+    def kill(self) -> None:
+        """kill -9 of everything; returns when nothing is left."""
+        if self._process is None:
+            return
+        until = time.monotonic() + STOP_GRACE_S
+        while True:
+            self.signal(signal.SIGKILL)
+            self._wait(POLL_S)
+            if not session_members(self._process.pid):
+                break
+            if time.monotonic() > until:
+                raise ServingError(self.describe("has processes that survive SIGKILL"))
+        self._process.wait()
+        self._process = None
+
+    def stop(self) -> None:
+        """Asks the program to end, and ends what has not within the grace time. Safe in any state, also paused."""
+        if self.alive and self._process is not None:
+            self.resume()
+            self._process.terminate()
+            self._wait(STOP_GRACE_S)
+        self.kill()
+
+    def describe(self, what: str) -> str:
+        return f"{self.name} {what}; the end of {self.log}:\n{tail(self.log)}"
+
+
+@dataclass(frozen=True)
+class ServerSpec:
+    """What a `vllm serve` of a tiny model on this machine needs to know."""
+
+    name: str
+    model: Path
+    kv_transfer: Mapping[str, object] | None = None
+    tensor_parallel: int = 1
+    dtype: str = "float32"
+    max_model_len: int = 8192
+    max_num_batched_tokens: int = 8192
+    max_num_seqs: int = 16
+    kv_cache_bytes: int = 512 << 20
+    arguments: tuple[str, ...] = ()
+    variables: Mapping[str, str] = field(default_factory=dict)
+
+
+def vllm_server(spec: ServerSpec, bin_dir: Path, logs: Path, env: Mapping[str, str]) -> Program:
+    """A `vllm serve` that is ready to be started."""
+    port = free_port()
+    command = [str(bin_dir / "vllm"), "serve", str(spec.model), "--host", HOST, "--port", str(port)]
+    command += ["--served-model-name", "tiny", "--dtype", spec.dtype, "--enforce-eager", "--seed", "0"]
+    command += ["--max-model-len", str(spec.max_model_len), "--max-num-seqs", str(spec.max_num_seqs)]
+    command += ["--max-num-batched-tokens", str(spec.max_num_batched_tokens)]
+    command += ["--kv-cache-memory-bytes", str(spec.kv_cache_bytes), "-tp", str(spec.tensor_parallel)]
+    if spec.kv_transfer is not None:
+        command += ["--kv-transfer-config", json.dumps(spec.kv_transfer)]
+    command += spec.arguments
+    variables = {**env, **SERVER_VARIABLES, **spec.variables}
+    return Program(spec.name, command, port, logs / f"{spec.name}.log", variables)
+
+
+def pd_router(prefill: Iterable[str], decode: Iterable[str], bin_dir: Path, logs: Path, env: Mapping[str, str]) -> Program:
+    """A `vllm-router` in front of prefill and decode URLs, ready to be started."""
+    port = free_port()
+    command = [str(bin_dir / "vllm-router"), "--host", HOST, "--port", str(port), "--vllm-pd-disaggregation"]
+    command += ["--kv-connector", "nixl", "--prometheus-host", HOST, "--prometheus-port", str(free_port())]
+    for url in prefill:
+        command += ["--prefill", url]
+    for url in decode:
+        command += ["--decode", url]
+    return Program("router", command, port, logs / "router.log", env)
+
+
+def post_json(url: str, body: Mapping[str, object], timeout_s: float) -> dict[str, object]:
+    """POSTs `body` and returns the JSON object that comes back; ServingError with the answer's text otherwise."""
+    data = json.dumps(body).encode()
+    request = urllib.request.Request(url, data=data, headers={"Content-Type": "application/json"})
+    try:
+        with urllib.request.urlopen(request, timeout=timeout_s) as answer:
+            parsed = json.load(answer)
+    except urllib.error.HTTPError as error:
+        raise ServingError(f"{url} answered {error.code}: {error.read().decode(errors='replace')}") from error
+    except (OSError, ValueError) as error:
+        raise ServingError(f"{url}: {error}") from error
+    if not isinstance(parsed, dict):
+        raise ServingError(f"{url} answered {type(parsed).__name__}, not an object")
+    return parsed

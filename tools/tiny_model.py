@@ -1,0 +1,126 @@
+#!/usr/bin/env python3
+"""Makes a tiny model with random weights, and its tokenizer, on this machine: nothing is downloaded.
+
+The weights come from a fixed seed, and they are large enough that the next token depends on every token before it: a
+KV cache with one wrong block answers something else.
+
+    tiny_model.py OUT_DIR [--kind qwen3]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import random
+import shutil
+from pathlib import Path
+from typing import Any
+
+VOCABULARY = 512
+SEED = 20
+# More tokens than any test or demo sends; the model has rotary positions and needs no table.
+MAX_POSITIONS = 32768
+
+WORDS = (
+    "a about above after again air all also and animal another answer any are around as ask at away back be because"
+    " been before began below between big book both boy but by call came can car carry change children city close"
+    " come cold could country cut day did different do does done down draw each earth eat end enough even every"
+    " example eye face family far father feet few find fire first fish five follow food for found four from"
+    " gave get girl give go good great green group grow had hand hard has have he head hear help her here"
+    " high him his home horse house how idea if important in into is it just keep kind king know land large last late"
+    " learn leave left letter life light like line list little live long look made make man many may me mean men might"
+    " mile money more morning most mother mountain move much must my name near need never new next night no north not"
+    " now number of off often old on once one only open or order other our out over own page paper part people"
+    " plant play point put question quick read real red right river road rock room round run said same saw say school"
+    " sea second see seem sentence set she ship short should show side simple small snow some song soon sound south"
+    " stand star start state step still stop story study such sun sure table take talk tell ten than that the their"
+    " them then there these they thing think this those thought three through time to together too took top"
+    " town tree true turn two under unit until up upon us use vowel voice walk want war warm was watch water way we"
+    " well went were what wheel when where which while white who whole why will wind with wood word work world would"
+    " write year yes yet you young your"
+).split()
+
+
+def make_tokenizer(out: Path) -> None:
+    """Byte pairs learned from shuffled plain words: any text encodes, and most answers read as words."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    shuffle = random.Random(SEED)
+    sentences = [" ".join(shuffle.choices(WORDS, k=10)) for _ in range(2000)]
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<pad>", "<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(sentences, trainer)
+    if tokenizer.get_vocab_size() != VOCABULARY:
+        raise SystemExit(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, not the model's {VOCABULARY}")
+    wrapped = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<s>",
+        eos_token="</s>",
+        model_max_length=MAX_POSITIONS,
+    )
+    wrapped.save_pretrained(str(out))
+
+
+def qwen3() -> Any:
+    """Dense attention with 4 KV heads, which TP 1, 2 and 4 share out evenly; 8 KiB of float32 KV per token."""
+    from transformers import Qwen3Config, Qwen3ForCausalLM
+
+    config = Qwen3Config(
+        vocab_size=VOCABULARY,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=4,
+        num_attention_heads=8,
+        num_key_value_heads=4,
+        head_dim=64,
+        max_position_embeddings=MAX_POSITIONS,
+        tie_word_embeddings=False,
+        initializer_range=0.2,
+        pad_token_id=0,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    return Qwen3ForCausalLM(config)
+
+
+KINDS = {"qwen3": qwen3}
+
+
+def make_model(out: Path, kind: str) -> None:
+    """Writes the model directory whole or not at all: a half-written one would be found by the next run."""
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")
+    os.environ.setdefault("TRANSFORMERS_OFFLINE", "1")
+    import torch
+
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    torch.manual_seed(SEED)
+    KINDS[kind]().float().save_pretrained(str(partial))
+    make_tokenizer(partial)
+    (partial / "origin.json").write_text(json.dumps({"kind": kind, "seed": SEED}), encoding="utf-8")
+    shutil.rmtree(out, ignore_errors=True)
+    partial.rename(out)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("out", type=Path)
+    parser.add_argument("--kind", choices=sorted(KINDS), default="qwen3")
+    arguments = parser.parse_args()
+    make_model(arguments.out, arguments.kind)
+    print(f"wrote {arguments.out}")
+
+
+if __name__ == "__main__":
+    main()
