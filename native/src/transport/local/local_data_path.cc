@@ -1,0 +1,115 @@
+#include "transport/local/local_data_path.h"
+
+#include <atomic>
+#include <cstring>
+#include <string>
+#include <utility>
+
+#include "transport/pieces.h"
+
+namespace datadist {
+namespace {
+
+using llm_datadist::LLM_FAILED;
+
+// One copy between two looks at the deadline: some milliseconds.
+constexpr uint64_t kLongestCopy = 16ULL << 20;
+
+enum class Direction { kPull, kPush };
+
+class LocalDataPath final : public DataPath {
+ public:
+  LocalDataPath(std::weak_ptr<RegionTable> remote, std::shared_ptr<WorkerPool> pool)
+      : remote_(std::move(remote)), pool_(std::move(pool)) {}
+
+  TransportKind kind() const override { return TransportKind::kLocal; }
+  Status Pull(const TransferOp &op, Deadline deadline) override { return Transfer(op, Direction::kPull, deadline); }
+  Status Push(const TransferOp &op, Deadline deadline) override { return Transfer(op, Direction::kPush, deadline); }
+  void Close() override { closed_.store(true); }
+
+ private:
+  Result<CachePin> PinRemote(const TransferOp &op) const;
+  Status Transfer(const TransferOp &op, Direction direction, Deadline deadline);
+  Status Copy(const TransferOp &op, const CachePin &remote, Direction direction, PieceCursor pieces,
+              Deadline deadline) const;
+
+  const std::weak_ptr<RegionTable> remote_;
+  const std::shared_ptr<WorkerPool> pool_;
+  std::atomic<bool> closed_{false};
+};
+
+// The pin of exactly the registration that the op means, checked against what is really registered.
+Result<CachePin> LocalDataPath::PinRemote(const TransferOp &op) const {
+  const std::shared_ptr<RegionTable> table = remote_.lock();
+  if (table == nullptr) {
+    return Status(LLM_FAILED, "the peer endpoint in this process is gone");
+  }
+  Result<CachePin> pin = table->Pin(op.remote->cache_id);
+  if (!pin.ok()) {
+    return pin;
+  }
+  if (pin.value().cache().generation() != op.remote->generation) {
+    return Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST,
+                  "remote cache " + std::to_string(op.remote->cache_id) + " was registered anew");
+  }
+  if (Status status = CheckSide(op, Side::kRemote, pin.value().cache().geometry()); !status.ok()) {
+    return status;
+  }
+  return pin;
+}
+
+Status LocalDataPath::Transfer(const TransferOp &op, Direction direction, Deadline deadline) {
+  const Result<uint64_t> total = CheckOp(op);
+  if (!total.ok()) {
+    return total.status();
+  }
+  const Result<CachePin> remote = PinRemote(op);
+  if (!remote.ok()) {
+    return remote.status();
+  }
+  const bool pull = direction == Direction::kPull;
+  const RegisteredCache &target = pull ? op.local->cache() : remote.value().cache();
+  const uint32_t target_first = pull ? op.local_first_tensor : op.remote_first_tensor;
+  const bool in_order = RunsOverlap(op.runs, pull ? Side::kLocal : Side::kRemote) ||
+                        TensorsOverlap(target.addrs(), target_first, op.tensor_count, target.geometry().tensor_bytes);
+  return MoveParts(*pool_, PartCount(total.value(), pool_->width(), in_order), total.value(),
+                   [&](uint64_t begin, uint64_t end) {
+                     return Copy(op, remote.value(), direction,
+                                 PieceCursor(op.runs, total.value() / op.tensor_count, begin, end), deadline);
+                   });
+}
+
+Status LocalDataPath::Copy(const TransferOp &op, const CachePin &remote, Direction direction, PieceCursor pieces,
+                           Deadline deadline) const {
+  uint64_t since_check = kLongestCopy;
+  while (!pieces.AtEnd()) {
+    if (since_check >= kLongestCopy) {
+      since_check = 0;
+      if (closed_.load()) {
+        return Status(LLM_FAILED, "the link was closed");
+      }
+      if (deadline.Expired()) {
+        return Status(llm_datadist::LLM_TIMEOUT, "deadline passed while copying");
+      }
+    }
+    const Piece piece = pieces.Next(kLongestCopy);
+    const auto far = remote.Resolve(op.remote_first_tensor + piece.tensor, piece.remote_offset, piece.length);
+    const auto near = op.local->Resolve(op.local_first_tensor + piece.tensor, piece.local_offset, piece.length);
+    if (!far.ok() || !near.ok()) {
+      return far.ok() ? near.status() : far.status();
+    }
+    std::byte *const to = direction == Direction::kPull ? near.value() : far.value();
+    const std::byte *const from = direction == Direction::kPull ? far.value() : near.value();
+    std::memmove(to, from, piece.length);  // both caches may name the same memory
+    since_check += piece.length;
+  }
+  return Status::Ok();
+}
+
+}  // namespace
+
+std::unique_ptr<DataPath> MakeLocalDataPath(std::weak_ptr<RegionTable> remote, std::shared_ptr<WorkerPool> pool) {
+  return std::make_unique<LocalDataPath>(std::move(remote), std::move(pool));
+}
+
+}  // namespace datadist
