@@ -1,0 +1,139 @@
+// What the frames of the control connection say. All integers little-endian, texts with a length before them; every
+// decoder refuses values outside their range and trailing bytes (LLM_FAILED: the connection is to be closed).
+//
+//   client                                   server
+//   HELLO ───────────────────────────────────>  who am I; my probe slot; put this challenge into yours
+//         <─────────────────────────── WELCOME  the same of the server; the link's token       (or REJECT)
+//   READY ───────────────────────────────────>  the transport of the transfers that I initiate
+//         <───────────────────────────── READY  the same of the server                         (or REJECT)
+//   ATTACH on each data connection ──────────>  (tcp only)
+//         <────────────────────────── ATTACHED
+//   ESTABLISHED ─────────────────────────────>
+//         <─────────────────────── ESTABLISHED
+//
+// From then on either end sends PING, DESCRIBE, ACQUIRE_WRITE, RELEASE_WRITE and UNLINK, and the other answers PONG,
+// CACHE_INFO, GRANT, nothing, and UNLINKED, with the seq of the request. UNLINK is also legal as the first and only
+// message of a fresh connection: that is how a link is dropped whose own connection is gone.
+#ifndef DATADIST_CONTROL_MESSAGES_H_
+#define DATADIST_CONTROL_MESSAGES_H_
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "base/bytes.h"
+#include "base/status.h"
+#include "transport/cma/cma_data_path.h"
+#include "transport/transport.h"
+
+namespace datadist {
+
+using Incarnation = std::array<uint8_t, 16>;  // one initialised endpoint; random
+using LinkToken = std::array<uint8_t, 16>;    // one link; random, known to its two ends only
+
+// Who one end is and where it stands.
+struct EndpointInfo {
+  uint64_t cluster_id = 0;
+  int32_t role = 0;
+  Incarnation incarnation{};
+  HostIdentity host;
+  uint64_t slot_addr = 0;
+  Challenge challenge{};  // for the receiver to put into its slot
+  uint16_t tcp_streams = 1;
+};
+
+struct VersionRange {
+  uint16_t lowest = 0;
+  uint16_t highest = 0;
+};
+
+struct Hello {
+  VersionRange versions;
+  EndpointInfo client;
+  uint32_t remaining_ms = 0;
+  bool force_link = false;
+};
+
+struct Welcome {
+  EndpointInfo server;
+  LinkToken token{};
+};
+
+struct Reject {
+  Status status;
+};
+
+struct Ready {
+  TransportKind transport = TransportKind::kTcp;
+  std::string reason;
+};
+
+// Who starts the transfers that a data connection carries.
+enum class Initiator : uint8_t { kClient = 1, kServer = 2 };
+
+struct Attach {
+  LinkToken token{};
+  Initiator initiator = Initiator::kClient;
+  uint16_t index = 0;
+};
+
+struct Describe {
+  int64_t cache_id = 0;
+};
+
+struct CacheInfo {
+  Status status;
+  RemoteCache cache;  // of no meaning unless status is ok
+};
+
+// All runs of the write end at or before `end` in each tensor. That is all the owner needs: it pins the cache and
+// refuses a range outside, and each run starts at or after 0 by its type.
+struct AcquireWrite {
+  int64_t cache_id = 0;
+  uint64_t generation = 0;
+  uint32_t first_tensor = 0;
+  uint32_t tensor_count = 0;
+  uint64_t end = 0;
+  uint32_t remaining_ms = 0;
+};
+
+struct Grant {
+  Status status;
+  uint64_t grant = 0;
+};
+
+struct ReleaseWrite {
+  uint64_t grant = 0;
+};
+
+struct Unlink {
+  uint64_t cluster_id = 0;  // of the sender
+  LinkToken token{};
+};
+
+std::vector<uint8_t> Encode(const Hello &message);
+std::vector<uint8_t> Encode(const Welcome &message);
+std::vector<uint8_t> Encode(const Reject &message);
+std::vector<uint8_t> Encode(const Ready &message);
+std::vector<uint8_t> Encode(const Attach &message);
+std::vector<uint8_t> Encode(const Describe &message);
+std::vector<uint8_t> Encode(const CacheInfo &message);
+std::vector<uint8_t> Encode(const AcquireWrite &message);
+std::vector<uint8_t> Encode(const Grant &message);
+std::vector<uint8_t> Encode(const ReleaseWrite &message);
+std::vector<uint8_t> Encode(const Unlink &message);
+
+// The start of a HELLO body has one form in every version of the protocol.
+Result<VersionRange> DecodeVersionRange(const std::vector<uint8_t> &hello_body);
+
+// Decode<Hello>(body) and so on for every message with a body.
+template <typename Message>
+Result<Message> Decode(const std::vector<uint8_t> &body);
+
+// PING, PONG, ATTACHED, ESTABLISHED, UNLINKED.
+Status DecodeEmpty(const std::vector<uint8_t> &body);
+
+}  // namespace datadist
+
+#endif  // DATADIST_CONTROL_MESSAGES_H_
