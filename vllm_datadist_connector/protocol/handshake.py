@@ -28,7 +28,7 @@ class LayoutContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_f
     """What both ends must agree on for P's bytes to mean the same on D."""
 
     model: _Name
-    """Digest of the model's configuration (not its path: instances may mount it at different places)."""
+    """Architecture and sizes of the model (not its path: instances may mount it at different places)."""
     kv_cache_dtype: _Name
     kv_layout: _Name
     """Memory order inside a block, with the instruction set that packed it where a platform packs."""

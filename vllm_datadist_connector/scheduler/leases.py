@@ -1,8 +1,7 @@
 """LeaseTable: P's promises to keep finished requests' blocks, the only place that knows which still stand.
 
     grant ──> held ──┬── release (D is done, or will never come)
-                     ├── expiry (no renewal for lease_s, or lease_limit_s after the grant)
-                     └── end_all (shutdown, cache reset)
+                     └── expiry (no renewal for lease_s, or lease_limit_s after the grant)
 
 A lease leaves the table *before* its blocks go back to vLLM, so a confirmation that succeeds proves that the blocks
 were the request's own until then. Called by the scheduler thread and by the side channel's.
@@ -10,6 +9,7 @@ were the request's own until then. Called by the scheduler thread and by the sid
 
 from __future__ import annotations
 
+import math
 import secrets
 import threading
 import time
@@ -24,7 +24,7 @@ from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 class EndedLease(NamedTuple):
     request_id: str
     why: str
-    """released, expired or revoked"""
+    """released or expired"""
 
 
 @dataclass(slots=True)
@@ -48,6 +48,8 @@ class LeaseTable:
         self._leases: dict[str, _Lease] = {}
         self._ended: list[EndedLease] = []
         self._generation = 0
+        self._next_expiry = math.inf
+        """No lease expires before it; a lower bound, because take_ended() runs in every step."""
 
     def grant(self, request_id: str, blocks: BlockIds, prompt_digest: str) -> LeaseTicket:
         now = time.monotonic()
@@ -62,6 +64,7 @@ class LeaseTable:
                 expires=now + self._lease_s,
                 limit=now + self._limit_s,
             )
+            self._next_expiry = min(self._next_expiry, now + self._lease_s)
             return LeaseTicket(
                 version=PROTOCOL_VERSION,
                 incarnation=self._incarnation,
@@ -106,11 +109,6 @@ class LeaseTable:
             for token in tokens:
                 self._end(token, "released")
 
-    def end_all(self) -> None:
-        with self._lock:
-            for token in list(self._leases):
-                self._end(token, "revoked")
-
     def take_ended(self) -> list[EndedLease]:
         """Leases that ended since the last call, each once."""
         with self._lock:
@@ -124,8 +122,11 @@ class LeaseTable:
             return len(self._leases), sum(len(group) for lease in self._leases.values() for group in lease.blocks)
 
     def _expire(self, now: float) -> None:
+        if now < self._next_expiry:
+            return
         for token in [token for token, lease in self._leases.items() if lease.expires <= now]:
             self._end(token, "expired")
+        self._next_expiry = min((lease.expires for lease in self._leases.values()), default=math.inf)
 
     def _end(self, token: str, why: str) -> None:
         lease = self._leases.pop(token, None)

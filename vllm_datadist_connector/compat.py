@@ -1,0 +1,85 @@
+"""Everything that depends on vLLM's version or platform. Each shim says when it can go."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1 import base as _base
+
+TransferResults: Any = getattr(_base, "KVConnectorTransferResults", None)
+"""Class of get_transfer_results()'s value; None before vLLM 0.31, where failed loads travel as invalid block ids.
+Goes when 0.31 is the oldest supported version."""
+
+
+def cache_hit_source() -> Any:
+    """Label under which vLLM 0.32+ counts tokens that came from a peer; None before. Goes with 0.31."""
+    try:
+        from vllm.v1.metrics.cache_hit_source import CacheHitSource
+    except ImportError:
+        return None
+    return CacheHitSource.P2P
+
+
+def transfer_groups(kv_cache_config: Any) -> Sequence[Any]:
+    """KV cache groups that cross instances. 0.29+ says which; before, all. Goes with 0.28."""
+    return getattr(kv_cache_config, "transfer_groups", None) or kv_cache_config.kv_cache_groups
+
+
+def transfer_group_ids(kv_cache_config: Any) -> tuple[int, ...]:
+    """Indices of transfer_groups(). Goes with 0.28."""
+    ids = getattr(kv_cache_config, "transfer_group_ids", None)
+    return tuple(ids) if ids is not None else tuple(range(len(kv_cache_config.kv_cache_groups)))
+
+
+def data_parallel_index(parallel_config: Any) -> int:
+    """Which engine core of the instance this is, over all nodes where vLLM says so."""
+    index = getattr(parallel_config, "data_parallel_index", None)
+    return int(index if index is not None else parallel_config.data_parallel_rank)
+
+
+def kv_packing(vllm_config: Any, kv_cache_spec: Any) -> str:
+    """How a platform packs K inside a block beyond the layout's name.
+
+    vLLM's CPU attention packs K for an instruction set: blocks of two hosts are interchangeable only if they chose the
+    same one. Other platforms do not pack.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu():
+        return "plain"
+    try:
+        from vllm.v1.attention.backends.cpu_attn import _get_attn_isa
+    except ImportError:
+        return "cpu"
+    cache_dtype = vllm_config.cache_config.cache_dtype
+    head_size = getattr(kv_cache_spec, "head_size", None)
+    try:
+        return f"cpu-{_get_attn_isa(kv_cache_spec.dtype, kv_cache_spec.block_size, head_size, cache_dtype)}"
+    except TypeError:
+        # 0.23 takes (dtype, block_size, head_size). Goes with it.
+        return f"cpu-{_get_attn_isa(kv_cache_spec.dtype, kv_cache_spec.block_size, head_size)}"
+
+
+def prepare_process() -> None:
+    """Cures a crash of vLLM's CPU build on hosts with AMX.
+
+    Symptom: a bfloat16 server whose first batch has at most four tokens (every decode instance) dies of SIGILL without
+    a word. vLLM's CPU attention uses AMX tiles without asking the kernel for them; so far only a oneDNN matmul asked.
+    Goes when vLLM asks by itself.
+    """
+    from vllm.platforms import current_platform
+
+    if not current_platform.is_cpu() or not _has_amx():
+        return
+    import torch
+
+    torch.cpu._init_amx()
+
+
+def _has_amx() -> bool:
+    try:
+        with open("/proc/cpuinfo", encoding="ascii", errors="replace") as info:
+            return any("amx_tile" in line for line in info if line.startswith("flags"))
+    except OSError:
+        return False

@@ -1,0 +1,205 @@
+"""DataDistConnector: vLLM's KV connector interface, routed to the scheduler or the worker side. No logic of its own.
+
+Importable without the native library and without a device: vLLM imports it in its API server, too. The worker side,
+which needs the library, is imported when a worker is made.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, Any
+
+from vllm.distributed.kv_transfer.kv_connector.v1.base import (
+    KVConnectorBase_V1,
+    KVConnectorHandshakeMetadata,
+    KVConnectorMetadata,
+    KVConnectorRole,
+)
+
+from vllm_datadist_connector import compat
+from vllm_datadist_connector.config import ConfigError, parse_config
+from vllm_datadist_connector.metadata import RankHandshake, StepMetadata
+from vllm_datadist_connector.metrics import DataDistPromMetrics, DataDistStats
+from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
+
+if TYPE_CHECKING:
+    import torch
+    from vllm.config import VllmConfig
+    from vllm.v1.attention.backend import AttentionMetadata
+    from vllm.v1.core.kv_cache_manager import KVCacheBlocks
+    from vllm.v1.core.sched.output import SchedulerOutput
+    from vllm.v1.kv_cache_interface import KVCacheConfig
+    from vllm.v1.outputs import KVConnectorOutput
+    from vllm.v1.request import Request
+
+    from vllm_datadist_connector.worker.transfers import FinishedPulls
+    from vllm_datadist_connector.worker.worker import ConnectorWorker
+
+logger = logging.getLogger(__name__)
+
+
+class DataDistConnector(KVConnectorBase_V1):
+    """Moves KV caches between prefill and decode instances by LLM-DataDist's PullKvBlocks."""
+
+    _cache_hit_source = compat.cache_hit_source()
+
+    def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
+        """
+        Raises:
+            ConfigError: a key of kv_connector_extra_config, or the model's KV cache, is not supported.
+            OSError: the side channel's address cannot be bound.
+        """
+        super().__init__(vllm_config, role, kv_cache_config)
+        groups = compat.transfer_groups(kv_cache_config)
+        if len(groups) != 1:
+            raise ConfigError(
+                f"the model has {len(groups)} KV cache groups; DataDistConnector carries one (dense attention). "
+                "Models whose groups vLLM can unify work with --disable-hybrid-kv-cache-manager"
+            )
+        transfer = vllm_config.kv_transfer_config
+        config = parse_config(transfer.kv_connector_extra_config)
+        self._scheduler: ConnectorScheduler | None = None
+        self._worker: ConnectorWorker | None = None
+        self._load_errors: set[int] = set()
+        if role == KVConnectorRole.SCHEDULER:
+            self._scheduler = ConnectorScheduler(config, vllm_config, groups)
+        else:
+            from vllm_datadist_connector.worker.build import build_worker
+
+            self._worker = build_worker(config, vllm_config, groups)
+
+    # ---- class-level questions ----
+
+    @classmethod
+    def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
+        # HND keeps each head's tokens of a block together; MLA has no heads to order.
+        return None if vllm_config.model_config.use_mla else "HND"
+
+    @classmethod
+    def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        return False
+
+    @classmethod
+    def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> DataDistStats:
+        return DataDistStats(data=data) if data is not None else DataDistStats()
+
+    @classmethod
+    def build_prom_metrics(
+        cls,
+        vllm_config: VllmConfig,
+        metric_types: dict[type[Any], type[Any]],
+        labelnames: list[str],
+        per_engine_labelvalues: dict[int, list[object]],
+    ) -> DataDistPromMetrics:
+        return DataDistPromMetrics(vllm_config, metric_types, labelnames, per_engine_labelvalues)
+
+    # ---- scheduler side ----
+
+    def on_new_request(self, request: Request) -> None:
+        self._scheduling.on_new_request(request)
+
+    def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
+        count = self._scheduling.matched_tokens(request, num_computed_tokens)
+        return count, count > 0
+
+    def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
+        self._scheduling.after_alloc(request, blocks.get_block_ids(), num_external_tokens)
+
+    def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
+        return self._scheduling.build_step()
+
+    def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
+        self._scheduling.received(connector_output.finished_recving or ())
+
+    def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
+        return self._scheduling.request_finished(request, (block_ids,))
+
+    def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
+        # All that we write into: vLLM would zero the others' blocks while the pull fills them.
+        return compat.transfer_group_ids(self._kv_cache_config)
+
+    def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
+        self.set_xfer_handshake_metadata_pp_aware({(0, tp_rank): value for tp_rank, value in metadata.items()})
+
+    def set_xfer_handshake_metadata_pp_aware(
+        self, metadata: dict[tuple[int, int], KVConnectorHandshakeMetadata]
+    ) -> None:
+        self._scheduling.set_geometries(
+            {rank: value.geometry for rank, value in metadata.items() if isinstance(value, RankHandshake)}
+        )
+
+    def reset_cache(self) -> bool | None:
+        # Nothing is cached here: what D pulled is in vLLM's own prefix cache.
+        return True
+
+    # ---- worker side ----
+
+    def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
+        groups = compat.transfer_groups(self._kv_cache_config)
+        group_of_layer = {layer: index for index, group in enumerate(groups) for layer in group.layer_names}
+        self._working.register_kv_caches(kv_caches, group_of_layer, self._kv_cache_config.num_blocks)
+
+    def get_handshake_metadata(self) -> RankHandshake | None:
+        geometry = self._working.handshake()
+        return RankHandshake(geometry) if geometry is not None else None
+
+    def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
+        # A request that waits for its pull cannot be preempted; one whose pull is done prefills again locally.
+        return
+
+    def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
+        step = self._get_connector_metadata()
+        if isinstance(step, StepMetadata):
+            self._working.start_step(step)
+
+    def wait_for_layer_load(self, layer_name: str) -> None:
+        return
+
+    def save_kv_layer(
+        self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
+    ) -> None:
+        return
+
+    def wait_for_save(self) -> None:
+        return
+
+    def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
+        sent, pulls = self._poll()
+        self._load_errors |= pulls.invalid_blocks
+        return sent or None, pulls.received or None
+
+    def get_transfer_results(self, finished_req_ids: set[str]) -> Any:
+        sent, pulls = self._poll()
+        return compat.TransferResults(
+            finished_sending=sent, finished_recving=pulls.received, failed_recving=pulls.failed
+        )
+
+    def get_block_ids_with_load_errors(self) -> set[int]:
+        errors, self._load_errors = self._load_errors, set()
+        return errors
+
+    def shutdown(self) -> None:
+        if self._scheduler is not None:
+            self._scheduler.close()
+        if self._worker is not None:
+            self._worker.close()
+
+    # ---- both ----
+
+    def get_kv_connector_stats(self) -> DataDistStats | None:
+        return self._scheduler.take_stats() if self._scheduler is not None else self._working.meter.take()
+
+    def _poll(self) -> tuple[set[str], FinishedPulls]:
+        return self._working.take_sent(), self._working.take_received()
+
+    @property
+    def _scheduling(self) -> ConnectorScheduler:
+        if self._scheduler is None:
+            raise RuntimeError("a scheduler hook was called on a worker's connector")
+        return self._scheduler
+
+    @property
+    def _working(self) -> ConnectorWorker:
+        if self._worker is None:
+            raise RuntimeError("a worker hook was called on the scheduler's connector")
+        return self._worker

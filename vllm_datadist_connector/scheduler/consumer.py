@@ -1,0 +1,176 @@
+"""D's side of requests: which tokens come from P, into which blocks, and when P may forget them.
+
+    NEW ──alloc, tokens to load──> PULLING ──finished_recving──> (gone; lease released)
+     │ lease renewed                  └──request_finished (abort)──> worker drains ──finished_recving──> (gone)
+     ├──alloc, nothing to load──> (gone; lease released)
+     └──request_finished before any alloc──> (gone; lease released)
+
+A request that is not in the table is an ordinary local one: that is how invalid params, a failed pull that is
+recomputed, and a preempted request end up prefilling here.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.protocol.params import (
+    ParamsError,
+    RemotePrefill,
+    parse_remote_prefill,
+    wants_remote_prefill,
+)
+from vllm_datadist_connector.scheduler.identity import digest_of
+from vllm_datadist_connector.scheduler.keeper import LeaseKeeper
+from vllm_datadist_connector.side_channel.endpoint import Endpoint
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
+
+
+class _State(enum.Enum):
+    NEW = enum.auto()
+    PULLING = enum.auto()
+
+
+@dataclass(slots=True)
+class _Tracked:
+    remote: RemotePrefill
+    prompt_digest: str
+    loadable_tokens: int
+    state: _State = _State.NEW
+
+
+class ConsumerScheduler:
+    def __init__(
+        self,
+        block_sizes: tuple[int, ...],
+        allows_peer: Callable[[str], bool],
+        recv_deadline_s: float,
+        answer_timeout_s: float,
+    ) -> None:
+        self._block_sizes = block_sizes
+        self._allows_peer = allows_peer
+        self._recv_deadline_s = recv_deadline_s
+        self._keeper = LeaseKeeper(answer_timeout_s)
+        self._requests: dict[str, _Tracked] = {}
+        self._pulls: list[PullJob] = []
+        self._cancels: list[str] = []
+        self._releases = 0
+
+    def on_new_request(self, request: Request) -> None:
+        if not wants_remote_prefill(request.kv_transfer_params) or request.request_id in self._requests:
+            return
+        try:
+            tracked = self._track(request)
+        except ParamsError as error:
+            logger.warning("request %s is prefilled here: kv_transfer_params: %s", request.request_id, error)
+            return
+        remote = tracked.remote
+        if self._keeper.hold(Endpoint(remote.remote_host, remote.remote_port), remote.ticket):
+            self._requests[request.request_id] = tracked
+
+    def matched_tokens(self, request: Request, num_computed_tokens: int) -> int:
+        """Tokens that P can give beyond those computed here. No side effects: vLLM may ask many times."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.state is not _State.NEW:
+            return 0
+        return max(0, tracked.loadable_tokens - num_computed_tokens)
+
+    def after_alloc(self, request: Request, blocks: tuple[list[int], ...], num_external_tokens: int) -> None:
+        """Blocks were allocated: all of the request's, those of its local prefix hit included."""
+        tracked = self._requests.get(request.request_id)
+        if tracked is None or tracked.state is not _State.NEW:
+            return
+        # The flag is what the rest of vLLM sees of "not loaded yet"; a requeued request must not find it set.
+        if request.kv_transfer_params is not None:
+            request.kv_transfer_params["do_remote_prefill"] = False
+        if num_external_tokens <= 0:
+            self._forget(request.request_id)
+            return
+        tracked.state = _State.PULLING
+        wanted = [
+            _block_range(tracked.loadable_tokens - num_external_tokens, tracked.loadable_tokens, size)
+            for size in self._block_sizes
+        ]
+        self._pulls.append(
+            PullJob(
+                request_id=request.request_id,
+                remote=tracked.remote,
+                remote_blocks=_slices(tracked.remote.remote_block_ids, wanted),
+                local_blocks=_slices(blocks, wanted),
+                prompt_digest=tracked.prompt_digest,
+                deadline_s=self._recv_deadline_s,
+            )
+        )
+
+    def request_finished(self, request_id: str) -> None:
+        tracked = self._requests.get(request_id)
+        if tracked is None:
+            return
+        if tracked.state is _State.PULLING:
+            # The blocks stay until the worker reports that nothing writes into them any more.
+            self._cancels.append(request_id)
+        else:
+            self._forget(request_id)
+
+    def received(self, request_ids: Iterable[str]) -> None:
+        """Every worker rank has reported these as received, well or not: P may free its blocks."""
+        for request_id in request_ids:
+            self._forget(request_id)
+
+    def take_jobs(self) -> tuple[tuple[PullJob, ...], tuple[str, ...]]:
+        """(pulls, cancels) since the last step."""
+        pulls, self._pulls = tuple(self._pulls), []
+        cancels, self._cancels = tuple(self._cancels), []
+        return pulls, cancels
+
+    def take_releases(self) -> int:
+        released, self._releases = self._releases, 0
+        return released
+
+    def pulling(self) -> int:
+        return sum(tracked.state is _State.PULLING for tracked in self._requests.values())
+
+    def close(self) -> None:
+        self._keeper.close()
+
+    def _track(self, request: Request) -> _Tracked:
+        params = request.kv_transfer_params
+        remote = parse_remote_prefill(params if params is not None else {})
+        if not self._allows_peer(remote.remote_host):
+            raise ParamsError(f"remote_host: {remote.remote_host!r:.80} is not among allowed_peers")
+        if len(remote.remote_block_ids) != len(self._block_sizes):
+            raise ParamsError(
+                f"remote_block_ids: {len(remote.remote_block_ids)} KV cache groups, this instance has "
+                f"{len(self._block_sizes)}"
+            )
+        digest = digest_of(request)
+        if remote.ticket.prompt_digest != digest:
+            raise ParamsError(f"the prompt of P's request {remote.remote_request_id!r:.80} is not this prompt")
+        covered = min(
+            len(group) * size for group, size in zip(remote.remote_block_ids, self._block_sizes, strict=True)
+        )
+        loadable = min(len(request.prompt_token_ids or ()), remote.remote_num_tokens, covered)
+        return _Tracked(remote, digest, loadable)
+
+    def _forget(self, request_id: str) -> None:
+        tracked = self._requests.pop(request_id, None)
+        if tracked is not None:
+            self._releases += 1
+            self._keeper.release(tracked.remote.ticket)
+
+
+def _block_range(first_token: int, end_token: int, block_size: int) -> range:
+    """Indices into a block table that cover tokens [first_token, end_token)."""
+    return range(first_token // block_size, -(-end_token // block_size))
+
+
+def _slices(groups: Sequence[Sequence[int]], wanted: list[range]) -> tuple[tuple[int, ...], ...]:
+    return tuple(tuple(group[r.start : r.stop]) for group, r in zip(groups, wanted, strict=True))

@@ -1,0 +1,36 @@
+"""Who this instance is, and what its prompts are, in values that peers can compare."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from vllm_datadist_connector.protocol.digest import prompt_digest
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request
+
+
+@dataclass(frozen=True, slots=True)
+class InstanceIdentity:
+    """One life of one engine core (one data parallel rank)."""
+
+    engine_id: str
+    tp_size: int
+    pp_size: int
+    dcp_size: int
+    block_sizes: tuple[int, ...]
+    """Tokens per block, per KV cache group."""
+    incarnation: str = field(default_factory=lambda: secrets.token_hex(16))
+    """Tells a restarted instance from the one that granted a lease, even at the same address with the same id."""
+
+
+def digest_of(request: Request) -> str:
+    """The prompt digest of a vLLM request."""
+    lora = request.lora_request
+    return prompt_digest(
+        request.prompt_token_ids or (),
+        lora.lora_name if lora is not None else None,
+        [feature.identifier for feature in request.mm_features or ()],
+    )

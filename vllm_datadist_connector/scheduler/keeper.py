@@ -1,0 +1,169 @@
+"""LeaseKeeper: D's side of leases. Renews them from the arrival of a request until its KV cache is here, then releases.
+
+One thread, independent of the engine's steps: D may sit in a long compilation or an idle loop while P waits for a sign
+of life. Several local requests may share a lease (n > 1): it is released with the last of them.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import defaultdict
+from dataclasses import dataclass
+
+from vllm_datadist_connector.protocol.messages import MAX_TOKENS_PER_MESSAGE, Release, Renew, Renewed, Request
+from vllm_datadist_connector.protocol.params import LeaseTicket
+from vllm_datadist_connector.side_channel.client import SideChannelClient
+from vllm_datadist_connector.side_channel.endpoint import Endpoint
+
+logger = logging.getLogger(__name__)
+
+_RENEWALS_PER_LEASE = 4
+"""Three lost renewals in a row do not cost a lease."""
+
+_RELEASE_RETRY_S = 1.0
+MAX_HELD = 1 << 16
+"""Leases kept alive at once; requests beyond it are prefilled locally."""
+
+
+@dataclass(slots=True)
+class _Kept:
+    endpoint: Endpoint
+    lease_s: float
+    users: int
+    next_send: float
+    give_up: float = 0.0
+    """0 while in use; once released, when retrying the release stops being useful because the lease has run out."""
+
+
+class LeaseKeeper:
+    """hold() and release() come from the scheduler thread and never block; the thread starts with the first hold()."""
+
+    def __init__(self, answer_timeout_s: float) -> None:
+        self._answer_timeout_s = answer_timeout_s
+        self._lock = threading.Lock()
+        self._kept: dict[str, _Kept] = {}
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._thread: threading.Thread | None = None
+        self._stopping = False
+
+    def hold(self, endpoint: Endpoint, ticket: LeaseTicket) -> bool:
+        """Starts renewing a lease, or adds a user to it. False if there are too many."""
+        now = time.monotonic()
+        with self._lock:
+            kept = self._kept.get(ticket.token)
+            if kept is not None and not kept.give_up:
+                kept.users += 1
+                return True
+            if len(self._kept) >= MAX_HELD:
+                return False
+            interval = ticket.lease_s / _RENEWALS_PER_LEASE
+            self._kept[ticket.token] = _Kept(endpoint, ticket.lease_s, users=1, next_send=now + interval)
+            if self._thread is None:
+                self._thread = threading.Thread(target=self._run, name="datadist-lease-keeper", daemon=True)
+                self._thread.start()
+        self._notify()
+        return True
+
+    def release(self, ticket: LeaseTicket) -> None:
+        """Takes one user off a lease; with the last one, P is told that its blocks are free."""
+        now = time.monotonic()
+        with self._lock:
+            kept = self._kept.get(ticket.token)
+            if kept is None or kept.give_up:
+                return
+            kept.users -= 1
+            if kept.users > 0:
+                return
+            kept.next_send = now
+            kept.give_up = now + kept.lease_s
+        self._notify()
+
+    def close(self) -> None:
+        """Stops the thread; leases that are still held run out by themselves."""
+        with self._lock:
+            self._stopping = True
+            thread = self._thread
+        self._notify()
+        if thread is not None:
+            thread.join(timeout=2.0)
+
+    def _notify(self) -> None:
+        os.eventfd_write(self._wake, 1)
+
+    def _run(self) -> None:
+        client = SideChannelClient()
+        releases_sent: dict[int, tuple[str, ...]] = {}
+        while not self._stopping:
+            try:
+                until = self._send_due(client, releases_sent)
+                answers, ready = client.wait([self._wake], until)
+                if ready:
+                    os.eventfd_read(self._wake)
+                for answer in answers:
+                    released = releases_sent.pop(answer.id, ())
+                    if answer.response is None:
+                        logger.debug("lease keeper: %s", answer.error)
+                    elif isinstance(answer.response, Renewed):
+                        self._forget_gone(answer.response.gone)
+                    else:
+                        self._forget(released)
+            except Exception:
+                # Leases must go on being renewed whatever one answer did to us.
+                logger.exception("lease keeper: a round failed")
+        client.close()
+
+    def _send_due(self, client: SideChannelClient, releases_sent: dict[int, tuple[str, ...]]) -> float | None:
+        """Sends what is due, batched per endpoint; returns when the next is."""
+        now = time.monotonic()
+        renewals: defaultdict[Endpoint, list[str]] = defaultdict(list)
+        releases: defaultdict[Endpoint, list[str]] = defaultdict(list)
+        with self._lock:
+            for token in [token for token, kept in self._kept.items() if kept.give_up and kept.give_up <= now]:
+                del self._kept[token]
+            for token, kept in self._kept.items():
+                if kept.next_send > now:
+                    continue
+                if kept.give_up:
+                    releases[kept.endpoint].append(token)
+                    kept.next_send = now + _RELEASE_RETRY_S
+                else:
+                    renewals[kept.endpoint].append(token)
+                    kept.next_send = now + kept.lease_s / _RENEWALS_PER_LEASE
+            until = min((kept.next_send for kept in self._kept.values()), default=None)
+        for endpoint, tokens in renewals.items():
+            for batch in _batches(tokens):
+                client.send(endpoint, lambda i, b=batch: _renew(i, b), self._answer_timeout_s)
+        for endpoint, tokens in releases.items():
+            for batch in _batches(tokens):
+                sent = client.send(endpoint, lambda i, b=batch: _release(i, b), self._answer_timeout_s)
+                releases_sent[sent] = batch
+        return until
+
+    def _forget(self, tokens: tuple[str, ...]) -> None:
+        with self._lock:
+            for token in tokens:
+                kept = self._kept.get(token)
+                if kept is not None and kept.give_up:
+                    del self._kept[token]
+
+    def _forget_gone(self, tokens: tuple[str, ...]) -> None:
+        """P no longer knows these leases: renewing them is pointless, the confirmation of the pull will say so."""
+        with self._lock:
+            for token in tokens:
+                self._kept.pop(token, None)
+
+
+def _renew(request_id: int, tokens: tuple[str, ...]) -> Request:
+    return Renew(id=request_id, tokens=tokens)
+
+
+def _release(request_id: int, tokens: tuple[str, ...]) -> Request:
+    return Release(id=request_id, tokens=tokens)
+
+
+def _batches(tokens: list[str]) -> list[tuple[str, ...]]:
+    size = MAX_TOKENS_PER_MESSAGE
+    return [tuple(tokens[start : start + size]) for start in range(0, len(tokens), size)]

@@ -1,0 +1,141 @@
+"""P's side of requests: grants a lease when a prefill is done, gives the blocks back when the lease has ended."""
+
+from __future__ import annotations
+
+import logging
+import re
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm.v1.request import RequestStatus
+
+from vllm_datadist_connector.protocol.messages import (
+    Confirm,
+    Confirmed,
+    Hello,
+    Meta,
+    Refused,
+    Release,
+    Released,
+    Renew,
+    Renewed,
+    Request,
+    Response,
+)
+from vllm_datadist_connector.protocol.params import BlockIds, build_params, wants_remote_decode
+from vllm_datadist_connector.scheduler.identity import InstanceIdentity, digest_of
+from vllm_datadist_connector.scheduler.leases import EndedLease, LeaseTable
+from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.side_channel.server import SideChannelServer
+
+if TYPE_CHECKING:
+    from vllm.v1.request import Request as VllmRequest
+
+logger = logging.getLogger(__name__)
+
+_HELD_STATUSES = frozenset({RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED})
+"""Ends of a prefill whose blocks D wants: max_tokens reached, or a stop token as the very first one."""
+
+_SIBLING = re.compile(r"^(?:[1-9]\d*_(?:cmpl|chatcmpl)-|(?:\d+_)?cmpl-.*-[1-9]\d*-[0-9a-f]{8}$)")
+"""Ids of the second and later children of a request with n > 1 or several prompts. The API server returns the params
+of the first child only, so nobody would ever ask for the blocks of the others."""
+
+
+class ProducerScheduler:
+    """Owns the lease table and the side channel's listener."""
+
+    def __init__(self, identity: InstanceIdentity, endpoint: Endpoint, lease_s: float, limit_s: float) -> None:
+        self._identity = identity
+        self._leases = LeaseTable(identity.incarnation, lease_s, limit_s)
+        self._geometries: dict[tuple[int, int], bytes] = {}
+        self._refused_confirms = 0
+        self._ended: list[EndedLease] = []
+        self._server = SideChannelServer(endpoint)
+        self.endpoint = self._server.endpoint
+        self._server.start(self._answer)
+
+    def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
+        """Geometry of every worker rank by (pp rank, tp rank), each a RankGeometry in msgpack."""
+        self._geometries = dict(geometries)
+
+    def request_finished(self, request: VllmRequest, blocks: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any]]:
+        """Whether vLLM shall keep the blocks, and the params for the router."""
+        held = self._held_blocks(request, blocks)
+        ticket = None
+        if any(held):
+            ticket = self._leases.grant(request.request_id, held, digest_of(request))
+        return ticket is not None, build_params(
+            engine_id=self._identity.engine_id,
+            request_id=request.request_id,
+            host=self.endpoint.host,
+            port=self.endpoint.port,
+            block_ids=held if ticket is not None else tuple(() for _ in held),
+            num_tokens=request.num_computed_tokens if ticket is not None else 0,
+            tp_size=self._identity.tp_size,
+            pp_size=self._identity.pp_size,
+            dcp_size=self._identity.dcp_size,
+            ticket=ticket,
+        )
+
+    def take_ended(self) -> tuple[str, ...]:
+        """Requests whose lease ended since the last step: their blocks go back to vLLM."""
+        ended = self._leases.take_ended()
+        for lease in ended:
+            if lease.why == "expired":
+                logger.warning("request %s: no D came for its blocks in time; lease expired", lease.request_id)
+        self._ended += ended
+        return tuple(lease.request_id for lease in ended)
+
+    def take_counts(self) -> tuple[dict[str, int], int]:
+        """(leases ended by reason, confirmations refused) since the last call, for the metrics."""
+        by_reason: dict[str, int] = {}
+        for lease in self._ended:
+            by_reason[lease.why] = by_reason.get(lease.why, 0) + 1
+        self._ended = []
+        refused, self._refused_confirms = self._refused_confirms, 0
+        return by_reason, refused
+
+    def held(self) -> tuple[int, int]:
+        """(leases, blocks) held now."""
+        return self._leases.held()
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _held_blocks(self, request: VllmRequest, blocks: Sequence[Sequence[int]]) -> BlockIds:
+        if request.status not in _HELD_STATUSES or not wants_remote_decode(request.kv_transfer_params):
+            return tuple(() for _ in blocks)
+        if _SIBLING.match(request.request_id) or not request.prompt_token_ids:
+            return tuple(() for _ in blocks)
+        held = []
+        for group, block_size in zip(blocks, self._identity.block_sizes, strict=True):
+            # Blocks beyond the computed tokens (speculative look-ahead, which vLLM 0.23 hands over too) hold nothing.
+            count = -(-request.num_computed_tokens // block_size)
+            held.append(tuple(group[:count]))
+        return tuple(held)
+
+    def _answer(self, request: Request) -> Response:
+        """Runs on the side channel's thread."""
+        if isinstance(request, Confirm):
+            reason = self._leases.confirm(request.token, request.generation, request.prompt_digest, request.blocks)
+            if reason:
+                self._refused_confirms += 1
+                logger.warning("refused to confirm a pull: %s", reason)
+            return Confirmed(id=request.id, held=not reason, reason=reason)
+        if isinstance(request, Renew):
+            return Renewed(id=request.id, gone=self._leases.renew(request.tokens))
+        if isinstance(request, Release):
+            self._leases.release(request.tokens)
+            return Released(id=request.id)
+        return self._introduce(request)
+
+    def _introduce(self, hello: Hello) -> Response:
+        if (hello.engine_id, hello.incarnation) != (self._identity.engine_id, self._identity.incarnation):
+            return Refused(id=hello.id, reason="another instance lives at this address now")
+        geometry = self._geometries.get((hello.pp_rank, hello.tp_rank))
+        if geometry is None:
+            ranks = sorted(self._geometries)
+            return Refused(
+                id=hello.id, reason=f"no worker (pp, tp) = ({hello.pp_rank}, {hello.tp_rank}); there are {ranks[:64]}"
+            )
+        return Meta(id=hello.id, geometry=geometry)

@@ -1,0 +1,94 @@
+"""The scheduler side of one engine core: a producer, a consumer, or both."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+from vllm_datadist_connector import compat
+from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.metadata import StepMetadata
+from vllm_datadist_connector.metrics import DataDistStats, SchedulerMeter
+from vllm_datadist_connector.protocol.params import wants_remote_decode
+from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
+from vllm_datadist_connector.scheduler.identity import InstanceIdentity
+from vllm_datadist_connector.scheduler.producer import ProducerScheduler
+from vllm_datadist_connector.side_channel.endpoint import Endpoint
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+    from vllm.v1.request import Request
+
+
+class ConnectorScheduler:
+    """Gives each hook to the side whose request it is about."""
+
+    def __init__(self, config: ConnectorConfig, vllm_config: VllmConfig, groups: Sequence[Any]) -> None:
+        transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
+        identity = InstanceIdentity(
+            engine_id=transfer.engine_id,
+            tp_size=parallel.tensor_parallel_size,
+            pp_size=parallel.pipeline_parallel_size,
+            dcp_size=parallel.decode_context_parallel_size,
+            block_sizes=tuple(group.kv_cache_spec.block_size for group in groups),
+        )
+        self._meter = SchedulerMeter("scheduler")
+        self._producer: ProducerScheduler | None = None
+        self._consumer: ConsumerScheduler | None = None
+        if transfer.is_kv_producer:
+            port = config.side_channel_port
+            port += compat.data_parallel_index(parallel) if port else 0
+            self._producer = ProducerScheduler(
+                identity, Endpoint(config.host, port), config.lease_s, config.lease_limit_s
+            )
+        if transfer.is_kv_consumer:
+            self._consumer = ConsumerScheduler(
+                identity.block_sizes, config.allows_peer, config.recv_deadline_s, config.handshake_timeout_s
+            )
+
+    def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
+        if self._producer is not None:
+            self._producer.set_geometries(geometries)
+
+    def on_new_request(self, request: Request) -> None:
+        if self._consumer is not None:
+            self._consumer.on_new_request(request)
+
+    def matched_tokens(self, request: Request, num_computed_tokens: int) -> int:
+        return self._consumer.matched_tokens(request, num_computed_tokens) if self._consumer is not None else 0
+
+    def after_alloc(self, request: Request, blocks: tuple[list[int], ...], num_external_tokens: int) -> None:
+        if self._consumer is not None:
+            self._consumer.after_alloc(request, blocks, num_external_tokens)
+
+    def request_finished(
+        self, request: Request, blocks: Sequence[Sequence[int]]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        if self._consumer is not None:
+            self._consumer.request_finished(request.request_id)
+        if self._producer is not None and wants_remote_decode(request.kv_transfer_params):
+            return self._producer.request_finished(request, blocks)
+        return False, None
+
+    def received(self, request_ids: Iterable[str]) -> None:
+        if self._consumer is not None:
+            self._consumer.received(request_ids)
+
+    def build_step(self) -> StepMetadata:
+        ended = self._producer.take_ended() if self._producer is not None else ()
+        pulls, cancels = self._consumer.take_jobs() if self._consumer is not None else ((), ())
+        return StepMetadata(pulls=pulls, cancels=cancels, ended_leases=ended)
+
+    def take_stats(self) -> DataDistStats | None:
+        if self._producer is not None:
+            leases, blocks = self._producer.held()
+            self._meter.producer(leases, blocks, *self._producer.take_counts())
+        if self._consumer is not None:
+            self._meter.consumer(self._consumer.pulling(), self._consumer.take_releases())
+        return self._meter.take()
+
+    def close(self) -> None:
+        if self._producer is not None:
+            self._producer.close()
+        if self._consumer is not None:
+            self._consumer.close()

@@ -1,0 +1,270 @@
+"""PullDriver: the one thread of a D rank that owns its peers and transfers.
+
+    step (vLLM's thread) ── submit, cancel ──> inbox ─┐
+    side channel (answers) ───────────────────────────┼──> driver thread ──> outbox ──> next step
+    transfer queue (completions) ─────────────────────┘
+
+It sleeps until one of them has something or a deadline passes, and never blocks on a peer: greetings are messages,
+links and pulls are native calls in the transfer queue.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable
+from typing import Protocol, TypeVar
+
+from vllm_datadist_connector import _native
+from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.protocol.handshake import RankGeometry
+from vllm_datadist_connector.protocol.messages import Confirm, Confirmed
+from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
+from vllm_datadist_connector.worker.peers import Peer, PeerState, PeerTable
+from vllm_datadist_connector.worker.plan import PlanError, plan_pull
+from vllm_datadist_connector.worker.transfers import Failure, FinishedPulls, Outbox, Phase, Transfer, TransferTable
+
+logger = logging.getLogger(__name__)
+T = TypeVar("T")
+
+_TENSORS_PER_LAYER = 1
+"""Our caches count one tensor per layer; without a layer range the value has no other effect than to divide."""
+
+_LINK_LOST = frozenset(
+    {_native.LLM_FAILED, _native.LLM_TIMEOUT, _native.LLM_NOT_YET_LINK, _native.LLM_KV_CACHE_NOT_EXIST}
+)
+"""Codes after which the link must be made anew before anything else is pulled over it."""
+
+
+class TransferObserver(Protocol):
+    """Takes measurements; called on the driver thread."""
+
+    def pulled(self, transfer: Transfer, seconds: float) -> None: ...
+    def failed(self, reason: Failure) -> None: ...
+    def handshake(self, seconds: float) -> None: ...
+
+
+class PullDriver:
+    """submit(), cancel() and take_finished() never block; close() waits for running native calls."""
+
+    def __init__(
+        self, datadist: _native.LlmDataDist, ours: RankGeometry, config: ConnectorConfig, observer: TransferObserver
+    ) -> None:
+        self._ours = ours
+        self._config = config
+        self._observer = observer
+        self._inbox: deque[PullJob | str] = deque()
+        self._outbox = Outbox()
+        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._stopping = False
+        self._transfers = TransferTable()
+        self._queue = _native.TransferQueue(datadist, threads=config.queue_threads)
+        self._client = SideChannelClient()
+        self._peers = PeerTable(
+            ours,
+            self._client,
+            self._queue,
+            link_alive=lambda cluster_id: _link_alive(datadist, cluster_id),
+            allows_peer=config.allows_peer,
+            handshake_timeout_s=config.handshake_timeout_s,
+            link_timeout_s=config.link_timeout_s,
+            backoff_s=config.peer_backoff_s,
+        )
+        self._thread = threading.Thread(target=self._run, name="datadist-pull-driver", daemon=True)
+        self._thread.start()
+
+    def submit(self, job: PullJob) -> None:
+        self._inbox.append(job)
+        os.eventfd_write(self._wake, 1)
+
+    def cancel(self, request_id: str) -> None:
+        """The request ended: its pull is drained and reported as received."""
+        self._inbox.append(request_id)
+        os.eventfd_write(self._wake, 1)
+
+    def take_finished(self) -> FinishedPulls:
+        return self._outbox.take()
+
+    def linked_peers(self) -> int:
+        return self._peers.linked()
+
+    def close(self) -> None:
+        self._stopping = True
+        os.eventfd_write(self._wake, 1)
+        self._thread.join()
+        self._queue.close()
+
+    def _run(self) -> None:
+        fds = [self._wake, self._queue.fileno()]
+        while not self._stopping:
+            answers, ready = self._client.wait(fds, self._transfers.next_deadline(time.monotonic()))
+            if self._wake in ready:
+                os.eventfd_read(self._wake)
+            self._each(self._take, self._taken_from_inbox())
+            self._each(self._on_completion, self._queue.poll())
+            self._each(self._on_answer, answers)
+            self._each(self._on_deadline, self._transfers.overdue(time.monotonic()))
+        self._client.close()
+
+    def _each(self, handle: Callable[[T], None], events: Iterable[T]) -> None:
+        for event in events:
+            try:
+                handle(event)
+            except Exception:
+                # One bad event must not leave every later request of this rank waiting for ever.
+                logger.exception("pull driver: %s failed", type(event).__name__)
+
+    def _taken_from_inbox(self) -> list[PullJob | str]:
+        return [self._inbox.popleft() for _ in range(len(self._inbox))]
+
+    def _take(self, item: PullJob | str) -> None:
+        if isinstance(item, PullJob):
+            self._start(item)
+        else:
+            self._cancel(item)
+
+    def _start(self, job: PullJob) -> None:
+        transfer = self._transfers.add(job, self._peers.meet(job.remote))
+        peer = transfer.peer
+        if peer.state is PeerState.READY:
+            self._pull(transfer)
+        elif peer.state is PeerState.BROKEN:
+            self._fail(transfer, Failure(peer.failed_step), peer.reason)
+        else:
+            peer.waiting.append(job.request_id)
+
+    def _pull(self, transfer: Transfer) -> None:
+        job, their = transfer.job, transfer.peer.geometry
+        transfer.phase = Phase.PULLING
+        if their is None:
+            self._fail(transfer, Failure.INTERNAL, "a linked peer without geometry")
+            return
+        try:
+            pulls = plan_pull(self._ours, their, job.remote_blocks, job.local_blocks)
+        except PlanError as error:
+            self._fail(transfer, Failure.PLAN, str(error))
+            return
+        remaining_ms = max(1, int((transfer.deadline - time.monotonic()) * 1000))
+        for pull in pulls:
+            try:
+                call = self._queue.submit_pull_blocks(
+                    their.cluster_id,
+                    pull.src_cache_id,
+                    pull.dst_cache_id,
+                    pull.src_blocks,
+                    pull.dst_blocks,
+                    deadline_ms=remaining_ms,
+                    tensor_num_per_layer=_TENSORS_PER_LAYER,
+                )
+            except _native.QueueFullError as error:
+                self._fail(transfer, Failure.TRANSFER, str(error))
+                return
+            self._transfers.add_call(transfer, call)
+            transfer.num_bytes += pull.num_bytes
+        if not transfer.calls:
+            self._confirm(transfer)
+
+    def _on_completion(self, completion: _native.Completion) -> None:
+        transfer = self._transfers.take_call(completion.id)
+        if transfer is None:
+            self._settle(self._peers.on_completion(completion))
+            return
+        transfer.queued_s = max(transfer.queued_s, completion.queued_s)
+        transfer.run_s = max(transfer.run_s, completion.run_s)
+        if completion.status != _native.LLM_SUCCESS and not completion.cancelled:
+            if completion.status in _LINK_LOST:
+                self._peers.broke(transfer.peer, f"pull from {transfer.peer.key.endpoint}: {completion.error}", "link")
+            name = _native.status_name(completion.status)
+            self._fail(transfer, Failure.TRANSFER, f"{name}: {completion.error}")
+        elif not transfer.calls:
+            if transfer.cancelled or transfer.failure is not None:
+                self._end(transfer)
+            else:
+                self._confirm(transfer)
+
+    def _confirm(self, transfer: Transfer) -> None:
+        """Asks P whether the lease was held all the while: only then the bytes count."""
+        transfer.phase = Phase.CONFIRMING
+        job, ticket = transfer.job, transfer.job.remote.ticket
+
+        def confirm(request_id: int) -> Confirm:
+            return Confirm(
+                id=request_id,
+                token=ticket.token,
+                generation=ticket.generation,
+                prompt_digest=job.prompt_digest,
+                blocks=job.remote_blocks,
+            )
+
+        timeout_s = min(self._config.handshake_timeout_s, max(0.001, transfer.deadline - time.monotonic()))
+        self._transfers.add_confirm(transfer, self._client.send(transfer.peer.key.endpoint, confirm, timeout_s))
+
+    def _on_answer(self, answer: Answer) -> None:
+        peer = self._peers.on_answer(answer)
+        if peer is not None:
+            self._settle(peer)
+            return
+        transfer = self._transfers.take_confirm(answer.id)
+        if transfer is None:
+            return
+        if isinstance(answer.response, Confirmed) and answer.response.held:
+            seconds = time.monotonic() - transfer.accepted_at
+            self._end(transfer)
+            self._observer.pulled(transfer, seconds)
+        else:
+            reason = answer.response.reason if isinstance(answer.response, Confirmed) else answer.error
+            self._fail(transfer, Failure.LEASE, f"not confirmed by P: {reason}")
+
+    def _settle(self, peer: Peer | None) -> None:
+        """A peer has become READY or BROKEN: starts or fails whoever waits for it."""
+        if peer is None or peer.state not in (PeerState.READY, PeerState.BROKEN):
+            return
+        if peer.state is PeerState.READY:
+            self._observer.handshake(time.monotonic() - peer.met_at)
+        for request_id in self._peers.take_waiting(peer):
+            transfer = self._transfers.get(request_id)
+            if transfer is None or transfer.peer is not peer:
+                continue
+            if peer.state is PeerState.READY:
+                self._pull(transfer)
+            else:
+                self._fail(transfer, Failure(peer.failed_step), peer.reason)
+
+    def _cancel(self, request_id: str) -> None:
+        transfer = self._transfers.get(request_id)
+        if transfer is None:
+            return
+        transfer.cancelled = True
+        self._abandon_calls(transfer)
+
+    def _on_deadline(self, transfer: Transfer) -> None:
+        if transfer.failure is None:
+            self._fail(transfer, Failure.DEADLINE, f"not done within {transfer.job.deadline_s:g} s")
+
+    def _fail(self, transfer: Transfer, failure: Failure, reason: str) -> None:
+        if transfer.failure is None:
+            transfer.failure = failure
+            self._observer.failed(failure)
+            logger.warning("request %s: pull failed (%s): %s", transfer.job.request_id, failure.value, reason)
+        self._abandon_calls(transfer)
+
+    def _abandon_calls(self, transfer: Transfer) -> None:
+        """Takes back queued calls; ends the transfer now or, if one runs, when that has come back."""
+        for call in transfer.calls:
+            self._queue.cancel(call)
+        if not transfer.calls:
+            self._end(transfer)
+
+    def _end(self, transfer: Transfer) -> None:
+        self._transfers.remove(transfer)
+        # A cancelled request is gone in the scheduler: it only waits to get its blocks back.
+        self._outbox.put(transfer.job, failed=transfer.failure is not None and not transfer.cancelled)
+
+
+def _link_alive(datadist: _native.LlmDataDist, cluster_id: int) -> bool:
+    status, report = datadist.query_link(cluster_id)
+    return status == _native.LLM_SUCCESS and report is not None and report.alive

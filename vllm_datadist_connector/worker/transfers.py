@@ -1,0 +1,140 @@
+"""Transfers: the pulls of this rank that are under way, and what they ended in.
+
+    WAITING (for its peer) ──> PULLING ──all calls succeeded──> CONFIRMING ──held──> done
+        └──────────────────────┴── failure, cancel, deadline ──┴──> failed or cancelled
+
+A transfer ends only when no native call of it is queued or running: from then on nothing writes into its blocks.
+"""
+
+from __future__ import annotations
+
+import enum
+import threading
+import time
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.worker.peers import Peer
+
+
+class Failure(enum.Enum):
+    """Why a pull failed; the values are labels of a metric."""
+
+    HANDSHAKE = "handshake"
+    LINK = "link"
+    PLAN = "plan"
+    TRANSFER = "transfer"
+    DEADLINE = "deadline"
+    LEASE = "lease"
+    INTERNAL = "internal"
+
+
+class Phase(enum.Enum):
+    WAITING = enum.auto()
+    PULLING = enum.auto()
+    CONFIRMING = enum.auto()
+
+
+@dataclass(slots=True)
+class Transfer:
+    job: PullJob
+    peer: Peer
+    accepted_at: float
+    deadline: float
+    phase: Phase = Phase.WAITING
+    calls: set[int] = field(default_factory=set)
+    """Native calls that are queued or running."""
+    failure: Failure | None = None
+    cancelled: bool = False
+    num_bytes: int = 0
+    queued_s: float = 0.0
+    run_s: float = 0.0
+    """Of the slowest call: they run beside or after one another."""
+
+    @property
+    def num_blocks(self) -> int:
+        return sum(len(group) for group in self.job.local_blocks)
+
+
+class FinishedPulls(NamedTuple):
+    """What the scheduler is told at the next step."""
+
+    received: set[str]
+    """Every pull that ended, well or not: the request leaves its wait."""
+    failed: set[str]
+    """Those whose blocks do not hold the KV cache; a subset of received."""
+    invalid_blocks: set[int]
+    """The local blocks of the failed ones."""
+
+
+class Outbox:
+    """Hands finished pulls from the driver thread to the step that asks next."""
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._finished = FinishedPulls(set(), set(), set())
+
+    def put(self, job: PullJob, failed: bool) -> None:
+        with self._lock:
+            self._finished.received.add(job.request_id)
+            if failed:
+                self._finished.failed.add(job.request_id)
+                for group in job.local_blocks:
+                    self._finished.invalid_blocks.update(group)
+
+    def take(self) -> FinishedPulls:
+        with self._lock:
+            finished, self._finished = self._finished, FinishedPulls(set(), set(), set())
+            return finished
+
+
+class TransferTable:
+    """Transfers by request, by native call and by confirmation. Belongs to the driver thread."""
+
+    def __init__(self) -> None:
+        self._by_request: dict[str, Transfer] = {}
+        self._by_call: dict[int, Transfer] = {}
+        self._by_confirm: dict[int, Transfer] = {}
+
+    def __len__(self) -> int:
+        return len(self._by_request)
+
+    def add(self, job: PullJob, peer: Peer) -> Transfer:
+        now = time.monotonic()
+        transfer = Transfer(job, peer, accepted_at=now, deadline=now + job.deadline_s)
+        self._by_request[job.request_id] = transfer
+        return transfer
+
+    def get(self, request_id: str) -> Transfer | None:
+        return self._by_request.get(request_id)
+
+    def add_call(self, transfer: Transfer, call_id: int) -> None:
+        transfer.calls.add(call_id)
+        self._by_call[call_id] = transfer
+
+    def take_call(self, call_id: int) -> Transfer | None:
+        transfer = self._by_call.pop(call_id, None)
+        if transfer is not None:
+            transfer.calls.discard(call_id)
+        return transfer
+
+    def add_confirm(self, transfer: Transfer, confirm_id: int) -> None:
+        self._by_confirm[confirm_id] = transfer
+
+    def take_confirm(self, confirm_id: int) -> Transfer | None:
+        """The transfer that waits for this answer; None if it ended meanwhile."""
+        transfer = self._by_confirm.pop(confirm_id, None)
+        if transfer is None or self._by_request.get(transfer.job.request_id) is not transfer:
+            return None
+        return transfer
+
+    def remove(self, transfer: Transfer) -> None:
+        del self._by_request[transfer.job.request_id]
+
+    def overdue(self, now: float) -> list[Transfer]:
+        return [transfer for transfer in self._by_request.values() if transfer.deadline <= now]
+
+    def next_deadline(self, now: float) -> float | None:
+        """Of the transfers that are not overdue yet: an overdue one waits for its running calls, not for time."""
+        return min((t.deadline for t in self._by_request.values() if t.deadline > now), default=None)
