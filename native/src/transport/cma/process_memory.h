@@ -1,0 +1,47 @@
+// process_vm_readv and process_vm_writev over batches of (remote address, local bytes) pairs.
+#ifndef DATADIST_TRANSPORT_CMA_PROCESS_MEMORY_H_
+#define DATADIST_TRANSPORT_CMA_PROCESS_MEMORY_H_
+
+#include <sys/types.h>
+#include <sys/uio.h>
+
+#include <cstddef>
+#include <cstdint>
+
+#include "base/status.h"
+
+namespace datadist {
+
+enum class VmDirection { kRead, kWrite };
+
+// The pairs of one system call. Neighbours merge on each side by themselves: the two lists only have to be equally long
+// in bytes, and fewer remote entries mean less page pinning. Lives on the stack, uninitialised beyond its counts: 32 KiB
+// that an allocation or a clearing would make the dearest part of a small transfer.
+class IovecBatch {
+ public:
+  // Bounds one call to some ten milliseconds, so that deadlines are met.
+  static constexpr uint64_t kMaxBytes = 64ULL << 20;
+
+  // Room for one more pair of any address; `RoomBytes` says how long it may be.
+  bool Full() const { return local_count_ == kMaxIovecs || remote_count_ == kMaxIovecs || bytes_ == kMaxBytes; }
+  bool Empty() const { return bytes_ == 0; }
+  uint64_t RoomBytes() const { return kMaxBytes - bytes_; }
+  void Add(uint64_t remote, void *local, uint64_t length);
+
+  // Moves the whole batch, resuming where the kernel stopped short, and empties it. LLM_FAILED with the reason if the
+  // process is gone, refuses, or has no such memory.
+  Status Move(pid_t pid, VmDirection direction);
+
+ private:
+  static constexpr size_t kMaxIovecs = 1024;  // the kernel's UIO_MAXIOV
+
+  iovec local_[kMaxIovecs];
+  iovec remote_[kMaxIovecs];
+  size_t local_count_ = 0;
+  size_t remote_count_ = 0;
+  uint64_t bytes_ = 0;
+};
+
+}  // namespace datadist
+
+#endif  // DATADIST_TRANSPORT_CMA_PROCESS_MEMORY_H_

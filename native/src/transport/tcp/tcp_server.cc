@@ -1,0 +1,118 @@
+// The owner's end of a data connection.
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <array>
+#include <system_error>
+#include <thread>
+#include <utility>
+
+#include "base/socket_io.h"
+#include "transport/tcp/stream.h"
+#include "transport/tcp/tcp_data_path.h"
+#include "transport/tcp/wire.h"
+
+namespace datadist {
+namespace {
+
+using std::chrono::milliseconds;
+
+// The pin of what a request names, with every span checked against it.
+Result<CachePin> PinRequested(RegionTable &regions, const RequestHeader &header, const std::vector<Span> &spans) {
+  Result<CachePin> pin = regions.Pin(header.cache_id);
+  if (!pin.ok()) {
+    return pin;
+  }
+  if (pin.value().cache().generation() != header.generation) {
+    return Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST,
+                  "cache " + std::to_string(header.cache_id) + " was registered anew");
+  }
+  const uint64_t last_tensor = uint64_t{header.first_tensor} + header.tensor_count - 1;
+  for (const Span &span : spans) {
+    if (const auto range = pin.value().Resolve(last_tensor, span.offset, span.length); !range.ok()) {
+      return range.status();
+    }
+  }
+  return pin;
+}
+
+}  // namespace
+
+struct TcpServer::State {
+  State(Fd given_stream, std::shared_ptr<RegionTable> given_regions, milliseconds given_max_request)
+      : stream(std::move(given_stream)), regions(std::move(given_regions)), max_request(given_max_request) {}
+
+  Fd stream;  // closed only after the thread ended
+  std::shared_ptr<RegionTable> regions;
+  milliseconds max_request;
+  std::thread thread;
+
+  void End() { (void)::shutdown(stream.get(), SHUT_RDWR); }
+
+  void Serve() {
+    while (WaitReadable(stream.get()).ok() && ServeOne().ok()) {
+    }
+    End();  // the peer must not wait for an answer that never comes
+  }
+
+  // Anything but ok ends the connection: its framing is lost.
+  Status ServeOne() {
+    const Deadline limit = Deadline::In(max_request);
+    std::array<uint8_t, kRequestHeaderBytes> bytes;
+    if (Status status = RecvAll(stream.get(), bytes.data(), bytes.size(), limit); !status.ok()) {
+      return status;
+    }
+    const Result<RequestHeader> header = DecodeRequestHeader(bytes.data());
+    if (!header.ok()) {
+      return header.status();
+    }
+    const Deadline deadline = Deadline::Earlier(limit, Deadline::In(milliseconds(header.value().remaining_ms)));
+    std::vector<uint8_t> span_bytes(header.value().span_count * kSpanBytes);
+    if (Status status = RecvAll(stream.get(), span_bytes.data(), span_bytes.size(), deadline); !status.ok()) {
+      return status;
+    }
+    const Result<std::vector<Span>> spans = DecodeSpans(span_bytes.data(), header.value());
+    return spans.ok() ? Answer(header.value(), spans.value(), deadline) : spans.status();
+  }
+
+  Status Answer(const RequestHeader &header, const std::vector<Span> &spans, Deadline deadline) {
+    const Result<CachePin> pin = PinRequested(*regions, header, spans);
+    if (!pin.ok()) {
+      return Respond(pin.status(), header, deadline);
+    }
+    if (Status status = Respond(Status::Ok(), header, deadline); !status.ok()) {
+      return status;
+    }
+    const bool pull = header.op == DataOp::kPull;
+    Status moved = StreamSpans(stream.get(), pull ? StreamDirection::kSend : StreamDirection::kRecv, pin.value(),
+                               header.first_tensor, header.tensor_count, spans, deadline);
+    return moved.ok() && !pull ? Respond(Status::Ok(), header, deadline) : moved;
+  }
+
+  Status Respond(const Status &status, const RequestHeader &header, Deadline deadline) {
+    Writer response;
+    EncodeResponse(status, header.total_bytes, response);
+    return SendAll(stream.get(), response.data(), response.size(), deadline);
+  }
+};
+
+TcpServer::TcpServer(Fd stream, std::shared_ptr<RegionTable> regions, milliseconds max_request)
+    : state_(std::make_unique<State>(std::move(stream), std::move(regions), max_request)) {
+  TuneStream(state_->stream.get());
+  try {
+    state_->thread = std::thread([state = state_.get()] { state->Serve(); });
+  } catch (const std::system_error &) {
+    state_->End();  // no thread to serve it: the peer sees a closed connection, as with any other loss
+  }
+}
+
+TcpServer::~TcpServer() {
+  Close();
+  if (state_->thread.joinable()) {
+    state_->thread.join();
+  }
+}
+
+void TcpServer::Close() { state_->End(); }
+
+}  // namespace datadist
