@@ -1,0 +1,100 @@
+// The owner's end of a link in transport tests: memory with canaries around it, and everything through which an
+// initiator reaches it. Runs in the test's process or, behind the same interface, in a second one.
+#ifndef DATADIST_TESTS_TRANSPORT_SUPPORT_OWNER_H_
+#define DATADIST_TESTS_TRANSPORT_SUPPORT_OWNER_H_
+
+#include <sys/types.h>
+
+#include <chrono>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <vector>
+
+#include "base/fd.h"
+#include "memory/region_table.h"
+#include "transport/cma/cma_data_path.h"
+#include "transport/tcp/tcp_data_path.h"
+#include "transport/transport.h"
+
+namespace datadist::test {
+
+struct CacheShape {
+  uint32_t num_tensors = 1;
+  uint64_t num_blocks = 1;
+  uint64_t stride = 1;
+};
+
+// What a cache filled with `seed` holds, tensor after tensor.
+std::vector<uint8_t> PatternOf(const CacheShape &shape, uint64_t seed);
+
+llm_datadist::CacheDesc DescOf(const CacheShape &shape);
+
+// Tensors in allocations of their own, each between two canaries.
+class Arena {
+ public:
+  explicit Arena(const CacheShape &shape);
+  void Fill(const std::vector<uint8_t> &bytes);
+  std::vector<uint8_t> Bytes() const;
+  std::vector<uint64_t> Addrs() const;
+  bool CanariesIntact() const;
+
+ private:
+  size_t tensor_bytes_;
+  std::vector<std::unique_ptr<uint8_t[]>> tensors_;
+};
+
+class Owner {
+ public:
+  virtual ~Owner() = default;
+  virtual RemoteCache AddCache(const CacheShape &shape, uint64_t seed) = 0;
+  // Unregisters and overwrites the memory at once, as its rightful owner may.
+  virtual void UnregisterAndReuse(int64_t cache_id) = 0;
+  virtual std::vector<uint8_t> Bytes(int64_t cache_id) = 0;
+  virtual bool CanariesIntact(int64_t cache_id) = 0;
+
+  virtual CmaPeer OfferSlot(const Challenge &challenge) = 0;
+  virtual void DropSlot() = 0;
+
+  virtual uint16_t Listen() = 0;
+  // Accepts connections that wait, and serves each with a TcpServer.
+  virtual void Serve(size_t connections, std::chrono::milliseconds max_request) = 0;
+
+  virtual Result<uint64_t> Grant(const TransferOp &op) = 0;
+  virtual void ReleaseGrant(uint64_t grant) = 0;
+};
+
+// In this process.
+class OwnerHere final : public Owner {
+ public:
+  RemoteCache AddCache(const CacheShape &shape, uint64_t seed) override;
+  void UnregisterAndReuse(int64_t cache_id) override;
+  std::vector<uint8_t> Bytes(int64_t cache_id) override;
+  bool CanariesIntact(int64_t cache_id) override;
+  CmaPeer OfferSlot(const Challenge &challenge) override;
+  void DropSlot() override { slot_.reset(); }
+  uint16_t Listen() override;
+  void Serve(size_t connections, std::chrono::milliseconds max_request) override;
+  Result<uint64_t> Grant(const TransferOp &op) override;
+  void ReleaseGrant(uint64_t grant) override;
+
+  const std::shared_ptr<RegionTable> &regions() const { return regions_; }
+
+ private:
+  std::map<int64_t, std::unique_ptr<Arena>> arenas_;  // dies last: the servers below still use it
+  std::shared_ptr<RegionTable> regions_ = RegionTable::Create({});
+  std::unique_ptr<ProbeSlot> slot_;
+  std::mutex grants_mutex_;
+  std::map<uint64_t, CachePin> grants_;
+  uint64_t last_grant_ = 0;
+  Fd listener_;
+  std::vector<std::unique_ptr<TcpServer>> servers_;
+};
+
+// A connected socket to 127.0.0.1:port.
+Fd Dial(uint16_t port);
+
+}  // namespace datadist::test
+
+#endif  // DATADIST_TESTS_TRANSPORT_SUPPORT_OWNER_H_
