@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from typing import Any
 
@@ -59,6 +60,15 @@ def kv_packing(vllm_config: Any, kv_cache_spec: Any) -> str:
     except TypeError:
         # 0.23 takes (dtype, block_size, head_size). Goes with it.
         return f"cpu-{_get_attn_isa(kv_cache_spec.dtype, kv_cache_spec.block_size, head_size)}"
+
+
+def share_logging() -> None:
+    """Sends our log lines where vLLM's go: it configures the handlers of its own logger only."""
+    ours, theirs = logging.getLogger(__package__), logging.getLogger("vllm")
+    if not ours.handlers and theirs.handlers:
+        ours.handlers = theirs.handlers
+        ours.setLevel(theirs.level)
+        ours.propagate = False
 
 
 def prepare_process() -> None:

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from vllm_datadist_connector.worker.worker import ConnectorWorker
 
 logger = logging.getLogger(__name__)
+compat.share_logging()
 
 
 class DataDistConnector(KVConnectorBase_V1):

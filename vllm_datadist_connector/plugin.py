@@ -19,4 +19,5 @@ def register() -> None:
     # A forked process inherits the registry, and registering a name twice raises.
     if NAME not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(NAME, MODULE, NAME)
+    compat.share_logging()
     compat.prepare_process()

@@ -68,7 +68,7 @@ class PullDriver:
             ours,
             self._client,
             self._queue,
-            link_alive=lambda cluster_id: _link_alive(datadist, cluster_id),
+            link_report=lambda cluster_id: datadist.query_link(cluster_id)[1],
             allows_peer=config.allows_peer,
             handshake_timeout_s=config.handshake_timeout_s,
             link_timeout_s=config.link_timeout_s,
@@ -263,8 +263,3 @@ class PullDriver:
         self._transfers.remove(transfer)
         # A cancelled request is gone in the scheduler: it only waits to get its blocks back.
         self._outbox.put(transfer.job, failed=transfer.failure is not None and not transfer.cancelled)
-
-
-def _link_alive(datadist: _native.LlmDataDist, cluster_id: int) -> bool:
-    status, report = datadist.query_link(cluster_id)
-    return status == _native.LLM_SUCCESS and report is not None and report.alive

@@ -67,7 +67,7 @@ class PeerTable:
         ours: RankGeometry,
         client: SideChannelClient,
         queue: _native.TransferQueue,
-        link_alive: Callable[[int], bool],
+        link_report: Callable[[int], _native.LinkReport | None],
         allows_peer: Callable[[str], bool],
         handshake_timeout_s: float,
         link_timeout_s: float,
@@ -76,7 +76,7 @@ class PeerTable:
         self._ours = ours
         self._client = client
         self._queue = queue
-        self._link_alive = link_alive
+        self._link_report = link_report
         self._allows_peer = allows_peer
         self._handshake_timeout_s = handshake_timeout_s
         self._link_timeout_s = link_timeout_s
@@ -133,7 +133,7 @@ class PeerTable:
             return peer
         if completion.status in (_native.LLM_SUCCESS, _native.LLM_ALREADY_LINK):
             peer.state = PeerState.READY
-            logger.info("linked with %s in %.0f ms", peer.key.endpoint, (time.monotonic() - peer.met_at) * 1000)
+            self._log_link(peer)
         else:
             name = _native.status_name(completion.status)
             self.broke(peer, f"link with {peer.key.endpoint}: {name}: {completion.error}", "link")
@@ -190,7 +190,15 @@ class PeerTable:
             self.broke(peer, f"link with {peer.key.endpoint}: {error}", "link")
 
     def _is_linked(self, peer: Peer) -> bool:
-        return peer.geometry is not None and self._link_alive(peer.geometry.cluster_id)
+        report = self._link_report(peer.geometry.cluster_id) if peer.geometry is not None else None
+        return report is not None and report.alive
+
+    def _log_link(self, peer: Peer) -> None:
+        report = self._link_report(peer.geometry.cluster_id) if peer.geometry is not None else None
+        how = report.transport if report is not None else "?"
+        why = f" ({report.transport_reason})" if report is not None and report.transport_reason else ""
+        milliseconds = (time.monotonic() - peer.met_at) * 1000
+        logger.info("linked with %s by %s%s in %.0f ms", peer.key.endpoint, how, why, milliseconds)
 
     def _cluster(self, geometry: RankGeometry) -> _native.ClusterInfo:
         return _native.ClusterInfo(
