@@ -214,7 +214,9 @@ def vllm_server(spec: ServerSpec, bin_dir: Path, logs: Path, env: Mapping[str, s
     return Program(spec.name, command, port, logs / f"{spec.name}.log", variables)
 
 
-def pd_router(prefill: Iterable[str], decode: Iterable[str], bin_dir: Path, logs: Path, env: Mapping[str, str]) -> Program:
+def pd_router(
+    prefill: Iterable[str], decode: Iterable[str], bin_dir: Path, logs: Path, env: Mapping[str, str]
+) -> Program:
     """A `vllm-router` in front of prefill and decode URLs, ready to be started."""
     port = free_port()
     command = [str(bin_dir / "vllm-router"), "--host", HOST, "--port", str(port), "--vllm-pd-disaggregation"]

@@ -16,10 +16,10 @@ SETTLE_DEADLINE_S = 15.0
 EXTERNAL_HITS = "vllm:external_prefix_cache_hits"
 KV_USAGE = "vllm:kv_cache_usage_perc"
 BYTES = "vllm:datadist_bytes_transferred_sum"
-BLOCKS = "vllm:datadist_blocks_transferred_sum"
-TRANSFERS = "vllm:datadist_transfer_seconds_count"
-EXPIRED = "vllm:datadist_expired_leases"
+PULLING = "vllm:datadist_pulling_requests"
+LEASES_ENDED = "vllm:datadist_leases_ended"
 FAILED = "vllm:datadist_failed_transfers"
+PREEMPTIONS = "vllm:num_preemptions"
 
 T = TypeVar("T")
 

@@ -93,7 +93,9 @@ class PDProxy:
         except DropDecode:
             return web.json_response({"error": "decode leg dropped"}, status=502)
         decode_body = {**body, "kv_transfer_params": self.interference.params(params)}
-        copies = [asyncio.create_task(self._swallow(decode_body, headers)) for _ in range(self.interference.decode_copies - 1)]
+        copies = [
+            asyncio.create_task(self._swallow(decode_body, headers)) for _ in range(self.interference.decode_copies - 1)
+        ]
         try:
             return await self._decode(request, decode_body, headers)
         finally:

@@ -1,0 +1,94 @@
+"""Prefill on one instance and decode on another answer what one instance answers, token for token."""
+
+from __future__ import annotations
+
+import asyncio
+
+import equality
+import pytest
+from serving import Program
+from support.client import Request, new_salt, prompt_tokens
+from support.metrics import BYTES, EXTERNAL_HITS, Change
+from support.proxy import PDProxy
+from support.reference import Reference
+from support.servers import Pair
+
+pytestmark = pytest.mark.usefixtures("nothing_held_afterwards")
+
+
+@pytest.mark.parametrize("length", equality.PROMPT_LENGTHS)
+def test_length_through_proxy(pair: Pair, reference: Reference, length: int) -> None:
+    asyncio.run(equality.check_length(pair, reference, length))
+
+
+@pytest.mark.parametrize("length", equality.PROMPT_LENGTHS)
+def test_length_through_router(pair: Pair, router: Program, reference: Reference, length: int) -> None:
+    request = Request(prompt_tokens(length, seed=2), cache_salt=new_salt())
+    asyncio.run(equality.check_one(router.url, pair, reference, request))
+
+
+@pytest.mark.parametrize("length", [1, 129, 2000])
+def test_stream_through_proxy(pair: Pair, reference: Reference, length: int) -> None:
+    asyncio.run(equality.check_length(pair, reference, length, stream=True))
+
+
+def test_stream_through_router(pair: Pair, router: Program, reference: Reference) -> None:
+    request = Request(prompt_tokens(700, seed=3), cache_salt=new_salt(), stream=True)
+    asyncio.run(equality.check_one(router.url, pair, reference, request))
+
+
+def test_fifty_at_once_through_proxy(pair: Pair, reference: Reference) -> None:
+    async def scenario() -> None:
+        async with PDProxy(pair.prefill.url, pair.decode.url) as proxy:
+            await equality.check_storm(proxy.url, pair, reference, count=50)
+
+    asyncio.run(scenario())
+
+
+def test_fifty_at_once_through_router(pair: Pair, router: Program, reference: Reference) -> None:
+    asyncio.run(equality.check_storm(router.url, pair, reference, count=50))
+
+
+def test_repeated_prompt_moves_only_what_is_missing(pair: Pair, router: Program, reference: Reference) -> None:
+    asyncio.run(equality.check_repeat(router.url, pair, reference))
+
+
+def test_long_answer(pair: Pair, reference: Reference) -> None:
+    """The decode phase crosses block borders in blocks that came from outside."""
+    request = Request(prompt_tokens(120, seed=4), max_tokens=150, cache_salt=new_salt())
+
+    async def scenario() -> None:
+        async with PDProxy(pair.prefill.url, pair.decode.url) as proxy:
+            await equality.check_one(proxy.url, pair, reference, request)
+
+    asyncio.run(scenario())
+
+
+def test_two_choices(pair: Pair, reference: Reference) -> None:
+    """With n=2 both children carry the params of one lease: both answers are right, whoever was served by it."""
+    request = Request(prompt_tokens(300, seed=5), n=2, cache_salt=new_salt())
+
+    async def scenario() -> None:
+        async with PDProxy(pair.prefill.url, pair.decode.url) as proxy:
+            (answer,) = await equality.send(proxy.url, request)
+        await reference.check(request, answer)
+        assert len(answer.tokens) == 2
+        # vLLM returns the params of P's first child only: the second child's lease ends by expiry.
+        await equality.check_nothing_held(pair, deadline_s=2 * equality.LEASE_S)
+
+    asyncio.run(scenario())
+
+
+def test_direct_request_needs_no_transfer(pair: Pair, reference: Reference) -> None:
+    """A request without params is served by each instance alone."""
+
+    async def scenario() -> None:
+        for server in pair.both:
+            change = Change(server.url)
+            request = Request(prompt_tokens(200, seed=6), cache_salt=new_salt())
+            (answer,) = await equality.send(server.url, request)
+            await reference.check(request, answer)
+            assert change.now(EXTERNAL_HITS) == 0
+            assert change.now(BYTES) == 0
+
+    asyncio.run(scenario())
