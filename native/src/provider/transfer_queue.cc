@@ -141,7 +141,7 @@ class TransferQueue::State {
     threads_.clear();
   }
 
-  bool InForkedChild() const { return ::getpid() != pid_; }
+  bool in_forked_child() const { return ::getpid() != pid_; }
   size_t capacity() const { return capacity_; }
   int event_fd() const { return event_.get(); }
 
@@ -267,7 +267,7 @@ Result<std::unique_ptr<TransferQueue>> TransferQueue::Create(std::shared_ptr<Pro
 TransferQueue::TransferQueue(std::unique_ptr<State> state) : state_(std::move(state)) {}
 
 TransferQueue::~TransferQueue() {
-  if (state_->InForkedChild()) {
+  if (state_->in_forked_child()) {
     // The threads to join and the holder of a locked mutex exist in the parent only; memory is all there is to lose.
     (void)state_.release();
     return;
@@ -284,5 +284,6 @@ bool TransferQueue::Drain(std::chrono::milliseconds timeout) { return state_->Dr
 void TransferQueue::Close() { state_->Close(); }
 size_t TransferQueue::capacity() const { return state_->capacity(); }
 int TransferQueue::event_fd() const { return state_->event_fd(); }
+bool TransferQueue::in_forked_child() const { return state_->in_forked_child(); }
 
 }  // namespace datadist

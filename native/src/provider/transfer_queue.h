@@ -74,6 +74,7 @@ class TransferQueue {
 
   size_t capacity() const;
   int event_fd() const;
+  bool in_forked_child() const;
 
  private:
   class State;

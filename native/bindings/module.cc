@@ -1,0 +1,9 @@
+#include "register.h"
+
+// The contract of this module is vllm_datadist_connector/_native.pyi.
+PYBIND11_MODULE(_native, module) {
+  datadist::bindings::RegisterExit(module);
+  datadist::bindings::RegisterStatus(module);
+  datadist::bindings::RegisterDataDist(module);
+  datadist::bindings::RegisterTransferQueue(module);
+}

@@ -1,0 +1,16 @@
+// The parts of the extension module, in the order in which module.cc adds them.
+#ifndef DATADIST_BINDINGS_REGISTER_H_
+#define DATADIST_BINDINGS_REGISTER_H_
+
+#include <pybind11/pybind11.h>
+
+namespace datadist::bindings {
+
+void RegisterExit(pybind11::module_ &module);
+void RegisterStatus(pybind11::module_ &module);
+void RegisterDataDist(pybind11::module_ &module);
+void RegisterTransferQueue(pybind11::module_ &module);
+
+}  // namespace datadist::bindings
+
+#endif  // DATADIST_BINDINGS_REGISTER_H_

@@ -1,0 +1,215 @@
+#include <pybind11/stl.h>
+
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "arguments.h"
+#include "calls.h"
+#include "named_tuple.h"
+#include "register.h"
+
+namespace py = pybind11;
+
+namespace datadist::bindings {
+namespace {
+
+using llm_datadist::LlmRole;
+using StatusPerCluster = std::pair<llm_datadist::Status, std::vector<llm_datadist::Status>>;
+
+constexpr LayerRange kAllLayers = {-1, -1};
+constexpr uint8_t kKeyAndValue = 2;
+
+DataDist Construct(uint64_t cluster_id, int32_t role, const std::string &provider_name) {
+  auto made = MakeProvider(provider_name, cluster_id, static_cast<LlmRole>(role));
+  if (!made.ok()) {
+    throw py::value_error(made.status().text());
+  }
+  DataDist datadist{cluster_id, provider_name, std::move(made).value()};
+  FinalizeAtExit(datadist.provider);
+  return datadist;
+}
+
+std::vector<llm_datadist::ClusterInfo> ToClusterInfos(const std::vector<ClusterArgument> &clusters) {
+  std::vector<llm_datadist::ClusterInfo> infos;
+  infos.reserve(clusters.size());
+  for (const ClusterArgument &cluster : clusters) {
+    infos.push_back(ToClusterInfo(cluster));
+  }
+  return infos;
+}
+
+StatusPerCluster Link(DataDist &self, const std::vector<ClusterArgument> &clusters, int32_t timeout_ms) {
+  const auto infos = ToClusterInfos(clusters);
+  std::vector<llm_datadist::Status> rets;
+  const Status status = WithoutGil([&] { return self.provider->Link(infos, rets, timeout_ms); });
+  return {Report(status), std::move(rets)};
+}
+
+StatusPerCluster Unlink(DataDist &self, const std::vector<ClusterArgument> &clusters, int32_t timeout_ms, bool force) {
+  const auto infos = ToClusterInfos(clusters);
+  std::vector<llm_datadist::Status> rets;
+  const Status status = WithoutGil([&] { return self.provider->Unlink(infos, rets, timeout_ms, force); });
+  return {Report(status), std::move(rets)};
+}
+
+std::pair<llm_datadist::Status, int64_t> RegisterKvCache(DataDist &self, const std::vector<int64_t> &shape,
+                                                         int32_t data_type, const std::vector<uint64_t> &addrs,
+                                                         uint32_t placement) {
+  llm_datadist::CacheDesc desc{};
+  desc.placement = static_cast<llm_datadist::CachePlacement>(placement);
+  desc.num_tensors = static_cast<uint32_t>(addrs.size());
+  // The enum holds no other number; the engine refuses DT_UNDEFINED as it would them.
+  const bool known = data_type >= 0 && data_type <= static_cast<int32_t>(ge::DT_FLOAT4_E1M2);
+  desc.data_type = known ? static_cast<ge::DataType>(data_type) : ge::DT_UNDEFINED;
+  desc.shape = shape;
+  const auto cache_id = WithoutGil([&] { return self.provider->RegisterKvCache(desc, addrs); });
+  return {Report(cache_id.ok() ? Status::Ok() : cache_id.status()), cache_id.ok() ? cache_id.value() : -1};
+}
+
+llm_datadist::Status PullKvBlocks(DataDist &self, uint64_t src_cluster_id, int64_t src_cache_id, int64_t dst_cache_id,
+                                  py::handle src_blocks, py::handle dst_blocks, LayerRange src_layers,
+                                  LayerRange dst_layers, uint8_t tensor_num_per_layer) {
+  auto transfer = MakeTransfer<BlocksTransfer>(src_cluster_id, src_cache_id, dst_cache_id, 0);
+  transfer.ext = ToExtParam(src_layers, dst_layers, tensor_num_per_layer);
+  const Status read = ReadBlocks(src_blocks, dst_blocks, transfer);
+  return Report(read.ok() ? WithoutGil([&] { return self.provider->PullKvBlocks(transfer); }) : read);
+}
+
+llm_datadist::Status PushKvBlocks(DataDist &self, int64_t src_cache_id, uint64_t dst_cluster_id, int64_t dst_cache_id,
+                                  py::handle src_blocks, py::handle dst_blocks, uint32_t num_tensors,
+                                  LayerRange src_layers, LayerRange dst_layers, uint8_t tensor_num_per_layer) {
+  auto transfer = MakeTransfer<BlocksTransfer>(dst_cluster_id, dst_cache_id, src_cache_id, num_tensors);
+  transfer.ext = ToExtParam(src_layers, dst_layers, tensor_num_per_layer);
+  const Status read = ReadBlocks(src_blocks, dst_blocks, transfer);
+  return Report(read.ok() ? WithoutGil([&] { return self.provider->PushKvBlocks(transfer); }) : read);
+}
+
+llm_datadist::Status PullKvCache(DataDist &self, uint64_t src_cluster_id, int64_t src_cache_id,
+                                 uint32_t src_batch_index, int64_t dst_cache_id, uint32_t dst_batch_index, int64_t size,
+                                 LayerRange src_layers, LayerRange dst_layers, uint8_t tensor_num_per_layer) {
+  auto transfer = MakeTransfer<CacheTransfer>(src_cluster_id, src_cache_id, dst_cache_id, 0);
+  transfer.remote.batch_index = src_batch_index;
+  transfer.local_batch_index = dst_batch_index;
+  transfer.size = size;
+  transfer.ext = ToExtParam(src_layers, dst_layers, tensor_num_per_layer);
+  return Report(WithoutGil([&] { return self.provider->PullKvCache(transfer); }));
+}
+
+llm_datadist::Status PushKvCache(DataDist &self, int64_t src_cache_id, uint32_t src_batch_index,
+                                 uint64_t dst_cluster_id, int64_t dst_cache_id, uint32_t dst_batch_index,
+                                 uint32_t num_tensors, int64_t size, LayerRange src_layers, LayerRange dst_layers,
+                                 uint8_t tensor_num_per_layer) {
+  auto transfer = MakeTransfer<CacheTransfer>(dst_cluster_id, dst_cache_id, src_cache_id, num_tensors);
+  transfer.remote.batch_index = dst_batch_index;
+  transfer.local_batch_index = src_batch_index;
+  transfer.size = size;
+  transfer.ext = ToExtParam(src_layers, dst_layers, tensor_num_per_layer);
+  return Report(WithoutGil([&] { return self.provider->PushKvCache(transfer); }));
+}
+
+std::pair<llm_datadist::Status, uint16_t> ListenPort(DataDist &self) {
+  const auto port = WithoutGil([&] { return self.provider->ListenPort(); });
+  return {Report(port.ok() ? Status::Ok() : port.status()), port.ok() ? port.value() : uint16_t{0}};
+}
+
+void RegisterClusterInfo(py::module_ &module) {
+  py::class_<ClusterArgument>(module, "ClusterInfo")
+      .def(py::init([](uint64_t remote_cluster_id, const py::object &remote_ip_infos, const py::object &local_ip_infos,
+                       int32_t remote_role_type) {
+             ClusterArgument cluster{remote_cluster_id, py::list(remote_ip_infos), py::list(local_ip_infos),
+                                     remote_role_type};
+             ToClusterInfo(cluster);  // a wrong element is reported where it was written
+             return cluster;
+           }),
+           py::arg("remote_cluster_id") = 0, py::arg("remote_ip_infos") = py::tuple(),
+           py::arg("local_ip_infos") = py::tuple(), py::arg("remote_role_type") = 0)
+      .def_readwrite("remote_cluster_id", &ClusterArgument::remote_cluster_id)
+      .def_readwrite("remote_role_type", &ClusterArgument::remote_role_type)
+      .def_readwrite("local_ip_infos", &ClusterArgument::local_ip_infos)
+      .def_readwrite("remote_ip_infos", &ClusterArgument::remote_ip_infos);
+}
+
+void RegisterTransfers(py::class_<DataDist> &datadist) {
+  const auto src_layers = py::arg("src_layer_range") = kAllLayers;
+  const auto dst_layers = py::arg("dst_layer_range") = kAllLayers;
+  const auto per_layer = py::arg("tensor_num_per_layer") = kKeyAndValue;
+  datadist
+      .def("pull_kv_blocks", &PullKvBlocks, py::arg("src_cluster_id"), py::arg("src_cache_id"), py::arg("dst_cache_id"),
+           py::arg("src_blocks"), py::arg("dst_blocks"), src_layers, dst_layers, per_layer)
+      .def("push_kv_blocks", &PushKvBlocks, py::arg("src_cache_id"), py::arg("dst_cluster_id"), py::arg("dst_cache_id"),
+           py::arg("src_blocks"), py::arg("dst_blocks"), py::arg("num_tensors"), src_layers, dst_layers, per_layer)
+      .def("pull_kv_cache", &PullKvCache, py::arg("src_cluster_id"), py::arg("src_cache_id"),
+           py::arg("src_batch_index"), py::arg("dst_cache_id"), py::arg("dst_batch_index") = 0, py::arg("size") = -1,
+           src_layers, dst_layers, per_layer)
+      .def("push_kv_cache", &PushKvCache, py::arg("src_cache_id"), py::arg("src_batch_index"),
+           py::arg("dst_cluster_id"), py::arg("dst_cache_id"), py::arg("dst_batch_index"), py::arg("num_tensors"),
+           py::arg("size") = -1, src_layers, dst_layers, per_layer);
+}
+
+}  // namespace
+
+void RegisterDataDist(py::module_ &module) {
+  module.def("providers", &ProviderNames);
+  RegisterClusterInfo(module);
+  const py::object link_report = DefineNamedTuple(module, "LinkReport",
+                                                  {{"alive", "bool"},
+                                                   {"transport", "str"},
+                                                   {"transport_reason", "str"},
+                                                   {"peer", "str"},
+                                                   {"bytes_pulled", "int"},
+                                                   {"bytes_pushed", "int"}});
+
+  // The engine may have to wait for its threads when the last reference goes.
+  py::class_<DataDist> datadist(module, "LlmDataDist", py::release_gil_before_calling_cpp_dtor());
+  datadist
+      .def(py::init(&Construct), py::arg("cluster_id"), py::arg("role"), py::arg("provider") = "engine")
+      .def_readonly("cluster_id", &DataDist::cluster_id)
+      .def_readonly("provider", &DataDist::provider_name)
+      .def(
+          "initialize",
+          [](DataDist &self, const Options &options) {
+            return Report(WithoutGil([&] { return self.provider->Initialize(options); }));
+          },
+          py::arg("options"))
+      .def("finalize",
+           [](DataDist &self) {
+             Report(WithoutGil([&] {
+               self.provider->Finalize();
+               return Status::Ok();
+             }));
+           })
+      .def(
+          "set_role",
+          [](DataDist &self, int32_t role, const Options &options) {
+            return Report(WithoutGil([&] { return self.provider->SetRole(static_cast<LlmRole>(role), options); }));
+          },
+          py::arg("role"), py::arg("options") = Options())
+      .def("link_clusters", &Link, py::arg("clusters"), py::arg("timeout_ms") = 1000)
+      .def("unlink_clusters", &Unlink, py::arg("clusters"), py::arg("timeout_ms") = 1000, py::arg("force") = false)
+      .def("register_kv_cache", &RegisterKvCache, py::arg("shape"), py::arg("data_type"), py::arg("addrs"),
+           py::arg("placement") = 1)
+      .def(
+          "unregister_kv_cache",
+          [](DataDist &self, int64_t cache_id) {
+            return Report(WithoutGil([&] { return self.provider->UnregisterKvCache(cache_id); }));
+          },
+          py::arg("cache_id"))
+      .def("listen_port", &ListenPort)
+      .def(
+          "query_link",
+          [link_report](DataDist &self, uint64_t cluster_id) -> py::tuple {
+            const auto found = WithoutGil([&] { return self.provider->QueryLink(cluster_id); });
+            if (!found.ok()) {
+              return py::make_tuple(Report(found.status()), py::none());
+            }
+            const llm_datadist::LinkReport &report = found.value();
+            return py::make_tuple(Report(Status::Ok()),
+                                  link_report(report.alive, report.transport, report.transport_reason, report.peer,
+                                              report.bytes_pulled, report.bytes_pushed));
+          },
+          py::arg("cluster_id"));
+  RegisterTransfers(datadist);
+}
+
+}  // namespace datadist::bindings
