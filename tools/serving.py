@@ -228,6 +228,14 @@ def pd_router(
     return Program("router", command, port, logs / "router.log", env)
 
 
+def read_config(path: Path) -> dict[str, object]:
+    """A kv-transfer configuration."""
+    config = json.loads(path.read_text(encoding="utf-8"))
+    if not isinstance(config, dict):
+        raise ServingError(f"{path}: {type(config).__name__}, not a JSON object")
+    return config
+
+
 def post_json(url: str, body: Mapping[str, object], timeout_s: float) -> dict[str, object]:
     """POSTs `body` and returns the JSON object that comes back; ServingError with the answer's text otherwise."""
     data = json.dumps(body).encode()

@@ -22,24 +22,24 @@ SEED = 20
 # More tokens than any test or demo sends; the model has rotary positions and needs no table.
 MAX_POSITIONS = 32768
 
-WORDS = (
-    "a about above after again air all also and animal another answer any are around as ask at away back be because"
-    " been before began below between big book both boy but by call came can car carry change children city close"
-    " come cold could country cut day did different do does done down draw each earth eat end enough even every"
-    " example eye face family far father feet few find fire first fish five follow food for found four from"
-    " gave get girl give go good great green group grow had hand hard has have he head hear help her here"
-    " high him his home horse house how idea if important in into is it just keep kind king know land large last late"
-    " learn leave left letter life light like line list little live long look made make man many may me mean men might"
-    " mile money more morning most mother mountain move much must my name near need never new next night no north not"
-    " now number of off often old on once one only open or order other our out over own page paper part people"
-    " plant play point put question quick read real red right river road rock room round run said same saw say school"
-    " sea second see seem sentence set she ship short should show side simple small snow some song soon sound south"
-    " stand star start state step still stop story study such sun sure table take talk tell ten than that the their"
-    " them then there these they thing think this those thought three through time to together too took top"
-    " town tree true turn two under unit until up upon us use vowel voice walk want war warm was watch water way we"
-    " well went were what wheel when where which while white who whole why will wind with wood word work world would"
-    " write year yes yet you young your"
-).split()
+WORDS = """
+a about above after again air all also and animal another answer any are around as ask at away back be because
+been before began below between big book both boy but by call came can car carry change children city close
+come cold could country cut day did different do does done down draw each earth eat end enough even every
+example eye face family far father feet few find fire first fish five follow food for found four from
+gave get girl give go good great green group grow had hand hard has have he head hear help her here
+high him his home horse house how idea if important in into is it just keep kind king know land large last late
+learn leave left letter life light like line list little live long look made make man many may me mean men might
+mile money more morning most mother mountain move much must my name near need never new next night no north not
+now number of off often old on once one only open or order other our out over own page paper part people
+plant play point put question quick read real red right river road rock room round run said same saw say school
+sea second see seem sentence set she ship short should show side simple small snow some song soon sound south
+stand star start state step still stop story study such sun sure table take talk tell ten than that the their
+them then there these they thing think this those thought three through time to together too took top
+town tree true turn two under unit until up upon us use vowel voice walk want war warm was watch water way we
+well went were what wheel when where which while white who whole why will wind with wood word work world would
+write year yes yet you young your
+""".split()
 
 
 def make_tokenizer(out: Path) -> None:
@@ -47,7 +47,7 @@ def make_tokenizer(out: Path) -> None:
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
     from transformers import PreTrainedTokenizerFast
 
-    shuffle = random.Random(SEED)
+    shuffle = random.Random(SEED)  # noqa: S311 -- reproducible, not secret
     sentences = [" ".join(shuffle.choices(WORDS, k=10)) for _ in range(2000)]
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -60,8 +60,9 @@ def make_tokenizer(out: Path) -> None:
     )
     tokenizer.train_from_iterator(sentences, trainer)
     if tokenizer.get_vocab_size() != VOCABULARY:
-        raise SystemExit(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, not the model's {VOCABULARY}")
-    wrapped = PreTrainedTokenizerFast(
+        raise RuntimeError(f"the tokenizer has {tokenizer.get_vocab_size()} tokens, not the model's {VOCABULARY}")
+    make_wrapper: Any = PreTrainedTokenizerFast  # untyped in some releases of transformers, typed in others
+    wrapped = make_wrapper(
         tokenizer_object=tokenizer,
         pad_token="<pad>",
         bos_token="<s>",
@@ -90,7 +91,8 @@ def qwen3() -> Any:
         bos_token_id=1,
         eos_token_id=2,
     )
-    return Qwen3ForCausalLM(config)
+    make: Any = Qwen3ForCausalLM
+    return make(config)
 
 
 KINDS = {"qwen3": qwen3}

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import json
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from bootstrap import Environment
-from serving import Program, ServerSpec, pd_router, vllm_server
+from serving import Program, ServerSpec, pd_router, read_config, vllm_server
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -18,11 +17,11 @@ LOGS = ROOT / "logs" / "e2e"
 ENVIRONMENT = Environment(Path(sys.prefix))
 
 
-def kv_transfer(config: str, fields: dict[str, object] | None = None, **extra: object) -> dict[str, object]:
+def kv_transfer(config: str, fields: Mapping[str, object] | None = None, **extra: object) -> dict[str, object]:
     """A shipped configuration with changes: `fields` of vLLM's, `extra` of ours (kv_connector_extra_config)."""
-    loaded = json.loads((CONFIGS / f"{config}.json").read_text(encoding="utf-8"))
-    merged: dict[str, object] = {**loaded, **(fields or {})}
-    merged["kv_connector_extra_config"] = {**loaded.get("kv_connector_extra_config", {}), **extra}
+    merged = {**read_config(CONFIGS / f"{config}.json"), **(fields or {})}
+    ours = merged.get("kv_connector_extra_config")
+    merged["kv_connector_extra_config"] = {**(ours if isinstance(ours, dict) else {}), **extra}
     return merged
 
 

@@ -1,0 +1,162 @@
+#!/usr/bin/env python3
+"""Shows prefill on one `vllm serve` and decode on another, from a bare machine to an answer.
+
+Sets up .venv, makes a tiny model, starts a prefill instance (P), a decode instance (D) and vllm-router in front of
+them, sends a prompt, prints the answer and what moved, and stops everything.
+"""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from types import FrameType
+
+from bootstrap import ROOT, Environment, ensure_environment
+from console import StepError, progress, run_step
+from scrape import Metrics, scrape
+from serving import Program, ServerSpec, ServingError, pd_router, post_json, read_config, vllm_server
+
+LOGS = ROOT / "logs" / "demo"
+MODELS = ROOT / "models"
+PROMPT = "the river runs through the old city and the people " * 40
+MAX_TOKENS = 24
+REQUEST_TIMEOUT_S = 300.0
+METRICS_DEADLINE_S = 15.0
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    signal.signal(signal.SIGTERM, interrupt)
+    try:
+        print("1. Set-up", flush=True)
+        environment = ensure_environment()
+        model = arguments.model or make_model(environment)
+        print("2. Servers", flush=True)
+        with ExitStack() as stack:
+            prefill, decode, router = start_servers(environment, model, arguments.tensor_parallel, stack)
+            print("3. A request", flush=True)
+            show_request(router, decode, arguments.prompt)
+            if arguments.keep:
+                keep_serving(prefill, decode, router)
+        print("Everything is stopped.", flush=True)
+    except (StepError, ServingError) as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted; everything is stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, help="directory of another model (default: a tiny one, made here)")
+    parser.add_argument("--prompt", default=PROMPT, help="what to ask")
+    parser.add_argument("--tensor-parallel", type=int, default=1, help="ranks of each instance (default: 1)")
+    parser.add_argument("--keep", action="store_true", help="keep serving until Ctrl-C")
+    arguments = parser.parse_args()
+    if arguments.model is not None and not (arguments.model / "config.json").is_file():
+        parser.error(f"--model: {arguments.model} has no config.json; name the directory of a Hugging Face model")
+    return arguments
+
+
+def interrupt(number: int, frame: FrameType | None) -> None:
+    """A terminated demo stops its servers, as an interrupted one does."""
+    del number, frame
+    raise KeyboardInterrupt
+
+
+def make_model(environment: Environment) -> Path:
+    model = MODELS / "tiny-qwen3"
+    if (model / "origin.json").is_file():
+        print(f"  tiny model {model.relative_to(ROOT)}: present", flush=True)
+        return model
+    command = [str(environment.python), str(ROOT / "tools" / "tiny_model.py"), str(model)]
+    run_step("make a tiny model with random weights", command, LOGS / "model.log", env=environment.variables())
+    return model
+
+
+def start_servers(
+    environment: Environment, model: Path, tensor_parallel: int, stack: ExitStack
+) -> tuple[Program, Program, Program]:
+    variables, bin_dir = environment.variables(), environment.directory / "bin"
+
+    def server(name: str) -> Program:
+        config = read_config(ROOT / "configs" / f"{name}.json")
+        spec = ServerSpec(name, model.resolve(), config, tensor_parallel=tensor_parallel)
+        return vllm_server(spec, bin_dir, LOGS, variables)
+
+    prefill, decode = server("prefill"), server("decode")
+    router = pd_router([prefill.url], [decode.url], bin_dir, LOGS, variables)
+    for programs in ((prefill, decode), (router,)):
+        for program in programs:
+            program.log.unlink(missing_ok=True)
+            stack.callback(program.stop)
+            program.start()
+        for program in programs:
+            with progress(f"start {program.name} at {program.url}") as shown:
+                program.wait_ready(shown=shown)
+    return prefill, decode, router
+
+
+def show_request(router: Program, decode: Program, prompt: str) -> None:
+    before = scrape(decode.url)
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
+    start = time.monotonic()
+    answer = post_json(f"{router.url}/v1/completions", body, REQUEST_TIMEOUT_S)
+    seconds = time.monotonic() - start
+    usage, choices = answer["usage"], answer["choices"]
+    if not isinstance(usage, dict) or not isinstance(choices, list):
+        raise ServingError(f"the answer is not a completion: {answer}")
+    print(f"  prompt ({usage['prompt_tokens']} tokens): {shorten(prompt)!r}")
+    print(f"  answer ({usage['completion_tokens']} tokens, {seconds:.2f} s): {choices[0]['text']!r}")
+    print("  (the tiny model's weights are random: the answer means nothing, but it depends on every token)")
+    show_transfer(before, wait_for_transfer(before, decode))
+
+
+def wait_for_transfer(before: Metrics, decode: Program) -> Metrics:
+    """D's metrics once they show the transfer; they reach the API server a moment after the answer does."""
+    until = time.monotonic() + METRICS_DEADLINE_S
+    name = "vllm:datadist_bytes_transferred_count"
+    while True:
+        after = scrape(decode.url)
+        if after.total(name) > before.total(name):
+            return after
+        if time.monotonic() > until:
+            raise ServingError(decode.describe(f"answered, but {name} says that no KV cache came from P"))
+        time.sleep(0.1)
+
+
+def show_transfer(before: Metrics, after: Metrics) -> None:
+    def grown(name: str) -> float:
+        return after.total(f"vllm:{name}") - before.total(f"vllm:{name}")
+
+    num_bytes = grown("datadist_bytes_transferred_sum")
+    copying = grown("datadist_copy_seconds_sum")
+    print(f"  KV cache moved from P to D: {num_bytes / 2**20:.1f} MiB", end="")
+    print(f" in {grown('datadist_blocks_transferred_sum'):.0f} blocks,", end="")
+    print(f" {grown('external_prefix_cache_hits'):.0f} prompt tokens that D did not compute")
+    print(f"  copy: {copying * 1e3:.2f} ms ({num_bytes / 2**20 / max(copying, 1e-9):.0f} MiB/s);", end="")
+    print(f" with the confirmation by P: {grown('datadist_transfer_seconds_sum') * 1e3:.2f} ms", end="")
+    print(f" (first contact of the two instances: {grown('datadist_handshake_seconds_sum') * 1e3:.0f} ms)", flush=True)
+
+
+def shorten(text: str, length: int = 60) -> str:
+    return text if len(text) <= length else f"{text[:length]}..."
+
+
+def keep_serving(prefill: Program, decode: Program, router: Program) -> None:
+    print(f"Serving model 'tiny' at {router.url} (P {prefill.url}, D {decode.url}). Ctrl-C ends it.", flush=True)
+    while True:
+        for program in (prefill, decode, router):
+            if not program.alive:
+                raise ServingError(program.describe("ended by itself"))
+        time.sleep(1.0)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
