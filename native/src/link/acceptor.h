@@ -1,0 +1,75 @@
+// The listener of one endpoint and the connections that are not links yet.
+//
+// A connection says first what it is: HELLO (a link in the making), ATTACH (a data connection of one) or UNLINK. It has
+// until its deadline to become that; at most 64 of them exist at a time. When more come, the oldest that has not even
+// said HELLO goes, so that silent connections cannot keep real peers out.
+#ifndef DATADIST_LINK_ACCEPTOR_H_
+#define DATADIST_LINK_ACCEPTOR_H_
+
+#include <atomic>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/log.h"
+#include "control/address.h"
+#include "link/server_handshake.h"
+
+namespace datadist {
+
+class Acceptor : public std::enable_shared_from_this<Acceptor> {
+ public:
+  Acceptor(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table)
+      : endpoint_(std::move(endpoint)), table_(std::move(table)) {}
+
+  // `listener` comes from Listen().
+  void StartOnLoop(Fd listener);
+  // Closes the listener and every connection that is not a link yet.
+  void StopOnLoop();
+
+ private:
+  struct Incoming {
+    Incoming(Fd connection, std::string address, ServerHandshake steps)
+        : fd(std::move(connection)), peer(std::move(address)), handshake(std::move(steps)) {}
+    Fd fd;
+    std::string peer;
+    ServerHandshake handshake;
+    FrameReader reader;
+    uint64_t watch = 0;
+    uint64_t timer = 0;
+    bool answered = false;  // an UNLINK was; nothing more may come
+  };
+  using Key = uint64_t;
+
+  void OnListenerOnLoop();
+  void PauseOnLoop();
+  void AdmitOnLoop(Fd fd);
+  void EvictOnLoop();
+  void SetDeadlineOnLoop(Key key, Incoming &incoming, std::chrono::milliseconds span);
+  void DropOnLoop(Key key, const std::string &why);
+
+  void OnReadableOnLoop(Key key);
+  Status ReadOnLoop(Key key, Incoming &incoming, bool &more);
+  Status OnFrameOnLoop(Key key, Incoming &incoming, const Frame &frame);
+  Status OnHandshakeOnLoop(Key key, Incoming &incoming, const Frame &frame);
+  Status OnAttachOnLoop(Key key, Incoming &incoming, const Frame &frame);
+  Status OnUnlinkOnLoop(Key key, Incoming &incoming, const Frame &frame);
+  Status OnEstablishedOnLoop(Key key, Incoming &incoming, const Frame &frame);
+
+  const std::shared_ptr<LocalEndpoint> endpoint_;
+  const std::shared_ptr<LinkTable> table_;
+
+  // Owned by the loop thread.
+  Fd listener_;
+  uint64_t listener_watch_ = 0;
+  uint64_t pause_timer_ = 0;
+  Key last_key_ = 0;
+  std::map<Key, std::unique_ptr<Incoming>> incoming_;  // oldest first
+  LogBudget log_budget_;
+};
+
+}  // namespace datadist
+
+#endif  // DATADIST_LINK_ACCEPTOR_H_

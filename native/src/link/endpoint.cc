@@ -1,0 +1,142 @@
+#include "link/endpoint.h"
+
+#include <sys/random.h>
+#include <unistd.h>
+
+#include <algorithm>
+#include <array>
+#include <cerrno>
+#include <map>
+#include <mutex>
+#include <utility>
+
+#include "base/socket_io.h"
+#include "llm_datadist/llm_datadist_ext.h"
+
+namespace datadist {
+namespace {
+
+using llm_datadist::LLM_FAILED;
+using llm_datadist::LLM_LINK_FAILED;
+
+// Longer than any sensible transfer of one layer, short enough for a Finalize that waits for a peer that went silent.
+constexpr std::chrono::milliseconds kMaxPeerHold{30000};
+
+// The live endpoints of this process. A child made by fork() has a copy of its parent's entries, whose memory is not
+// the parent's any more: hence the pid.
+struct Registry {
+  struct Entry {
+    std::weak_ptr<RegionTable> regions;
+    pid_t pid;
+  };
+  std::mutex mutex;
+  std::map<Incarnation, Entry> entries;  // guarded by mutex
+};
+
+// Never destroyed: an endpoint may be finalized by a static object's destructor, after ours would have run.
+Registry &TheRegistry() {
+  static auto *registry = new Registry;
+  return *registry;
+}
+
+}  // namespace
+
+LocalEndpoint::LocalEndpoint(uint64_t cluster_id, llm_datadist::LlmRole role, LinkOptions options, RegionLimits limits,
+                             size_t transfer_threads)
+    : cluster_id_(cluster_id),
+      role_(role),
+      options_(std::move(options)),
+      regions_(RegionTable::Create(limits)),
+      loop_(std::make_shared<EventLoop>()),
+      pool_(std::make_shared<WorkerPool>(transfer_threads)) {}
+
+LocalEndpoint::~LocalEndpoint() { Retire(); }
+
+Status LocalEndpoint::Start() {
+  const Result<Incarnation> incarnation = RandomBytes();
+  if (!incarnation.ok()) {
+    return incarnation.status();
+  }
+  incarnation_ = incarnation.value();
+  if (!options_.forced_transport.has_value() || *options_.forced_transport == TransportKind::kCma) {
+    AllowCmaFromPeers();
+  }
+  if (Status status = loop_->Start(); !status.ok()) {
+    return status;
+  }
+  Registry &registry = TheRegistry();
+  const std::lock_guard<std::mutex> lock(registry.mutex);
+  registry.entries[incarnation_] = Registry::Entry{regions_, ::getpid()};
+  return Status::Ok();
+}
+
+void LocalEndpoint::Retire() {
+  Registry &registry = TheRegistry();
+  const std::lock_guard<std::mutex> lock(registry.mutex);
+  registry.entries.erase(incarnation_);
+}
+
+std::chrono::milliseconds LocalEndpoint::MaxPeerHold() const {
+  return std::max(kMaxPeerHold, options_.transfer_timeout);
+}
+
+EndpointInfo LocalEndpoint::Info(const ProbeSlot &slot, const Challenge &challenge) const {
+  EndpointInfo info;
+  info.cluster_id = cluster_id_;
+  info.role = static_cast<int32_t>(role_);
+  info.incarnation = incarnation_;
+  info.host = ThisHost();
+  info.slot_addr = slot.address();
+  info.challenge = challenge;
+  info.tcp_streams = options_.tcp_streams;
+  return info;
+}
+
+std::weak_ptr<RegionTable> FindLocalRegions(const Incarnation &incarnation) {
+  Registry &registry = TheRegistry();
+  const std::lock_guard<std::mutex> lock(registry.mutex);
+  const auto it = registry.entries.find(incarnation);
+  return it != registry.entries.end() && it->second.pid == ::getpid() ? it->second.regions
+                                                                       : std::weak_ptr<RegionTable>();
+}
+
+Result<std::array<uint8_t, 16>> RandomBytes() {
+  std::array<uint8_t, 16> bytes{};
+  // Up to 256 bytes come whole or not at all.
+  if (::getrandom(bytes.data(), bytes.size(), 0) != static_cast<ssize_t>(bytes.size())) {
+    return Status(LLM_FAILED, "getrandom: " + ErrnoText(errno));
+  }
+  return bytes;
+}
+
+Result<TransportChoice> ChooseTransport(const LinkOptions &options, const EndpointInfo &peer,
+                                        const Challenge &challenge) {
+  const auto forced = options.forced_transport;
+  const auto wanted = [&](TransportKind kind) { return !forced.has_value() || *forced == kind; };
+  std::string forced_text;
+  if (forced.has_value()) {
+    forced_text = std::string("forced by ") + llm_datadist::OPTION_TRANSPORT;
+  }
+  if (wanted(TransportKind::kLocal)) {
+    if (!FindLocalRegions(peer.incarnation).expired()) {
+      return TransportChoice{TransportKind::kLocal, ""};
+    }
+    if (forced.has_value()) {
+      return Status(LLM_LINK_FAILED, forced_text + ": transport local cannot reach a peer in another process");
+    }
+  }
+  std::string why_not_cma;
+  if (wanted(TransportKind::kCma)) {
+    const Status probe = ProbeCma(CmaPeer{peer.host, peer.slot_addr, challenge});
+    if (probe.ok()) {
+      return TransportChoice{TransportKind::kCma, forced_text};
+    }
+    if (forced.has_value()) {
+      return Status(LLM_LINK_FAILED, forced_text + ": transport cma cannot reach the peer: " + probe.text());
+    }
+    why_not_cma = "cma: " + probe.text();
+  }
+  return TransportChoice{TransportKind::kTcp, forced.has_value() ? forced_text : why_not_cma};
+}
+
+}  // namespace datadist

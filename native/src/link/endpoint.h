@@ -1,0 +1,83 @@
+// What all links of one initialised LlmDataDist share: who it is, its memory, its loop and threads, its link options.
+#ifndef DATADIST_LINK_ENDPOINT_H_
+#define DATADIST_LINK_ENDPOINT_H_
+
+#include <atomic>
+#include <chrono>
+#include <cstdint>
+#include <memory>
+#include <optional>
+#include <string>
+
+#include "base/status.h"
+#include "base/worker_pool.h"
+#include "control/event_loop.h"
+#include "control/messages.h"
+#include "memory/region_table.h"
+#include "transport/transport.h"
+
+namespace datadist {
+
+struct LinkOptions {
+  std::optional<TransportKind> forced_transport;
+  uint16_t tcp_streams = 2;
+  std::chrono::milliseconds heartbeat_interval{2000};
+  std::chrono::milliseconds transfer_timeout{1000};
+  uint32_t max_links = 512;
+  // Whether OPTION_LOCAL_COMM_RES makes sense: the API judges it when linking, not before.
+  Status local_comm_res;
+};
+
+class LocalEndpoint {
+ public:
+  LocalEndpoint(uint64_t cluster_id, llm_datadist::LlmRole role, LinkOptions options, RegionLimits limits,
+                size_t transfer_threads);
+  ~LocalEndpoint();
+  LocalEndpoint(const LocalEndpoint &) = delete;
+  LocalEndpoint &operator=(const LocalEndpoint &) = delete;
+
+  Status Start();
+  // Other endpoints of this process no longer find this one. Idempotent.
+  void Retire();
+
+  uint64_t cluster_id() const { return cluster_id_; }
+  const LinkOptions &options() const { return options_; }
+  const Incarnation &incarnation() const { return incarnation_; }
+  const std::shared_ptr<RegionTable> &regions() const { return regions_; }
+  const std::shared_ptr<EventLoop> &loop() const { return loop_; }
+  const std::shared_ptr<WorkerPool> &pool() const { return pool_; }
+
+  // The longest that a peer's request may hold memory of ours.
+  std::chrono::milliseconds MaxPeerHold() const;
+
+  EndpointInfo Info(const ProbeSlot &slot, const Challenge &challenge) const;
+
+ private:
+  const uint64_t cluster_id_;
+  const llm_datadist::LlmRole role_;
+  const LinkOptions options_;
+  const std::shared_ptr<RegionTable> regions_;
+  const std::shared_ptr<EventLoop> loop_;
+  const std::shared_ptr<WorkerPool> pool_;
+  Incarnation incarnation_{};
+};
+
+// Memory of the live endpoint of *this process* with that incarnation; empty when there is none.
+std::weak_ptr<RegionTable> FindLocalRegions(const Incarnation &incarnation);
+
+// From the kernel's generator.
+Result<std::array<uint8_t, 16>> RandomBytes();
+
+struct TransportChoice {
+  TransportKind kind = TransportKind::kTcp;
+  std::string reason;  // why nothing faster; empty when there is nothing faster
+};
+
+// For the transfers that this end initiates: the fastest transport that reaches the peer, or the forced one, or
+// LLM_LINK_FAILED when that does not reach it. `challenge` is ours, already in the peer's slot.
+Result<TransportChoice> ChooseTransport(const LinkOptions &options, const EndpointInfo &peer,
+                                        const Challenge &challenge);
+
+}  // namespace datadist
+
+#endif  // DATADIST_LINK_ENDPOINT_H_

@@ -1,0 +1,365 @@
+#include "link/link.h"
+
+#include <algorithm>
+#include <utility>
+
+#include "base/checked.h"
+#include "base/log.h"
+#include "link/link_table.h"
+#include "transport/local/local_data_path.h"
+
+namespace datadist {
+namespace {
+
+using llm_datadist::LLM_FAILED;
+using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
+using llm_datadist::LLM_NOT_YET_LINK;
+using llm_datadist::LLM_TIMEOUT;
+using llm_datadist::LLM_UNLINK_FAILED;
+
+constexpr bool MayBecome(LinkState from, LinkState to) {
+  constexpr bool kLegal[4][4] = {
+      // to: Connecting, Established, Lost, Closed
+      {false, true, false, true},   // from Connecting
+      {false, false, true, true},   // from Established
+      {false, false, false, true},  // from Lost
+      {false, false, false, false},  // from Closed
+  };
+  return kLegal[static_cast<size_t>(from)][static_cast<size_t>(to)];
+}
+
+}  // namespace
+
+std::shared_ptr<Link> Link::Create(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> table,
+                                   LinkParts parts) {
+  Fd control = std::move(parts.control);
+  std::vector<Fd> outgoing_streams = std::move(parts.outgoing_streams);
+  std::vector<Fd> incoming_streams = std::move(parts.incoming_streams);
+  std::shared_ptr<Link> link(new Link(std::move(endpoint), std::move(table), std::move(parts)));
+  link->OpenPaths(std::move(control), std::move(outgoing_streams), std::move(incoming_streams));
+  return link;
+}
+
+Link::Link(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> table, LinkParts parts)
+    : endpoint_(std::move(endpoint)),
+      table_(std::move(table)),
+      peer_(std::move(parts.peer)),
+      caller_id_(parts.caller_id),
+      peer_address_(std::move(parts.peer_address)),
+      token_(parts.token),
+      challenge_(parts.challenge),
+      outgoing_(std::move(parts.outgoing)),
+      incoming_(parts.incoming),
+      slot_(std::move(parts.slot)) {}
+
+Link::~Link() { Close("link dropped"); }
+
+void Link::OpenPaths(Fd control, std::vector<Fd> outgoing_streams, std::vector<Fd> incoming_streams) {
+  session_ = Session::Create(endpoint_->loop(), std::move(control), endpoint_->options().heartbeat_interval);
+  switch (outgoing_.kind) {
+    case TransportKind::kLocal:
+      path_ = MakeLocalDataPath(FindLocalRegions(peer_.incarnation), endpoint_->pool());
+      break;
+    case TransportKind::kCma:
+      path_ = MakeCmaDataPath(CmaPeer{peer_.host, peer_.slot_addr, challenge_}, this, endpoint_->pool());
+      break;
+    case TransportKind::kTcp:
+      path_ = MakeTcpDataPath(std::move(outgoing_streams), endpoint_->pool());
+      break;
+  }
+  for (Fd &stream : incoming_streams) {
+    servers_.push_back(
+        std::make_unique<TcpServer>(std::move(stream), endpoint_->regions(), endpoint_->MaxPeerHold()));
+  }
+}
+
+std::string Link::Name() const {
+  return "link to cluster " + std::to_string(peer_.cluster_id) + " (" + peer_address_ + ")";
+}
+
+bool Link::alive() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return state_ == LinkState::kEstablished;
+}
+
+llm_datadist::LinkReport Link::Report() const {
+  llm_datadist::LinkReport report;
+  report.alive = alive();
+  report.transport = TransportName(outgoing_.kind);
+  report.transport_reason = outgoing_.reason;
+  report.peer = peer_address_;
+  report.bytes_pulled = bytes_pulled_.load(std::memory_order_relaxed);
+  report.bytes_pushed = bytes_pushed_.load(std::memory_order_relaxed);
+  return report;
+}
+
+// ---- states ----
+
+bool Link::MoveTo(LinkState next, const std::string &reason) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (!MayBecome(state_, next)) {
+    return false;
+  }
+  state_ = next;
+  if (end_reason_.empty()) {
+    end_reason_ = reason;
+  }
+  return true;
+}
+
+void Link::Establish() {
+  if (!MoveTo(LinkState::kEstablished, "")) {
+    return;
+  }
+  const std::string why = outgoing_.reason.empty() ? "" : " (" + outgoing_.reason + ")";
+  const bool fallback = outgoing_.kind == TransportKind::kTcp && !endpoint_->options().forced_transport.has_value();
+  Log(fallback ? LogLevel::kWarning : LogLevel::kInfo,
+      Name() + " established, transport " + TransportName(outgoing_.kind) + why);
+  session_->Start(weak_from_this());
+}
+
+void Link::Lose(CloseCause cause, const std::string &reason) {
+  if (!MoveTo(LinkState::kLost, reason)) {
+    return;
+  }
+  Log(LogLevel::kWarning, Name() + " lost: " + reason);
+  session_->Close(cause, reason);
+  ShutPaths();
+  // A connection that the peer's side ended means that its process is gone, or its path shut. A peer that is merely
+  // silent may be stopped in the middle of a write and go on later: its pins stay until the deadline that it gave.
+  if (cause == CloseCause::kByPeer) {
+    DropGrants();
+  }
+}
+
+void Link::Close(const std::string &reason) {
+  if (!MoveTo(LinkState::kClosed, reason)) {
+    return;
+  }
+  session_->Close(CloseCause::kByUs, reason);
+  ShutPaths();
+  DropGrants();
+}
+
+void Link::ShutPaths() {
+  path_->Close();
+  for (const auto &server : servers_) {
+    server->Close();
+  }
+}
+
+void Link::DropGrants() {
+  std::map<uint64_t, WriteGrant> dropped;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  dropped.swap(grants_);
+}
+
+Status Link::CheckUsable() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  switch (state_) {
+    case LinkState::kEstablished:
+      return Status::Ok();
+    case LinkState::kLost:
+      return Status(LLM_FAILED, Name() + " lost: " + end_reason_ + "; unlink or relink");
+    case LinkState::kConnecting:
+    case LinkState::kClosed:
+      return Status(LLM_NOT_YET_LINK, Name() + " closed: " + end_reason_);
+  }
+  return Status(LLM_FAILED, Name());
+}
+
+// ---- transfers ----
+
+Status Link::Transfer(TransferDirection direction, int64_t remote_cache_id, const Planner &planner,
+                      Deadline deadline) {
+  if (Status status = CheckUsable(); !status.ok()) {
+    return status;
+  }
+  switch (gate_.Enter(deadline)) {
+    case EnterResult::kEntered:
+      break;
+    case EnterResult::kTimeout:
+      return Status(LLM_TIMEOUT, Name() + ": no turn in time, another transfer is running");
+    case EnterResult::kShut: {
+      const Status status = CheckUsable();
+      return status.ok() ? Status(LLM_NOT_YET_LINK, Name() + " is being unlinked") : status;
+    }
+  }
+  const Turn turn(gate_);
+  if (Status status = CheckUsable(); !status.ok()) {
+    return status;  // lost while waiting for the turn
+  }
+  const Status status = RunTransfer(direction, remote_cache_id, planner, deadline);
+  if (status.ok()) {
+    return status;
+  }
+  if (status.code() == LLM_TIMEOUT || status.code() == LLM_FAILED) {
+    // Nobody knows how far the peer got: the documented contract is that the link must be made anew.
+    Lose(CloseCause::kByUs, "a transfer failed: " + status.text());
+  }
+  return Status(status.code(), Name() + ": " + status.text());
+}
+
+Status Link::RunTransfer(TransferDirection direction, int64_t remote_cache_id, const Planner &planner,
+                         Deadline deadline) {
+  Status status;
+  // Twice: what we knew of the cache may be out of date, and the owner is the one who knows.
+  for (int attempt = 0; attempt < 2; ++attempt) {
+    const bool known = described_.count(remote_cache_id) != 0;
+    const auto remote = DescribeRemote(remote_cache_id, deadline);
+    if (!remote.ok()) {
+      return remote.status();
+    }
+    Result<TransferOp> op = planner(*remote.value());
+    if (!op.ok()) {
+      return op.status();
+    }
+    op.value().remote = remote.value().get();
+    const Result<uint64_t> bytes = TotalBytes(op.value());
+    if (!bytes.ok()) {
+      return bytes.status();
+    }
+    const bool pull = direction == TransferDirection::kPull;
+    status = pull ? path_->Pull(op.value(), deadline) : path_->Push(op.value(), deadline);
+    if (status.ok()) {
+      (pull ? bytes_pulled_ : bytes_pushed_).fetch_add(bytes.value(), std::memory_order_relaxed);
+    }
+    if (status.code() != LLM_KV_CACHE_NOT_EXIST) {
+      break;
+    }
+    described_.erase(remote_cache_id);
+    if (!known) {
+      break;
+    }
+  }
+  return status;
+}
+
+Result<std::shared_ptr<const RemoteCache>> Link::DescribeRemote(int64_t cache_id, Deadline deadline) {
+  if (const auto it = described_.find(cache_id); it != described_.end()) {
+    return it->second;
+  }
+  const Result<Frame> frame =
+      session_->Call(MessageType::kDescribe, Encode(DescribeRequest{cache_id}), MessageType::kCacheInfo, deadline);
+  if (!frame.ok()) {
+    return frame.status();
+  }
+  Result<CacheInfo> info = Decode<CacheInfo>(frame.value().body);
+  if (!info.ok()) {
+    return info.status();
+  }
+  if (!info.value().status.ok()) {
+    return info.value().status;
+  }
+  const bool needs_addrs = outgoing_.kind == TransportKind::kCma;
+  if (info.value().cache.cache_id != cache_id ||
+      (needs_addrs && info.value().cache.tensor_addrs.size() != info.value().cache.geometry.num_tensors)) {
+    return Status(LLM_FAILED, "the peer answered for another cache");
+  }
+  // Bounded by what we ask for, which is bounded by what the peer has registered.
+  return described_[cache_id] = std::make_shared<const RemoteCache>(std::move(info.value().cache));
+}
+
+Result<uint64_t> Link::AcquireWrite(const TransferOp &op, Deadline deadline) {
+  AcquireWriteRequest request;
+  request.cache_id = op.remote->cache_id;
+  request.generation = op.remote->generation;
+  request.first_tensor = op.remote_first_tensor;
+  request.tensor_count = op.tensor_count;
+  for (const Run &run : op.runs) {
+    const auto end = CheckedAdd(run.remote_offset, run.length);
+    if (!end.has_value()) {
+      return Status(llm_datadist::LLM_PARAM_INVALID, "a run ends beyond 2^64");
+    }
+    request.end = std::max(request.end, *end);
+  }
+  request.remaining_ms = RemainingMillis(deadline);
+  const Result<Frame> frame =
+      session_->Call(MessageType::kAcquireWrite, Encode(request), MessageType::kGrant, deadline);
+  if (!frame.ok()) {
+    return frame.status();
+  }
+  const Result<Grant> grant = Decode<Grant>(frame.value().body);
+  if (!grant.ok()) {
+    return grant.status();
+  }
+  return grant.value().status.ok() ? Result<uint64_t>(grant.value().grant) : Result<uint64_t>(grant.value().status);
+}
+
+void Link::ReleaseWrite(uint64_t grant) {
+  session_->Send(MessageType::kReleaseWrite, 0, Encode(ReleaseWriteRequest{grant}));
+}
+
+// ---- unlink ----
+
+Status Link::Unlink(Deadline deadline) {
+  switch (gate_.Enter(deadline)) {
+    case EnterResult::kTimeout:
+      return Status(LLM_TIMEOUT, Name() + ": a transfer is still running");
+    case EnterResult::kShut:
+      return Status::Ok();  // the peer, or another caller, is doing it
+    case EnterResult::kEntered:
+      break;
+  }
+  // Not held while waiting for the peer: two ends that unlink at once would wait for one another.
+  gate_.Shut([] {});
+  gate_.Leave();
+  const Result<Frame> answer =
+      session_->Call(MessageType::kUnlink, Encode(UnlinkRequest{endpoint_->cluster_id(), token_}),
+                     MessageType::kUnlinked, deadline);
+  if (answer.ok()) {
+    return Status::Ok();
+  }
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (state_ == LinkState::kClosed) {
+      return Status::Ok();  // the peer unlinked at the same time
+    }
+  }
+  Lose(CloseCause::kByUs, "unlink failed: " + answer.status().text());
+  const bool timeout = answer.status().code() == LLM_TIMEOUT;
+  return Status(timeout ? LLM_TIMEOUT : LLM_UNLINK_FAILED, Name() + ": unlink: " + answer.status().text());
+}
+
+void Link::CloseWhenIdle(Deadline deadline, const std::string &reason) {
+  if (gate_.Enter(deadline) == EnterResult::kEntered) {
+    gate_.Shut([] {});
+    gate_.Leave();
+  }
+  Close(reason);
+}
+
+void Link::OnUnlinkedByPeerOnLoop(std::function<void()> done) {
+  if (const std::shared_ptr<LinkTable> table = table_.lock()) {
+    table->Remove(this);
+  }
+  gate_.Shut([self = shared_from_this(), done = std::move(done)] {
+    // The session stays open for the answer.
+    if (self->MoveTo(LinkState::kClosed, "unlinked by the peer")) {
+      self->ShutPaths();
+      self->DropGrants();
+    }
+    done();
+  });
+}
+
+Status UnlinkByDialling(const SocketAddress &address, uint64_t own_cluster_id, const LinkToken &token,
+                        Deadline deadline) {
+  const auto failure = [&](const Status &status) {
+    const bool timeout = status.code() == LLM_TIMEOUT;
+    return Status(timeout ? LLM_TIMEOUT : LLM_UNLINK_FAILED, "unlink at " + address.ToString() + ": " + status.text());
+  };
+  const Result<Fd> fd = Dial(address, deadline);
+  if (!fd.ok()) {
+    return failure(fd.status());
+  }
+  if (Status sent = SendFrame(fd.value().get(), MessageType::kUnlink, 1,
+                              Encode(UnlinkRequest{own_cluster_id, token}), deadline);
+      !sent.ok()) {
+    return failure(sent);
+  }
+  const Result<Frame> answer = RecvFrame(fd.value().get(), TypeSet(MessageType::kUnlinked), deadline);
+  return answer.ok() ? Status::Ok() : failure(answer.status());
+}
+
+}  // namespace datadist

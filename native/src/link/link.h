@@ -1,0 +1,157 @@
+// One association of two endpoints: its control session, the path of the transfers that we initiate, the servers of
+// those that the peer initiates, and what each side holds for the other.
+//
+//   Connecting ──> Established ──> Lost ──> Closed        (a table in link.cc says which steps are legal)
+//
+//   Connecting   made, not yet in the table
+//   Established  transfers run, both ways
+//   Lost         the peer is gone, silent or broke the protocol, or a transfer failed in a way that leaves the path in
+//                doubt. Everything is shut; the entry stays, so that unlink and relink mean something; calls fail at once
+//   Closed       out of the table; lives on only as long as a running call holds it
+//
+// Threads: Transfer and Unlink on the callers', ...OnLoop on the loop, the rest on any.
+#ifndef DATADIST_LINK_LINK_H_
+#define DATADIST_LINK_LINK_H_
+
+#include <atomic>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "control/address.h"
+#include "control/session.h"
+#include "link/endpoint.h"
+#include "link/turn_gate.h"
+#include "llm_datadist/llm_datadist_ext.h"
+#include "transport/tcp/tcp_data_path.h"
+
+namespace datadist {
+
+class LinkTable;
+
+enum class LinkState : uint8_t { kConnecting, kEstablished, kLost, kClosed };
+
+// What a handshake, of either side, ends in.
+struct LinkParts {
+  EndpointInfo peer;
+  uint64_t caller_id = 0;  // what the caller took the peer's id for; on the server's side the peer's id
+  std::string peer_address;
+  LinkToken token{};
+  std::unique_ptr<ProbeSlot> slot;  // holds the peer's challenge
+  Challenge challenge{};            // ours, in the peer's slot
+  TransportChoice outgoing;         // of the transfers that we initiate
+  TransportKind incoming = TransportKind::kTcp;
+  Fd control;
+  std::vector<Fd> outgoing_streams;
+  std::vector<Fd> incoming_streams;
+};
+
+enum class TransferDirection : uint8_t { kPull, kPush };
+
+class Link final : public PeerCalls, public SessionHandler, public std::enable_shared_from_this<Link> {
+ public:
+  // Makes the op once the remote cache is known; Link fills in op.remote.
+  using Planner = std::function<Result<TransferOp>(const RemoteCache &)>;
+
+  static std::shared_ptr<Link> Create(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> table,
+                                      LinkParts parts);
+  ~Link() override;
+
+  uint64_t peer_id() const { return peer_.cluster_id; }
+  uint64_t caller_id() const { return caller_id_; }
+  const LinkToken &token() const { return token_; }
+  bool HasToken(const LinkToken &token) const;  // in constant time
+  const std::string &peer_address() const { return peer_address_; }
+  bool alive() const;
+  llm_datadist::LinkReport Report() const;
+
+  // Connecting -> Established; the link must be in the table, because the peer may use it from now on.
+  void Establish();
+
+  // LLM_TIMEOUT and LLM_FAILED leave the link lost, except where the call did not get its turn in time.
+  Status Transfer(TransferDirection direction, int64_t remote_cache_id, const Planner &planner, Deadline deadline);
+
+  // Waits for the running transfer, tells the peer, closes. LLM_TIMEOUT or LLM_UNLINK_FAILED leave the link as it is
+  // or lost. A lost link cannot tell the peer itself: see UnlinkByDialling.
+  Status Unlink(Deadline deadline);
+
+  // Takes the link out of service for good, after the running transfer if that ends by the deadline.
+  void CloseWhenIdle(Deadline deadline, const std::string &reason);
+  void Close(const std::string &reason);
+
+  // The peer dropped its half. `done` runs once ours is dropped, after the transfer that we may be running.
+  void OnUnlinkedByPeerOnLoop(std::function<void()> done);
+
+  // PeerCalls
+  Result<uint64_t> AcquireWrite(const TransferOp &op, Deadline deadline) override;
+  void ReleaseWrite(uint64_t grant) override;
+
+  // SessionHandler
+  Status OnRequestOnLoop(const Frame &frame) override;
+  void OnClosedOnLoop(CloseCause cause, const std::string &reason) override;
+
+ private:
+  // Keeps what the peer may be writing into registered; the timer drops it when the peer's own deadline has passed.
+  struct WriteGrant {
+    CachePin pin;
+    uint64_t expiry_timer = 0;
+  };
+
+  Link(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> table, LinkParts parts);
+  void OpenPaths(Fd control, std::vector<Fd> outgoing_streams, std::vector<Fd> incoming_streams);
+
+  bool MoveTo(LinkState next, const std::string &reason);
+  void Lose(CloseCause cause, const std::string &reason);
+  void ShutPaths();
+  void DropGrants();
+  uint64_t DropGrant(uint64_t id);  // returns its expiry timer
+  Status CheckUsable() const;
+  std::string Name() const;
+
+  Status RunTransfer(TransferDirection direction, int64_t remote_cache_id, const Planner &planner, Deadline deadline);
+  Result<std::shared_ptr<const RemoteCache>> DescribeRemote(int64_t cache_id, Deadline deadline);
+
+  Status OnDescribeOnLoop(const Frame &frame);
+  Status OnAcquireWriteOnLoop(const Frame &frame);
+  Status OnReleaseWriteOnLoop(const Frame &frame);
+  Status OnUnlinkOnLoop(const Frame &frame);
+  Result<uint64_t> GrantWriteOnLoop(const AcquireWriteRequest &request);
+
+  const std::shared_ptr<LocalEndpoint> endpoint_;
+  const std::weak_ptr<LinkTable> table_;
+  const EndpointInfo peer_;
+  const uint64_t caller_id_;
+  const std::string peer_address_;
+  const LinkToken token_;
+  const Challenge challenge_;
+  const TransportChoice outgoing_;
+  const TransportKind incoming_;
+  std::unique_ptr<ProbeSlot> slot_;
+  std::shared_ptr<Session> session_;
+  std::unique_ptr<DataPath> path_;
+  std::vector<std::unique_ptr<TcpServer>> servers_;
+
+  TurnGate gate_;
+  std::map<int64_t, std::shared_ptr<const RemoteCache>> described_;  // touched inside the gate only
+  std::atomic<uint64_t> bytes_pulled_{0};
+  std::atomic<uint64_t> bytes_pushed_{0};
+
+  mutable std::mutex mutex_;
+  LinkState state_ = LinkState::kConnecting;  // guarded by mutex_
+  std::string end_reason_;                    // guarded by mutex_
+  std::map<uint64_t, WriteGrant> grants_;     // guarded by mutex_
+  uint64_t last_grant_ = 0;                   // guarded by mutex_
+};
+
+// For a link whose own connection is gone: tells the peer over a fresh one. LLM_UNLINK_FAILED when it cannot be
+// reached, LLM_TIMEOUT.
+Status UnlinkByDialling(const SocketAddress &address, uint64_t own_cluster_id, const LinkToken &token,
+                        Deadline deadline);
+
+}  // namespace datadist
+
+#endif  // DATADIST_LINK_LINK_H_

@@ -1,0 +1,143 @@
+#include "link/link_table.h"
+
+#include <utility>
+
+namespace datadist {
+
+using llm_datadist::LLM_FAILED;
+using llm_datadist::LLM_PARAM_INVALID;
+using llm_datadist::LLM_PROCESSING_LINK;
+
+LinkTable::Reservation::Reservation(std::shared_ptr<LinkTable> table, uint64_t peer_id, bool dialling)
+    : table_(std::move(table)), peer_id_(peer_id), dialling_(dialling) {}
+
+LinkTable::Reservation::Reservation(Reservation &&other) noexcept
+    : table_(std::move(other.table_)), peer_id_(other.peer_id_), dialling_(other.dialling_) {}
+
+LinkTable::Reservation &LinkTable::Reservation::operator=(Reservation &&other) noexcept {
+  std::swap(table_, other.table_);
+  std::swap(peer_id_, other.peer_id_);
+  std::swap(dialling_, other.dialling_);
+  return *this;
+}
+
+LinkTable::Reservation::~Reservation() {
+  if (table_ != nullptr) {
+    table_->Release(peer_id_, dialling_);
+  }
+}
+
+Status LinkTable::CheckRoomLocked(uint64_t peer_id) const {
+  size_t used = links_.size();
+  for (const auto &[id, making] : making_) {
+    used += links_.count(id) == 0 ? 1 : 0;
+  }
+  const bool has_place = links_.count(peer_id) != 0 || making_.count(peer_id) != 0;
+  if (!has_place && used >= max_links_) {
+    return Status(LLM_PARAM_INVALID, "link to cluster " + std::to_string(peer_id) + ": " + std::to_string(used) +
+                                         " links exist, at most " + std::to_string(max_links_) + " (" +
+                                         llm_datadist::OPTION_MAX_LINKS + ")");
+  }
+  return Status::Ok();
+}
+
+Result<LinkTable::Reservation> LinkTable::ReserveDial(uint64_t peer_id) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (making_.count(peer_id) != 0) {
+    return Status(LLM_PROCESSING_LINK, "a link to cluster " + std::to_string(peer_id) + " is just being made");
+  }
+  if (Status room = CheckRoomLocked(peer_id); !room.ok()) {
+    return room;
+  }
+  ++making_[peer_id].dialling;
+  return Reservation(shared_from_this(), peer_id, true);
+}
+
+Result<LinkTable::Reservation> LinkTable::ReserveServe(uint64_t peer_id) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = making_.find(peer_id);
+  if (it != making_.end() && it->second.dialling > 0 && own_id_ < peer_id) {
+    return Status(LLM_PROCESSING_LINK, "cluster " + std::to_string(own_id_) + " is itself just linking to cluster " +
+                                           std::to_string(peer_id));
+  }
+  if (Status room = CheckRoomLocked(peer_id); !room.ok()) {
+    return room;
+  }
+  ++making_[peer_id].serving;
+  return Reservation(shared_from_this(), peer_id, false);
+}
+
+void LinkTable::Release(uint64_t peer_id, bool dialling) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = making_.find(peer_id);
+  --(dialling ? it->second.dialling : it->second.serving);
+  if (it->second.dialling == 0 && it->second.serving == 0) {
+    making_.erase(it);
+  }
+}
+
+Result<std::shared_ptr<Link>> LinkTable::Insert(const std::shared_ptr<Link> &link) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (shut_) {
+    return Status(LLM_FAILED, "finalized while linking");
+  }
+  return std::exchange(links_[link->peer_id()], link);
+}
+
+void LinkTable::Remove(const Link *link) {
+  std::shared_ptr<Link> dropped;  // destroyed after the lock is gone
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = links_.find(link->peer_id());
+  if (it != links_.end() && it->second.get() == link) {
+    dropped = std::move(it->second);
+    links_.erase(it);
+  }
+}
+
+std::shared_ptr<Link> LinkTable::Find(uint64_t peer_id) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = links_.find(peer_id);
+  return it == links_.end() ? nullptr : it->second;
+}
+
+std::shared_ptr<Link> LinkTable::FindForUnlink(uint64_t id, const std::string &address) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = links_.find(id);
+  if (it != links_.end()) {
+    return it->second;
+  }
+  std::shared_ptr<Link> found;
+  for (const auto &[peer_id, link] : links_) {
+    if (link->caller_id() != id || (!address.empty() && link->peer_address() != address)) {
+      continue;
+    }
+    if (found != nullptr) {
+      return nullptr;  // several were linked as "whoever answers": none of them is meant for certain
+    }
+    found = link;
+  }
+  return found;
+}
+
+bool LinkTable::HasLive(uint64_t peer_id) const {
+  const std::shared_ptr<Link> link = Find(peer_id);
+  return link != nullptr && link->alive();
+}
+
+bool LinkTable::Empty() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return links_.empty();
+}
+
+std::vector<std::shared_ptr<Link>> LinkTable::Shut() {
+  std::vector<std::shared_ptr<Link>> taken;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  shut_ = true;
+  for (auto &[peer_id, link] : links_) {
+    taken.push_back(std::move(link));
+  }
+  links_.clear();
+  return taken;
+}
+
+}  // namespace datadist

@@ -1,0 +1,75 @@
+// The links of one endpoint, by the id that the peer announced; and which links are being made.
+//
+// At most `max_links`, lost ones and those being made included. Two ends that dial each other at once would each replace
+// the other's link by its own, and lose both: so an end that is dialling a peer refuses that peer's own dial if the
+// peer's id is the larger one, and does not begin to dial a peer that is just linking to it (LLM_PROCESSING_LINK).
+#ifndef DATADIST_LINK_LINK_TABLE_H_
+#define DATADIST_LINK_LINK_TABLE_H_
+
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "link/link.h"
+
+namespace datadist {
+
+class LinkTable : public std::enable_shared_from_this<LinkTable> {
+ public:
+  // Keeps room for one link for as long as it lives.
+  class Reservation {
+   public:
+    Reservation() = default;
+    Reservation(Reservation &&other) noexcept;
+    Reservation &operator=(Reservation &&other) noexcept;
+    ~Reservation();
+
+   private:
+    friend class LinkTable;
+    Reservation(std::shared_ptr<LinkTable> table, uint64_t peer_id, bool dialling);
+    std::shared_ptr<LinkTable> table_;
+    uint64_t peer_id_ = 0;
+    bool dialling_ = false;
+  };
+
+  LinkTable(uint64_t own_id, uint32_t max_links) : own_id_(own_id), max_links_(max_links) {}
+
+  // LLM_PROCESSING_LINK, or LLM_PARAM_INVALID when the table is full.
+  Result<Reservation> ReserveDial(uint64_t peer_id);
+  Result<Reservation> ReserveServe(uint64_t peer_id);
+
+  // Returns the link that the new one replaced, which the caller closes. LLM_FAILED after Shut.
+  Result<std::shared_ptr<Link>> Insert(const std::shared_ptr<Link> &link);
+  void Remove(const Link *link);
+
+  std::shared_ptr<Link> Find(uint64_t peer_id) const;
+  // By the announced id, or else by the id that the caller once linked with, if `address` (empty: any) leaves one.
+  std::shared_ptr<Link> FindForUnlink(uint64_t id, const std::string &address) const;
+  bool HasLive(uint64_t peer_id) const;
+  bool Empty() const;
+
+  // Takes all links out; nothing can be inserted any more.
+  std::vector<std::shared_ptr<Link>> Shut();
+
+ private:
+  struct Making {
+    uint32_t dialling = 0;
+    uint32_t serving = 0;
+  };
+  Status CheckRoomLocked(uint64_t peer_id) const;
+  void Release(uint64_t peer_id, bool dialling);
+
+  const uint64_t own_id_;
+  const uint32_t max_links_;
+  mutable std::mutex mutex_;
+  std::map<uint64_t, std::shared_ptr<Link>> links_;  // guarded by mutex_
+  std::map<uint64_t, Making> making_;                // guarded by mutex_
+  bool shut_ = false;                                // guarded by mutex_
+};
+
+}  // namespace datadist
+
+#endif  // DATADIST_LINK_LINK_TABLE_H_

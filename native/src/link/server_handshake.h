@@ -1,0 +1,54 @@
+// The accepting end of one link in the making: what to answer to each message of the client. No I/O and no waiting; the
+// Acceptor, which owns it, does both. On the loop only.
+//
+//   AwaitHello ──HELLO──> AwaitReady ──READY──> AwaitEstablished (data connections attach) ──ESTABLISHED──> Done
+#ifndef DATADIST_LINK_SERVER_HANDSHAKE_H_
+#define DATADIST_LINK_SERVER_HANDSHAKE_H_
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "control/frame.h"
+#include "link/endpoint.h"
+#include "link/link_table.h"
+
+namespace datadist {
+
+class ServerHandshake {
+ public:
+  ServerHandshake(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, std::string peer_address);
+
+  TypeSet legal() const;
+  bool greeted() const { return state_ != State::kAwaitHello; }
+  // What the client says that it has left; of meaning once greeted.
+  std::chrono::milliseconds client_patience() const { return client_patience_; }
+
+  // HELLO or READY -> the answer to send. Not ok: refuse with that status.
+  Result<std::vector<uint8_t>> OnFrame(const Frame &frame);
+
+  // Whether this link waits for that data connection.
+  bool Wants(const Attach &attach) const;
+  void TakeStream(const Attach &attach, Fd stream);
+
+  // ESTABLISHED: makes the link of `control` and puts it into the table, not yet established.
+  Result<std::shared_ptr<Link>> Finish(Fd control);
+
+ private:
+  enum class State : uint8_t { kAwaitHello, kAwaitReady, kAwaitEstablished, kDone };
+  Result<std::vector<uint8_t>> OnHello(const Frame &frame);
+  Result<std::vector<uint8_t>> OnReady(const Frame &frame);
+  Status CheckClient(const Hello &hello) const;
+
+  const std::shared_ptr<LocalEndpoint> endpoint_;
+  const std::shared_ptr<LinkTable> table_;
+  State state_ = State::kAwaitHello;
+  std::chrono::milliseconds client_patience_{0};
+  LinkTable::Reservation reservation_;
+  LinkParts parts_;
+};
+
+}  // namespace datadist
+
+#endif  // DATADIST_LINK_SERVER_HANDSHAKE_H_
