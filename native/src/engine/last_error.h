@@ -1,0 +1,14 @@
+// Why the last call on this thread failed.
+#ifndef DATADIST_ENGINE_LAST_ERROR_H_
+#define DATADIST_ENGINE_LAST_ERROR_H_
+
+#include "base/status.h"
+
+namespace datadist {
+
+// Remembers the text (none for a success) and returns the code.
+llm_datadist::Status Remember(const char *call, const Status &status);
+
+}  // namespace datadist
+
+#endif  // DATADIST_ENGINE_LAST_ERROR_H_

@@ -1,0 +1,214 @@
+#include "engine/options.h"
+
+#include <charconv>
+#include <limits>
+#include <string>
+#include <string_view>
+
+#include "engine/json_check.h"
+#include "llm_datadist/llm_datadist_ext.h"
+
+namespace datadist {
+namespace {
+
+using llm_datadist::LLM_PARAM_INVALID;
+
+constexpr uint64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
+constexpr uint64_t kMaxUint32 = std::numeric_limits<uint32_t>::max();
+// A cache's description, 8 bytes per address, must fit into one control frame of 1 MiB.
+constexpr uint64_t kMaxAddrsPerCache = 65536;
+constexpr std::string_view kOwnPrefix = "datadist.";
+
+std::optional<std::string_view> Find(const OptionMap &map, const char *key) {
+  const auto it = map.find(ge::AscendString(key));
+  if (it == map.end()) {
+    return std::nullopt;
+  }
+  return std::string_view(it->second.GetString(), it->second.GetLength());
+}
+
+Status Invalid(const char *key, std::string_view value, const std::string &allowed) {
+  return Status(LLM_PARAM_INVALID, std::string(key) + ": '" + std::string(value) + "', allowed: " + allowed);
+}
+
+// Digits only: no sign, no space.
+Result<uint64_t> ParseNumber(const char *key, std::string_view value, uint64_t lowest, uint64_t highest) {
+  uint64_t number = 0;
+  const char *const end = value.data() + value.size();
+  const auto [stopped, error] = std::from_chars(value.data(), end, number);
+  if (error != std::errc() || stopped != end || number < lowest || number > highest) {
+    return Invalid(key, value, "a number in " + std::to_string(lowest) + ".." + std::to_string(highest));
+  }
+  return number;
+}
+
+// Leaves `out` as it is when the option is absent.
+template <typename T>
+Status ReadNumber(const OptionMap &map, const char *key, uint64_t lowest, uint64_t highest, T &out) {
+  const auto value = Find(map, key);
+  if (!value.has_value()) {
+    return Status::Ok();
+  }
+  const Result<uint64_t> number = ParseNumber(key, *value, lowest, highest);
+  if (!number.ok()) {
+    return number.status();
+  }
+  out = static_cast<T>(number.value());
+  return Status::Ok();
+}
+
+Status ReadMillis(const OptionMap &map, const char *key, uint64_t lowest, uint64_t highest,
+                  std::chrono::milliseconds &out) {
+  uint64_t millis = static_cast<uint64_t>(out.count());
+  const Status status = ReadNumber(map, key, lowest, highest, millis);
+  out = std::chrono::milliseconds(millis);
+  return status;
+}
+
+Status ReadTransport(const OptionMap &map, std::optional<TransportKind> &out) {
+  const auto value = Find(map, llm_datadist::OPTION_TRANSPORT);
+  if (!value.has_value() || *value == "auto") {
+    return Status::Ok();
+  }
+  for (const TransportKind kind : {TransportKind::kLocal, TransportKind::kCma, TransportKind::kTcp}) {
+    if (*value == TransportName(kind)) {
+      out = kind;
+      return Status::Ok();
+    }
+  }
+  return Invalid(llm_datadist::OPTION_TRANSPORT, *value, "'auto', 'local', 'cma', 'tcp'");
+}
+
+Status ReadBackend(const OptionMap &map, const EngineOptions &options) {
+  const auto backend = Find(map, llm_datadist::OPTION_TRANSFER_BACKEND);
+  if (!backend.has_value()) {
+    return Status::Ok();
+  }
+  if (*backend != "hixl") {
+    return Invalid(llm_datadist::OPTION_TRANSFER_BACKEND, *backend, "'hixl', or no such option");
+  }
+  if (!options.listen.has_value()) {
+    return Status(LLM_PARAM_INVALID, std::string(llm_datadist::OPTION_TRANSFER_BACKEND) + " 'hixl' needs " +
+                                         llm_datadist::OPTION_LISTEN_IP_INFO);
+  }
+  const auto config = Find(map, llm_datadist::OPTION_GLOBAL_RESOURCE_CONFIG);
+  if (config.has_value() && !config->empty()) {
+    const auto checked = CheckJsonObject(*config);
+    if (!checked.ok()) {
+      return Status(LLM_PARAM_INVALID,
+                    std::string(llm_datadist::OPTION_GLOBAL_RESOURCE_CONFIG) + ": " + checked.status().text());
+    }
+  }
+  return Status::Ok();
+}
+
+// Keys that the Python layer of the API puts into the map. They have no effect here, but nonsense in them is refused.
+Status CheckInternalKeys(const OptionMap &map) {
+  struct Bounds {
+    const char *key;
+    uint64_t lowest;
+    uint64_t highest;
+  };
+  constexpr Bounds kBounds[] = {
+      {"llm.EnableRemoteCacheAccessible", 0, 1}, {"llm.RdmaTrafficClass", 0, kMaxUint32},
+      {"llm.RdmaServiceLevel", 0, kMaxUint32},   {"llm.LinkTotalTime", 0, kMaxUint32},
+      {"llm.LinkRetryCount", 1, 100},
+  };
+  for (const Bounds &bounds : kBounds) {
+    uint64_t ignored = 0;
+    if (Status status = ReadNumber(map, bounds.key, bounds.lowest, bounds.highest, ignored); !status.ok()) {
+      return status;
+    }
+  }
+  return Status::Ok();
+}
+
+Status CheckOwnKeys(const OptionMap &map) {
+  constexpr const char *kOwnKeys[] = {
+      llm_datadist::OPTION_TRANSPORT,        llm_datadist::OPTION_TRANSFER_THREADS,
+      llm_datadist::OPTION_TCP_STREAMS,      llm_datadist::OPTION_HEARTBEAT_MS,
+      llm_datadist::OPTION_MAX_LINKS,        llm_datadist::OPTION_MAX_ADDRS_PER_CACHE,
+      llm_datadist::OPTION_MAX_DEVICE_BYTES, llm_datadist::OPTION_MAX_HOST_BYTES,
+  };
+  std::string allowed;
+  for (const char *key : kOwnKeys) {
+    allowed += std::string(allowed.empty() ? "" : ", ") + key;
+  }
+  for (const auto &[key, value] : map) {
+    const std::string_view name(key.GetString(), key.GetLength());
+    bool known = name.substr(0, kOwnPrefix.size()) != kOwnPrefix;
+    for (const char *own : kOwnKeys) {
+      known = known || name == own;
+    }
+    if (!known) {
+      return Status(LLM_PARAM_INVALID, "unknown option '" + std::string(name) + "', allowed: " + allowed);
+    }
+  }
+  return Status::Ok();
+}
+
+}  // namespace
+
+Status CheckRole(llm_datadist::LlmRole role) {
+  const auto value = static_cast<int32_t>(role);
+  if (value < 1 || value > 3) {
+    return Status(LLM_PARAM_INVALID, "role: " + std::to_string(value) + ", allowed: 1 (prompt), 2 (decoder), 3 (mix)");
+  }
+  return Status::Ok();
+}
+
+Result<EngineOptions> ParseEarlyOptions(llm_datadist::LlmRole role, const OptionMap &map) {
+  if (Status status = CheckRole(role); !status.ok()) {
+    return status;
+  }
+  EngineOptions options;
+  const auto device_id = Find(map, llm_datadist::OPTION_DEVICE_ID);
+  if (!device_id.has_value()) {
+    return Status(LLM_PARAM_INVALID, std::string(llm_datadist::OPTION_DEVICE_ID) + ": missing, it is mandatory");
+  }
+  if (Status status = ReadNumber(map, llm_datadist::OPTION_DEVICE_ID, 0, kMaxInt32, options.device_id); !status.ok()) {
+    return status;
+  }
+  if (const auto listen = Find(map, llm_datadist::OPTION_LISTEN_IP_INFO); listen.has_value()) {
+    const Result<SocketAddress> address = SocketAddress::Parse(*listen);
+    if (!address.ok()) {
+      return Status(LLM_PARAM_INVALID,
+                    std::string(llm_datadist::OPTION_LISTEN_IP_INFO) + ": " + address.status().text());
+    }
+    options.listen = address.value();
+  }
+  if (Status status = ReadBackend(map, options); !status.ok()) {
+    return status;
+  }
+  return options;
+}
+
+Status ParseLateOptions(const OptionMap &map, EngineOptions &options) {
+  LinkOptions &link = options.link;
+  RegionLimits &limits = options.limits;
+  constexpr uint64_t kMaxBytes = std::numeric_limits<uint64_t>::max();
+  const auto comm_res = Find(map, llm_datadist::OPTION_LOCAL_COMM_RES).value_or("");
+  options.comm_res_given = !comm_res.empty();
+  link.local_comm_res = CheckLocalCommRes(comm_res);
+  const Status checks[] = {
+      ReadMillis(map, llm_datadist::OPTION_SYNC_CACHE_WAIT_TIME, 1, kMaxInt32, link.transfer_timeout),
+      CheckInternalKeys(map),
+      CheckOwnKeys(map),
+      ReadTransport(map, link.forced_transport),
+      ReadNumber(map, llm_datadist::OPTION_TRANSFER_THREADS, 1, 64, options.transfer_threads),
+      ReadNumber(map, llm_datadist::OPTION_TCP_STREAMS, 1, 16, link.tcp_streams),
+      ReadMillis(map, llm_datadist::OPTION_HEARTBEAT_MS, 10, 60000, link.heartbeat_interval),
+      ReadNumber(map, llm_datadist::OPTION_MAX_LINKS, 1, kMaxUint32, link.max_links),
+      ReadNumber(map, llm_datadist::OPTION_MAX_ADDRS_PER_CACHE, 1, kMaxAddrsPerCache, limits.max_addrs_per_cache),
+      ReadNumber(map, llm_datadist::OPTION_MAX_DEVICE_BYTES, 0, kMaxBytes, limits.max_device_bytes),
+      ReadNumber(map, llm_datadist::OPTION_MAX_HOST_BYTES, 0, kMaxBytes, limits.max_host_bytes),
+  };
+  for (const Status &status : checks) {
+    if (!status.ok()) {
+      return status;
+    }
+  }
+  return Status::Ok();
+}
+
+}  // namespace datadist
