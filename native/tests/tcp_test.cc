@@ -1,0 +1,233 @@
+// Both ends of a data connection against raw sockets: frames that do not decode, peers that stall or answer nonsense.
+#include <gtest/gtest.h>
+#include <sys/socket.h>
+
+#include <algorithm>
+#include <string>
+#include <thread>
+
+#include "base/socket_io.h"
+#include "transport_support/initiator.h"
+#include "transport_support/requests.h"
+
+namespace datadist::test {
+namespace {
+
+using llm_datadist::LLM_FAILED;
+using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
+using llm_datadist::LLM_PARAM_INVALID;
+using std::chrono::milliseconds;
+using std::chrono::seconds;
+
+const CacheShape kShape{2, 4, 64};
+
+Deadline Soon() { return Deadline::In(seconds(30)); }
+
+// ---- the owner's end against raw bytes ----
+
+class TcpOwner : public testing::Test {
+ protected:
+  Fd Connect(milliseconds max_request = seconds(30)) {
+    Fd stream = Dial(port_);
+    owner_.Serve(1, max_request);
+    return stream;
+  }
+  static bool EndsWithoutAnswer(const Fd &stream) {
+    char byte = 0;
+    return RecvAll(stream.get(), &byte, 1, Soon()).code() == LLM_FAILED;
+  }
+  Status Send(const Fd &stream, const std::vector<uint8_t> &bytes) {
+    return SendAll(stream.get(), bytes.data(), bytes.size(), Soon());
+  }
+  Result<ResponseHeader> Response(const Fd &stream) {
+    uint8_t bytes[kResponseHeaderBytes];
+    const Status status = RecvAll(stream.get(), bytes, sizeof(bytes), Soon());
+    if (!status.ok()) {
+      return status;
+    }
+    auto header = DecodeResponseHeader(bytes);
+    std::string text(header.ok() ? header.value().text_bytes : 0, '\0');
+    EXPECT_TRUE(RecvAll(stream.get(), text.data(), text.size(), Soon()).ok());
+    return header;
+  }
+
+  OwnerHere owner_;
+  RemoteCache remote_ = owner_.AddCache(kShape, 1);
+  uint16_t port_ = owner_.Listen();
+};
+
+TEST_F(TcpOwner, MalformedFramesEndTheConnectionOnly) {
+  for (const BadField &bad : kBadFields) {
+    SCOPED_TRACE(bad.field);
+    const Fd stream = Connect();
+    (void)Send(stream, Spoiled(Encoded(GoodHeader(remote_), {{0, 64}}), bad));
+    EXPECT_TRUE(EndsWithoutAnswer(stream));
+  }
+  const Fd stream = Connect();
+  ASSERT_TRUE(Send(stream, Encoded(GoodHeader(remote_), {{0, 64}})).ok());
+  EXPECT_TRUE(Response(stream).ok());
+}
+
+TEST_F(TcpOwner, RequestsCutAtEveryByteEndTheConnectionOnly) {
+  const auto bytes = Encoded(GoodHeader(remote_), {{0, 64}});
+  for (size_t size = 0; size < bytes.size(); ++size) {
+    const Fd stream = Connect();
+    ASSERT_TRUE(Send(stream, {bytes.begin(), bytes.begin() + static_cast<long>(size)}).ok());
+    ::shutdown(stream.get(), SHUT_WR);
+    EXPECT_TRUE(EndsWithoutAnswer(stream)) << size;
+  }
+}
+
+TEST_F(TcpOwner, BytesOneByOneMakeTheSameRequest) {
+  const Fd stream = Connect();
+  for (const uint8_t byte : Encoded(GoodHeader(remote_), {{64, 64}})) {
+    ASSERT_TRUE(Send(stream, {byte}).ok());
+  }
+  ASSERT_TRUE(Response(stream).ok());
+  std::vector<uint8_t> got(2 * 64);
+  ASSERT_TRUE(RecvAll(stream.get(), got.data(), got.size(), Soon()).ok());
+  const auto pattern = PatternOf(kShape, 1);
+  EXPECT_TRUE(std::equal(got.begin(), got.begin() + 64, pattern.begin() + 64));
+  EXPECT_TRUE(std::equal(got.begin() + 64, got.end(), pattern.begin() + 256 + 64));
+}
+
+// What is well formed but not allowed is refused by word, and the next request is served.
+TEST_F(TcpOwner, RefusesWhatIsOutsideTheCache) {
+  struct Case {
+    llm_datadist::Status code;
+    void (*spoil)(RequestHeader &header, Span &span);
+  };
+  const Case cases[] = {
+      {LLM_PARAM_INVALID, [](RequestHeader &, Span &span) { span.offset = 4 * 64 - 63; }},
+      {LLM_PARAM_INVALID, [](RequestHeader &, Span &span) { span.offset = ~uint64_t{0}; }},
+      {LLM_PARAM_INVALID, [](RequestHeader &header, Span &span) {
+         span.length = uint64_t{1} << 62;
+         header.total_bytes = uint64_t{1} << 63;
+       }},
+      {LLM_PARAM_INVALID, [](RequestHeader &header, Span &) { header.first_tensor = 1; }},
+      {LLM_PARAM_INVALID, [](RequestHeader &header, Span &) { header.first_tensor = ~0U; }},
+      {LLM_PARAM_INVALID, [](RequestHeader &header, Span &) {
+         header.tensor_count = ~0U;
+         header.total_bytes = 64 * uint64_t{~0U};
+       }},
+      {LLM_KV_CACHE_NOT_EXIST, [](RequestHeader &header, Span &) { header.cache_id = 99; }},
+      {LLM_KV_CACHE_NOT_EXIST, [](RequestHeader &header, Span &) { header.cache_id = -1; }},
+      {LLM_KV_CACHE_NOT_EXIST, [](RequestHeader &header, Span &) { ++header.generation; }},
+  };
+  const Fd stream = Connect();
+  for (const DataOp op : {DataOp::kPull, DataOp::kPush}) {
+    for (const Case &test : cases) {
+      RequestHeader header = GoodHeader(remote_);
+      header.op = op;
+      Span span{0, 64};
+      test.spoil(header, span);
+      ASSERT_TRUE(Send(stream, Encoded(header, {span})).ok());
+      const auto response = Response(stream);
+      ASSERT_TRUE(response.ok());
+      EXPECT_EQ(response.value().status, test.code);
+    }
+  }
+  EXPECT_EQ(owner_.Bytes(remote_.cache_id), PatternOf(kShape, 1));
+  EXPECT_TRUE(owner_.CanariesIntact(remote_.cache_id));
+}
+
+// A push that stops half way holds its pin until the request's time is over, and not longer.
+TEST_F(TcpOwner, StalledPushIsCutAndLetsGoOfTheCache) {
+  for (const bool peer_sets_limit : {true, false}) {
+    const RemoteCache cache = owner_.AddCache(kShape, 2);
+    const Fd stream = Connect(peer_sets_limit ? milliseconds(30'000) : milliseconds(300));
+    RequestHeader header = GoodHeader(cache);
+    header.op = DataOp::kPush;
+    header.remaining_ms = peer_sets_limit ? 300 : 30'000;
+    ASSERT_TRUE(Send(stream, Encoded(header, {{0, 64}})).ok());
+    ASSERT_TRUE(Response(stream).ok());  // the pin is held now
+    ASSERT_TRUE(Send(stream, std::vector<uint8_t>(10)).ok());
+    const auto begin = Deadline::Clock::now();
+    owner_.UnregisterAndReuse(cache.cache_id);
+    EXPECT_GT(Deadline::Clock::now() - begin, milliseconds(50)) << "Unregister must wait for the pin";
+    EXPECT_LT(Deadline::Clock::now() - begin, seconds(5));
+    EXPECT_TRUE(EndsWithoutAnswer(stream));
+  }
+}
+
+// ---- the initiator's end against a peer that answers nonsense ----
+
+class TcpInitiator : public testing::Test {
+ protected:
+  TcpInitiator() {
+    int ends[2];
+    EXPECT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
+    peer_ = Fd(ends[0]);
+    std::vector<Fd> streams;
+    streams.emplace_back(ends[1]);
+    path_ = MakeTcpDataPath(std::move(streams), std::make_shared<WorkerPool>(1));
+    remote_.cache_id = 1;
+    remote_.generation = 1;
+    remote_.geometry = local_.pin().cache().geometry();
+  }
+
+  void AwaitRequest() {
+    uint8_t bytes[kRequestHeaderBytes + kSpanBytes];
+    ASSERT_TRUE(RecvAll(peer_.get(), bytes, sizeof(bytes), Soon()).ok());
+  }
+  Status Transfer(bool pull) {
+    const TransferOp op{&remote_, &local_.pin(), 0, 0, 2, {{0, 0, 64}}};
+    return pull ? path_->Pull(op, Soon()) : path_->Push(op, Soon());
+  }
+
+  LocalCache local_{kShape, 3};
+  RemoteCache remote_;
+  Fd peer_;
+  std::unique_ptr<DataPath> path_;
+};
+
+TEST_F(TcpInitiator, CloseWakesACallThatWaits) {
+  Status status;
+  std::thread waiter([&] { status = Transfer(true); });
+  AwaitRequest();
+  path_->Close();
+  waiter.join();
+  EXPECT_EQ(status.code(), LLM_FAILED) << status.text();
+}
+
+TEST_F(TcpInitiator, AnswerToAnotherRequestBreaksThePath) {
+  Status status;
+  std::thread caller([&] { status = Transfer(true); });
+  AwaitRequest();
+  Writer response;
+  EncodeResponse(Status::Ok(), 999, response);
+  ASSERT_TRUE(SendAll(peer_.get(), response.data(), response.size(), Soon()).ok());
+  caller.join();
+  EXPECT_EQ(status.code(), LLM_FAILED) << status.text();
+  EXPECT_EQ(Transfer(true).code(), LLM_FAILED);
+}
+
+TEST_F(TcpInitiator, RefusalCarriesItsTextAndLeavesThePathUsable) {
+  for (const bool pull : {true, false, true}) {
+    Status status;
+    std::thread caller([&] { status = Transfer(pull); });
+    AwaitRequest();
+    Writer response;
+    EncodeResponse(Status(LLM_KV_CACHE_NOT_EXIST, "cache 1 went away"), 2 * 64, response);
+    ASSERT_TRUE(SendAll(peer_.get(), response.data(), response.size(), Soon()).ok());
+    caller.join();
+    EXPECT_EQ(status.code(), LLM_KV_CACHE_NOT_EXIST);
+    EXPECT_NE(status.text().find("cache 1 went away"), std::string::npos);
+  }
+}
+
+TEST_F(TcpInitiator, PeerThatEndsInsideTheBytesBreaksThePath) {
+  Status status;
+  std::thread caller([&] { status = Transfer(true); });
+  AwaitRequest();
+  Writer response;
+  EncodeResponse(Status::Ok(), 2 * 64, response);
+  response.Bytes("12345", 5);
+  ASSERT_TRUE(SendAll(peer_.get(), response.data(), response.size(), Soon()).ok());
+  peer_.Reset();
+  caller.join();
+  EXPECT_EQ(status.code(), LLM_FAILED) << status.text();
+}
+
+}  // namespace
+}  // namespace datadist::test
