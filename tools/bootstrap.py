@@ -70,13 +70,15 @@ def ensure_environment() -> Environment:
     if present == wanted:
         print(f"  environment {VENV.name}: up to date", flush=True)
         return environment
-    STAMP.unlink(missing_ok=True)  # an interrupted set-up must not look complete
+    # The stamp never names a part that is being replaced: an interrupted set-up must not look complete.
     if present.get("serving") != wanted["serving"]:
+        STAMP.unlink(missing_ok=True)
         _make_venv(environment)
         _install_serving(environment)
-    _name_distribution_vllm(environment)
+        _name_distribution_vllm(environment)
+    _write_stamp({"serving": wanted["serving"]})
     _install_package(environment)
-    STAMP.write_text(json.dumps(wanted), encoding="utf-8")
+    _write_stamp(wanted)
     return environment
 
 
@@ -148,6 +150,10 @@ def _read_stamp() -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return stamp if isinstance(stamp, dict) else {}
+
+
+def _write_stamp(stamp: dict[str, str]) -> None:
+    STAMP.write_text(json.dumps(stamp), encoding="utf-8")
 
 
 def _make_venv(environment: Environment) -> None:
