@@ -9,6 +9,8 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from vllm_datadist_connector.protocol.params import MIN_LEASE_S
+
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
 Seconds = Annotated[float, msgspec.Meta(gt=0, le=86400)]
 SmallCount = Annotated[int, msgspec.Meta(ge=1, le=64)]
@@ -42,7 +44,7 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     queue_threads: SmallCount = 4
     """Native threads per worker: transfers with so many different peers run at once."""
 
-    lease_s: Annotated[float, msgspec.Meta(ge=1, le=3600)] = 30.0
+    lease_s: Annotated[float, msgspec.Meta(ge=MIN_LEASE_S, le=3600)] = 30.0
     """P keeps a finished request's blocks so long after the last sign of life of its D."""
 
     lease_limit_s: Seconds = 600.0
@@ -94,7 +96,10 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             address = ipaddress.ip_address(host)
         except ValueError:
             return False
-        if address.is_loopback or host == self.host:
+        if "%" in host:
+            # A scope is text of the client's choosing, and would make one peer look like many.
+            return False
+        if address.is_loopback or address == ipaddress.ip_address(self.host):
             return True
         return any(address in ipaddress.ip_network(entry, strict=False) for entry in self.allowed_peers)
 

@@ -19,7 +19,7 @@ def prompt_digest(token_ids: Sequence[int], lora_name: str | None = None, mm_has
         tokens.byteswap()
     state = hashlib.blake2b(tokens, digest_size=16)
     for part in (lora_name or "", *mm_hashes):
-        encoded = part.encode()
+        encoded = part.encode(errors="surrogatepass")
         state.update(len(encoded).to_bytes(4, "little"))
         state.update(encoded)
     return state.hexdigest()

@@ -18,7 +18,7 @@ from typing import Annotated, Final, TypeVar
 
 import msgspec
 
-from vllm_datadist_connector.protocol.params import BlockIds
+from vllm_datadist_connector.protocol.params import BlockIds, Token
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 
 MAX_BODY_BYTES: Final = 1 << 20
@@ -28,8 +28,7 @@ _ENVELOPE: Final = struct.Struct("<4sH")
 _MAGIC: Final = b"DDSC"
 
 _Id = Annotated[int, msgspec.Meta(ge=0, le=2**62)]
-_Token = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
-_Tokens = Annotated[tuple[_Token, ...], msgspec.Meta(max_length=MAX_TOKENS_PER_MESSAGE)]
+_Tokens = Annotated[tuple[Token, ...], msgspec.Meta(max_length=MAX_TOKENS_PER_MESSAGE)]
 _Rank = Annotated[int, msgspec.Meta(ge=0, le=4095)]
 _Text = Annotated[str, msgspec.Meta(max_length=4096)]
 T = TypeVar("T")
@@ -43,56 +42,57 @@ class _Message(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=
     id: _Id
 
 
-class Hello(_Message):
+class Hello(_Message, frozen=True, kw_only=True):
     """Asks for the geometry of one rank of the P that D means: answered by Meta or Refused."""
 
     engine_id: Annotated[str, msgspec.Meta(max_length=512)]
-    incarnation: _Token
+    incarnation: Token
     pp_rank: _Rank
     tp_rank: _Rank
 
 
-class Meta(_Message):
+class Meta(_Message, frozen=True, kw_only=True):
     geometry: bytes
     """A RankGeometry in msgpack, decoded by the receiver only after the envelope's version matched."""
 
 
-class Confirm(_Message):
-    """Was this lease held, for this prompt and with these blocks, until now? Answered by Confirmed."""
+class Confirm(_Message, frozen=True, kw_only=True):
+    """Was this lease held, for this prompt and with exactly these blocks, until now? Answered by Confirmed."""
 
-    token: _Token
+    token: Token
     generation: _Id
-    prompt_digest: _Token
+    prompt_digest: Token
     blocks: BlockIds
+    """All blocks that the params named, in their order: a client that permuted them must not get its way."""
 
 
-class Confirmed(_Message):
+class Confirmed(_Message, frozen=True, kw_only=True):
     held: bool
     reason: _Text
 
 
-class Renew(_Message):
+class Renew(_Message, frozen=True, kw_only=True):
     """Extends leases by their duration from now. Answered by Renewed."""
 
     tokens: _Tokens
 
 
-class Renewed(_Message):
+class Renewed(_Message, frozen=True, kw_only=True):
     gone: _Tokens
     """Tokens that name no lease (any more)."""
 
 
-class Release(_Message):
+class Release(_Message, frozen=True, kw_only=True):
     """Ends leases; unknown tokens are no error. Answered by Released."""
 
     tokens: _Tokens
 
 
-class Released(_Message):
+class Released(_Message, frozen=True, kw_only=True):
     pass
 
 
-class Refused(_Message):
+class Refused(_Message, frozen=True, kw_only=True):
     reason: _Text
 
 
@@ -100,13 +100,16 @@ Request = Hello | Confirm | Renew | Release
 Response = Meta | Confirmed | Renewed | Released | Refused
 
 _encoder: Final = msgspec.msgpack.Encoder()
-_request_decoder: Final = msgspec.msgpack.Decoder(Request)
-_response_decoder: Final = msgspec.msgpack.Decoder(Response)
+_request_decoder: Final[msgspec.msgpack.Decoder[Request]] = msgspec.msgpack.Decoder(Request)
+_response_decoder: Final[msgspec.msgpack.Decoder[Response]] = msgspec.msgpack.Decoder(Response)
 
 
 def encode(message: Request | Response) -> bytes:
-    """One frame. Raises ProtocolError if it would exceed MAX_BODY_BYTES."""
-    body = _encoder.encode(message)
+    """One frame. Raises ProtocolError if it would exceed MAX_BODY_BYTES or holds text that UTF-8 cannot."""
+    try:
+        body = _encoder.encode(message)
+    except UnicodeEncodeError as error:
+        raise ProtocolError(f"{type(message).__name__}: {error}") from None
     if len(body) > MAX_BODY_BYTES:
         raise ProtocolError(f"{type(message).__name__} of {len(body)} bytes exceeds {MAX_BODY_BYTES}")
     return _ENVELOPE.pack(_MAGIC, PROTOCOL_VERSION) + body
@@ -132,5 +135,6 @@ def _decode(frame: bytes, decoder: msgspec.msgpack.Decoder[T]) -> T:
         raise ProtocolError(f"protocol version {version}; this instance speaks {PROTOCOL_VERSION}")
     try:
         return decoder.decode(memoryview(frame)[_ENVELOPE.size :])
-    except (msgspec.DecodeError, RecursionError) as error:
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        # msgspec lets the codec's own error through for a string that is not UTF-8.
         raise ProtocolError(str(error)) from None

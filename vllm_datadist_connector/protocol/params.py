@@ -21,7 +21,12 @@ BlockIds = tuple[tuple[int, ...], ...]
 
 _BlockId = Annotated[int, msgspec.Meta(ge=0, le=2**40)]
 _Group = Annotated[tuple[_BlockId, ...], msgspec.Meta(max_length=2**18)]
-_Token = Annotated[str, msgspec.Meta(pattern="^[0-9a-f]{32}$")]
+Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
+"""32 hex digits. Not `$`, which would let a newline follow."""
+
+MIN_LEASE_S: Final = 1.0
+"""Renewals come several times per lease: a forged ticket with a shorter one would make D flood P."""
+_MAX_ERROR_CHARS: Final = 300
 _RankCount = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
@@ -33,13 +38,13 @@ class LeaseTicket(msgspec.Struct, frozen=True, kw_only=True):
     """P's promise to keep a request's blocks, as it travels in kv_transfer_params under EXTRA_KEY."""
 
     version: int
-    incarnation: _Token
+    incarnation: Token
     """The life of P's engine core that granted the lease; a restarted P has another."""
-    token: _Token
+    token: Token
     """Random; whoever holds it may renew, confirm and release the lease."""
     generation: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
-    lease_s: Annotated[float, msgspec.Meta(gt=0, le=3600)]
-    prompt_digest: _Token
+    lease_s: Annotated[float, msgspec.Meta(ge=MIN_LEASE_S, le=3600)]
+    prompt_digest: Token
     """Of the prompt that P prefilled, see digest.py: D pulls only for the same prompt."""
 
 
@@ -85,7 +90,8 @@ def parse_remote_prefill(params: dict[str, Any]) -> RemotePrefill:
     try:
         return msgspec.convert(params, RemotePrefill, strict=False)
     except (msgspec.ValidationError, RecursionError) as error:
-        raise ParamsError(str(error)) from None
+        # msgspec repeats a number that it cannot take, however long.
+        raise ParamsError(str(error)[-_MAX_ERROR_CHARS:]) from None
 
 
 def build_params(

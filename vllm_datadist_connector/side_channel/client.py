@@ -8,6 +8,7 @@ a fresh connection next time, so that nothing that was queued for its dead prede
 from __future__ import annotations
 
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
@@ -87,10 +88,10 @@ class SideChannelClient:
             Every answer that is due, and those of `fds` that are readable.
         """
         now = time.monotonic()
-        timeout = 0.0 if self._failed else self._timeout(now, until)
+        timeout_ms = 0 if self._failed else self._timeout_ms(now, until)
         for fd in fds:
             self._poller.register(fd, zmq.POLLIN)
-        ready = {source for source, _ in self._poller.poll(None if timeout is None else timeout * 1000)}
+        ready = {source for source, _ in self._poller.poll(timeout_ms)}
         for fd in fds:
             self._poller.unregister(fd)
         answers, self._failed = self._failed, []
@@ -123,11 +124,12 @@ class SideChannelClient:
         self._poller.unregister(connection.socket)
         connection.socket.close()
 
-    def _timeout(self, now: float, until: float | None) -> float | None:
+    def _timeout_ms(self, now: float, until: float | None) -> int | None:
         deadlines = [pending.deadline for pending in self._pending.values()]
         if until is not None:
             deadlines.append(until)
-        return max(0.0, min(deadlines) - now) if deadlines else None
+        # Rounded up: a poll that ends just before its deadline would be repeated until the millisecond is over.
+        return max(0, math.ceil((min(deadlines) - now) * 1000)) if deadlines else None
 
     def _receive(self, endpoint: Endpoint, connection: _Connection) -> list[Answer]:
         answers: list[Answer] = []

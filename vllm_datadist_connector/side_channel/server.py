@@ -29,6 +29,9 @@ logger = logging.getLogger(__name__)
 _MAX_QUEUED_ANSWERS = 1024
 """Per peer; beyond it answers to that peer are dropped, so that a peer that stops reading cannot fill our memory."""
 
+_MAX_QUEUED_REQUESTS = 64
+"""Per peer; beyond it that peer waits. A request may be MAX_BODY_BYTES long."""
+
 
 class SideChannelServer:
     """Binds at once (so that the port is known), serves after start()."""
@@ -46,12 +49,13 @@ class SideChannelServer:
         self._socket.ipv6 = ":" in endpoint.host
         self._socket.maxmsgsize = MAX_BODY_BYTES + 64
         self._socket.sndhwm = _MAX_QUEUED_ANSWERS
+        self._socket.rcvhwm = _MAX_QUEUED_REQUESTS
         try:
             self._socket.bind(zmq_url(endpoint))
         except zmq.ZMQError as error:
             self._context.destroy(linger=0)
             raise OSError(f"side channel: cannot listen on {endpoint}: {error}") from error
-        port = int(self._socket.last_endpoint.rstrip(b"\0").rpartition(b":")[2])
+        port = int(self._socket.getsockopt_string(zmq.LAST_ENDPOINT).rpartition(":")[2])
         self.endpoint = Endpoint(endpoint.host, port)
         self._thread: threading.Thread | None = None
 
@@ -79,21 +83,21 @@ class SideChannelServer:
                     continue
                 answer = _answer(frames[0], handler)
                 try:
-                    self._socket.send_multipart([identity, encode(answer)], flags=zmq.NOBLOCK)
+                    self._socket.send_multipart([identity, answer], flags=zmq.NOBLOCK)
                 except zmq.ContextTerminated:
                     return
                 except zmq.ZMQError as error:
                     logger.debug("side channel: answer dropped: %s", error)
 
 
-def _answer(frame: bytes, handler: Callable[[Request], Response]) -> Response:
+def _answer(frame: bytes, handler: Callable[[Request], Response]) -> bytes:
     try:
         request = decode_request(frame)
     except ProtocolError as error:
         logger.debug("side channel: refused a frame: %s", error)
-        return Refused(id=0, reason=str(error)[:1024])
+        return encode(Refused(id=0, reason=str(error)[:1024]))
     try:
-        return handler(request)
+        return encode(handler(request))
     except Exception:
         logger.exception("side channel: %s failed", type(request).__name__)
-        return Refused(id=request.id, reason="internal error")
+        return encode(Refused(id=request.id, reason="internal error"))
