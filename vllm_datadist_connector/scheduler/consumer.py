@@ -24,7 +24,7 @@ from vllm_datadist_connector.protocol.params import (
     parse_remote_prefill,
     wants_remote_prefill,
 )
-from vllm_datadist_connector.scheduler.identity import digest_of
+from vllm_datadist_connector.scheduler.identity import digest_of, is_token_prompt
 from vllm_datadist_connector.scheduler.keeper import LeaseKeeper
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
@@ -79,7 +79,7 @@ class ConsumerScheduler:
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> int:
         """Tokens that P can give beyond those computed here. No side effects: vLLM may ask many times."""
         tracked = self._requests.get(request.request_id)
-        if tracked is None or tracked.state is not _State.NEW:
+        if tracked is None or tracked.state is not _State.NEW or not self._keeper.holds(tracked.remote.ticket):
             return 0
         return max(0, tracked.loadable_tokens - num_computed_tokens)
 
@@ -151,12 +151,12 @@ class ConsumerScheduler:
                 f"remote_block_ids: {len(remote.remote_block_ids)} KV cache groups, this instance has "
                 f"{len(self._block_sizes)}"
             )
+        if not is_token_prompt(request):
+            raise ParamsError("a prompt of embeddings cannot be compared with P's")
         digest = digest_of(request)
         if remote.ticket.prompt_digest != digest:
             raise ParamsError(f"the prompt of P's request {remote.remote_request_id!r:.80} is not this prompt")
-        covered = min(
-            len(group) * size for group, size in zip(remote.remote_block_ids, self._block_sizes, strict=True)
-        )
+        covered = min(len(group) * size for group, size in zip(remote.remote_block_ids, self._block_sizes, strict=True))
         loadable = min(len(request.prompt_token_ids or ()), remote.remote_num_tokens, covered)
         return _Tracked(remote, digest, loadable)
 

@@ -26,6 +26,11 @@ class InstanceIdentity:
     """Tells a restarted instance from the one that granted a lease, even at the same address with the same id."""
 
 
+def is_token_prompt(request: Request) -> bool:
+    """Whether the prompt digest tells all of the prompt: embeddings have no ids, or placeholders that hide them."""
+    return bool(request.prompt_token_ids) and request.prompt_embeds is None
+
+
 def digest_of(request: Request) -> str:
     """The prompt digest of a vLLM request."""
     lora = request.lora_request

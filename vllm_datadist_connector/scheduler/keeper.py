@@ -7,16 +7,17 @@ of life. Several local requests may share a lease (n > 1): it is released with t
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
+from functools import partial
 
 from vllm_datadist_connector.protocol.messages import MAX_TOKENS_PER_MESSAGE, Release, Renew, Renewed, Request
 from vllm_datadist_connector.protocol.params import LeaseTicket
 from vllm_datadist_connector.side_channel.client import SideChannelClient
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.wakeup import Wakeup
 
 logger = logging.getLogger(__name__)
 
@@ -24,6 +25,7 @@ _RENEWALS_PER_LEASE = 4
 """Three lost renewals in a row do not cost a lease."""
 
 _RELEASE_RETRY_S = 1.0
+_PAUSE_AFTER_FAULT_S = 0.1
 MAX_HELD = 1 << 16
 """Leases kept alive at once; requests beyond it are prefilled locally."""
 
@@ -45,7 +47,7 @@ class LeaseKeeper:
         self._answer_timeout_s = answer_timeout_s
         self._lock = threading.Lock()
         self._kept: dict[str, _Kept] = {}
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wakeup = Wakeup()
         self._thread: threading.Thread | None = None
         self._stopping = False
 
@@ -64,8 +66,14 @@ class LeaseKeeper:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="datadist-lease-keeper", daemon=True)
                 self._thread.start()
-        self._notify()
+        self._wakeup.set()
         return True
+
+    def holds(self, ticket: LeaseTicket) -> bool:
+        """False once P has said that the lease is gone: its blocks are not worth a pull."""
+        with self._lock:
+            kept = self._kept.get(ticket.token)
+            return kept is not None and not kept.give_up
 
     def release(self, ticket: LeaseTicket) -> None:
         """Takes one user off a lease; with the last one, P is told that its blocks are free."""
@@ -79,19 +87,16 @@ class LeaseKeeper:
                 return
             kept.next_send = now
             kept.give_up = now + kept.lease_s
-        self._notify()
+        self._wakeup.set()
 
     def close(self) -> None:
         """Stops the thread; leases that are still held run out by themselves."""
         with self._lock:
             self._stopping = True
             thread = self._thread
-        self._notify()
+        self._wakeup.set()
         if thread is not None:
             thread.join(timeout=2.0)
-
-    def _notify(self) -> None:
-        os.eventfd_write(self._wake, 1)
 
     def _run(self) -> None:
         client = SideChannelClient()
@@ -99,9 +104,9 @@ class LeaseKeeper:
         while not self._stopping:
             try:
                 until = self._send_due(client, releases_sent)
-                answers, ready = client.wait([self._wake], until)
+                answers, ready = client.wait([self._wakeup.fileno()], until)
                 if ready:
-                    os.eventfd_read(self._wake)
+                    self._wakeup.clear()
                 for answer in answers:
                     released = releases_sent.pop(answer.id, ())
                     if answer.response is None:
@@ -111,8 +116,9 @@ class LeaseKeeper:
                     else:
                         self._forget(released)
             except Exception:
-                # Leases must go on being renewed whatever one answer did to us.
+                # Leases must go on being renewed whatever one answer did to us; a fault that stays must not spin.
                 logger.exception("lease keeper: a round failed")
+                time.sleep(_PAUSE_AFTER_FAULT_S)
         client.close()
 
     def _send_due(self, client: SideChannelClient, releases_sent: dict[int, tuple[str, ...]]) -> float | None:
@@ -135,10 +141,10 @@ class LeaseKeeper:
             until = min((kept.next_send for kept in self._kept.values()), default=None)
         for endpoint, tokens in renewals.items():
             for batch in _batches(tokens):
-                client.send(endpoint, lambda i, b=batch: _renew(i, b), self._answer_timeout_s)
+                client.send(endpoint, partial(_renew, tokens=batch), self._answer_timeout_s)
         for endpoint, tokens in releases.items():
             for batch in _batches(tokens):
-                sent = client.send(endpoint, lambda i, b=batch: _release(i, b), self._answer_timeout_s)
+                sent = client.send(endpoint, partial(_release, tokens=batch), self._answer_timeout_s)
                 releases_sent[sent] = batch
         return until
 
@@ -150,7 +156,7 @@ class LeaseKeeper:
                     del self._kept[token]
 
     def _forget_gone(self, tokens: tuple[str, ...]) -> None:
-        """P no longer knows these leases: renewing them is pointless, the confirmation of the pull will say so."""
+        """P no longer knows these leases: who has not begun to pull prefills here, a pull will not be confirmed."""
         with self._lock:
             for token in tokens:
                 self._kept.pop(token, None)

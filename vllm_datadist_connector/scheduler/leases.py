@@ -13,7 +13,7 @@ import math
 import secrets
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -31,7 +31,7 @@ class EndedLease(NamedTuple):
 class _Lease:
     request_id: str
     generation: int
-    blocks: tuple[frozenset[int], ...]
+    blocks: BlockIds
     prompt_digest: str
     expires: float
     limit: float
@@ -40,26 +40,30 @@ class _Lease:
 class LeaseTable:
     """Leases by their random token."""
 
-    def __init__(self, incarnation: str, lease_s: float, limit_s: float) -> None:
+    def __init__(
+        self, incarnation: str, lease_s: float, limit_s: float, clock: Callable[[], float] = time.monotonic
+    ) -> None:
         self._incarnation = incarnation
         self._lease_s = lease_s
         self._limit_s = limit_s
+        self._clock = clock
         self._lock = threading.Lock()
         self._leases: dict[str, _Lease] = {}
         self._ended: list[EndedLease] = []
         self._generation = 0
+        self._refused_confirms = 0
         self._next_expiry = math.inf
         """No lease expires before it; a lower bound, because take_ended() runs in every step."""
 
     def grant(self, request_id: str, blocks: BlockIds, prompt_digest: str) -> LeaseTicket:
-        now = time.monotonic()
+        now = self._clock()
         token = secrets.token_hex(16)
         with self._lock:
             self._generation += 1
             self._leases[token] = _Lease(
                 request_id=request_id,
                 generation=self._generation,
-                blocks=tuple(frozenset(group) for group in blocks),
+                blocks=blocks,
                 prompt_digest=prompt_digest,
                 expires=now + self._lease_s,
                 limit=now + self._limit_s,
@@ -75,24 +79,24 @@ class LeaseTable:
             )
 
     def confirm(self, token: str, generation: int, prompt_digest: str, blocks: BlockIds) -> str:
-        """Empty if the lease stands and covers the blocks and the prompt; otherwise why the read does not count."""
-        now = time.monotonic()
+        """Empty if the lease stands, for this prompt and these blocks; otherwise why the read does not count."""
         with self._lock:
-            self._expire(now)
+            self._expire(self._clock())
             lease = self._leases.get(token)
             if lease is None or lease.generation != generation:
-                return "the lease has ended or never was"
-            if lease.prompt_digest != prompt_digest:
-                return "the lease is for another prompt"
-            if len(blocks) != len(lease.blocks) or any(
-                not held.issuperset(read) for held, read in zip(lease.blocks, blocks, strict=True)
-            ):
-                return "the lease does not cover these blocks"
-            return ""
+                reason = "the lease has ended or never was"
+            elif lease.prompt_digest != prompt_digest:
+                reason = "the lease is for another prompt"
+            elif lease.blocks != blocks:
+                reason = "the lease is for other blocks, or for these in another order"
+            else:
+                return ""
+            self._refused_confirms += 1
+            return reason
 
     def renew(self, tokens: Iterable[str]) -> tuple[str, ...]:
         """Extends leases by lease_s from now, within their limit; returns the tokens that name none."""
-        now = time.monotonic()
+        now = self._clock()
         gone = []
         with self._lock:
             self._expire(now)
@@ -112,9 +116,15 @@ class LeaseTable:
     def take_ended(self) -> list[EndedLease]:
         """Leases that ended since the last call, each once."""
         with self._lock:
-            self._expire(time.monotonic())
+            self._expire(self._clock())
             ended, self._ended = self._ended, []
             return ended
+
+    def take_refused_confirms(self) -> int:
+        """Confirmations that were refused since the last call."""
+        with self._lock:
+            refused, self._refused_confirms = self._refused_confirms, 0
+            return refused
 
     def held(self) -> tuple[int, int]:
         """(leases, blocks) that are held now."""

@@ -23,7 +23,7 @@ from vllm_datadist_connector.protocol.messages import (
     Response,
 )
 from vllm_datadist_connector.protocol.params import BlockIds, build_params, wants_remote_decode
-from vllm_datadist_connector.scheduler.identity import InstanceIdentity, digest_of
+from vllm_datadist_connector.scheduler.identity import InstanceIdentity, digest_of, is_token_prompt
 from vllm_datadist_connector.scheduler.leases import EndedLease, LeaseTable
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.side_channel.server import SideChannelServer
@@ -36,9 +36,9 @@ logger = logging.getLogger(__name__)
 _HELD_STATUSES = frozenset({RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED})
 """Ends of a prefill whose blocks D wants: max_tokens reached, or a stop token as the very first one."""
 
-_SIBLING = re.compile(r"^(?:[1-9]\d*_(?:cmpl|chatcmpl)-|(?:\d+_)?cmpl-.*-[1-9]\d*-[0-9a-f]{8}$)")
-"""Ids of the second and later children of a request with n > 1 or several prompts. The API server returns the params
-of the first child only, so nobody would ever ask for the blocks of the others."""
+_UNCLAIMED = re.compile(r"^\d+_|^cmpl-.*-[1-9]\d*-[0-9a-f]{8}$")
+"""Ids of requests whose params the API server drops, so that nobody would ever ask for their blocks: the children of a
+request with n > 1 (it returns the params of whichever ended last), and all prompts of a list but the first."""
 
 
 class ProducerScheduler:
@@ -48,7 +48,6 @@ class ProducerScheduler:
         self._identity = identity
         self._leases = LeaseTable(identity.incarnation, lease_s, limit_s)
         self._geometries: dict[tuple[int, int], bytes] = {}
-        self._refused_confirms = 0
         self._ended: list[EndedLease] = []
         self._server = SideChannelServer(endpoint)
         self.endpoint = self._server.endpoint
@@ -92,8 +91,7 @@ class ProducerScheduler:
         for lease in self._ended:
             by_reason[lease.why] = by_reason.get(lease.why, 0) + 1
         self._ended = []
-        refused, self._refused_confirms = self._refused_confirms, 0
-        return by_reason, refused
+        return by_reason, self._leases.take_refused_confirms()
 
     def held(self) -> tuple[int, int]:
         """(leases, blocks) held now."""
@@ -105,7 +103,7 @@ class ProducerScheduler:
     def _held_blocks(self, request: VllmRequest, blocks: Sequence[Sequence[int]]) -> BlockIds:
         if request.status not in _HELD_STATUSES or not wants_remote_decode(request.kv_transfer_params):
             return tuple(() for _ in blocks)
-        if _SIBLING.match(request.request_id) or not request.prompt_token_ids:
+        if _UNCLAIMED.match(request.request_id) or not is_token_prompt(request):
             return tuple(() for _ in blocks)
         held = []
         for group, block_size in zip(blocks, self._identity.block_sizes, strict=True):
@@ -119,7 +117,6 @@ class ProducerScheduler:
         if isinstance(request, Confirm):
             reason = self._leases.confirm(request.token, request.generation, request.prompt_digest, request.blocks)
             if reason:
-                self._refused_confirms += 1
                 logger.warning("refused to confirm a pull: %s", reason)
             return Confirmed(id=request.id, held=not reason, reason=reason)
         if isinstance(request, Renew):

@@ -61,9 +61,7 @@ class ConnectorScheduler:
         if self._consumer is not None:
             self._consumer.after_alloc(request, blocks, num_external_tokens)
 
-    def request_finished(
-        self, request: Request, blocks: Sequence[Sequence[int]]
-    ) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished(self, request: Request, blocks: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
         if self._consumer is not None:
             self._consumer.request_finished(request.request_id)
         if self._producer is not None and wants_remote_decode(request.kv_transfer_params):
