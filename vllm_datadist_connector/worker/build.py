@@ -45,7 +45,9 @@ def build_worker(config: ConnectorConfig, vllm_config: VllmConfig, groups: Seque
 def _contract(vllm_config: VllmConfig, groups: Sequence[Any]) -> LayoutContract:
     spec = groups[0].kv_cache_spec
     hf_config = vllm_config.model_config.hf_text_config
-    sizes = [f"{name}={getattr(hf_config, name)}" for name in _MODEL_SIZES if getattr(hf_config, name, None) is not None]
+    sizes = [
+        f"{name}={getattr(hf_config, name)}" for name in _MODEL_SIZES if getattr(hf_config, name, None) is not None
+    ]
     return LayoutContract(
         model=" ".join([*(vllm_config.model_config.hf_config.architectures or ["unknown"]), *sizes]),
         kv_cache_dtype=str(getattr(spec, "dtype", vllm_config.cache_config.cache_dtype)),

@@ -11,7 +11,6 @@ links and pulls are native calls in the transfer queue.
 from __future__ import annotations
 
 import logging
-import os
 import threading
 import time
 from collections import deque
@@ -24,12 +23,15 @@ from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.protocol.messages import Confirm, Confirmed
 from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
+from vllm_datadist_connector.wakeup import Wakeup
 from vllm_datadist_connector.worker.peers import Peer, PeerState, PeerTable
 from vllm_datadist_connector.worker.plan import PlanError, plan_pull
 from vllm_datadist_connector.worker.transfers import Failure, FinishedPulls, Outbox, Phase, Transfer, TransferTable
 
 logger = logging.getLogger(__name__)
 T = TypeVar("T")
+
+_PAUSE_AFTER_FAULT_S = 0.1
 
 _TENSORS_PER_LAYER = 1
 """Our caches count one tensor per layer; without a layer range the value has no other effect than to divide."""
@@ -59,8 +61,9 @@ class PullDriver:
         self._observer = observer
         self._inbox: deque[PullJob | str] = deque()
         self._outbox = Outbox()
-        self._wake = os.eventfd(0, os.EFD_NONBLOCK | os.EFD_CLOEXEC)
+        self._wakeup = Wakeup()
         self._stopping = False
+        self._linked = 0
         self._transfers = TransferTable()
         self._queue = _native.TransferQueue(datadist, threads=config.queue_threads)
         self._client = SideChannelClient()
@@ -79,36 +82,47 @@ class PullDriver:
 
     def submit(self, job: PullJob) -> None:
         self._inbox.append(job)
-        os.eventfd_write(self._wake, 1)
+        self._wakeup.set()
 
     def cancel(self, request_id: str) -> None:
         """The request ended: its pull is drained and reported as received."""
         self._inbox.append(request_id)
-        os.eventfd_write(self._wake, 1)
+        self._wakeup.set()
 
     def take_finished(self) -> FinishedPulls:
         return self._outbox.take()
 
     def linked_peers(self) -> int:
-        return self._peers.linked()
+        """As of the driver thread's last round: its tables must not be looked into from another thread."""
+        return self._linked
 
     def close(self) -> None:
         self._stopping = True
-        os.eventfd_write(self._wake, 1)
+        self._wakeup.set()
         self._thread.join()
         self._queue.close()
 
     def _run(self) -> None:
-        fds = [self._wake, self._queue.fileno()]
         while not self._stopping:
-            answers, ready = self._client.wait(fds, self._transfers.next_deadline(time.monotonic()))
-            if self._wake in ready:
-                os.eventfd_read(self._wake)
-            self._each(self._take, self._taken_from_inbox())
-            self._each(self._on_completion, self._queue.poll())
-            self._each(self._on_answer, answers)
-            self._each(self._on_deadline, self._transfers.overdue(time.monotonic()))
+            try:
+                self._round()
+            except Exception:
+                # Without this thread every later request of this rank would wait for ever; a fault that stays must
+                # not spin.
+                logger.exception("pull driver: a round failed")
+                time.sleep(_PAUSE_AFTER_FAULT_S)
         self._client.close()
+
+    def _round(self) -> None:
+        fds = [self._wakeup.fileno(), self._queue.fileno()]
+        answers, ready = self._client.wait(fds, self._transfers.next_deadline(time.monotonic()))
+        if self._wakeup.fileno() in ready:
+            self._wakeup.clear()
+        self._each(self._take, self._taken_from_inbox())
+        self._each(self._on_completion, self._queue.poll())
+        self._each(self._on_answer, answers)
+        self._each(self._on_deadline, self._transfers.overdue(time.monotonic()))
+        self._linked = self._peers.linked()
 
     def _each(self, handle: Callable[[T], None], events: Iterable[T]) -> None:
         for event in events:
@@ -128,8 +142,15 @@ class PullDriver:
             self._cancel(item)
 
     def _start(self, job: PullJob) -> None:
-        transfer = self._transfers.add(job, self._peers.meet(job.remote))
-        peer = transfer.peer
+        try:
+            peer = self._peers.meet(job.remote)
+        except Exception:
+            # No deadline watches over this request yet: it would wait for ever.
+            logger.exception("request %s: pull failed (internal)", job.request_id)
+            self._observer.failed(Failure.INTERNAL)
+            self._outbox.put(job, failed=True)
+            return
+        transfer = self._transfers.add(job, peer)
         if peer.state is PeerState.READY:
             self._pull(transfer)
         elif peer.state is PeerState.BROKEN:
@@ -160,7 +181,8 @@ class PullDriver:
                     deadline_ms=remaining_ms,
                     tensor_num_per_layer=_TENSORS_PER_LAYER,
                 )
-            except _native.QueueFullError as error:
+            except RuntimeError as error:
+                # The queue is full, or closing.
                 self._fail(transfer, Failure.TRANSFER, str(error))
                 return
             self._transfers.add_call(transfer, call)
@@ -176,15 +198,21 @@ class PullDriver:
         transfer.queued_s = max(transfer.queued_s, completion.queued_s)
         transfer.run_s = max(transfer.run_s, completion.run_s)
         if completion.status != _native.LLM_SUCCESS and not completion.cancelled:
+            reason = f"{_native.status_name(completion.status)}: {completion.error}"
+            self._fail(transfer, Failure.TRANSFER, reason)
             if completion.status in _LINK_LOST:
-                self._peers.broke(transfer.peer, f"pull from {transfer.peer.key.endpoint}: {completion.error}", "link")
-            name = _native.status_name(completion.status)
-            self._fail(transfer, Failure.TRANSFER, f"{name}: {completion.error}")
+                self._lose_link(transfer.peer, f"pull from {transfer.peer.key.endpoint}: {reason}")
         elif not transfer.calls:
             if transfer.cancelled or transfer.failure is not None:
                 self._end(transfer)
             else:
                 self._confirm(transfer)
+
+    def _lose_link(self, peer: Peer, reason: str) -> None:
+        """Fails whatever is queued behind a pull that broke the link, or each would wait for its own time-out."""
+        self._peers.broke(peer, reason, "link")
+        for transfer in self._transfers.pulling_from(peer):
+            self._fail(transfer, Failure.TRANSFER, reason)
 
     def _confirm(self, transfer: Transfer) -> None:
         """Asks P whether the lease was held all the while: only then the bytes count."""
@@ -197,7 +225,7 @@ class PullDriver:
                 token=ticket.token,
                 generation=ticket.generation,
                 prompt_digest=job.prompt_digest,
-                blocks=job.remote_blocks,
+                blocks=job.remote.remote_block_ids,
             )
 
         timeout_s = min(self._config.handshake_timeout_s, max(0.001, transfer.deadline - time.monotonic()))

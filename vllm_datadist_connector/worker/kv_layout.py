@@ -76,7 +76,7 @@ def _block_bytes(layer: str, tensor: torch.Tensor, num_blocks: int) -> int:
         raise LayoutError(f"{where}: the first dimension must be {num_blocks} blocks or a whole multiple")
     if tensor.stride(0) != tensor[0].numel() or not _dense(tensor[0]):
         raise LayoutError(f"{where}: a block is not one run of bytes")
-    return tensor.stride(0) * tensor.element_size() * (tensor.shape[0] // num_blocks)
+    return int(tensor.stride(0) * tensor.element_size() * (tensor.shape[0] // num_blocks))
 
 
 def _dense(block: torch.Tensor) -> bool:

@@ -102,6 +102,7 @@ class PeerTable:
             self.broke(peer, f"link with {key.endpoint} was lost; linking again", "link")
             peer = None
         if peer is None:
+            self._forget_dead()
             peer = Peer(key, met_at=now)
             if len(self._peers) >= MAX_PEERS:
                 peer.state, peer.reason = PeerState.BROKEN, f"more than {MAX_PEERS} peers"
@@ -170,7 +171,7 @@ class PeerTable:
     def _on_meta(self, peer: Peer, meta: Meta) -> None:
         try:
             geometry = msgspec.msgpack.decode(meta.geometry, type=RankGeometry)
-        except msgspec.DecodeError as error:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self.broke(peer, f"handshake with {peer.key.endpoint}: geometry: {error}", "handshake")
             return
         mismatches = find_mismatches(self._ours, geometry)
@@ -206,6 +207,12 @@ class PeerTable:
             remote_ip_infos=[(geometry.host, geometry.port)],
             local_ip_infos=[(self._ours.host, 0)],
         )
+
+    def _forget_dead(self) -> None:
+        """Breaks peers whose link is gone: a P that restarts is a new peer each time, and they would add up."""
+        for peer in self._peers.values():
+            if peer.state is PeerState.READY and not self._is_linked(peer):
+                self.broke(peer, f"link with {peer.key.endpoint} was lost", "link")
 
     def _forget_broken(self, now: float) -> None:
         for key, peer in list(self._peers.items()):

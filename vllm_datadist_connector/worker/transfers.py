@@ -132,6 +132,9 @@ class TransferTable:
     def remove(self, transfer: Transfer) -> None:
         del self._by_request[transfer.job.request_id]
 
+    def pulling_from(self, peer: Peer) -> list[Transfer]:
+        return [t for t in self._by_request.values() if t.peer is peer and t.phase is Phase.PULLING]
+
     def overdue(self, now: float) -> list[Transfer]:
         return [transfer for transfer in self._by_request.values() if transfer.deadline <= now]
 
