@@ -24,7 +24,8 @@ def cache_hit_source() -> Any:
 
 def transfer_groups(kv_cache_config: Any) -> Sequence[Any]:
     """KV cache groups that cross instances. 0.29+ says which; before, all. Goes with 0.28."""
-    return getattr(kv_cache_config, "transfer_groups", None) or kv_cache_config.kv_cache_groups
+    groups: Sequence[Any] = getattr(kv_cache_config, "transfer_groups", None) or kv_cache_config.kv_cache_groups
+    return groups
 
 
 def transfer_group_ids(kv_cache_config: Any) -> tuple[int, ...]:

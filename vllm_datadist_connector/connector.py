@@ -82,7 +82,8 @@ class DataDistConnector(KVConnectorBase_V1):
 
     @classmethod
     def build_kv_connector_stats(cls, data: dict[str, Any] | None = None) -> DataDistStats:
-        return DataDistStats(data=data) if data is not None else DataDistStats()
+        # A copy: vLLM aggregates into what it gets, and hands the same dict to each of its loggers.
+        return DataDistStats().aggregate(DataDistStats(data=data)) if data else DataDistStats()
 
     @classmethod
     def build_prom_metrics(
