@@ -1,5 +1,5 @@
-# _native: the engine linked in, hidden. LLM_DATADIST_STATIC and --exclude-libs keep its symbols out of the process: a
-# CANN library that exports the same names must neither be taken for ours nor get ours.
+# _native: the engine linked in, hidden. LLM_DATADIST_STATIC, --exclude-libs and the export map keep its symbols out of
+# the process: a CANN library that exports the same names must neither be taken for ours nor get ours.
 find_package(Python 3.10 REQUIRED COMPONENTS Interpreter Development.Module)
 find_package(pybind11 CONFIG REQUIRED)
 
@@ -7,7 +7,9 @@ file(GLOB binding_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/bindings
 pybind11_add_module(_native MODULE NO_EXTRAS ${binding_sources})
 target_compile_definitions(_native PRIVATE LLM_DATADIST_STATIC)
 target_link_libraries(_native PRIVATE datadist_provider datadist_options)
-target_link_options(_native PRIVATE -Wl,--exclude-libs,ALL)
+set(module_map ${CMAKE_CURRENT_SOURCE_DIR}/cmake/python_module.map)
+target_link_options(_native PRIVATE -Wl,--exclude-libs,ALL -Wl,--version-script=${module_map})
+set_target_properties(_native PROPERTIES LINK_DEPENDS ${module_map})
 if(DATADIST_SANITIZE STREQUAL "")
   target_link_options(_native PRIVATE -Wl,-z,relro,-z,now)
 endif()
