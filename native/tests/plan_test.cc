@@ -108,7 +108,7 @@ TEST(PullTensors, RangesArePairedInOrder) {
   EXPECT_EQ(one.value().tensors.src_first, 1U);
   EXPECT_EQ(one.value().tensors.count, 2U);
   EXPECT_TRUE(CheckPullSource(two.value(), Geometry(10), Geometry(6)).ok()) << "tensor counts may differ with ranges";
-  ExpectInvalid(CheckPullSource(two.value(), Geometry(10), Geometry(5)), "selects tensors 2..5, the remote cache has 5");
+  ExpectInvalid(CheckPullSource(two.value(), Geometry(10), Geometry(5)), "tensors 2..5, the remote cache has 5");
   ExpectInvalid(CheckPullSource(two.value(), Geometry(10), Geometry(10, 4, 32)), "block size differs");
 }
 

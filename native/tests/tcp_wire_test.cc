@@ -45,9 +45,15 @@ TEST(Wire, GoldenRequest) {
   RequestHeader header = GoodHeader({});
   header.cache_id = 0x0102;
   header.generation = 3;
-  const std::vector<uint8_t> golden = {'D',  'D',  'R', 'Q', 1, 0, 1, 0, 0x20, 0x4E, 0, 0, 2, 1, 0, 0, 0, 0, 0, 0, 3, 0,
-                                       0,    0,    0,   0,   0, 0, 0, 0, 0,    0,    2, 0, 0, 0, 1, 0, 0, 0, 128, 0, 0, 0,
-                                       0,    0,    0,   0,   7, 0, 0, 0, 0,    0,    0, 0, 64, 0, 0, 0, 0, 0, 0, 0};
+  const std::vector<uint8_t> golden = {
+      'D', 'D', 'R', 'Q', 1, 0, 1, 0,                   // magic, version, op, reserved
+      0x20, 0x4E, 0, 0,                                 // remaining_ms
+      2, 1, 0, 0, 0, 0, 0, 0,                           // cache id
+      3, 0, 0, 0, 0, 0, 0, 0,                           // generation
+      0, 0, 0, 0, 2, 0, 0, 0, 1, 0, 0, 0,               // first tensor, tensor count, span count
+      128, 0, 0, 0, 0, 0, 0, 0,                         // total bytes
+      7, 0, 0, 0, 0, 0, 0, 0, 64, 0, 0, 0, 0, 0, 0, 0,  // span: offset, length
+  };
   EXPECT_EQ(Encoded(header, {{7, 64}}), golden);
 }
 

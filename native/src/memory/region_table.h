@@ -8,10 +8,10 @@
 // once, its stamp is invalidated, and the call returns when the last pin is gone; from then on no transfer of this
 // process touches the memory.
 //
-// A reader in another process (cma) takes no pin here. It reads the stamp before and after the bytes: the same valid
-// generation both times means that the cache was registered all the while; anything else means the bytes are not to be
-// trusted and the transfer fails with LLM_KV_CACHE_NOT_EXIST. A *writer* in another process must hold a pin, taken
-// through the control connection, because a late write cannot be undone.
+// A reader in another process (cma) takes no pin here. It reads the stamp after the bytes: the generation that it was
+// told means that the cache was registered all the while, because generations are never used twice; anything else
+// means the bytes are not to be trusted and the transfer fails with LLM_KV_CACHE_NOT_EXIST. A *writer* in another
+// process must hold a pin, taken through the control connection, because a late write cannot be undone.
 //
 // Threads: every member may be called from any thread.
 #ifndef DATADIST_MEMORY_REGION_TABLE_H_
@@ -62,7 +62,7 @@ class RegisteredCache {
   int64_t id() const { return id_; }
   uint64_t generation() const { return generation_; }
   const CacheGeometry &geometry() const { return geometry_; }
-  const std::vector<uint64_t> &addrs() const { return addrs_; }  // for cma peers; not to be dereferenced with arithmetic
+  const std::vector<uint64_t> &addrs() const { return addrs_; }  // for cma peers; to dereference, use CachePin
   const CacheStamp *stamp() const { return stamp_; }
 
  private:

@@ -1,7 +1,7 @@
 // What every transport does with an op before bytes move: check it, order it, cut it into parts.
 //
-// The bytes of an op form one sequence, tensor after tensor and run after run; a part is a range [begin, end) of it, and
-// a PieceCursor walks the contiguous pieces of a part.
+// The bytes of an op form one sequence, tensor after tensor and run after run; a part is a range [begin, end) of it,
+// and a PieceCursor walks the contiguous pieces of a part.
 #ifndef DATADIST_TRANSPORT_PIECES_H_
 #define DATADIST_TRANSPORT_PIECES_H_
 

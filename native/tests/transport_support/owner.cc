@@ -13,6 +13,7 @@
 namespace datadist::test {
 namespace {
 
+constexpr size_t kAlignment = 64;
 constexpr size_t kCanaryBytes = 256;
 constexpr uint8_t kCanary = 0xC5;
 constexpr uint8_t kReused = 0xEE;
@@ -39,30 +40,32 @@ llm_datadist::CacheDesc DescOf(const CacheShape &shape) {
 
 Arena::Arena(const CacheShape &shape) : tensor_bytes_(shape.num_blocks * shape.stride) {
   for (uint32_t i = 0; i < shape.num_tensors; ++i) {
-    tensors_.push_back(std::make_unique<uint8_t[]>(tensor_bytes_ + 2 * kCanaryBytes));
-    std::memset(tensors_.back().get(), kCanary, kCanaryBytes);
-    std::memset(tensors_.back().get() + kCanaryBytes + tensor_bytes_, kCanary, kCanaryBytes);
+    const size_t size = tensor_bytes_ + 2 * kCanaryBytes + kAlignment;
+    memory_.push_back(std::make_unique<uint8_t[]>(size));
+    std::memset(memory_.back().get(), kCanary, size);
+    const uintptr_t first = reinterpret_cast<uintptr_t>(memory_.back().get()) + kCanaryBytes;
+    tensors_.push_back(memory_.back().get() + kCanaryBytes + (kAlignment - first % kAlignment) % kAlignment);
   }
 }
 
 void Arena::Fill(const std::vector<uint8_t> &bytes) {
   for (size_t i = 0; i < tensors_.size(); ++i) {
-    std::memcpy(tensors_[i].get() + kCanaryBytes, &bytes[i * tensor_bytes_], tensor_bytes_);
+    std::memcpy(tensors_[i], &bytes[i * tensor_bytes_], tensor_bytes_);
   }
 }
 
 std::vector<uint8_t> Arena::Bytes() const {
   std::vector<uint8_t> bytes;
-  for (const auto &tensor : tensors_) {
-    bytes.insert(bytes.end(), tensor.get() + kCanaryBytes, tensor.get() + kCanaryBytes + tensor_bytes_);
+  for (const uint8_t *tensor : tensors_) {
+    bytes.insert(bytes.end(), tensor, tensor + tensor_bytes_);
   }
   return bytes;
 }
 
 std::vector<uint64_t> Arena::Addrs() const {
   std::vector<uint64_t> addrs;
-  for (const auto &tensor : tensors_) {
-    addrs.push_back(reinterpret_cast<uintptr_t>(tensor.get() + kCanaryBytes));
+  for (const uint8_t *tensor : tensors_) {
+    addrs.push_back(reinterpret_cast<uintptr_t>(tensor));
   }
   return addrs;
 }
@@ -71,8 +74,8 @@ bool Arena::CanariesIntact() const {
   const auto intact = [](const uint8_t *first) {
     return std::all_of(first, first + kCanaryBytes, [](uint8_t byte) { return byte == kCanary; });
   };
-  return std::all_of(tensors_.begin(), tensors_.end(), [&](const auto &tensor) {
-    return intact(tensor.get()) && intact(tensor.get() + kCanaryBytes + tensor_bytes_);
+  return std::all_of(tensors_.begin(), tensors_.end(), [&](const uint8_t *tensor) {
+    return intact(tensor - kCanaryBytes) && intact(tensor + tensor_bytes_);
   });
 }
 

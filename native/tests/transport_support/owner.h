@@ -42,7 +42,8 @@ class Arena {
 
  private:
   size_t tensor_bytes_;
-  std::vector<std::unique_ptr<uint8_t[]>> tensors_;
+  std::vector<std::unique_ptr<uint8_t[]>> memory_;
+  std::vector<uint8_t *> tensors_;  // into memory_, aligned as a tensor library aligns them
 };
 
 class Owner {

@@ -58,8 +58,6 @@ class CmaDataPath final : public DataPath {
   Status Execute(const Job &job) const;
   Status MovePart(const Job &job, uint64_t begin, uint64_t end) const;
   void Fill(IovecBatch &batch, PieceCursor &pieces, const TransferOp &op) const;
-  void AddWitness(IovecBatch &batch, const TransferOp &op, Witness &witness) const;
-  Status Judge(const Witness &witness, const TransferOp &op) const;
   Status Verify(const TransferOp &op) const;
 
   const CmaPeer peer_;
@@ -119,22 +117,18 @@ Status CmaDataPath::Execute(const Job &job) const {
   if (moved.code() == llm_datadist::LLM_TIMEOUT) {
     return moved;
   }
-  // A stamp read after the bytes proves them: generations are never used twice. Failed moves are looked at too, because
-  // memory that vanished with its cache is a missing cache and not a broken link.
+  // Slot and stamp read after the bytes prove them: a pid does not come back to a process, a generation not to a cache.
+  // Failed moves are looked at too, because memory that vanished with its cache is a missing cache, not a broken link.
   std::atomic_thread_fence(std::memory_order_seq_cst);
   Status verified = Verify(job.op);
   return verified.ok() ? moved : verified;
 }
 
-// Who is there is checked in the same call as the first bytes of a pull, and before each call of a push: bytes written
-// into a wrong process cannot be taken back, bytes read from one are thrown away.
+// Bytes written into a wrong process cannot be taken back, so a look at who is there precedes each call of a push.
+// Bytes read from one are thrown away by the look that follows them: a pull needs none before.
 Status CmaDataPath::MovePart(const Job &job, uint64_t begin, uint64_t end) const {
-  const TransferOp &op = job.op;
-  const bool pull = job.direction == VmDirection::kRead;
-  PieceCursor pieces(job.runs(), job.total / op.tensor_count, begin, end);
+  PieceCursor pieces(job.runs(), job.total / job.op.tensor_count, begin, end);
   IovecBatch batch;
-  Witness witness;
-  bool witnessed = false;
   while (!pieces.AtEnd()) {
     if (closed_.load()) {
       return Status(LLM_FAILED, "the link was closed");
@@ -142,22 +136,14 @@ Status CmaDataPath::MovePart(const Job &job, uint64_t begin, uint64_t end) const
     if (job.deadline.Expired()) {
       return Status(llm_datadist::LLM_TIMEOUT, "deadline passed while copying");
     }
-    if (!pull) {
-      if (Status status = Verify(op); !status.ok()) {
+    if (job.direction == VmDirection::kWrite) {
+      if (Status status = Verify(job.op); !status.ok()) {
         return status;
       }
-    } else if (!witnessed) {
-      AddWitness(batch, op, witness);
     }
-    Fill(batch, pieces, op);
+    Fill(batch, pieces, job.op);
     if (Status status = batch.Move(peer_.host.pid, job.direction); !status.ok()) {
       return status;
-    }
-    if (pull && !witnessed) {
-      witnessed = true;
-      if (Status status = Judge(witness, op); !status.ok()) {
-        return status;
-      }
     }
   }
   return Status::Ok();
@@ -175,12 +161,15 @@ void CmaDataPath::Fill(IovecBatch &batch, PieceCursor &pieces, const TransferOp 
   }
 }
 
-void CmaDataPath::AddWitness(IovecBatch &batch, const TransferOp &op, Witness &witness) const {
+// Slot and stamp in one call, so that they are of the same process.
+Status CmaDataPath::Verify(const TransferOp &op) const {
+  Witness witness;
+  IovecBatch batch;
   batch.Add(peer_.slot_addr, witness.challenge.data(), witness.challenge.size());
   batch.Add(op.remote->stamp_addr, &witness.generation, sizeof(witness.generation));
-}
-
-Status CmaDataPath::Judge(const Witness &witness, const TransferOp &op) const {
+  if (Status status = batch.Move(peer_.host.pid, VmDirection::kRead); !status.ok()) {
+    return status;
+  }
   if (witness.challenge != peer_.challenge) {
     return Status(LLM_FAILED, "process " + std::to_string(peer_.host.pid) +
                                   " no longer holds the challenge of this link: it dropped the link, or is another");
@@ -190,14 +179,6 @@ Status CmaDataPath::Judge(const Witness &witness, const TransferOp &op) const {
                   "remote cache " + std::to_string(op.remote->cache_id) + " was unregistered");
   }
   return Status::Ok();
-}
-
-Status CmaDataPath::Verify(const TransferOp &op) const {
-  Witness witness;
-  IovecBatch batch;
-  AddWitness(batch, op, witness);
-  Status status = batch.Move(peer_.host.pid, VmDirection::kRead);
-  return status.ok() ? Judge(witness, op) : status;
 }
 
 }  // namespace

@@ -2,8 +2,9 @@
 //
 // Whose memory it is, is proven, not believed: at link time each end writes the other's random challenge into a
 // ProbeSlot of its own, and says its pid and the slot's address; the other end reads the slot through the kernel. The
-// slot is read again in the same system call as the cache's stamp before and after every transfer, so that a pid that
-// now belongs to another process, or a link that the owner dropped, is noticed before any byte counts.
+// slot is read again in the same system call as the cache's stamp: after the bytes of every pull, so that a pid that
+// now belongs to another process, or a link that the owner dropped, is noticed before any byte counts; and before each
+// system call of a push.
 #ifndef DATADIST_TRANSPORT_CMA_CMA_DATA_PATH_H_
 #define DATADIST_TRANSPORT_CMA_CMA_DATA_PATH_H_
 

@@ -15,8 +15,8 @@ namespace datadist {
 enum class VmDirection { kRead, kWrite };
 
 // The pairs of one system call. Neighbours merge on each side by themselves: the two lists only have to be equally long
-// in bytes, and fewer remote entries mean less page pinning. Lives on the stack, uninitialised beyond its counts: 32 KiB
-// that an allocation or a clearing would make the dearest part of a small transfer.
+// in bytes, and fewer remote entries mean less page pinning. Lives on the stack, uninitialised beyond its counts: to
+// allocate or clear 32 KiB would be the dearest part of a small transfer.
 class IovecBatch {
  public:
   // Bounds one call to some ten milliseconds, so that deadlines are met.

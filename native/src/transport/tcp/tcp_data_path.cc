@@ -29,7 +29,8 @@ struct Outcome {
 Outcome Broken(Status status) { return {std::move(status), true}; }
 
 uint32_t RemainingMs(Deadline deadline) {
-  return static_cast<uint32_t>(std::clamp<int64_t>(deadline.Remaining().count(), 1, std::numeric_limits<uint32_t>::max()));
+  constexpr int64_t kMost = std::numeric_limits<uint32_t>::max();
+  return static_cast<uint32_t>(std::clamp<int64_t>(deadline.Remaining().count(), 1, kMost));
 }
 
 Outcome ReadResponse(int fd, uint64_t total_bytes, Deadline deadline) {

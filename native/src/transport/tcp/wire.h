@@ -4,8 +4,8 @@
 //   pull   initiator: request, runs                       owner: response, and if it says LLM_SUCCESS the bytes
 //   push   initiator: request, runs      owner: response ("go")      initiator: bytes      owner: response ("done")
 //
-// A response other than LLM_SUCCESS carries no bytes and leaves the connection ready for the next request. Whatever does
-// not decode ends the connection.
+// A response other than LLM_SUCCESS carries no bytes and leaves the connection ready for the next request. Whatever
+// does not decode ends the connection.
 #ifndef DATADIST_TRANSPORT_TCP_WIRE_H_
 #define DATADIST_TRANSPORT_TCP_WIRE_H_
 
