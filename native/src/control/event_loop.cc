@@ -95,7 +95,10 @@ bool EventLoop::Run(const Task &task) {
   };
   // Destroyed with the task, run or not: a loop that stops first must not leave the caller waiting.
   struct Ticket {
-    std::shared_ptr<Waiter> waiter;
+    explicit Ticket(std::shared_ptr<Waiter> of) : waiter(std::move(of)) {}
+    Ticket(const Ticket &) = delete;
+    Ticket &operator=(const Ticket &) = delete;
+    const std::shared_ptr<Waiter> waiter;
     ~Ticket() {
       const std::lock_guard<std::mutex> lock(waiter->mutex);
       waiter->dropped = true;
@@ -103,7 +106,7 @@ bool EventLoop::Run(const Task &task) {
     }
   };
   const auto waiter = std::make_shared<Waiter>();
-  const bool posted = Post([&task, waiter, ticket = std::make_shared<Ticket>(Ticket{waiter})] {
+  const bool posted = Post([&task, waiter, ticket = std::make_shared<Ticket>(waiter)] {
     task();
     const std::lock_guard<std::mutex> lock(waiter->mutex);
     waiter->ran = true;

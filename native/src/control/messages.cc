@@ -4,6 +4,7 @@
 #include <limits>
 #include <utility>
 
+#include "base/bytes.h"
 #include "control/frame.h"
 
 namespace datadist {
@@ -112,6 +113,10 @@ bool Get(Reader &reader, RemoteCache &cache) {
 }
 
 }  // namespace
+
+uint32_t RemainingMillis(Deadline deadline) {
+  return static_cast<uint32_t>(std::min<int64_t>(deadline.Remaining().count(), std::numeric_limits<uint32_t>::max()));
+}
 
 std::vector<uint8_t> Encode(const Hello &message) {
   Writer writer;
@@ -228,16 +233,16 @@ Result<Attach> Decode(const std::vector<uint8_t> &body) {
   return message;
 }
 
-std::vector<uint8_t> Encode(const Describe &message) {
+std::vector<uint8_t> Encode(const DescribeRequest &message) {
   Writer writer;
   writer.I64(message.cache_id);
   return writer.Take();
 }
 
 template <>
-Result<Describe> Decode(const std::vector<uint8_t> &body) {
+Result<DescribeRequest> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
-  const Describe message{reader.I64()};
+  const DescribeRequest message{reader.I64()};
   if (!reader.Finished()) {
     return Malformed("DESCRIBE");
   }
@@ -264,7 +269,7 @@ Result<CacheInfo> Decode(const std::vector<uint8_t> &body) {
   return message;
 }
 
-std::vector<uint8_t> Encode(const AcquireWrite &message) {
+std::vector<uint8_t> Encode(const AcquireWriteRequest &message) {
   Writer writer;
   writer.I64(message.cache_id);
   writer.U64(message.generation);
@@ -276,9 +281,9 @@ std::vector<uint8_t> Encode(const AcquireWrite &message) {
 }
 
 template <>
-Result<AcquireWrite> Decode(const std::vector<uint8_t> &body) {
+Result<AcquireWriteRequest> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
-  AcquireWrite message;
+  AcquireWriteRequest message;
   message.cache_id = reader.I64();
   message.generation = reader.U64();
   message.first_tensor = reader.U32();
@@ -310,23 +315,23 @@ Result<Grant> Decode(const std::vector<uint8_t> &body) {
   return message;
 }
 
-std::vector<uint8_t> Encode(const ReleaseWrite &message) {
+std::vector<uint8_t> Encode(const ReleaseWriteRequest &message) {
   Writer writer;
   writer.U64(message.grant);
   return writer.Take();
 }
 
 template <>
-Result<ReleaseWrite> Decode(const std::vector<uint8_t> &body) {
+Result<ReleaseWriteRequest> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
-  const ReleaseWrite message{reader.U64()};
+  const ReleaseWriteRequest message{reader.U64()};
   if (!reader.Finished()) {
     return Malformed("RELEASE_WRITE");
   }
   return message;
 }
 
-std::vector<uint8_t> Encode(const Unlink &message) {
+std::vector<uint8_t> Encode(const UnlinkRequest &message) {
   Writer writer;
   writer.U64(message.cluster_id);
   Put(writer, message.token);
@@ -334,9 +339,9 @@ std::vector<uint8_t> Encode(const Unlink &message) {
 }
 
 template <>
-Result<Unlink> Decode(const std::vector<uint8_t> &body) {
+Result<UnlinkRequest> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
-  Unlink message;
+  UnlinkRequest message;
   message.cluster_id = reader.U64();
   Get(reader, message.token);
   if (!reader.Finished()) {

@@ -22,7 +22,7 @@
 #include <string>
 #include <vector>
 
-#include "base/bytes.h"
+#include "base/deadline.h"
 #include "base/status.h"
 #include "transport/cma/cma_data_path.h"
 #include "transport/transport.h"
@@ -78,7 +78,7 @@ struct Attach {
   uint16_t index = 0;
 };
 
-struct Describe {
+struct DescribeRequest {
   int64_t cache_id = 0;
 };
 
@@ -89,7 +89,7 @@ struct CacheInfo {
 
 // All runs of the write end at or before `end` in each tensor. That is all the owner needs: it pins the cache and
 // refuses a range outside, and each run starts at or after 0 by its type.
-struct AcquireWrite {
+struct AcquireWriteRequest {
   int64_t cache_id = 0;
   uint64_t generation = 0;
   uint32_t first_tensor = 0;
@@ -103,26 +103,29 @@ struct Grant {
   uint64_t grant = 0;
 };
 
-struct ReleaseWrite {
+struct ReleaseWriteRequest {
   uint64_t grant = 0;
 };
 
-struct Unlink {
+struct UnlinkRequest {
   uint64_t cluster_id = 0;  // of the sender
   LinkToken token{};
 };
+
+// A deadline crosses as the time that is left.
+uint32_t RemainingMillis(Deadline deadline);
 
 std::vector<uint8_t> Encode(const Hello &message);
 std::vector<uint8_t> Encode(const Welcome &message);
 std::vector<uint8_t> Encode(const Reject &message);
 std::vector<uint8_t> Encode(const Ready &message);
 std::vector<uint8_t> Encode(const Attach &message);
-std::vector<uint8_t> Encode(const Describe &message);
+std::vector<uint8_t> Encode(const DescribeRequest &message);
 std::vector<uint8_t> Encode(const CacheInfo &message);
-std::vector<uint8_t> Encode(const AcquireWrite &message);
+std::vector<uint8_t> Encode(const AcquireWriteRequest &message);
 std::vector<uint8_t> Encode(const Grant &message);
-std::vector<uint8_t> Encode(const ReleaseWrite &message);
-std::vector<uint8_t> Encode(const Unlink &message);
+std::vector<uint8_t> Encode(const ReleaseWriteRequest &message);
+std::vector<uint8_t> Encode(const UnlinkRequest &message);
 
 // The start of a HELLO body has one form in every version of the protocol.
 Result<VersionRange> DecodeVersionRange(const std::vector<uint8_t> &hello_body);
