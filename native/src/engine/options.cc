@@ -141,7 +141,8 @@ Status CheckOwnKeys(const OptionMap &map) {
       known = known || name == own;
     }
     if (!known) {
-      return Status(LLM_PARAM_INVALID, "unknown option '" + std::string(name) + "', allowed: " + allowed);
+      return Status(LLM_PARAM_INVALID, "unknown option '" + std::string(name) + "' (value '" + value.GetString() +
+                                           "'), allowed: " + allowed);
     }
   }
   return Status::Ok();
@@ -172,8 +173,8 @@ Result<EngineOptions> ParseEarlyOptions(llm_datadist::LlmRole role, const Option
   if (const auto listen = Find(map, llm_datadist::OPTION_LISTEN_IP_INFO); listen.has_value()) {
     const Result<SocketAddress> address = SocketAddress::Parse(*listen);
     if (!address.ok()) {
-      return Status(LLM_PARAM_INVALID,
-                    std::string(llm_datadist::OPTION_LISTEN_IP_INFO) + ": " + address.status().text());
+      return Invalid(llm_datadist::OPTION_LISTEN_IP_INFO, *listen,
+                     "'ip:port' or '[ipv6]:port' (" + address.status().text() + ")");
     }
     options.listen = address.value();
   }

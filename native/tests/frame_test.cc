@@ -1,0 +1,205 @@
+// Frames and messages: what was written is read back; whatever else arrives is refused, and costs no memory.
+#include <gtest/gtest.h>
+#include <sys/socket.h>
+
+#include <random>
+
+#include "base/crc32c.h"
+#include "control/frame.h"
+#include "control/messages.h"
+
+namespace datadist {
+namespace {
+
+constexpr TypeSet kAll(MessageType::kHello, MessageType::kPing, MessageType::kCacheInfo, MessageType::kReject);
+
+// Feeds bytes one at a time, as the worst network would.
+Result<std::optional<Frame>> Feed(FrameReader &reader, const std::vector<uint8_t> &bytes, TypeSet legal = kAll) {
+  Result<std::optional<Frame>> result = std::optional<Frame>();
+  for (const uint8_t byte : bytes) {
+    *reader.next() = byte;
+    result = reader.Filled(1, legal);
+    if (!result.ok()) {
+      break;
+    }
+  }
+  return result;
+}
+
+void Patch(std::vector<uint8_t> &bytes, size_t at, std::initializer_list<uint8_t> values) {
+  std::copy(values.begin(), values.end(), bytes.begin() + static_cast<std::ptrdiff_t>(at));
+}
+
+TEST(Frame, IsReadBack) {
+  FrameReader reader;
+  for (const size_t size : {size_t{0}, size_t{1}, size_t{4096}}) {
+    const std::vector<uint8_t> body(size, 0x5A);
+    const auto frame = Feed(reader, EncodeFrame(MessageType::kHello, 42, body));
+    ASSERT_TRUE(frame.ok());
+    ASSERT_TRUE(frame.value().has_value());
+    EXPECT_EQ(frame.value()->type, MessageType::kHello);
+    EXPECT_EQ(frame.value()->seq, 42U);
+    EXPECT_EQ(frame.value()->body, body);
+    EXPECT_TRUE(reader.AtBoundary());
+  }
+}
+
+TEST(Frame, TruncatedIsNeverAFrame) {
+  const std::vector<uint8_t> whole = EncodeFrame(MessageType::kHello, 1, std::vector<uint8_t>(30, 7));
+  for (size_t size = 0; size < whole.size(); ++size) {
+    FrameReader reader;
+    const auto frame = Feed(reader, {whole.begin(), whole.begin() + static_cast<std::ptrdiff_t>(size)});
+    ASSERT_TRUE(frame.ok());
+    EXPECT_FALSE(frame.value().has_value());
+  }
+}
+
+TEST(Frame, EveryFlippedBitIsNoticed) {
+  const std::vector<uint8_t> good = EncodeFrame(MessageType::kHello, 1, std::vector<uint8_t>(8, 7));
+  for (size_t bit = 0; bit < good.size() * 8; ++bit) {
+    std::vector<uint8_t> bad = good;
+    bad[bit / 8] = static_cast<uint8_t>(bad[bit / 8] ^ (1U << (bit % 8)));
+    FrameReader reader;
+    const auto frame = Feed(reader, bad);
+    EXPECT_FALSE(frame.ok() && frame.value().has_value()) << "bit " << bit;
+  }
+}
+
+TEST(Frame, HeaderIsRefusedBeforeTheBodyIsAllocated) {
+  struct Case {
+    const char *what;
+    size_t at;
+    std::initializer_list<uint8_t> values;
+  };
+  for (const Case &bad : {Case{"magic", 0, {1, 2, 3, 4}}, Case{"version", 4, {2, 0}}, Case{"type 0", 6, {0, 0}},
+                          Case{"type 17", 6, {17, 0}}, Case{"type 65535", 6, {255, 255}},
+                          Case{"illegal type", 6, {static_cast<uint8_t>(MessageType::kUnlink), 0}},
+                          Case{"length", 8, {1, 16, 0, 0}}, Case{"length 2^32-1", 8, {255, 255, 255, 255}}}) {
+    std::vector<uint8_t> bytes = EncodeFrame(MessageType::kPing, 1, std::vector<uint8_t>(4096));
+    Patch(bytes, bad.at, bad.values);
+    bytes.resize(kFrameHeaderSize);
+    FrameReader reader;
+    EXPECT_FALSE(Feed(reader, bytes).ok()) << bad.what;
+  }
+}
+
+TEST(Frame, HelloOfAnotherVersionIsReadSoThatItCanBeAnswered) {
+  std::vector<uint8_t> bytes = EncodeFrame(MessageType::kHello, 1, {});
+  Patch(bytes, 4, {9, 0});
+  Patch(bytes, 16, {0, 0, 0, 0});
+  const uint32_t crc = Crc32c(bytes.data(), bytes.size());
+  Patch(bytes, 16, {static_cast<uint8_t>(crc), static_cast<uint8_t>(crc >> 8), static_cast<uint8_t>(crc >> 16),
+                    static_cast<uint8_t>(crc >> 24)});
+  FrameReader reader;
+  const auto frame = Feed(reader, bytes);
+  ASSERT_TRUE(frame.ok());
+  EXPECT_TRUE(frame.value().has_value());
+}
+
+TEST(Frame, RandomBytesAreRefused) {
+  constexpr uint32_t kSeed = 20;
+  std::mt19937 random(kSeed);
+  for (int round = 0; round < 20000; ++round) {
+    std::vector<uint8_t> bytes = EncodeFrame(MessageType::kCacheInfo, 1, std::vector<uint8_t>(random() % 64));
+    for (uint32_t i = 0, flips = 1 + static_cast<uint32_t>(random() % 8); i < flips; ++i) {
+      bytes[random() % bytes.size()] = static_cast<uint8_t>(random());
+    }
+    if (bytes == EncodeFrame(MessageType::kCacheInfo, 1, std::vector<uint8_t>(bytes.size() - kFrameHeaderSize))) {
+      continue;
+    }
+    FrameReader reader;
+    const auto frame = Feed(reader, bytes);
+    ASSERT_FALSE(frame.ok() && frame.value().has_value()) << "seed " << kSeed << " round " << round;
+  }
+}
+
+EndpointInfo SomeEndpoint() {
+  EndpointInfo info;
+  info.cluster_id = ~0ULL - 1;
+  info.role = 3;
+  info.incarnation.fill(0x11);
+  info.host = HostIdentity{"2f0c1c1e-8d0a-4a4f-8f0e-a0a0a0a0a0a0", 4026531836ULL, 4711};
+  info.slot_addr = 0x7f0012345678ULL;
+  info.challenge.fill(0x22);
+  info.tcp_streams = 16;
+  return info;
+}
+
+CacheInfo SomeCache(uint32_t tensors, size_t addrs) {
+  CacheInfo info;
+  info.cache.cache_id = 3;
+  info.cache.generation = 9;
+  info.cache.geometry = CacheGeometry{llm_datadist::CachePlacement::kHost, tensors, 4, 256, 64};
+  info.cache.stamp_addr = 77;
+  info.cache.tensor_addrs.assign(addrs, 0xABCDEF);
+  return info;
+}
+
+// Every proper prefix and every extension of a good body must be refused.
+template <typename Message>
+void ExpectExact(const Message &message) {
+  std::vector<uint8_t> body = Encode(message);
+  EXPECT_TRUE(Decode<Message>(body).ok());
+  for (size_t size = 0; size < body.size(); ++size) {
+    EXPECT_FALSE(Decode<Message>({body.begin(), body.begin() + static_cast<std::ptrdiff_t>(size)}).ok()) << size;
+  }
+  body.push_back(0);
+  EXPECT_FALSE(Decode<Message>(body).ok()) << "trailing byte";
+}
+
+TEST(Messages, AreExact) {
+  ExpectExact(Hello{{1, 2}, SomeEndpoint(), 1234, true});
+  ExpectExact(Welcome{SomeEndpoint(), {}});
+  ExpectExact(Reject{Status(llm_datadist::LLM_ALREADY_LINK, "why")});
+  ExpectExact(Ready{TransportKind::kCma, "why"});
+  ExpectExact(Attach{{}, Initiator::kServer, 15});
+  ExpectExact(DescribeRequest{-5});
+  ExpectExact(SomeCache(2, 2));
+  ExpectExact(SomeCache(2, 0));
+  ExpectExact(CacheInfo{Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST, "gone"), {}});
+  ExpectExact(AcquireWriteRequest{1, 2, 3, 4, 5, 6});
+  ExpectExact(Grant{Status::Ok(), 7});
+  ExpectExact(ReleaseWriteRequest{7});
+  ExpectExact(UnlinkRequest{8, {}});
+  EXPECT_FALSE(DecodeEmpty({0}).ok());
+}
+
+TEST(Messages, ValuesAreReadBack) {
+  const Result<Hello> hello = Decode<Hello>(Encode(Hello{{1, 2}, SomeEndpoint(), 1234, true}));
+  ASSERT_TRUE(hello.ok());
+  EXPECT_EQ(hello.value().client.cluster_id, ~0ULL - 1);
+  EXPECT_EQ(hello.value().client.host.boot_id, SomeEndpoint().host.boot_id);
+  EXPECT_EQ(hello.value().client.challenge, SomeEndpoint().challenge);
+  EXPECT_EQ(hello.value().remaining_ms, 1234U);
+  EXPECT_TRUE(hello.value().force_link);
+  const Result<CacheInfo> cache = Decode<CacheInfo>(Encode(SomeCache(2, 2)));
+  ASSERT_TRUE(cache.ok());
+  EXPECT_EQ(cache.value().cache.geometry.stride, 64U);
+  EXPECT_EQ(cache.value().cache.tensor_addrs, SomeCache(2, 2).cache.tensor_addrs);
+}
+
+TEST(Messages, ValuesOutOfRangeAreRefused) {
+  EndpointInfo info = SomeEndpoint();
+  info.role = 0;
+  EXPECT_FALSE(Decode<Welcome>(Encode(Welcome{info, {}})).ok());
+  info = SomeEndpoint();
+  info.tcp_streams = 17;
+  EXPECT_FALSE(Decode<Welcome>(Encode(Welcome{info, {}})).ok());
+  info.tcp_streams = 0;
+  EXPECT_FALSE(Decode<Welcome>(Encode(Welcome{info, {}})).ok());
+  EXPECT_FALSE(Decode<Reject>(Encode(Reject{Status::Ok()})).ok());
+  EXPECT_FALSE(Decode<Attach>(Encode(Attach{{}, Initiator::kServer, 16})).ok());
+  EXPECT_FALSE(Decode<Ready>(Encode(Ready{static_cast<TransportKind>(9), ""})).ok());
+  EXPECT_FALSE(Decode<CacheInfo>(Encode(SomeCache(3, 2))).ok()) << "addresses that do not match the tensors";
+  EXPECT_FALSE(Decode<CacheInfo>(Encode(SomeCache(0, 0))).ok());
+  CacheInfo stride = SomeCache(2, 2);
+  stride.cache.geometry.stride = 65;
+  EXPECT_FALSE(Decode<CacheInfo>(Encode(stride)).ok());
+}
+
+TEST(Messages, TheLargestCacheFitsIntoAFrame) {
+  EXPECT_LE(Encode(SomeCache(65536, 65536)).size(), BodyCap(MessageType::kCacheInfo));
+}
+
+}  // namespace
+}  // namespace datadist
