@@ -1,0 +1,137 @@
+"""kv_connector_extra_config: every key's default, limits and message."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+from vllm_datadist_connector.config import ConfigError, ConnectorConfig, parse_config
+
+ROOT = Path(__file__).resolve().parents[2]
+
+DEFAULTS = {
+    "host": "127.0.0.1",
+    "side_channel_port": 0,
+    "engine_port": 0,
+    "transport": "auto",
+    "transfer_threads": 2,
+    "tcp_streams": 2,
+    "queue_threads": 4,
+    "lease_s": 30.0,
+    "lease_limit_s": 600.0,
+    "recv_deadline_s": 60.0,
+    "pull_timeout_s": 20.0,
+    "handshake_timeout_s": 5.0,
+    "link_timeout_s": 5.0,
+    "peer_backoff_s": 1.0,
+    "allowed_peers": [],
+    "provider": "engine",
+}
+
+ALLOWED: dict[str, list[object]] = {
+    "host": ["10.1.2.3", "::1", "fd00::5"],
+    "side_channel_port": [0, 65535],
+    "engine_port": [0, 65535],
+    "transport": ["auto", "local", "cma", "tcp"],
+    "transfer_threads": [1, 64],
+    "tcp_streams": [1, 16],
+    "queue_threads": [1, 64],
+    "lease_s": [1, 600],
+    "lease_limit_s": [30, 86400],
+    "recv_deadline_s": [0.001, 86400],
+    "pull_timeout_s": [0.1, 3600],
+    "handshake_timeout_s": [0.001, 86400],
+    "link_timeout_s": [0.001, 86400],
+    "peer_backoff_s": [0.001, 86400],
+    "allowed_peers": [[], ["10.0.0.0/8", "::1", "192.168.1.7"]],
+    "provider": ["engine"],
+}
+
+REFUSED: dict[str, list[object]] = {
+    "host": ["0.0.0.0", "::", "localhost", "", "224.0.0.1", "127.0.0.1:5", 5, None],
+    "side_channel_port": [-1, 65536, "80", 1.5, True],
+    "engine_port": [-1, 65536, None],
+    "transport": ["rdma", "", None, 1],
+    "transfer_threads": [0, 65, 1.5],
+    "tcp_streams": [0, 17],
+    "queue_threads": [0, 65],
+    "lease_s": [0.5, 3601, "30", float("nan")],
+    "lease_limit_s": [0, 86401, 29],
+    "recv_deadline_s": [0, -1, 86401],
+    "pull_timeout_s": [0.05, 3601],
+    "handshake_timeout_s": [0, 86401],
+    "link_timeout_s": [0, 86401],
+    "peer_backoff_s": [0, 86401],
+    "allowed_peers": ["10.0.0.1", ["prefill.example"], [5], ["10.0.0.0/40"], ["10.0.0.1"] * 257],
+    "provider": ["cann", ""],
+}
+
+
+def _cases(table: dict[str, list[object]]) -> list[tuple[str, object]]:
+    return [(key, value) for key, values in table.items() for value in values]
+
+
+def test_tables_cover_every_key() -> None:
+    assert set(DEFAULTS) == set(ALLOWED) == set(REFUSED) == set(ConnectorConfig.__struct_fields__)
+
+
+@pytest.mark.parametrize("extra", [None, {}])
+def test_defaults(extra: dict[str, object] | None) -> None:
+    config = parse_config(extra)
+    assert {key: getattr(config, key) for key in DEFAULTS} == DEFAULTS
+
+
+@pytest.mark.parametrize(("key", "value"), _cases(ALLOWED))
+def test_allowed(key: str, value: object) -> None:
+    assert getattr(parse_config({key: value}), key) == value
+
+
+@pytest.mark.parametrize(("key", "value"), _cases(REFUSED))
+def test_refused_by_name(key: str, value: object) -> None:
+    with pytest.raises(ConfigError, match=key):
+        parse_config({key: value})
+
+
+@pytest.mark.parametrize("value", [99999, "x"])
+def test_refusal_names_value_and_limits(value: object) -> None:
+    with pytest.raises(ConfigError, match=rf"side_channel_port.*{value!r}"):
+        parse_config({"side_channel_port": value})
+
+
+def test_unknown_key_gets_the_nearest() -> None:
+    with pytest.raises(ConfigError, match="'lease_seconds'; did you mean 'lease_s'"):
+        parse_config({"lease_seconds": 5})
+    with pytest.raises(ConfigError, match="'zzz'; known keys: host, "):
+        parse_config({"zzz": 5})
+
+
+@pytest.mark.parametrize(
+    ("host", "allowed"),
+    [
+        ("127.0.0.1", True),
+        ("127.9.9.9", True),
+        ("::1", True),
+        ("10.0.0.5", True),
+        ("fd00:0:0:0:0:0:0:5", True),
+        ("192.168.3.4", True),
+        ("192.169.3.4", False),
+        ("localhost", False),
+        ("::1%eth0", False),
+        ("10.0.0.5\0", False),
+        ("0.0.0.0", False),
+        ("", False),
+    ],
+)
+def test_allows_peer(host: str, allowed: bool) -> None:
+    config = parse_config({"host": "10.0.0.5", "allowed_peers": ["192.168.0.0/16", "fd00::5"]})
+    assert config.allows_peer(host) is allowed
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
+def test_shipped_configs(path: Path) -> None:
+    transfer = json.loads(path.read_text())
+    assert transfer["kv_connector"] == "DataDistConnector"
+    assert transfer["kv_role"] in ("kv_producer", "kv_consumer", "kv_both")
+    parse_config(transfer.get("kv_connector_extra_config"))
