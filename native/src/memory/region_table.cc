@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/checked.h"
+#include "base/fence.h"
 
 namespace datadist {
 namespace {
@@ -175,7 +176,7 @@ Result<int64_t> RegionTable::Register(const llm_datadist::CacheDesc &desc, const
   cache->stamp_ = state_->TakeStamp();
   state_->caches.emplace(cache->id_, cache);
   account.used += bytes.value();
-  cache->stamp_->generation.store(cache->generation_, std::memory_order_seq_cst);
+  cache->stamp_->generation.store(cache->generation_);
   return cache->id_;
 }
 
@@ -192,7 +193,8 @@ void RegionTable::Unregister(int64_t cache_id) {
   }
   cache->closing_ = true;
   // Before the owner may touch the memory again: a peer that reads the stamp after its bytes must see this.
-  cache->stamp_->generation.store(0, std::memory_order_seq_cst);
+  cache->stamp_->generation.store(0);
+  FullFence();
   state_->unpinned.wait(lock, [&cache] { return cache->pins_ == 0; });
   state_->AccountOf(cache->geometry_.placement).used -= cache->geometry_.tensor_bytes * cache->addrs_.size();
   state_->free_stamps.push_back(cache->stamp_);

@@ -5,6 +5,7 @@
 #include <string>
 #include <utility>
 
+#include "base/fence.h"
 #include "transport/cma/process_memory.h"
 #include "transport/pieces.h"
 
@@ -119,7 +120,7 @@ Status CmaDataPath::Execute(const Job &job) const {
   }
   // Slot and stamp read after the bytes prove them: a pid does not come back to a process, a generation not to a cache.
   // Failed moves are looked at too, because memory that vanished with its cache is a missing cache, not a broken link.
-  std::atomic_thread_fence(std::memory_order_seq_cst);
+  FullFence();
   Status verified = Verify(job.op);
   return verified.ok() ? moved : verified;
 }

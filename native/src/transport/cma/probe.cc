@@ -5,7 +5,6 @@
 #include <sys/stat.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cstring>
 #include <fstream>
 #include <mutex>
@@ -15,6 +14,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/fence.h"
 #include "transport/cma/cma_data_path.h"
 #include "transport/cma/process_memory.h"
 
@@ -93,7 +93,7 @@ ProbeSlot::~ProbeSlot() {
 void ProbeSlot::Set(const Challenge &challenge) {
   if (page_ != nullptr) {
     page_->slots[index_] = challenge;
-    std::atomic_thread_fence(std::memory_order_seq_cst);  // before anything this thread lets a peer know next
+    FullFence();  // before anything that this thread lets a peer know next
   }
 }
 
