@@ -216,5 +216,6 @@ def _name_distribution_vllm(environment: Environment) -> None:
 
 
 def _install_package(environment: Environment) -> None:
-    arguments = ["--reinstall-package", "vllm-datadist-connector", ".[test]"]
+    # A build folder that stays makes a change to one file cost the compilation of that file.
+    arguments = ["--reinstall-package", "vllm-datadist-connector", "-C", "build-dir=build/wheel", ".[test]"]
     _uv_install(environment, "build and install this package", "package.log", arguments)

@@ -91,6 +91,13 @@ class Program:
         return f"http://{HOST}:{self.port}"
 
     @property
+    def pid(self) -> int:
+        """Process id, and id of the session."""
+        if self._process is None:
+            raise ServingError(f"{self.name} does not run")
+        return self._process.pid
+
+    @property
     def alive(self) -> bool:
         return self._process is not None and self._process.poll() is None
 

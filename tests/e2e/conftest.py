@@ -48,22 +48,26 @@ def tiny_model() -> Path:
 
 @pytest.fixture(scope="session")
 def single(tiny_model: Path) -> Iterator[Program]:
-    """One plain instance without any connector: the oracle."""
+    """One plain instance without any connector: the oracle. It starts while others do; `reference` waits for it."""
     server = make_server(ServerSpec("single", tiny_model))
-    with running(server):
+    try:
+        server.start()
         yield server
+    finally:
+        server.stop()
 
 
 @pytest.fixture(scope="session")
 def reference(single: Program) -> Reference:
+    single.wait_ready()
     return Reference(single.url)
 
 
 @pytest.fixture(scope="session")
-def pair(tiny_model: Path) -> Iterator[Pair]:
+def pair(tiny_model: Path, single: Program) -> Iterator[Pair]:
     """kv_producer and kv_consumer as shipped, the connector found through the entry point.
 
-    D fails a request whose load failed instead of recomputing it: in these tests every failure has to show.
+    `single` is asked for so that all three start at once. D fails a request whose load failed instead of recomputing it: in these tests every failure has to show.
     """
     fail = kv_transfer("decode", {"kv_load_failure_policy": "fail"}, recv_deadline_s=20, pull_timeout_s=10)
     prefill = ServerSpec("prefill", tiny_model, kv_transfer("prefill"), max_num_batched_tokens=CHUNK_TOKENS)

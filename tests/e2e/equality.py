@@ -61,7 +61,7 @@ async def check_repeat(url: str, pair: Pair, reference: Reference) -> None:
     salt = new_salt()
     short = Request(prompt_tokens(500, seed=7), cache_salt=salt)
     longer = Request([*short.prompt, *prompt_tokens(200, seed=8)], cache_salt=salt)
-    moved = []
+    moved: list[float] = []
     for request in (short, short, longer):
         change = Change(pair.decode.url)
         (answer,) = await send(url, request)

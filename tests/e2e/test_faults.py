@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import equality
 import pytest
@@ -67,7 +68,7 @@ def trio(tiny_model: Path) -> Iterator[Trio]:
         )
 
     # Fixed ports: a restarted P is found where the old one was.
-    ports = {"side_channel_port": free_port(), "engine_port": free_port()}
+    ports: dict[str, Any] = {"side_channel_port": free_port(), "engine_port": free_port()}
     started = Trio(
         server("faults-prefill", kv_transfer("prefill", lease_s=LEASE_S, **ports)),
         server(

@@ -65,7 +65,7 @@ def test_long_answer(pair: Pair, reference: Reference) -> None:
 
 
 def test_two_choices(pair: Pair, reference: Reference) -> None:
-    """With n=2 both children carry the params of one lease: both answers are right, whoever was served by it."""
+    """With n=2 both children carry the same params, and neither is answered from blocks that are not its own."""
     request = Request(prompt_tokens(300, seed=5), n=2, cache_salt=new_salt())
 
     async def scenario() -> None:
@@ -73,8 +73,6 @@ def test_two_choices(pair: Pair, reference: Reference) -> None:
             (answer,) = await equality.send(proxy.url, request)
         await reference.check(request, answer)
         assert len(answer.tokens) == 2
-        # vLLM returns the params of P's first child only: the second child's lease ends by expiry.
-        await equality.check_nothing_held(pair, deadline_s=2 * equality.LEASE_S)
 
     asyncio.run(scenario())
 

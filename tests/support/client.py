@@ -54,6 +54,9 @@ class Request:
             "ignore_eos": self.ignore_eos,
             "return_token_ids": True,
         }
+        if self.n > 1:
+            # vLLM refuses n > 1 for greedy requests; the one most likely token is the same choice.
+            body |= {"temperature": 1.0, "top_k": 1}
         if self.cache_salt is not None:
             body["cache_salt"] = self.cache_salt
         if self.stop_token_ids:
