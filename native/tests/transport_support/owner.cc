@@ -97,7 +97,11 @@ void OwnerHere::UnregisterAndReuse(int64_t cache_id) {
   arena.Fill(std::vector<uint8_t>(arena.Bytes().size(), kReused));
 }
 
-std::vector<uint8_t> OwnerHere::Bytes(int64_t cache_id) { return arenas_.at(cache_id)->Bytes(); }
+std::vector<uint8_t> OwnerHere::Bytes(int64_t cache_id) {
+  const auto pin = regions_->Pin(cache_id);  // after those who wrote under a pin
+  EXPECT_TRUE(pin.ok());
+  return arenas_.at(cache_id)->Bytes();
+}
 
 bool OwnerHere::CanariesIntact(int64_t cache_id) { return arenas_.at(cache_id)->CanariesIntact(); }
 

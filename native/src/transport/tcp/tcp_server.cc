@@ -76,16 +76,18 @@ struct TcpServer::State {
   }
 
   Status Answer(const RequestHeader &header, const std::vector<Span> &spans, Deadline deadline) {
-    const Result<CachePin> pin = PinRequested(*regions, header, spans);
-    if (!pin.ok()) {
-      return Respond(pin.status(), header, deadline);
+    Result<CachePin> pinned = PinRequested(*regions, header, spans);
+    if (!pinned.ok()) {
+      return Respond(pinned.status(), header, deadline);
     }
+    CachePin pin = std::move(pinned).value();
     if (Status status = Respond(Status::Ok(), header, deadline); !status.ok()) {
       return status;
     }
     const bool pull = header.op == DataOp::kPull;
-    Status moved = StreamSpans(stream.get(), pull ? StreamDirection::kSend : StreamDirection::kRecv, pin.value(),
+    Status moved = StreamSpans(stream.get(), pull ? StreamDirection::kSend : StreamDirection::kRecv, pin,
                                header.first_tensor, header.tensor_count, spans, deadline);
+    pin = CachePin();  // before "done": who was told may unregister at once
     return moved.ok() && !pull ? Respond(Status::Ok(), header, deadline) : moved;
   }
 
