@@ -158,25 +158,32 @@ raise SystemExit(7)
 
 
 def _run(program: str) -> tuple[int, float, str]:
-    """Exit status, seconds from the program's last statement to its end, and what it wrote to standard error.
+    """Exit status, seconds from LEAVE to the program's end, and what it wrote to standard error.
 
     The peer outlives the program: its end must not be what ends a call.
     """
-    preamble = PREAMBLE.format(tests=str(Path(__file__).resolve().parents[1]))
+    here = Path(__file__).resolve().parent
     process = subprocess.Popen(
-        [sys.executable, "-c", preamble + program], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", PREAMBLE.format(tests=str(here.parent)) + program],
+        cwd=here,  # not the repository's root, whose sources would stand before the installed package
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     )
+    if process.stdout is None:
+        raise RuntimeError("no standard output")
+    peer = process.stdout.readline()
+    started = time.monotonic()
     try:
-        if process.stdout is None:
-            raise RuntimeError("no standard output")
-        peer = process.stdout.readline()
-        started = time.monotonic()
-        _, errors = process.communicate(timeout=60)
+        process.wait(timeout=30)
+        seconds = time.monotonic() - started
     finally:
         process.kill()
+        if peer:
+            os.kill(int(peer), signal.SIGKILL)
+        _, errors = process.communicate()  # only now: the peer holds the same pipes
     assert peer, errors
-    os.kill(int(peer), signal.SIGKILL)
-    return process.returncode, time.monotonic() - started, errors
+    return process.returncode, seconds, errors
 
 
 @pytest.mark.parametrize("name", EXITS)
@@ -229,7 +236,7 @@ warnings.simplefilter("ignore")
 child = os.fork()
 if child == 0:
     signal.alarm(30)
-    own = Endpoint(cluster_id=3, options={"datadist.Transport": "tcp"})
+    own = Endpoint(cluster_id=3, options={{"datadist.Transport": "tcp"}})
     own.link(peer)
     status = own.pull(peer, [0], [0])
     sys.exit(status)

@@ -146,9 +146,7 @@ def test_queue_runs_many_operations_to_several_peers(
 ) -> None:
     peers = [make_peer(transport, cluster_id=10 + i, **SIZES) for i in range(2)]
     blocks = 300
-    mine = make_endpoint(
-        cluster_id=1, options={"datadist.Transport": transport}, **{**SIZES, "blocks": blocks}
-    )
+    mine = make_endpoint(cluster_id=1, options={"datadist.Transport": transport}, **{**SIZES, "blocks": blocks})
     queue = _native.TransferQueue(mine.datadist, threads=3)
     for peer in peers:
         queue.submit_link(

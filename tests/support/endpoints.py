@@ -140,7 +140,7 @@ class PeerProcess:
 
     def read_memory(self) -> Memory:
         answer = self._ask({"memory": True})
-        return np.frombuffer(base64.b64decode(answer["bytes"]), dtype=np.uint8).reshape(answer["shape"])
+        return np.frombuffer(base64.b64decode(answer["bytes"]), dtype=np.uint8).reshape(answer["shape"]).copy()
 
     def link(self, peer: Peer) -> None:
         self._ask({"link": [peer.cluster_id, peer.cache_id, peer.port]})

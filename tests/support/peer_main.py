@@ -11,7 +11,7 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from support.endpoints import Endpoint  # noqa: E402
+from support.endpoints import Endpoint
 
 
 @dataclass(frozen=True)

@@ -182,7 +182,7 @@ def test_cluster_info_checks_what_it_is_given() -> None:
     assert (info.remote_cluster_id, info.remote_role_type) == (7, 0)
     assert info.remote_ip_infos == [("127.0.0.1", 80)]
     assert info.local_ip_infos == []
-    with pytest.raises(TypeError, match="remote_ip_infos is .*65536"):
+    with pytest.raises(TypeError, match=r"remote_ip_infos is .*65536"):
         _native.ClusterInfo(7, [("127.0.0.1", 65536)])
     with pytest.raises(TypeError, match="local_ip_infos"):
         _native.ClusterInfo(7, [], [80])
@@ -192,5 +192,5 @@ def test_lists_of_a_cluster_info_can_be_changed_in_place(bare: _native.LlmDataDi
     info = _native.ClusterInfo(7)
     info.remote_ip_infos.append(("127.0.0.1", -1))
     assert info.remote_ip_infos == [("127.0.0.1", -1)]
-    with pytest.raises(TypeError, match="remote_ip_infos is .*-1"):
+    with pytest.raises(TypeError, match=r"remote_ip_infos is .*-1"):
         bare.link_clusters([info])

@@ -152,5 +152,7 @@ def test_importing_the_package_loads_nothing_heavy() -> None:
         "loaded = {'vllm', 'torch', 'zmq', 'vllm_datadist_connector._native'} & set(sys.modules)\n"
         "print(p.__version__, sorted(loaded))"
     )
-    printed = subprocess.run([sys.executable, "-c", program], check=True, capture_output=True, text=True).stdout
+    printed = subprocess.run(
+        [sys.executable, "-c", program], cwd=Path(__file__).parent, check=True, capture_output=True, text=True
+    ).stdout
     assert printed.split(maxsplit=1) == [vllm_datadist_connector.__version__, "[]\n"]
