@@ -39,7 +39,7 @@ them then there these they thing think this those thought three through time to 
 town tree true turn two under unit until up upon us use vowel voice walk want war warm was watch water way we
 well went were what wheel when where which while white who whole why will wind with wood word work world would
 write year yes yet you young your
-""".split()
+""".split()  # noqa: SIM905
 
 
 def make_tokenizer(out: Path) -> None:
@@ -64,9 +64,9 @@ def make_tokenizer(out: Path) -> None:
     make_wrapper: Any = PreTrainedTokenizerFast  # untyped in some releases of transformers, typed in others
     wrapped = make_wrapper(
         tokenizer_object=tokenizer,
-        pad_token="<pad>",
-        bos_token="<s>",
-        eos_token="</s>",
+        pad_token="<pad>",  # noqa: S106
+        bos_token="<s>",  # noqa: S106
+        eos_token="</s>",  # noqa: S106
         model_max_length=MAX_POSITIONS,
     )
     wrapped.save_pretrained(str(out))

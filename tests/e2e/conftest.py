@@ -67,8 +67,9 @@ def reference(single: Program) -> Reference:
 def pair(tiny_model: Path, single: Program) -> Iterator[Pair]:
     """kv_producer and kv_consumer as shipped, the connector found through the entry point.
 
-    `single` is asked for so that all three start at once. D fails a request whose load failed instead of recomputing it: in these tests every failure has to show.
+    D fails a request whose load failed instead of recomputing it: in these tests every failure has to show.
     """
+    del single  # asked for so that all three start at once
     fail = kv_transfer("decode", {"kv_load_failure_policy": "fail"}, recv_deadline_s=20, pull_timeout_s=10)
     prefill = ServerSpec("prefill", tiny_model, kv_transfer("prefill"), max_num_batched_tokens=CHUNK_TOKENS)
     decode = ServerSpec("decode", tiny_model, fail, max_num_batched_tokens=CHUNK_TOKENS)

@@ -20,7 +20,7 @@ import pytest
 from serving import Program, ServerSpec, free_port
 from support.client import Answer, Request, complete, new_salt, new_session, prompt_tokens
 from support.metrics import BYTES, FAILED, LEASES_ENDED, PREEMPTIONS, PULLING, Change, wait_empty, wait_metric
-from support.proxy import DropDecode, Interference, Params, PDProxy
+from support.proxy import DropDecodeError, Interference, Params, PDProxy
 from support.reference import Reference
 from support.servers import kv_transfer, make_server, running
 
@@ -244,7 +244,7 @@ def test_client_gone_between_the_legs(trio: Trio, reference: Reference) -> None:
     """Nobody ever comes for the blocks: the lease expires and P has them back."""
 
     async def drop(params: Params) -> None:
-        raise DropDecode
+        raise DropDecodeError(params["remote_request_id"])
 
     async def scenario() -> None:
         change = Change(trio.prefill.url)
@@ -260,10 +260,11 @@ def test_client_gone_between_the_legs(trio: Trio, reference: Reference) -> None:
 
 
 def test_late_decode_leg(trio: Trio, reference: Reference) -> None:
-    """The decode leg comes after the lease has expired: blocks that may be another request's are never answered from."""
+    """The decode leg comes after the lease has expired: its blocks may be another request's, and are not used."""
     expired = Change(trio.prefill.url)
 
     async def until_expired(params: Params) -> None:
+        assert params["remote_block_ids"]
         await expired.reaches(LEASES_ENDED, 1, deadline_s=LEASE_S + 15, reason="expired")
 
     async def scenario() -> None:

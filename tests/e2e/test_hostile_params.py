@@ -123,13 +123,13 @@ def test_bad_value(pair: Pair, reference: Reference, path: tuple[str, ...]) -> N
 
 
 WHOLE: Mapping[str, Tamper] = {
-    "empty": lambda params: {},
-    "only_the_flag": lambda params: {"do_remote_prefill": True},
+    "empty": lambda _: {},
+    "only_the_flag": lambda _: {"do_remote_prefill": True},
     "list": lambda params: [params],
-    "text": lambda params: "params",
-    "number": lambda params: 7,
+    "text": lambda _: "params",
+    "number": lambda _: 7,
     "both_flags": setting(("do_remote_decode",), True),
-    "request_for_prefill": lambda params: {"do_remote_decode": True, "do_remote_prefill": False},
+    "request_for_prefill": lambda _: {"do_remote_decode": True, "do_remote_prefill": False},
     "deep": lambda params: {**params, "datadist": nested(200)},
     "extra_fields": lambda params: {**params, "x": "y" * 100_000, "transfer_mode": "push"},
 }
@@ -152,8 +152,8 @@ def test_bad_params(pair: Pair, reference: Reference, name: str) -> None:
 
 
 BLOCKS: Mapping[str, Tamper] = {
-    "none": blocks(lambda ids: [[]]),
-    "no_groups": blocks(lambda ids: []),
+    "none": blocks(lambda _: [[]]),
+    "no_groups": blocks(lambda _: []),
     "two_groups": blocks(lambda ids: [ids, ids]),
     "out_of_range": blocks(lambda ids: [[block + 10**6 for block in ids]]),
     "unsigned_minus_one": blocks(lambda ids: [[2**64 - 1 for _ in ids]]),
@@ -244,7 +244,7 @@ def test_lease_of_another_prompt(pair: Pair, reference: Reference, length: int) 
             return {}
 
         await reference.check(victim, await ask(pair, victim, keep_copy))
-        answer = await ask(pair, mine, lambda params: taken[0])
+        answer = await ask(pair, mine, lambda _: taken[0])
         await reference.check_right_or_failed(mine, answer)
 
     asyncio.run(scenario())

@@ -34,7 +34,7 @@ ASK_PREFILL: Params = {
 }
 
 
-class DropDecode(Exception):
+class DropDecodeError(Exception):
     """Raised by a between_legs hook: the decode leg is never sent."""
 
 
@@ -90,7 +90,7 @@ class PDProxy:
         params = prefilled.get("kv_transfer_params") or {}
         try:
             await self.interference.between_legs(params)
-        except DropDecode:
+        except DropDecodeError:
             return web.json_response({"error": "decode leg dropped"}, status=502)
         decode_body = {**body, "kv_transfer_params": self.interference.params(params)}
         copies = [

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+
 from vllm_datadist_connector.config import ConnectorConfig, parse_config
 from vllm_datadist_connector.metrics import COUNTERS, GAUGES, HISTOGRAMS
 
