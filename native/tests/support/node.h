@@ -46,7 +46,7 @@ class Node {
   // Fills the memory with the pattern of `seed` and registers it; 0 on failure.
   int64_t AddCache(const Shape &shape, uint32_t seed);
   // The tensors of a cache, one after the other.
-  Bytes Contents(int64_t cache_id) const;
+  Bytes Contents(int64_t cache_id);
   llm_datadist::Cache Handle(int64_t cache_id) const;
 
   llm_datadist::Status Link(uint64_t remote_id, uint16_t port, int32_t timeout_ms = 2000);
