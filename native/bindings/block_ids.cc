@@ -30,8 +30,8 @@ class BufferView {
 };
 
 Status OutOfRange(const char *field, size_t index, const std::string &value) {
-  return Status(llm_datadist::LLM_PARAM_INVALID,
-                std::string(field) + "[" + std::to_string(index) + "] is " + value + "; allowed: a block index, 0 or more");
+  return Status(llm_datadist::LLM_PARAM_INVALID, std::string(field) + "[" + std::to_string(index) + "] is " + value +
+                                                     "; allowed: a block index, 0 or more");
 }
 
 // 'l', 'q' (signed) or 'L', 'Q' in native or little-endian order, which are the same on the machines this runs on.

@@ -28,8 +28,7 @@ class QueueFull : public std::runtime_error {
 };
 
 std::unique_ptr<TransferQueue> Construct(const DataDist &datadist, int64_t threads, int64_t capacity) {
-  auto made = TransferQueue::Create(datadist.provider, threads < 0 ? 0 : static_cast<size_t>(threads),
-                                    capacity < 0 ? 0 : static_cast<size_t>(capacity));
+  auto made = TransferQueue::Create(datadist.provider, threads, capacity);
   if (made.ok()) {
     return std::move(made).value();
   }

@@ -21,6 +21,6 @@ foreach(source ${test_sources})
   add_executable(${name} ${source})
   target_include_directories(${name} PRIVATE tests)
   target_link_libraries(${name} PRIVATE ${test_libraries} GTest::gmock GTest::gtest GTest::gtest_main)
-  # Listing tests after linking runs the binary once; sanitizer start-up on a busy machine needs more than the default 5 s.
+  # Listing tests after linking runs the binary once; with a sanitizer and on a busy machine the default 5 s are short.
   gtest_discover_tests(${name} DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT 120)
 endforeach()

@@ -118,7 +118,7 @@ Operation Pull(uint64_t cluster, uint64_t label) {
 
 class TransferQueueTest : public ::testing::Test {
  protected:
-  void Start(size_t threads, size_t capacity = 64, bool gated = true) {
+  void Start(int64_t threads, int64_t capacity = 64, bool gated = true) {
     provider_ = std::make_shared<GatedProvider>(gated);
     auto created = TransferQueue::Create(provider_, threads, capacity);
     ASSERT_TRUE(created.ok()) << created.status().text();
@@ -410,13 +410,13 @@ TEST_F(TransferQueueTest, AForkedChildMayDestroyIt) {
 
 TEST_F(TransferQueueTest, SizesOutOfRangeAreNamed) {
   auto provider = std::make_shared<GatedProvider>(false);
-  for (const size_t threads : {size_t{0}, TransferQueue::kMaxThreads + 1}) {
+  for (const int64_t threads : {int64_t{-1}, int64_t{0}, TransferQueue::kMaxThreads + 1}) {
     const auto refused = TransferQueue::Create(provider, threads, 1);
     ASSERT_FALSE(refused.ok());
     EXPECT_EQ(refused.status().code(), llm_datadist::LLM_PARAM_INVALID);
     EXPECT_THAT(refused.status().text(), HasSubstr("threads is " + std::to_string(threads) + "; allowed: 1..64"));
   }
-  for (const size_t capacity : {size_t{0}, TransferQueue::kMaxCapacity + 1}) {
+  for (const int64_t capacity : {int64_t{-1}, int64_t{0}, TransferQueue::kMaxCapacity + 1}) {
     const auto refused = TransferQueue::Create(provider, 1, capacity);
     ASSERT_FALSE(refused.ok());
     EXPECT_THAT(refused.status().text(), HasSubstr("capacity is " + std::to_string(capacity)));

@@ -88,6 +88,7 @@ def test_drained_and_closed_queues_refuse(queue: _native.TransferQueue) -> None:
 @pytest.mark.parametrize(
     ("threads", "capacity", "message"),
     [
+        (-1, 1, r"threads is -1; allowed: 1\.\.64"),
         (0, 1, r"threads is 0; allowed: 1\.\.64"),
         (65, 1, r"threads is 65; allowed: 1\.\.64"),
         (1, 0, r"capacity is 0; allowed: 1\.\.1048576"),

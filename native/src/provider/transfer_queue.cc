@@ -240,8 +240,8 @@ class TransferQueue::State {
   std::vector<std::thread> threads_;
 };
 
-Result<std::unique_ptr<TransferQueue>> TransferQueue::Create(std::shared_ptr<Provider> provider, size_t threads,
-                                                             size_t capacity) {
+Result<std::unique_ptr<TransferQueue>> TransferQueue::Create(std::shared_ptr<Provider> provider, int64_t threads,
+                                                             int64_t capacity) {
   if (threads < 1 || threads > kMaxThreads) {
     return Status(llm_datadist::LLM_PARAM_INVALID,
                   "threads is " + std::to_string(threads) + "; allowed: 1.." + std::to_string(kMaxThreads));
@@ -255,9 +255,9 @@ Result<std::unique_ptr<TransferQueue>> TransferQueue::Create(std::shared_ptr<Pro
     return Status(llm_datadist::LLM_FAILED, std::string("eventfd: ") + std::strerror(errno));
   }
   std::unique_ptr<TransferQueue> queue(
-      new TransferQueue(std::make_unique<State>(std::move(provider), capacity, std::move(event))));
+      new TransferQueue(std::make_unique<State>(std::move(provider), static_cast<size_t>(capacity), std::move(event))));
   try {
-    queue->state_->StartThreads(threads);
+    queue->state_->StartThreads(static_cast<size_t>(threads));
   } catch (const std::system_error &error) {
     return Status(llm_datadist::LLM_FAILED, std::string("starting threads: ") + error.what());
   }

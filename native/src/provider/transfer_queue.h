@@ -43,12 +43,12 @@ struct Completion {
 
 class TransferQueue {
  public:
-  static constexpr size_t kMaxThreads = 64;
-  static constexpr size_t kMaxCapacity = 1U << 20U;
+  static constexpr int64_t kMaxThreads = 64;
+  static constexpr int64_t kMaxCapacity = 1 << 20;
 
   // LLM_PARAM_INVALID for a size out of range, LLM_FAILED when the system refuses threads or the eventfd.
-  static Result<std::unique_ptr<TransferQueue>> Create(std::shared_ptr<Provider> provider, size_t threads,
-                                                       size_t capacity);
+  static Result<std::unique_ptr<TransferQueue>> Create(std::shared_ptr<Provider> provider, int64_t threads,
+                                                       int64_t capacity);
   ~TransferQueue();  // Close
   TransferQueue(const TransferQueue &) = delete;
   TransferQueue &operator=(const TransferQueue &) = delete;
