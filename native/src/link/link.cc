@@ -52,7 +52,12 @@ Link::Link(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> tab
       incoming_(parts.incoming),
       slot_(std::move(parts.slot)) {}
 
-Link::~Link() { Close("link dropped"); }
+Link::~Link() {
+  // Empty where Create itself failed half-way, for want of memory or threads.
+  if (session_ != nullptr && path_ != nullptr) {
+    Close("link dropped");
+  }
+}
 
 void Link::OpenPaths(Fd control, std::vector<Fd> outgoing_streams, std::vector<Fd> incoming_streams) {
   session_ = Session::Create(endpoint_->loop(), std::move(control), endpoint_->options().heartbeat_interval);
