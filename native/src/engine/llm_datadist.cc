@@ -1,14 +1,13 @@
 // The public class: finds the engine, keeps exceptions in, remembers the reason of a failure.
 #include "llm_datadist/llm_datadist.h"
 
-#include <unistd.h>
-
 #include <atomic>
 #include <exception>
 #include <mutex>
 #include <new>
 #include <utility>
 
+#include "base/process_epoch.h"
 #include "engine/engine.h"
 #include "engine/last_error.h"
 #include "llm_datadist/llm_datadist_ext.h"
@@ -41,7 +40,7 @@ class LlmDataDist::LlmDataDistImpl {
     if (!engine.ok()) {
       return engine.status();
     }
-    owner_pid_.store(::getpid());
+    owner_epoch_.store(datadist::ProcessEpoch());
     const std::lock_guard<std::mutex> lock(mutex_);
     engine_ = std::move(engine).value();
     return EngineStatus::Ok();
@@ -55,14 +54,14 @@ class LlmDataDist::LlmDataDistImpl {
     }
     if (engine != nullptr) {
       engine->Stop();
-      owner_pid_.store(0);
+      owner_epoch_.store(0);
     }
   }
 
   // Before any lock: in a child of fork() one may be held by a thread that does not exist there.
   bool Forked() const {
-    const pid_t owner = owner_pid_.load();
-    return owner != 0 && owner != ::getpid();
+    const uint64_t owner = owner_epoch_.load();
+    return owner != 0 && owner != datadist::ProcessEpoch();
   }
 
   datadist::Result<std::shared_ptr<Engine>> Find() {
@@ -76,7 +75,7 @@ class LlmDataDist::LlmDataDistImpl {
  private:
   const uint64_t cluster_id_;
   const LlmRole role_;
-  std::atomic<pid_t> owner_pid_{0};  // 0: not initialised
+  std::atomic<uint64_t> owner_epoch_{0};  // 0: not initialised
   std::mutex start_mutex_;
   std::mutex mutex_;
   std::shared_ptr<Engine> engine_;  // guarded by mutex_

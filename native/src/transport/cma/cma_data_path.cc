@@ -57,8 +57,10 @@ class CmaDataPath final : public DataPath {
  private:
   Result<Job> Prepare(const TransferOp &op, VmDirection direction, Deadline deadline) const;
   Status Execute(const Job &job) const;
-  Status MovePart(const Job &job, uint64_t begin, uint64_t end) const;
+  Status MovePart(const Job &job, uint64_t begin, uint64_t end, Witness *witness) const;
   void Fill(IovecBatch &batch, PieceCursor &pieces, const TransferOp &op) const;
+  void AddWitness(IovecBatch &batch, const TransferOp &op, Witness &witness) const;
+  Status Judge(const Witness &witness, const TransferOp &op) const;
   Status Verify(const TransferOp &op) const;
 
   const CmaPeer peer_;
@@ -113,13 +115,21 @@ Status CmaDataPath::Push(const TransferOp &op, Deadline deadline) {
 }
 
 Status CmaDataPath::Execute(const Job &job) const {
-  Status moved = MoveParts(*pool_, PartCount(job.total, pool_->width(), job.in_order), job.total,
-                           [&](uint64_t begin, uint64_t end) { return MovePart(job, begin, end); });
+  const size_t parts = PartCount(job.total, pool_->width(), job.in_order);
+  Witness witness;
+  // The last call of a pull that is one part brings the witness along, behind its bytes: a small pull is one call.
+  const bool with_witness = parts == 1 && job.direction == VmDirection::kRead;
+  Status moved = MoveParts(*pool_, parts, job.total, [&](uint64_t begin, uint64_t end) {
+    return MovePart(job, begin, end, with_witness ? &witness : nullptr);
+  });
   if (moved.code() == llm_datadist::LLM_TIMEOUT) {
     return moved;
   }
   // Slot and stamp read after the bytes prove them: a pid does not come back to a process, a generation not to a cache.
   // Failed moves are looked at too, because memory that vanished with its cache is a missing cache, not a broken link.
+  if (moved.ok() && with_witness) {
+    return Judge(witness, job.op);
+  }
   FullFence();
   Status verified = Verify(job.op);
   return verified.ok() ? moved : verified;
@@ -127,7 +137,7 @@ Status CmaDataPath::Execute(const Job &job) const {
 
 // Bytes written into a wrong process cannot be taken back, so a look at who is there precedes each call of a push.
 // Bytes read from one are thrown away by the look that follows them: a pull needs none before.
-Status CmaDataPath::MovePart(const Job &job, uint64_t begin, uint64_t end) const {
+Status CmaDataPath::MovePart(const Job &job, uint64_t begin, uint64_t end, Witness *witness) const {
   PieceCursor pieces(job.runs(), job.total / job.op.tensor_count, begin, end);
   IovecBatch batch;
   while (!pieces.AtEnd()) {
@@ -143,6 +153,9 @@ Status CmaDataPath::MovePart(const Job &job, uint64_t begin, uint64_t end) const
       }
     }
     Fill(batch, pieces, job.op);
+    if (witness != nullptr && pieces.AtEnd()) {
+      AddWitness(batch, job.op, *witness);
+    }
     if (Status status = batch.Move(peer_.host.pid, job.direction); !status.ok()) {
       return status;
     }
@@ -162,15 +175,22 @@ void CmaDataPath::Fill(IovecBatch &batch, PieceCursor &pieces, const TransferOp 
   }
 }
 
-// Slot and stamp in one call, so that they are of the same process.
+// Slot and stamp in one call, so that they are of the same process. The kernel fills a call's buffers in their order
+// (process_vm_readv(2)), so behind bytes of the same call they are read after them.
+void CmaDataPath::AddWitness(IovecBatch &batch, const TransferOp &op, Witness &witness) const {
+  batch.Add(peer_.slot_addr, witness.challenge.data(), witness.challenge.size());
+  batch.Add(op.remote->stamp_addr, &witness.generation, sizeof(witness.generation));
+}
+
 Status CmaDataPath::Verify(const TransferOp &op) const {
   Witness witness;
   IovecBatch batch;
-  batch.Add(peer_.slot_addr, witness.challenge.data(), witness.challenge.size());
-  batch.Add(op.remote->stamp_addr, &witness.generation, sizeof(witness.generation));
-  if (Status status = batch.Move(peer_.host.pid, VmDirection::kRead); !status.ok()) {
-    return status;
-  }
+  AddWitness(batch, op, witness);
+  Status status = batch.Move(peer_.host.pid, VmDirection::kRead);
+  return status.ok() ? Judge(witness, op) : status;
+}
+
+Status CmaDataPath::Judge(const Witness &witness, const TransferOp &op) const {
   if (witness.challenge != peer_.challenge) {
     return Status(LLM_FAILED, "process " + std::to_string(peer_.host.pid) +
                                   " no longer holds the challenge of this link: it dropped the link, or is another");

@@ -22,8 +22,12 @@ class IovecBatch {
   // Bounds one call to some ten milliseconds, so that deadlines are met.
   static constexpr uint64_t kMaxBytes = 64ULL << 20;
 
-  // Room for one more pair of any address; `RoomBytes` says how long it may be.
-  bool Full() const { return local_count_ == kMaxIovecs || remote_count_ == kMaxIovecs || bytes_ == kMaxBytes; }
+  // Whether there is no room for a pair of data; `RoomBytes` says how long the next may be. A full batch still takes
+  // kSpareIovecs short pairs.
+  bool Full() const {
+    constexpr size_t kMaxData = kMaxIovecs - kSpareIovecs;
+    return local_count_ >= kMaxData || remote_count_ >= kMaxData || bytes_ >= kMaxBytes;
+  }
   bool Empty() const { return bytes_ == 0; }
   uint64_t RoomBytes() const { return kMaxBytes - bytes_; }
   void Add(uint64_t remote, void *local, uint64_t length);
@@ -34,6 +38,7 @@ class IovecBatch {
 
  private:
   static constexpr size_t kMaxIovecs = 1024;  // the kernel's UIO_MAXIOV
+  static constexpr size_t kSpareIovecs = 2;
 
   iovec local_[kMaxIovecs];
   iovec remote_[kMaxIovecs];
