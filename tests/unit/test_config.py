@@ -50,7 +50,7 @@ ALLOWED: dict[str, list[object]] = {
 }
 
 REFUSED: dict[str, list[object]] = {
-    "host": ["0.0.0.0", "::", "localhost", "", "224.0.0.1", "127.0.0.1:5", 5, None],
+    "host": ["0.0.0.0", "::", "localhost", "", "224.0.0.1", "127.0.0.1:5", 5, None],  # noqa: S104
     "side_channel_port": [-1, 65536, "80", 1.5, True],
     "engine_port": [-1, 65536, None],
     "transport": ["rdma", "", None, 1],
@@ -120,7 +120,7 @@ def test_unknown_key_gets_the_nearest() -> None:
         ("localhost", False),
         ("::1%eth0", False),
         ("10.0.0.5\0", False),
-        ("0.0.0.0", False),
+        ("0.0.0.0", False),  # noqa: S104
         ("", False),
     ],
 )

@@ -184,12 +184,11 @@ def test_params_of_any_type(params: object) -> None:
 def _parses_or_refuses(params: dict[str, Any]) -> None:
     try:
         remote = parse_remote_prefill(params)
-    except ParamsError as error:
-        assert str(error)
-    else:
-        assert 1 <= remote.remote_port <= 65535
-        assert all(0 <= block <= 2**40 for group in remote.remote_block_ids for block in group)
-        assert remote.ticket.lease_s >= 1
+    except ParamsError:
+        return
+    assert 1 <= remote.remote_port <= 65535
+    assert all(0 <= block <= 2**40 for group in remote.remote_block_ids for block in group)
+    assert remote.ticket.lease_s >= 1
 
 
 @given(st.dictionaries(st.text() | st.sampled_from(sorted(make_params())), json_values))

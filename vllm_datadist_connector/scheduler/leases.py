@@ -110,6 +110,7 @@ class LeaseTable:
 
     def release(self, tokens: Iterable[str]) -> None:
         with self._lock:
+            self._expire(self._clock())
             for token in tokens:
                 self._end(token, "released")
 

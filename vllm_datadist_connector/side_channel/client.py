@@ -55,8 +55,13 @@ class _Connection:
         self.socket.maxmsgsize = MAX_BODY_BYTES + 64
         self.socket.reconnect_ivl = 100
         self.socket.reconnect_ivl_max = 2000
-        self.socket.connect(zmq_url(endpoint))
         self.last_used = now
+        try:
+            self.socket.connect(zmq_url(endpoint))
+        except (zmq.ZMQError, UnicodeEncodeError) as error:
+            # A socket that stays open would keep close() waiting for ever.
+            self.socket.close()
+            raise ProtocolError(f"cannot connect: {error}") from None
 
 
 class SideChannelClient:
@@ -106,7 +111,7 @@ class SideChannelClient:
     def close(self) -> None:
         for endpoint in list(self._connections):
             self._disconnect(endpoint)
-        self._context.term()
+        self._context.destroy(linger=0)
 
     def _connection(self, endpoint: Endpoint, now: float) -> _Connection:
         connection = self._connections.get(endpoint)

@@ -1,0 +1,214 @@
+"""LeaseTable against a model, and what a confirmation may prove."""
+
+from __future__ import annotations
+
+import threading
+from collections import Counter
+from dataclasses import dataclass
+
+import pytest
+from hypothesis import strategies as st
+from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from support.pd import OTHER_TOKEN, TOKEN
+
+from vllm_datadist_connector.protocol.params import BlockIds, LeaseTicket
+from vllm_datadist_connector.scheduler.leases import EndedLease, LeaseTable
+
+LEASE_S, LIMIT_S = 10.0, 35.0
+BLOCKS: BlockIds = ((4, 2, 9),)
+
+
+class Clock:
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+@pytest.fixture
+def clock() -> Clock:
+    return Clock()
+
+
+@pytest.fixture
+def table(clock: Clock) -> LeaseTable:
+    return LeaseTable(TOKEN, LEASE_S, LIMIT_S, clock)
+
+
+def confirm(table: LeaseTable, ticket: LeaseTicket, blocks: BlockIds = BLOCKS, **changes: object) -> str:
+    values = {"token": ticket.token, "generation": ticket.generation, "prompt_digest": ticket.prompt_digest}
+    return table.confirm(**(values | changes), blocks=blocks)  # type: ignore[arg-type]
+
+
+def test_ticket_tells_what_d_needs(table: LeaseTable) -> None:
+    first, second = table.grant("a", BLOCKS, OTHER_TOKEN), table.grant("b", BLOCKS, OTHER_TOKEN)
+    assert (first.incarnation, first.lease_s, first.prompt_digest) == (TOKEN, LEASE_S, OTHER_TOKEN)
+    assert first.token != second.token
+    assert first.generation != second.generation
+    assert confirm(table, first) == ""
+
+
+@pytest.mark.parametrize(
+    "changes", [{"token": TOKEN}, {"generation": 2}, {"generation": 0}, {"prompt_digest": "0" * 32}]
+)
+def test_confirmation_of_something_else_is_refused(table: LeaseTable, changes: dict[str, object]) -> None:
+    ticket = table.grant("a", BLOCKS, OTHER_TOKEN)
+    assert confirm(table, ticket, **changes) != ""
+    assert confirm(table, ticket) == ""
+    assert table.take_refused_confirms() == 1
+    assert table.take_refused_confirms() == 0
+
+
+@pytest.mark.parametrize("blocks", [((4, 2),), ((2, 4, 9),), ((4, 2, 9, 9),), ((4, 2, 8),), ((4, 2, 9), ()), ((),), ()])
+def test_only_exactly_the_granted_blocks_are_confirmed(table: LeaseTable, blocks: BlockIds) -> None:
+    """Params pass through clients: other blocks, or the same in another order, are another prompt's KV to D."""
+    ticket = table.grant("a", BLOCKS, OTHER_TOKEN)
+    assert "blocks" in confirm(table, ticket, blocks)
+
+
+def test_expires_at_its_time_and_not_before(table: LeaseTable, clock: Clock) -> None:
+    ticket = table.grant("a", BLOCKS, OTHER_TOKEN)
+    clock.now += LEASE_S - 0.001
+    assert confirm(table, ticket) == ""
+    assert table.take_ended() == []
+    clock.now += 0.001
+    assert "ended" in confirm(table, ticket)
+    assert table.take_ended() == [EndedLease("a", "expired")]
+
+
+def test_a_lease_that_ran_out_cannot_be_renewed(table: LeaseTable, clock: Clock) -> None:
+    ticket = table.grant("a", BLOCKS, OTHER_TOKEN)
+    clock.now += LEASE_S
+    assert table.renew([ticket.token]) == (ticket.token,)
+    assert table.take_ended() == [EndedLease("a", "expired")]
+
+
+def test_renewals_end_at_the_limit(table: LeaseTable, clock: Clock) -> None:
+    ticket = table.grant("a", BLOCKS, OTHER_TOKEN)
+    granted = clock.now
+    while table.renew([ticket.token]) == ():
+        clock.now += LEASE_S / 4
+        assert clock.now <= granted + LIMIT_S
+    assert clock.now == granted + LIMIT_S
+
+
+def test_one_that_is_renewed_does_not_keep_another_alive(table: LeaseTable, clock: Clock) -> None:
+    renewed, left = table.grant("renewed", BLOCKS, OTHER_TOKEN), table.grant("left", BLOCKS, OTHER_TOKEN)
+    clock.now += LEASE_S / 2
+    assert table.renew([renewed.token, TOKEN]) == (TOKEN,)
+    clock.now += LEASE_S / 2
+    assert table.take_ended() == [EndedLease("left", "expired")]
+    assert "ended" in confirm(table, left)
+    assert confirm(table, renewed) == ""
+    assert table.held() == (1, 3)
+
+
+def test_released_twice_ends_once(table: LeaseTable) -> None:
+    ticket = table.grant("a", BLOCKS, OTHER_TOKEN)
+    table.release([ticket.token, ticket.token, TOKEN])
+    table.release([ticket.token])
+    assert table.take_ended() == [EndedLease("a", "released")]
+    assert table.take_ended() == []
+    assert table.held() == (0, 0)
+
+
+@dataclass
+class Expected:
+    request_id: str
+    ticket: LeaseTicket
+    expires: float
+    limit: float
+
+
+class LeaseModel(RuleBasedStateMachine):
+    """Every lease is held exactly as long as its model says, and ends exactly once."""
+
+    tickets = Bundle("tickets")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.clock = Clock()
+        self.table = LeaseTable(TOKEN, LEASE_S, LIMIT_S, self.clock)
+        self.held: dict[str, Expected] = {}
+        self.to_end: list[EndedLease] = []
+        self.granted = 0
+
+    @rule(target=tickets)
+    def grant(self) -> LeaseTicket:
+        self.granted += 1
+        request_id = str(self.granted)
+        ticket = self.table.grant(request_id, BLOCKS, OTHER_TOKEN)
+        now = self.clock.now
+        self.held[ticket.token] = Expected(request_id, ticket, now + LEASE_S, now + LIMIT_S)
+        return ticket
+
+    @rule(seconds=st.sampled_from([0.0, 0.5, 2.5, 5.0, 9.999, 10.0, 40.0]))
+    def pass_time(self, seconds: float) -> None:
+        self.clock.now += seconds
+        for token, lease in list(self.held.items()):
+            if lease.expires <= self.clock.now:
+                del self.held[token]
+                self.to_end.append(EndedLease(lease.request_id, "expired"))
+
+    @rule(tickets=st.lists(tickets, max_size=3))
+    def renew(self, tickets: list[LeaseTicket]) -> None:
+        gone = self.table.renew([ticket.token for ticket in tickets])
+        assert gone == tuple(ticket.token for ticket in tickets if ticket.token not in self.held)
+        for ticket in tickets:
+            lease = self.held.get(ticket.token)
+            if lease is not None:
+                lease.expires = min(self.clock.now + LEASE_S, lease.limit)
+
+    @rule(ticket=tickets)
+    def release(self, ticket: LeaseTicket) -> None:
+        self.table.release([ticket.token])
+        lease = self.held.pop(ticket.token, None)
+        if lease is not None:
+            self.to_end.append(EndedLease(lease.request_id, "released"))
+
+    @rule(ticket=tickets)
+    def confirm(self, ticket: LeaseTicket) -> None:
+        assert (confirm(self.table, ticket) == "") == (ticket.token in self.held)
+
+    @rule()
+    def take_ended(self) -> None:
+        assert sorted(self.table.take_ended()) == sorted(self.to_end)
+        self.to_end = []
+
+    @invariant()
+    def held_counts(self) -> None:
+        # What ran out leaves the table with the next call that looks; held() is only a measurement.
+        leases, blocks = self.table.held()
+        assert leases >= len(self.held)
+        assert blocks == 3 * leases
+
+
+TestLeaseModel = LeaseModel.TestCase
+
+
+def test_threads_that_race_end_each_lease_once() -> None:
+    table = LeaseTable(TOKEN, LEASE_S, LIMIT_S)
+    tickets = [table.grant(str(i), BLOCKS, OTHER_TOKEN) for i in range(400)]
+    start = threading.Barrier(5)
+    ended: list[EndedLease] = []
+
+    def release_all() -> None:
+        start.wait()
+        for ticket in tickets:
+            table.renew([ticket.token])
+            table.release([ticket.token])
+            assert confirm(table, ticket) != ""
+
+    threads = [threading.Thread(target=release_all) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    start.wait()
+    while any(thread.is_alive() for thread in threads):
+        ended += table.take_ended()
+    for thread in threads:
+        thread.join()
+    ended += table.take_ended()
+    assert Counter(lease.request_id for lease in ended) == Counter(str(i) for i in range(400))
+    assert table.take_refused_confirms() == 1600
+    assert table.held() == (0, 0)
