@@ -1,0 +1,183 @@
+"""LeaseKeeper against a real side channel with a real lease table."""
+
+from __future__ import annotations
+
+import socket
+import threading
+from collections.abc import Iterator
+
+import pytest
+from support.pd import LOOPBACK, OTHER_TOKEN, TOKEN, WAIT_S, make_ticket, wait_until
+
+from vllm_datadist_connector.protocol.messages import Release, Released, Renew, Renewed, Request, Response
+from vllm_datadist_connector.protocol.params import LeaseTicket
+from vllm_datadist_connector.scheduler import keeper as keeper_module
+from vllm_datadist_connector.scheduler.keeper import LeaseKeeper
+from vllm_datadist_connector.scheduler.leases import EndedLease, LeaseTable
+from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.side_channel.server import SideChannelServer
+
+
+class Producer:
+    """A lease table behind a side channel that can be told not to hear."""
+
+    def __init__(self, endpoint: Endpoint | None = None) -> None:
+        self.leases = LeaseTable(TOKEN, 1.0, 600.0)
+        self.seen: list[Request] = []
+        self.deaf_to_releases = 0
+        self.ended: list[EndedLease] = []
+        self._server = SideChannelServer(endpoint or Endpoint(LOOPBACK, 0))
+        self.endpoint = self._server.endpoint
+        self._server.start(self._answer)
+
+    def grant(self, request_id: str = "r") -> LeaseTicket:
+        return self.leases.grant(request_id, ((1,),), OTHER_TOKEN)
+
+    def count(self, kind: type[Request]) -> int:
+        return sum(isinstance(request, kind) for request in self.seen)
+
+    def has_ended(self) -> bool:
+        self.ended += self.leases.take_ended()
+        return bool(self.ended)
+
+    def close(self) -> None:
+        self._server.close()
+
+    def _answer(self, request: Request) -> Response:
+        self.seen.append(request)
+        if isinstance(request, Renew):
+            return Renewed(id=request.id, gone=self.leases.renew(request.tokens))
+        if isinstance(request, Release):
+            if self.deaf_to_releases:
+                self.deaf_to_releases -= 1
+                # Answers with the id of no request: to the keeper this answer is lost.
+                return Released(id=2**60)
+            self.leases.release(request.tokens)
+        return Released(id=request.id)
+
+
+@pytest.fixture
+def producer() -> Iterator[Producer]:
+    producer = Producer()
+    yield producer
+    producer.close()
+
+
+@pytest.fixture
+def keeper() -> Iterator[LeaseKeeper]:
+    keeper = LeaseKeeper(answer_timeout_s=0.2)
+    yield keeper
+    keeper.close()
+
+
+def test_renews_for_longer_than_the_lease_then_releases(producer: Producer, keeper: LeaseKeeper) -> None:
+    ticket = producer.grant()
+    assert keeper.hold(producer.endpoint, ticket)
+    wait_until(lambda: producer.count(Renew) >= 6, "six renewals of a quarter of the lease each")
+    assert not producer.has_ended()
+    assert keeper.holds(ticket)
+    keeper.release(ticket)
+    assert not keeper.holds(ticket)
+    wait_until(producer.has_ended, "the release")
+    assert producer.ended == [EndedLease("r", "released")]
+
+
+def test_the_last_of_several_users_releases(producer: Producer, keeper: LeaseKeeper) -> None:
+    ticket, marker = producer.grant(), producer.grant("marker")
+    for _ in range(3):
+        assert keeper.hold(producer.endpoint, ticket)
+    keeper.release(ticket)
+    keeper.release(ticket)
+    keeper.hold(producer.endpoint, marker)
+    keeper.release(marker)
+    wait_until(producer.has_ended, "the marker's release")
+    assert producer.ended == [EndedLease("marker", "released")]
+    keeper.release(ticket)
+    producer.ended.clear()
+    wait_until(producer.has_ended, "the release by the last user")
+    assert producer.ended == [EndedLease("r", "released")]
+
+
+def test_a_lost_answer_is_asked_for_again(
+    producer: Producer, keeper: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "_RELEASE_RETRY_S", 0.05)
+    producer.deaf_to_releases = 2
+    ticket = producer.grant()
+    keeper.hold(producer.endpoint, ticket)
+    keeper.release(ticket)
+    wait_until(producer.has_ended, "the release")
+    assert producer.ended == [EndedLease("r", "released")]
+    assert producer.count(Release) == 3
+
+
+def test_gives_up_when_the_lease_has_run_out_anyway(
+    producer: Producer, keeper: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper_module, "_RELEASE_RETRY_S", 0.05)
+    producer.deaf_to_releases = 10**6
+    ticket = producer.grant()
+    keeper.hold(producer.endpoint, ticket)
+    keeper.release(ticket)
+    wait_until(lambda: not keeper._kept, "the end of the retries")
+    assert producer.count(Release) >= 2
+
+
+def test_a_lease_that_is_gone_is_known_and_no_longer_renewed(producer: Producer, keeper: LeaseKeeper) -> None:
+    stale = make_ticket(lease_s=1.0)
+    keeper.hold(producer.endpoint, stale)
+    wait_until(lambda: not keeper.holds(stale), "the news that the lease is gone")
+    assert producer.count(Renew) == 1
+    keeper.release(stale)
+    assert producer.count(Release) == 0
+
+
+def test_a_dead_endpoint_does_not_starve_another(producer: Producer, keeper: LeaseKeeper) -> None:
+    with socket.create_server((LOOPBACK, 0)) as silent:
+        dead = make_ticket(lease_s=1.0)
+        keeper.hold(Endpoint(LOOPBACK, silent.getsockname()[1]), dead)
+        ticket = producer.grant()
+        keeper.hold(producer.endpoint, ticket)
+        wait_until(lambda: producer.count(Renew) >= 5, "renewals beside a dead endpoint")
+        assert not producer.has_ended()
+        assert keeper.holds(dead)
+
+
+def test_many_leases_of_one_endpoint_share_messages(producer: Producer, keeper: LeaseKeeper) -> None:
+    tickets = [producer.grant(str(i)) for i in range(500)]
+    for ticket in tickets:
+        keeper.hold(producer.endpoint, ticket)
+    for ticket in tickets:
+        keeper.release(ticket)
+    wait_until(lambda: producer.leases.held() == (0, 0), "all releases")
+    assert producer.count(Release) < 500
+
+
+def test_bounded(producer: Producer, keeper: LeaseKeeper, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper_module, "MAX_HELD", 2)
+    tickets = [producer.grant(str(i)) for i in range(3)]
+    assert [keeper.hold(producer.endpoint, ticket) for ticket in tickets] == [True, True, False]
+    assert keeper.hold(producer.endpoint, tickets[0])
+
+
+def test_survives_a_round_that_fails(
+    producer: Producer, keeper: LeaseKeeper, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    failed = threading.Event()
+
+    def fail_once(tokens: list[str]) -> list[tuple[str, ...]]:
+        failed.set()
+        monkeypatch.undo()
+        raise ValueError("bug")
+
+    monkeypatch.setattr(keeper_module, "_batches", fail_once)
+    keeper.hold(producer.endpoint, producer.grant())
+    assert failed.wait(WAIT_S)
+    wait_until(lambda: producer.count(Renew) >= 2, "renewals after the fault")
+    assert "a round failed" in caplog.text
+
+
+def test_closes_without_having_held_anything() -> None:
+    keeper = LeaseKeeper(answer_timeout_s=0.2)
+    keeper.close()
+    keeper.close()

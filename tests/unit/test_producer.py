@@ -1,0 +1,202 @@
+"""ProducerScheduler: what is held of which request, and what a D is answered."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TO_P, TOKEN, WAIT_S, finish, make_request
+from vllm.v1.request import RequestStatus
+
+from vllm_datadist_connector.protocol.messages import (
+    Confirm,
+    Confirmed,
+    Hello,
+    Meta,
+    Refused,
+    Release,
+    Released,
+    Renew,
+    Renewed,
+    Response,
+)
+from vllm_datadist_connector.protocol.messages import Request as Message
+from vllm_datadist_connector.protocol.params import EXTRA_KEY, RemotePrefill, parse_remote_prefill
+from vllm_datadist_connector.scheduler.identity import InstanceIdentity, digest_of
+from vllm_datadist_connector.scheduler.producer import ProducerScheduler
+from vllm_datadist_connector.side_channel.client import SideChannelClient
+from vllm_datadist_connector.side_channel.endpoint import Endpoint
+
+IDENTITY = InstanceIdentity("engine-p", tp_size=2, pp_size=1, dcp_size=1, block_sizes=(BLOCK_SIZE,))
+BLOCKS = [7, 3, 5, 9]
+PROMPT = list(range(3 * BLOCK_SIZE - 5))
+
+
+@pytest.fixture
+def producer() -> Iterator[ProducerScheduler]:
+    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), lease_s=30.0, limit_s=600.0)
+    yield producer
+    producer.close()
+
+
+@pytest.fixture
+def client() -> Iterator[SideChannelClient]:
+    client = SideChannelClient()
+    yield client
+    client.close()
+
+
+def ask(client: SideChannelClient, producer: ProducerScheduler, kind: type[Message], **fields: Any) -> Response:
+    client.send(producer.endpoint, lambda i: kind(id=i, **fields), WAIT_S)
+    ((answer,), _) = client.wait([], time.monotonic() + WAIT_S)
+    assert answer.response is not None, answer.error
+    return answer.response
+
+
+def hold(producer: ProducerScheduler, request_id: str = "cmpl-a-0-00000000") -> RemotePrefill:
+    held, params = producer.request_finished(finish(make_request(PROMPT, TO_P, request_id)), (BLOCKS,))
+    assert held
+    return parse_remote_prefill(params)
+
+
+def confirmation(remote: RemotePrefill, **changes: Any) -> dict[str, Any]:
+    ticket = remote.ticket
+    values = {
+        "token": ticket.token,
+        "generation": ticket.generation,
+        "prompt_digest": ticket.prompt_digest,
+        "blocks": remote.remote_block_ids,
+    }
+    return values | changes
+
+
+def test_params_of_a_held_request(producer: ProducerScheduler) -> None:
+    request = finish(make_request(PROMPT, TO_P))
+    held, params = producer.request_finished(request, (BLOCKS,))
+    assert held
+    remote = parse_remote_prefill(params)
+    # Blocks past the computed tokens, which 0.23 hands over, hold nothing.
+    assert remote.remote_block_ids == ((7, 3, 5),)
+    assert remote.remote_num_tokens == len(PROMPT)
+    assert (remote.remote_engine_id, remote.remote_request_id) == ("engine-p", request.request_id)
+    assert (remote.remote_host, remote.remote_port) == producer.endpoint
+    assert remote.ticket.incarnation == IDENTITY.incarnation
+    assert remote.ticket.prompt_digest == digest_of(request)
+    assert (params["tp_size"], params["pp_size"], params["dcp_size"]) == (2, 1, 1)
+    assert producer.held() == (1, 3)
+
+
+HELD = {RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED}
+
+
+@pytest.mark.parametrize("status", [status for status in RequestStatus if RequestStatus.is_finished(status)])
+def test_held_by_how_it_ended(producer: ProducerScheduler, status: RequestStatus) -> None:
+    held, params = producer.request_finished(finish(make_request(PROMPT, TO_P), status), (BLOCKS,))
+    assert held is (status in HELD)
+    assert (EXTRA_KEY in params) is held
+    assert params["remote_block_ids"] == ([[7, 3, 5]] if held else [[]])
+    assert params["remote_num_tokens"] == (len(PROMPT) if held else 0)
+
+
+@pytest.mark.parametrize(
+    ("request_id", "held"),
+    [
+        ("cmpl-a-0-0123abcd", True),
+        ("cmpl-a-1-0-0123abcd", True),
+        ("chatcmpl-a-1-0123abcd", True),
+        ("cmpl-___prefill_addr_1.2.3.4:5___decode_addr_1.2.3.4:6_u-0-0123abcd", True),
+        ("0_cmpl-a-0-0123abcd", False),
+        ("1_cmpl-a-0-0123abcd", False),
+        ("12_chatcmpl-a-0123abcd", False),
+        ("cmpl-a-1-0123abcd", False),
+        ("cmpl-a-10-0123abcd", False),
+    ],
+)
+def test_requests_whose_params_reach_nobody_are_not_held(
+    producer: ProducerScheduler, request_id: str, held: bool
+) -> None:
+    assert producer.request_finished(finish(make_request(PROMPT, TO_P, request_id)), (BLOCKS,))[0] is held
+
+
+def test_embeddings_are_not_held(producer: ProducerScheduler) -> None:
+    request = make_request([0] * len(PROMPT), TO_P, prompt_embeds=torch.zeros(len(PROMPT), 4))
+    assert producer.request_finished(finish(request), (BLOCKS,))[0] is False
+
+
+def test_nothing_computed_is_not_held(producer: ProducerScheduler) -> None:
+    request = finish(make_request(PROMPT, TO_P))
+    request.num_computed_tokens = 0
+    assert producer.request_finished(request, (BLOCKS,))[0] is False
+
+
+def test_release_gives_back_once(producer: ProducerScheduler, client: SideChannelClient) -> None:
+    remote = hold(producer)
+    for _ in range(2):
+        assert isinstance(ask(client, producer, Release, tokens=(remote.ticket.token,)), Released)
+    assert producer.take_ended() == (remote.remote_request_id,)
+    assert producer.take_ended() == ()
+    assert producer.take_counts() == ({"released": 1}, 0)
+    assert producer.take_counts() == ({}, 0)
+    assert producer.held() == (0, 0)
+
+
+def test_expiry_gives_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), lease_s=0.01, limit_s=600.0)
+    try:
+        remote_id = "cmpl-late-0-00000000"
+        assert producer.request_finished(finish(make_request(PROMPT, TO_P, remote_id)), (BLOCKS,))[0]
+        ended: tuple[str, ...] = ()
+        end = time.monotonic() + WAIT_S
+        while not ended and time.monotonic() < end:
+            ended = producer.take_ended()
+        assert ended == (remote_id,)
+        assert producer.take_counts() == ({"expired": 1}, 0)
+        assert [record.levelno for record in caplog.records if remote_id in record.message] == [logging.WARNING]
+    finally:
+        producer.close()
+
+
+def test_renew_tells_what_is_gone(producer: ProducerScheduler, client: SideChannelClient) -> None:
+    token = hold(producer).ticket.token
+    answer = ask(client, producer, Renew, tokens=(token, OTHER_TOKEN))
+    assert isinstance(answer, Renewed)
+    assert answer.gone == (OTHER_TOKEN,)
+
+
+def test_confirm(producer: ProducerScheduler, client: SideChannelClient) -> None:
+    remote = hold(producer)
+    held = ask(client, producer, Confirm, **confirmation(remote))
+    assert held == Confirmed(id=held.id, held=True, reason="")
+    for changes in ({"blocks": ((3, 7, 5),)}, {"generation": 99}, {"prompt_digest": TOKEN}, {"token": TOKEN}):
+        refused = ask(client, producer, Confirm, **confirmation(remote, **changes))
+        assert isinstance(refused, Confirmed)
+        assert not refused.held
+        assert refused.reason
+    assert producer.take_counts() == ({}, 4)
+    ask(client, producer, Release, tokens=(remote.ticket.token,))
+    late = ask(client, producer, Confirm, **confirmation(remote))
+    assert isinstance(late, Confirmed)
+    assert not late.held
+
+
+def test_hello(producer: ProducerScheduler, client: SideChannelClient) -> None:
+    producer.set_geometries({(0, 0): b"rank 0", (0, 1): b"rank 1"})
+    good: dict[str, Any] = {
+        "engine_id": "engine-p",
+        "incarnation": IDENTITY.incarnation,
+        "pp_rank": 0,
+        "tp_rank": 1,
+    }
+    met = ask(client, producer, Hello, **good)
+    assert met == Meta(id=met.id, geometry=b"rank 1")
+    for changes in ({"engine_id": "other"}, {"incarnation": TOKEN}):
+        refused = ask(client, producer, Hello, **(good | changes))
+        assert isinstance(refused, Refused)
+        assert "another instance" in refused.reason
+    refused = ask(client, producer, Hello, **(good | {"tp_rank": 2}))
+    assert isinstance(refused, Refused)
+    assert "(0, 2); there are [(0, 0), (0, 1)]" in refused.reason
