@@ -204,7 +204,8 @@ TEST_F(SessionTest, ProtocolViolationsCloseTheSession) {
     std::vector<uint8_t> body;
   };
   for (const Case &bad : {Case{"not legal", MessageType::kHello, 1, {}}, Case{"unasked", MessageType::kGrant, 9, {}},
-                          Case{"malformed", MessageType::kPing, 1, {0}}, Case{"no requests", MessageType::kUnlink, 1, {}}}) {
+                          Case{"malformed", MessageType::kPing, 1, {0}},
+                          Case{"no requests", MessageType::kUnlink, 1, {}}}) {
     int pair[2];
     ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair), 0);
     peer_ = Fd(pair[0]);

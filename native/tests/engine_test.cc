@@ -20,7 +20,8 @@ constexpr int64_t kNoCache = 1234;
 // The cache of the specification's worked examples: 10 tensors of {4, 16} int32, so 4 blocks of 64 bytes and 5 layers.
 constexpr Shape kShape{10, 4, 64};
 
-KvCacheExtParam Layers(int32_t src_first, int32_t src_last, int32_t dst_first, int32_t dst_last, uint8_t per_layer = 2) {
+KvCacheExtParam Layers(int32_t src_first, int32_t src_last, int32_t dst_first, int32_t dst_last,
+                       uint8_t per_layer = 2) {
   return {{src_first, src_last}, {dst_first, dst_last}, per_layer, {}};
 }
 
@@ -143,7 +144,7 @@ TEST_F(TwoEndpoints, LocalCommResIsJudgedWhenLinking) {
     EXPECT_EQ(node.Link(kB, b_.port()), LLM_PARAM_INVALID);
     EXPECT_THAT(GetLastErrorText(), HasSubstr(OPTION_LOCAL_COMM_RES));
   }
-  for (const char *good : {"", "{\"version\":\"1.3\"}", "{\"server_list\":[],\"status\":\"completed\",\"version\":\"1.0\"}"}) {
+  for (const char *good : {"", R"({"version":"1.3"})", R"({"server_list":[],"status":"completed","version":"1.0"})"}) {
     SCOPED_TRACE(good);
     Node node(7);
     ASSERT_EQ(node.Start(ClientOptions({{OPTION_LOCAL_COMM_RES, good}})), LLM_SUCCESS);
@@ -202,7 +203,7 @@ TEST_F(TwoEndpoints, PullErrorPrecedence) {
       << "local layers before the link";
   EXPECT_EQ(a_.Pull(kStranger, kNoCache, mine_, {0}, {99}), LLM_NOT_YET_LINK) << "link before local block indices";
   Link();
-  EXPECT_EQ(a_.Pull(kB, kNoCache, mine_, {0}, {99}), LLM_PARAM_INVALID) << "local block indices before the remote cache";
+  EXPECT_EQ(a_.Pull(kB, kNoCache, mine_, {0}, {99}), LLM_PARAM_INVALID) << "local blocks before the remote cache";
   EXPECT_EQ(a_.Pull(kB, kNoCache, mine_, {99}, {0}), LLM_KV_CACHE_NOT_EXIST) << "remote cache before its blocks";
 }
 

@@ -1,4 +1,5 @@
-// IP literals, and the two ways to get a socket from one. No name is ever resolved: an address is what the caller wrote.
+// IP literals, and the two ways to get a socket from one. No name is ever resolved: an address is what the caller
+// wrote.
 #ifndef DATADIST_CONTROL_ADDRESS_H_
 #define DATADIST_CONTROL_ADDRESS_H_
 

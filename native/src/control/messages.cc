@@ -225,8 +225,9 @@ Result<Attach> Decode(const std::vector<uint8_t> &body) {
   Get(reader, message.token);
   const uint8_t initiator = reader.U8();
   message.index = reader.U16();
-  if (!reader.Finished() || message.index >= kMaxTcpStreams ||
-      (initiator != static_cast<uint8_t>(Initiator::kClient) && initiator != static_cast<uint8_t>(Initiator::kServer))) {
+  const bool known = initiator == static_cast<uint8_t>(Initiator::kClient) ||
+                     initiator == static_cast<uint8_t>(Initiator::kServer);
+  if (!reader.Finished() || message.index >= kMaxTcpStreams || !known) {
     return Malformed("ATTACH");
   }
   message.initiator = static_cast<Initiator>(initiator);

@@ -50,8 +50,8 @@ class Session : public std::enable_shared_from_this<Session> {
   // Begins to read. From any thread.
   void Start(std::weak_ptr<SessionHandler> handler);
 
-  // Sends a request and waits for its answer, which is of type `answer`. LLM_TIMEOUT at the deadline; the answer is then
-  // dropped when it comes. Not on the loop.
+  // Sends a request and waits for its answer, which is of type `answer`. LLM_TIMEOUT at the deadline; the answer is
+  // then dropped when it comes. Not on the loop.
   Result<Frame> Call(MessageType request, const std::vector<uint8_t> &body, MessageType answer, Deadline deadline);
 
   // A one-way message, or the answer to `seq`. From any thread, never blocks.

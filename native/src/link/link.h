@@ -6,7 +6,7 @@
 //   Connecting   made, not yet in the table
 //   Established  transfers run, both ways
 //   Lost         the peer is gone, silent or broke the protocol, or a transfer failed in a way that leaves the path in
-//                doubt. Everything is shut; the entry stays, so that unlink and relink mean something; calls fail at once
+//                doubt. Everything is shut and calls fail at once; the entry stays, so that unlink means something
 //   Closed       out of the table; lives on only as long as a running call holds it
 //
 // Threads: Transfer and Unlink on the callers', ...OnLoop on the loop, the rest on any.

@@ -28,7 +28,8 @@ std::map<llm_datadist::AscendString, llm_datadist::AscendString> ToAscend(const 
 }
 
 uint8_t PatternByte(uint32_t seed, uint64_t tensor, uint64_t offset) {
-  const uint64_t mixed = (offset + 1) * 0x9E3779B97F4A7C15ULL ^ (tensor + 1) * 0xC2B2AE3D27D4EB4FULL ^ seed * 0x165667B1ULL;
+  const uint64_t place = ((offset + 1) * 0x9E3779B97F4A7C15ULL) ^ ((tensor + 1) * 0xC2B2AE3D27D4EB4FULL);
+  const uint64_t mixed = place ^ (seed * 0x165667B1ULL);
   return static_cast<uint8_t>((mixed >> 29) ^ (mixed >> 7));
 }
 
