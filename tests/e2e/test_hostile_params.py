@@ -103,7 +103,10 @@ async def check_fresh(pair: Pair, reference: Reference) -> None:
     await equality.check_moved(change, PROMPT_TOKENS - 1)
 
 
-@pytest.mark.parametrize("path", [(name,) for name in FIELDS] + [("datadist", name) for name in TICKET_FIELDS])
+PATHS = [(name,) for name in FIELDS] + [("datadist", name) for name in TICKET_FIELDS]
+
+
+@pytest.mark.parametrize("path", PATHS, ids=".".join)
 def test_bad_value(pair: Pair, reference: Reference, path: tuple[str, ...]) -> None:
     async def scenario() -> None:
         tried = [
