@@ -27,7 +27,6 @@ LOGS = ROOT / "logs" / "test"
 NATIVE = ROOT / "native"
 # Order of the runs: what fails fastest comes first.
 SANITIZERS = ("default", "asan", "tsan")
-OLDEST_CMAKE = (3, 25)  # the first with workflow presets
 NO_TESTS_COLLECTED = 5  # pytest's exit status
 
 
@@ -69,25 +68,12 @@ def lint(run: Run) -> None:
 
 
 def native(run: Run) -> None:
-    ensure_cmake()
     ensure_googletest()
     for preset in SANITIZERS:
         log = LOGS / f"native-{preset}.log"
-        command = ["cmake", "--workflow", "--preset", preset]
+        command = [str(run.environment.tool("cmake")), "--workflow", "--preset", preset]
         run_step(f"native tests, {preset}", command, log, env=run.environment.variables(), cwd=NATIVE)
         print(f"    {ctest_summary(log)}", flush=True)
-
-
-def ensure_cmake() -> None:
-    advice = "on Debian and Ubuntu: apt-get install cmake ninja-build; elsewhere: pip install cmake ninja"
-    for program in ("cmake", "ctest", "ninja"):
-        if shutil.which(program) is None:
-            raise PartError(f"{program} is not installed; {advice}")
-    answer = subprocess.run(["cmake", "--version"], capture_output=True, text=True, check=True).stdout
-    version = answer.split()[2]
-    if tuple(int(part) for part in version.split(".")[:2]) < OLDEST_CMAKE:
-        oldest = ".".join(map(str, OLDEST_CMAKE))
-        raise PartError(f"cmake {version} is too old for the presets, {oldest} is the first that does; {advice}")
 
 
 def ensure_googletest() -> None:
