@@ -27,7 +27,7 @@ LOCAL = [50, 51, 52, 53, 54]
 class Keeper:
     """Counts holds and releases in place of the thread that would tell P."""
 
-    def __init__(self, answer_timeout_s: float) -> None:
+    def __init__(self) -> None:
         self.users: Counter[str] = Counter()
         self.endpoints: list[Endpoint] = []
         self.gone: set[str] = set()
@@ -53,14 +53,15 @@ class Keeper:
 
 @pytest.fixture
 def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeper]:
-    keeper = Keeper(0.0)
-    monkeypatch.setattr(consumer_module, "LeaseKeeper", lambda timeout: keeper)
+    keeper = Keeper()
+    monkeypatch.setattr(consumer_module, "LeaseKeeper", lambda _: keeper)
     yield keeper
     assert not +keeper.users, "a lease was not released"
 
 
 @pytest.fixture
 def consumer(keeper: Keeper) -> ConsumerScheduler:
+    del keeper
     return ConsumerScheduler((BLOCK_SIZE,), lambda host: host == LOOPBACK, recv_deadline_s=60.0, answer_timeout_s=5.0)
 
 
@@ -259,9 +260,9 @@ CALLS = st.sampled_from(["new", "match", "alloc", "alloc nothing", "step", "rece
 def test_any_sequence_of_calls(calls: list[tuple[str, int]]) -> None:
     """vLLM may call in any order about any request: no exception, and each lease is released exactly once."""
     with pytest.MonkeyPatch.context() as patch:
-        keeper = Keeper(0.0)
-        patch.setattr(consumer_module, "LeaseKeeper", lambda timeout: keeper)
-        consumer = ConsumerScheduler((BLOCK_SIZE,), lambda host: True, recv_deadline_s=1.0, answer_timeout_s=1.0)
+        keeper = Keeper()
+        patch.setattr(consumer_module, "LeaseKeeper", lambda _: keeper)
+        consumer = ConsumerScheduler((BLOCK_SIZE,), lambda _: True, recv_deadline_s=1.0, answer_timeout_s=1.0)
         requests = [d_request(params_for(PROMPT), request_id=str(i)) for i in range(3)]
         pulled: Counter[str] = Counter()
 

@@ -166,6 +166,7 @@ def test_survives_a_round_that_fails(
     failed = threading.Event()
 
     def fail_once(tokens: list[str]) -> list[tuple[str, ...]]:
+        del tokens
         failed.set()
         monkeypatch.undo()
         raise ValueError("bug")

@@ -278,7 +278,7 @@ def test_answers_that_nobody_asked_for_are_dropped(
 
 
 def test_an_answer_from_another_server_is_dropped(
-    server: SideChannelServer, client: SideChannelClient, raw: Callable[[int], zmq.Socket[bytes]]
+    client: SideChannelClient, raw: Callable[[int], zmq.Socket[bytes]]
 ) -> None:
     router = raw(zmq.ROUTER)
     liar = Endpoint(LOOPBACK, router.bind_to_random_port(f"tcp://{LOOPBACK}"))

@@ -1,0 +1,405 @@
+"""PullDriver with a real engine against real P processes: every way a pull can end."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from typing import Any
+
+import numpy as np
+import pytest
+from support.endpoints import copy_blocks
+from support.pd import LOOPBACK, WAIT_S, wait_until
+from support.producer_process import BLOCKS, ProducerProcess, geometry_of, make_memory, start_engine
+
+from vllm_datadist_connector import _native
+from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.protocol.messages import Release
+from vllm_datadist_connector.protocol.params import RemotePrefill
+from vllm_datadist_connector.side_channel.client import SideChannelClient
+from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.worker.driver import PullDriver
+from vllm_datadist_connector.worker.transfers import Failure, Transfer
+
+D_CLUSTER, P_CLUSTER = 900, 100
+_DECODER_ROLE = 2
+
+
+class Observer:
+    def __init__(self) -> None:
+        self.pulls: list[Transfer] = []
+        self.failures: list[Failure] = []
+        self.handshakes = 0
+
+    def pulled(self, transfer: Transfer, seconds: float) -> None:
+        assert seconds > 0
+        self.pulls.append(transfer)
+
+    def failed(self, reason: Failure) -> None:
+        self.failures.append(reason)
+
+    def handshake(self, seconds: float) -> None:
+        assert seconds > 0
+        self.handshakes += 1
+
+
+class Consumer:
+    """A D rank: memory, engine, driver, and what its scheduler would have been told."""
+
+    def __init__(self, transport: str = "auto", **config: Any) -> None:
+        self.memory = make_memory(D_CLUSTER)
+        self.expected = self.memory.copy()
+        settings = ConnectorConfig(
+            **({"pull_timeout_s": 1.0, "handshake_timeout_s": 1.0, "peer_backoff_s": 0.3} | config)
+        )
+        timeout = {"llm.SyncKvCacheWaitTime": str(int(settings.pull_timeout_s * 1000))}
+        self.datadist, cache_id = start_engine(D_CLUSTER, _DECODER_ROLE, self.memory, transport, **timeout)
+        self.observer = Observer()
+        self.driver = PullDriver(self.datadist, geometry_of(D_CLUSTER, cache_id, 0), settings, self.observer)
+        self.received: list[str] = []
+        self.failed: set[str] = set()
+        self.invalid: set[int] = set()
+
+    def pull(self, request_id: str, remote: RemotePrefill, local: Sequence[int], deadline_s: float = WAIT_S) -> None:
+        self.driver.submit(
+            PullJob(
+                request_id=request_id,
+                remote=remote,
+                remote_blocks=remote.remote_block_ids,
+                local_blocks=(tuple(local),),
+                prompt_digest=remote.ticket.prompt_digest,
+                deadline_s=deadline_s,
+            )
+        )
+
+    def expect(self, producer: ProducerProcess, remote: RemotePrefill, local: Sequence[int]) -> None:
+        copy_blocks(producer.memory, self.expected, remote.remote_block_ids[0], local)
+
+    def wait(self, count: int) -> None:
+        def arrived() -> bool:
+            finished = self.driver.take_finished()
+            assert finished.failed <= finished.received
+            self.received += finished.received
+            self.failed |= finished.failed
+            self.invalid |= finished.invalid_blocks
+            return len(self.received) >= count
+
+        wait_until(arrived, f"the end of {count} pulls")
+        assert len(set(self.received)) == len(self.received) == count
+
+    def check_bytes(self) -> None:
+        np.testing.assert_array_equal(self.memory, self.expected)
+
+    def close(self) -> None:
+        self.driver.close()
+        self.datadist.finalize()
+
+
+@pytest.fixture
+def stack() -> Iterator[ExitStack]:
+    with ExitStack() as stack:
+        yield stack
+
+
+@pytest.fixture
+def start_producer(stack: ExitStack) -> Callable[..., ProducerProcess]:
+    def start(cluster_id: int = P_CLUSTER, **settings: Any) -> ProducerProcess:
+        producer = ProducerProcess(cluster_id, **settings)
+        stack.callback(producer.kill)
+        return producer
+
+    return start
+
+
+@pytest.fixture
+def start_consumer(stack: ExitStack) -> Callable[..., Consumer]:
+    return lambda **settings: stack.enter_context(closing(Consumer(**settings)))
+
+
+@pytest.fixture
+def producer(start_producer: Callable[..., ProducerProcess]) -> ProducerProcess:
+    return start_producer()
+
+
+@pytest.fixture
+def consumer(start_consumer: Callable[..., Consumer]) -> Consumer:
+    return start_consumer()
+
+
+def release(remote: RemotePrefill) -> None:
+    with closing(SideChannelClient()) as client:
+        endpoint = Endpoint(remote.remote_host, remote.remote_port)
+        client.send(endpoint, lambda i: Release(id=i, tokens=(remote.ticket.token,)), WAIT_S)
+        ((answer,), _) = client.wait([], time.monotonic() + WAIT_S)
+        assert answer.response is not None, answer.error
+
+
+@pytest.mark.parametrize("transport", ["cma", "tcp"])
+def test_bytes_are_the_owners(
+    start_producer: Callable[..., ProducerProcess], start_consumer: Callable[..., Consumer], transport: str
+) -> None:
+    producer, consumer = start_producer(transport=transport), start_consumer(transport=transport)
+    remote = producer.prefill("r", [5, 63, 0, 17, 18])
+    consumer.expect(producer, remote, [9, 2, 60, 3, 4])
+    consumer.pull("r", remote, [9, 2, 60, 3, 4])
+    consumer.wait(1)
+    assert (consumer.received, consumer.failed, consumer.invalid) == (["r"], set(), set())
+    consumer.check_bytes()
+    (transfer,) = consumer.observer.pulls
+    assert transfer.num_bytes == 5 * consumer.memory[:, 0].nbytes
+    assert consumer.driver.linked_peers() == consumer.observer.handshakes == 1
+
+
+def test_nothing_to_read_is_confirmed_too(producer: ProducerProcess, consumer: Consumer) -> None:
+    remote = producer.prefill("r", [1])
+    consumer.driver.submit(PullJob("r", remote, ((),), ((),), remote.ticket.prompt_digest, WAIT_S))
+    consumer.wait(1)
+    assert consumer.failed == set()
+    consumer.check_bytes()
+
+
+def test_a_lease_that_ended_before_the_confirmation_fails_the_pull(
+    producer: ProducerProcess, consumer: Consumer
+) -> None:
+    remote = producer.prefill("r", [1, 2])
+    release(remote)
+    assert producer.take_ended() == ["r"]
+    consumer.pull("r", remote, [7, 8])
+    consumer.wait(1)
+    assert (consumer.failed, consumer.invalid) == ({"r"}, {7, 8})
+    assert consumer.observer.failures == [Failure.LEASE]
+
+
+def test_blocks_in_another_order_are_not_confirmed(producer: ProducerProcess, consumer: Consumer) -> None:
+    granted = producer.prefill("r", [1, 2])
+    forged = RemotePrefill(
+        **{name: getattr(granted, name) for name in granted.__struct_fields__} | {"remote_block_ids": ((2, 1),)}
+    )
+    consumer.pull("r", forged, [7, 8])
+    consumer.wait(1)
+    assert consumer.failed == {"r"}
+    assert consumer.observer.failures == [Failure.LEASE]
+
+
+def test_hundreds_of_pulls_at_once(start_producer: Callable[..., ProducerProcess], consumer: Consumer) -> None:
+    producers = [start_producer(P_CLUSTER + i) for i in range(2)]
+    sources = np.random.default_rng(5).permutation(BLOCKS)
+    for i in range(300):
+        producer = producers[i % 2]
+        remote = producer.prefill(f"r{i}", [int(sources[i])])
+        consumer.expect(producer, remote, [i])
+        consumer.pull(f"r{i}", remote, [i])
+    consumer.wait(300)
+    assert consumer.failed == set()
+    consumer.check_bytes()
+    assert consumer.observer.handshakes == 2
+
+
+def test_p_is_killed(start_producer: Callable[..., ProducerProcess], consumer: Consumer) -> None:
+    killed, healthy = start_producer(P_CLUSTER), start_producer(P_CLUSTER + 1)
+    first, second = killed.prefill("first", [1]), killed.prefill("second", [2])
+    consumer.expect(killed, first, [1])
+    consumer.pull("first", first, [1])
+    consumer.wait(1)
+    killed.kill()
+    consumer.pull("second", second, [2], deadline_s=3.0)
+    remote = healthy.prefill("healthy", [3])
+    consumer.expect(healthy, remote, [3])
+    consumer.pull("healthy", remote, [3])
+    consumer.wait(3)
+    assert (consumer.failed, consumer.invalid) == ({"second"}, {2})
+    consumer.check_bytes()
+
+
+def test_p_restarts_on_the_same_address(start_producer: Callable[..., ProducerProcess], consumer: Consumer) -> None:
+    first = start_producer(P_CLUSTER)
+    remote, stale = first.prefill("a", [1]), first.prefill("stale", [2])
+    consumer.expect(first, remote, [1])
+    consumer.pull("a", remote, [1])
+    consumer.wait(1)
+    first.kill()
+
+    second = start_producer(P_CLUSTER + 1, port=first.port)
+    fresh = second.prefill("b", [4])
+    consumer.pull("stale", stale, [2], deadline_s=5.0)
+    consumer.expect(second, fresh, [5])
+    consumer.pull("b", fresh, [5])
+    consumer.wait(3)
+    assert (consumer.failed, consumer.invalid) == ({"stale"}, {2})
+    consumer.check_bytes()
+    wait_until(lambda: consumer.driver.linked_peers() == 1, "the end of the dead peer")
+
+
+def test_incompatible_layouts_name_the_field_and_fail_fast(
+    start_producer: Callable[..., ProducerProcess],
+    start_consumer: Callable[..., Consumer],
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    producer, consumer = start_producer(block_size=32), start_consumer(peer_backoff_s=60.0)
+    for index in range(2):
+        consumer.pull(str(index), producer.prefill(str(index), [1]), [index])
+        consumer.wait(index + 1)
+    assert consumer.failed == {"0", "1"}
+    assert consumer.observer.failures == [Failure.HANDSHAKE] * 2
+    assert consumer.observer.handshakes == 0
+    assert f"{LOOPBACK}:{producer.port} is not compatible: block_sizes: ours (16,), theirs (32,)" in caplog.text
+    consumer.check_bytes()
+
+
+def test_cancelled_while_it_waits_for_its_peer(
+    producer: ProducerProcess, start_consumer: Callable[..., Consumer]
+) -> None:
+    consumer = start_consumer(handshake_timeout_s=60.0)
+    remote = producer.prefill("r", [1])
+    producer.stop()
+    consumer.pull("r", remote, [1])
+    consumer.driver.cancel("r")
+    consumer.wait(1)
+    assert consumer.failed == set(), "a cancelled request only wants its blocks back"
+    consumer.check_bytes()
+
+
+def test_cancelled_while_it_is_confirmed(
+    start_producer: Callable[..., ProducerProcess], start_consumer: Callable[..., Consumer]
+) -> None:
+    producer = start_producer(transport="cma")
+    consumer = start_consumer(transport="cma", handshake_timeout_s=60.0)
+    warm, remote = producer.prefill("warm", [1]), producer.prefill("r", [2])
+    consumer.pull("warm", warm, [1])
+    consumer.wait(1)
+    # Reading another process's memory needs nothing of that process; only the confirmation does.
+    producer.stop()
+    consumer.expect(producer, warm, [1])
+    consumer.expect(producer, remote, [2])
+    consumer.pull("r", remote, [2])
+    wait_until(lambda: np.array_equal(consumer.memory, consumer.expected), "the bytes")
+    consumer.driver.cancel("r")
+    consumer.wait(2)
+    assert consumer.failed == set()
+    assert len(consumer.observer.pulls) == 1
+
+
+def test_cancelled_while_a_pull_runs(
+    start_producer: Callable[..., ProducerProcess], start_consumer: Callable[..., Consumer]
+) -> None:
+    producer, consumer = start_producer(transport="tcp"), start_consumer(transport="tcp", pull_timeout_s=0.7)
+    warm, remote = producer.prefill("warm", [1]), producer.prefill("r", [2])
+    consumer.expect(producer, warm, [1])
+    consumer.pull("warm", warm, [1])
+    consumer.wait(1)
+    producer.stop()
+    started = time.monotonic()
+    consumer.pull("r", remote, [2])
+    consumer.driver.cancel("r")
+    consumer.wait(2)
+    assert time.monotonic() - started < 0.7 + 1.0
+    assert consumer.failed == set()
+    producer.resume()
+    consumer.check_bytes()
+
+
+def test_a_stopped_p_fails_what_is_queued_behind_the_first_timeout(
+    start_producer: Callable[..., ProducerProcess], start_consumer: Callable[..., Consumer]
+) -> None:
+    producer, consumer = start_producer(transport="tcp"), start_consumer(transport="tcp", pull_timeout_s=0.7)
+    warm = producer.prefill("warm", [1])
+    remotes = [producer.prefill(f"r{i}", [i]) for i in range(8)]
+    consumer.expect(producer, warm, [1])
+    consumer.pull("warm", warm, [1])
+    consumer.wait(1)
+    producer.stop()
+    started = time.monotonic()
+    for i, remote in enumerate(remotes):
+        consumer.pull(f"r{i}", remote, [10 + i])
+    consumer.wait(9)
+    assert time.monotonic() - started < 2 * 0.7 + 1.0, "each pull waited for its own time-out"
+    assert consumer.failed == {f"r{i}" for i in range(8)}
+    assert consumer.invalid == set(range(10, 18))
+    consumer.check_bytes()
+
+
+def test_the_deadline_ends_a_pull_from_a_stopped_p(
+    producer: ProducerProcess, start_consumer: Callable[..., Consumer]
+) -> None:
+    consumer = start_consumer(handshake_timeout_s=60.0)
+    remote = producer.prefill("r", [1])
+    producer.stop()
+    started = time.monotonic()
+    consumer.pull("r", remote, [1], deadline_s=0.3)
+    consumer.wait(1)
+    assert 0.3 <= time.monotonic() - started < 1.3
+    assert consumer.failed == {"r"}
+    assert consumer.observer.failures == [Failure.DEADLINE]
+
+
+def test_an_idle_link_that_was_lost_is_made_anew(producer: ProducerProcess, consumer: Consumer) -> None:
+    for index in range(2):
+        remote = producer.prefill(str(index), [index])
+        consumer.expect(producer, remote, [20 + index])
+        consumer.pull(str(index), remote, [20 + index])
+        consumer.wait(index + 1)
+        if index == 0:
+            status, _ = consumer.datadist.unlink_clusters([_native.ClusterInfo(P_CLUSTER)], 1000, True)
+            assert status == _native.LLM_SUCCESS, _native.last_error()
+    assert consumer.failed == set()
+    assert consumer.observer.handshakes == 2
+    consumer.check_bytes()
+
+
+def test_a_fault_of_ours_fails_the_request_and_not_the_next(
+    producer: ProducerProcess, consumer: Consumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(remote: RemotePrefill) -> None:
+        del remote
+        raise KeyError("bug")
+
+    remote = producer.prefill("r", [1])
+    with monkeypatch.context() as patch:
+        patch.setattr(consumer.driver._peers, "meet", fail)
+        consumer.pull("broken", remote, [1])
+        consumer.wait(1)
+    assert consumer.failed == {"broken"}
+    assert consumer.observer.failures == [Failure.INTERNAL]
+    consumer.expect(producer, remote, [1])
+    consumer.pull("r", remote, [1])
+    consumer.wait(2)
+    assert consumer.failed == {"broken"}
+    consumer.check_bytes()
+
+
+def test_measurements_may_be_read_from_another_thread(
+    start_producer: Callable[..., ProducerProcess], consumer: Consumer
+) -> None:
+    stop, faults = threading.Event(), []
+
+    def read() -> None:
+        try:
+            while not stop.is_set():
+                consumer.driver.linked_peers()
+        except RuntimeError as error:
+            faults.append(error)
+
+    reader = threading.Thread(target=read)
+    reader.start()
+    producers = [start_producer(P_CLUSTER + i) for i in range(3)]
+    for i, producer in enumerate(producers):
+        consumer.pull(str(i), producer.prefill(str(i), [i]), [i])
+    consumer.wait(3)
+    stop.set()
+    reader.join()
+    assert faults == []
+    assert consumer.failed == set()
+    wait_until(lambda: consumer.driver.linked_peers() == 3, "the count of peers")
+
+
+def test_close_ends_with_pulls_under_way(producer: ProducerProcess, start_consumer: Callable[..., Consumer]) -> None:
+    consumer = start_consumer(handshake_timeout_s=60.0)
+    remote = producer.prefill("r", [1])
+    producer.stop()
+    consumer.pull("r", remote, [1], deadline_s=60.0)
+    started = time.monotonic()
+    consumer.driver.close()
+    assert time.monotonic() - started < 3

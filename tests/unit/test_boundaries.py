@@ -1,0 +1,125 @@
+"""What may import what, what may be used nowhere, and that our hooks fit vLLM's."""
+
+from __future__ import annotations
+
+import ast
+import inspect
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
+
+from vllm_datadist_connector.connector import DataDistConnector
+
+ROOT = Path(__file__).resolve().parents[2]
+PACKAGE = ROOT / "vllm_datadist_connector"
+SOURCES = sorted(
+    path
+    for folder in ("vllm_datadist_connector", "tests", "tools", "benchmarks")
+    for path in (ROOT / folder).rglob("*.py")
+)
+UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}
+UNSAFE_CALLS = {"eval", "exec", "recv_pyobj", "send_pyobj"}
+
+
+def imports_of(path: Path) -> set[str]:
+    """Modules that a file imports when it is loaded: what TYPE_CHECKING guards does not count."""
+    found: set[str] = set()
+    nodes: list[ast.AST] = [ast.parse(path.read_text())]
+    while nodes:
+        node = nodes.pop()
+        if isinstance(node, ast.If) and isinstance(node.test, ast.Name) and node.test.id == "TYPE_CHECKING":
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
+        nodes += ast.iter_child_nodes(node)
+    return found
+
+
+@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_nothing_that_runs_what_it_is_sent(path: Path) -> None:
+    assert {name.partition(".")[0] for name in imports_of(path)}.isdisjoint(UNSAFE_MODULES)
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Call):
+            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
+            assert name not in UNSAFE_CALLS, f"{path}:{node.lineno}"
+
+
+@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_no_assert_in_the_package(path: Path) -> None:
+    assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text())))
+
+
+FORBIDDEN = {
+    "protocol": {"vllm", "torch", "vllm_datadist_connector.worker", "vllm_datadist_connector.scheduler"},
+    "side_channel": {"vllm", "torch", "vllm_datadist_connector.worker", "vllm_datadist_connector.scheduler"},
+    "scheduler": {"torch", "vllm_datadist_connector.worker", "vllm_datadist_connector._native"},
+    "worker": {"vllm_datadist_connector.scheduler", "vllm_datadist_connector.connector"},
+}
+
+
+@pytest.mark.parametrize("folder", FORBIDDEN)
+def test_layers(folder: str) -> None:
+    for path in (PACKAGE / folder).glob("*.py"):
+        for name in imports_of(path):
+            assert not any(name == bad or name.startswith(f"{bad}.") for bad in FORBIDDEN[folder]), f"{path}: {name}"
+
+
+@pytest.mark.parametrize(
+    ("module", "absent"),
+    [
+        ("vllm_datadist_connector", ["vllm", "torch", "vllm_datadist_connector._native"]),
+        ("vllm_datadist_connector.plugin", ["vllm", "torch", "vllm_datadist_connector._native"]),
+        ("vllm_datadist_connector.connector", ["vllm_datadist_connector._native", "vllm_datadist_connector.worker"]),
+    ],
+)
+def test_what_an_import_loads(module: str, absent: list[str]) -> None:
+    script = f"import sys, {module}; print(*sorted(set({absent!r}) & set(sys.modules)))"
+    # Not from the checkout: there the package lies without its extension.
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, cwd="/", check=True, timeout=120
+    )
+    assert done.stdout.split() == []
+
+
+def test_plugin_registers_once_however_often_it_is_called() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    from vllm_datadist_connector import plugin
+
+    for _ in range(2):
+        plugin.register()
+    assert KVConnectorFactory.get_connector_class_by_name(plugin.NAME) is DataDistConnector
+    assert DataDistConnector.__name__ == plugin.NAME
+
+
+OVERRIDDEN = sorted(
+    name
+    for name, member in vars(DataDistConnector).items()
+    if not name.startswith("_")
+    and hasattr(KVConnectorBase_V1, name)
+    and (callable(member) or isinstance(member, classmethod))
+)
+
+
+def test_every_abstract_hook_is_there() -> None:
+    assert not getattr(DataDistConnector, "__abstractmethods__", None)
+    assert len(OVERRIDDEN) > 20
+
+
+@pytest.mark.parametrize("name", OVERRIDDEN)
+def test_hooks_take_what_vllm_passes(name: str) -> None:
+    """Same parameters under the same names, so that both positional and keyword calls arrive."""
+    ours = inspect.signature(getattr(DataDistConnector, name)).parameters
+    theirs = inspect.signature(getattr(KVConnectorBase_V1, name)).parameters
+    for parameter in theirs.values():
+        assert parameter.name in ours, f"{name}() lacks {parameter.name}"
+        assert ours[parameter.name].kind == parameter.kind
+    extra = [ours[each] for each in ours if each not in theirs]
+    assert all(parameter.default is not inspect.Parameter.empty for parameter in extra)
+    shared = [each for each in ours if each in theirs]
+    assert shared == list(theirs)
