@@ -26,7 +26,7 @@ WAIT_S = 10.0
 
 
 def make_ticket(**changes: Any) -> LeaseTicket:
-    values = {
+    values: dict[str, Any] = {
         "version": PROTOCOL_VERSION,
         "incarnation": TOKEN,
         "token": TOKEN,
@@ -39,7 +39,7 @@ def make_ticket(**changes: Any) -> LeaseTicket:
 
 def make_params(block_ids: BlockIds = ((3, 1, 2),), **changes: Any) -> dict[str, Any]:
     """What P returns; `changes` override what build_params() is given."""
-    values = {
+    values: dict[str, Any] = {
         "engine_id": "engine-p",
         "request_id": "cmpl-p-0-00000000",
         "host": LOOPBACK,
@@ -75,7 +75,7 @@ def finish(request: Request, status: RequestStatus = RequestStatus.FINISHED_LENG
 
 
 def make_contract(**changes: Any) -> LayoutContract:
-    values = {
+    values: dict[str, Any] = {
         "model": "TinyForCausalLM hidden_size=64",
         "kv_cache_dtype": "torch.bfloat16",
         "kv_layout": "HND/plain",
@@ -87,12 +87,18 @@ def make_contract(**changes: Any) -> LayoutContract:
 
 
 def make_cache(**changes: Any) -> CacheLayout:
-    values = {"cache_id": 1, "group": 0, "num_blocks": 8, "block_bytes": 64, "layers": ("layers.0", "layers.1")}
+    values: dict[str, Any] = {
+        "cache_id": 1,
+        "group": 0,
+        "num_blocks": 8,
+        "block_bytes": 64,
+        "layers": ("layers.0", "layers.1"),
+    }
     return CacheLayout(**(values | changes))
 
 
 def make_geometry(**changes: Any) -> RankGeometry:
-    values = {
+    values: dict[str, Any] = {
         "tp_rank": 0,
         "pp_rank": 0,
         "cluster_id": 7,

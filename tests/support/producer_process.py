@@ -16,6 +16,7 @@ import msgspec
 import numpy as np
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.protocol.params import RemotePrefill, parse_remote_prefill
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
@@ -47,7 +48,7 @@ def start_engine(cluster_id: int, role: int, memory: Memory, transport: str, **o
     return datadist, cache_id
 
 
-def geometry_of(cluster_id: int, cache_id: int, port: int, block_size: int = pd.BLOCK_SIZE) -> pd.RankGeometry:
+def geometry_of(cluster_id: int, cache_id: int, port: int, block_size: int = pd.BLOCK_SIZE) -> RankGeometry:
     cache = pd.make_cache(
         cache_id=cache_id,
         num_blocks=BLOCKS,

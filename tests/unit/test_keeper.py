@@ -18,7 +18,6 @@ from vllm_datadist_connector.scheduler.leases import EndedLease, LeaseTable
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.side_channel.server import SideChannelServer
 
-
 LEASE_S, TOLD_LEASE_S = 4.0, 1.0
 """P grants more than it tells, so that a busy machine cannot lose a lease between two renewals."""
 
