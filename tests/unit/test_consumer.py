@@ -229,7 +229,7 @@ def test_hostile_params_are_prefilled_here(
     assert consumer.matched_tokens(request, 0) == 0
     consumer.after_alloc(request, (LOCAL,), 0)
     consumer.request_finished(request.request_id)
-    assert not keeper.users
+    assert not +keeper.users
     assert consumer.take_jobs() == ((), ())
     assert [request.request_id in record.message for record in caplog.records] == [True]
 
@@ -239,7 +239,21 @@ def test_embeddings_are_prefilled_here(consumer: ConsumerScheduler, keeper: Keep
     request = make_request(zeros, params_for(zeros), prompt_embeds=torch.zeros(len(PROMPT), 4))
     consumer.on_new_request(request)
     assert consumer.matched_tokens(request, 0) == 0
-    assert not keeper.users
+    consumer.after_alloc(request, (LOCAL,), 0)
+    assert not +keeper.users
+
+
+def test_rejected_by_the_api_server_gives_the_lease_back(
+    consumer: ConsumerScheduler, keeper: Keeper, caplog: pytest.LogCaptureFixture
+) -> None:
+    """vLLM announces a rejected request with a prompt of its own making and aborts it at once."""
+    request = make_request([0], params_for(PROMPT))
+    consumer.on_new_request(request)
+    assert +keeper.users
+    consumer.request_finished(request.request_id)
+    assert not +keeper.users
+    assert consumer.take_jobs() == ((), ())
+    assert not caplog.records
 
 
 def test_ordinary_requests_are_none_of_ours(consumer: ConsumerScheduler, keeper: Keeper) -> None:

@@ -2,7 +2,7 @@
 
     NEW ──alloc, tokens to load──> PULLING ──finished_recving──> (gone; lease released)
      │ lease renewed                  └──request_finished (abort)──> worker drains ──finished_recving──> (gone)
-     ├──alloc, nothing to load──> (gone; lease released)
+     ├──alloc, nothing to load or refused──> (gone; lease released)
      └──request_finished before any alloc──> (gone; lease released)
 
 A request that is not in the table is an ordinary local one: that is how invalid params, a failed pull that is
@@ -44,6 +44,9 @@ class _Tracked:
     remote: RemotePrefill
     prompt_digest: str
     loadable_tokens: int
+    refusal: str = ""
+    """Why nothing of it may be loaded. The request is tracked all the same, because P waits to hear of its lease: vLLM
+    announces a request that its API server rejected with a prompt of its own making, only to abort it."""
     state: _State = _State.NEW
 
 
@@ -92,6 +95,8 @@ class ConsumerScheduler:
         if request.kv_transfer_params is not None:
             request.kv_transfer_params["do_remote_prefill"] = False
         if num_external_tokens <= 0:
+            if tracked.refusal:
+                logger.warning("request %s is prefilled here: %s", request.request_id, tracked.refusal)
             self._forget(request.request_id)
             return
         tracked.state = _State.PULLING
@@ -146,19 +151,25 @@ class ConsumerScheduler:
         remote = parse_remote_prefill(params if params is not None else {})
         if not self._allows_peer(remote.remote_host):
             raise ParamsError(f"remote_host: {remote.remote_host!r:.80} is not among allowed_peers")
+        refusal = self._refusal(request, remote)
+        if refusal:
+            return _Tracked(remote, prompt_digest="", loadable_tokens=0, refusal=refusal)
+        covered = min(len(group) * size for group, size in zip(remote.remote_block_ids, self._block_sizes, strict=True))
+        loadable = min(len(request.prompt_token_ids or ()), remote.remote_num_tokens, covered)
+        return _Tracked(remote, remote.ticket.prompt_digest, loadable)
+
+    def _refusal(self, request: Request, remote: RemotePrefill) -> str:
+        """Why P's blocks would be wrong for this request; empty if they fit."""
         if len(remote.remote_block_ids) != len(self._block_sizes):
-            raise ParamsError(
+            return (
                 f"remote_block_ids: {len(remote.remote_block_ids)} KV cache groups, this instance has "
                 f"{len(self._block_sizes)}"
             )
         if not is_token_prompt(request):
-            raise ParamsError("a prompt of embeddings cannot be compared with P's")
-        digest = digest_of(request)
-        if remote.ticket.prompt_digest != digest:
-            raise ParamsError(f"the prompt of P's request {remote.remote_request_id!r:.80} is not this prompt")
-        covered = min(len(group) * size for group, size in zip(remote.remote_block_ids, self._block_sizes, strict=True))
-        loadable = min(len(request.prompt_token_ids or ()), remote.remote_num_tokens, covered)
-        return _Tracked(remote, digest, loadable)
+            return "a prompt of embeddings cannot be compared with P's"
+        if remote.ticket.prompt_digest != digest_of(request):
+            return f"the prompt of P's request {remote.remote_request_id!r:.80} is not this prompt"
+        return ""
 
     def _forget(self, request_id: str) -> None:
         tracked = self._requests.pop(request_id, None)

@@ -40,6 +40,8 @@ class Answer(NamedTuple):
     id: int
     response: Response | None
     error: str
+    timed_out: bool = False
+    """The server said nothing: to ask again may help."""
 
 
 class _Pending(NamedTuple):
@@ -162,7 +164,7 @@ class SideChannelClient:
             expired = [i for i, p in self._pending.items() if p.endpoint == endpoint and p.deadline <= now]
             for request_id in expired:
                 del self._pending[request_id]
-                answers.append(Answer(request_id, None, f"{endpoint} did not answer in time"))
+                answers.append(Answer(request_id, None, f"{endpoint} did not answer in time", timed_out=True))
             if endpoint in self._connections and not any(p.endpoint == endpoint for p in self._pending.values()):
                 self._disconnect(endpoint)
         return answers

@@ -239,7 +239,10 @@ class PullDriver:
         transfer = self._transfers.take_confirm(answer.id)
         if transfer is None:
             return
-        if isinstance(answer.response, Confirmed) and answer.response.held:
+        if answer.timed_out and self._peers.is_linked(transfer.peer):
+            # P lives but is busy: to ask again costs less than to throw the bytes away. The deadline bounds it.
+            self._confirm(transfer)
+        elif isinstance(answer.response, Confirmed) and answer.response.held:
             seconds = time.monotonic() - transfer.accepted_at
             self._end(transfer)
             self._observer.pulled(transfer, seconds)

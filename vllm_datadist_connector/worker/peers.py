@@ -97,7 +97,7 @@ class PeerTable:
         now = time.monotonic()
         self._forget_broken(now)
         peer = self._peers.get(key)
-        if peer is not None and peer.state is PeerState.READY and not self._is_linked(peer):
+        if peer is not None and peer.state is PeerState.READY and not self.is_linked(peer):
             # Lost while nobody used it: worth a new link, not a failed request.
             self.broke(peer, f"link with {key.endpoint} was lost; linking again", "link")
             peer = None
@@ -190,7 +190,7 @@ class PeerTable:
         except _native.QueueFullError as error:
             self.broke(peer, f"link with {peer.key.endpoint}: {error}", "link")
 
-    def _is_linked(self, peer: Peer) -> bool:
+    def is_linked(self, peer: Peer) -> bool:
         report = self._link_report(peer.geometry.cluster_id) if peer.geometry is not None else None
         return report is not None and report.alive
 
@@ -211,7 +211,7 @@ class PeerTable:
     def _forget_dead(self) -> None:
         """Breaks peers whose link is gone: a P that restarts is a new peer each time, and they would add up."""
         for peer in self._peers.values():
-            if peer.state is PeerState.READY and not self._is_linked(peer):
+            if peer.state is PeerState.READY and not self.is_linked(peer):
                 self.broke(peer, f"link with {peer.key.endpoint} was lost", "link")
 
     def _forget_broken(self, now: float) -> None:
