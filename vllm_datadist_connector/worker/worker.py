@@ -140,6 +140,7 @@ class ConnectorWorker:
             "datadist.Transport": config.transport,
             "datadist.TransferThreads": str(config.transfer_threads),
             "datadist.TcpStreams": str(config.tcp_streams),
+            "datadist.HugePages": str(int(config.huge_pages)),
             # vLLM sized its KV cache already; the documented default limit would only refuse large hosts.
             "datadist.MaxDeviceBytes": str(max(_DEFAULT_DEVICE_BYTES, total_bytes)),
         }

@@ -19,6 +19,8 @@ constexpr char OPTION_TRANSFER_THREADS[] = "datadist.TransferThreads";
 constexpr char OPTION_TCP_STREAMS[] = "datadist.TcpStreams";
 // A link is lost after three heartbeat intervals of silence: 10..60000 ms, default 2000.
 constexpr char OPTION_HEARTBEAT_MS[] = "datadist.HeartbeatMs";
+// "1": ask for huge pages under memory when it is registered, which makes cma two to three times as fast; default "0".
+constexpr char OPTION_HUGE_PAGES[] = "datadist.HugePages";
 // The documented limits, raisable: links (default 512), addresses per registration (240), registered device bytes
 // (50 GB) and host bytes (20 GB), GB = 1024^3.
 constexpr char OPTION_MAX_LINKS[] = "datadist.MaxLinks";

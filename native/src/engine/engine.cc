@@ -7,6 +7,7 @@
 #include <utility>
 
 #include "link/client_handshake.h"
+#include "memory/huge_pages.h"
 
 namespace datadist {
 namespace {
@@ -110,7 +111,7 @@ Result<std::shared_ptr<Engine>> Engine::Start(uint64_t cluster_id, llm_datadist:
   if (Status status = endpoint->Start(); !status.ok()) {
     return status;
   }
-  std::shared_ptr<Engine> engine(new Engine(endpoint, options.comm_res_given || options.listen.has_value()));
+  std::shared_ptr<Engine> engine(new Engine(endpoint, options.comm_res_given || options.listen.has_value(), options.huge_pages));
   if (listener) {
     if (Status status = engine->StartListening(std::move(listener)); !status.ok()) {
       return status;
@@ -119,10 +120,11 @@ Result<std::shared_ptr<Engine>> Engine::Start(uint64_t cluster_id, llm_datadist:
   return engine;
 }
 
-Engine::Engine(std::shared_ptr<LocalEndpoint> endpoint, bool comm_res_known)
+Engine::Engine(std::shared_ptr<LocalEndpoint> endpoint, bool comm_res_known, bool huge_pages)
     : endpoint_(std::move(endpoint)),
       table_(std::make_shared<LinkTable>(endpoint_->cluster_id(), endpoint_->options().max_links)),
-      comm_res_known_(comm_res_known) {}
+      comm_res_known_(comm_res_known),
+      huge_pages_(huge_pages) {}
 
 Engine::~Engine() { Stop(); }
 
@@ -148,7 +150,13 @@ void Engine::Stop() {
 }
 
 Result<int64_t> Engine::RegisterKvCache(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs) {
-  return endpoint_->regions()->Register(desc, addrs);
+  Result<int64_t> id = endpoint_->regions()->Register(desc, addrs);
+  if (id.ok() && huge_pages_) {
+    if (const Result<CacheGeometry> geometry = ComputeGeometry(desc); geometry.ok()) {
+      AdviseHugePages(addrs, geometry.value().tensor_bytes);
+    }
+  }
+  return id;
 }
 
 void Engine::UnregisterKvCache(int64_t cache_id) { endpoint_->regions()->Unregister(cache_id); }

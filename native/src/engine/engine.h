@@ -49,7 +49,7 @@ class Engine {
   Result<llm_datadist::LinkReport> QueryLink(uint64_t cluster_id) const;
 
  private:
-  Engine(std::shared_ptr<LocalEndpoint> endpoint, bool comm_res_known);
+  Engine(std::shared_ptr<LocalEndpoint> endpoint, bool comm_res_known, bool huge_pages);
   Status StartListening(Fd listener);
   Status LinkOne(const llm_datadist::ClusterInfo &cluster, Deadline deadline);
   Status UnlinkOne(const llm_datadist::ClusterInfo &cluster, Deadline deadline, bool force);
@@ -61,6 +61,7 @@ class Engine {
   uint16_t listen_port_ = 0;
   // The API wants a local ip in the first link of an endpoint that has neither a listener nor a LocalCommRes.
   std::atomic<bool> comm_res_known_;
+  const bool huge_pages_;
 };
 
 }  // namespace datadist

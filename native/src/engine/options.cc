@@ -129,6 +129,7 @@ Status CheckOwnKeys(const OptionMap &map) {
       llm_datadist::OPTION_TCP_STREAMS,      llm_datadist::OPTION_HEARTBEAT_MS,
       llm_datadist::OPTION_MAX_LINKS,        llm_datadist::OPTION_MAX_ADDRS_PER_CACHE,
       llm_datadist::OPTION_MAX_DEVICE_BYTES, llm_datadist::OPTION_MAX_HOST_BYTES,
+      llm_datadist::OPTION_HUGE_PAGES,
   };
   std::string allowed;
   for (const char *key : kOwnKeys) {
@@ -198,6 +199,7 @@ Status ParseLateOptions(const OptionMap &map, EngineOptions &options) {
       ReadTransport(map, link.forced_transport),
       ReadNumber(map, llm_datadist::OPTION_TRANSFER_THREADS, 1, 64, options.transfer_threads),
       ReadNumber(map, llm_datadist::OPTION_TCP_STREAMS, 1, 16, link.tcp_streams),
+      ReadNumber(map, llm_datadist::OPTION_HUGE_PAGES, 0, 1, options.huge_pages),
       ReadMillis(map, llm_datadist::OPTION_HEARTBEAT_MS, 10, 60000, link.heartbeat_interval),
       ReadNumber(map, llm_datadist::OPTION_MAX_LINKS, 1, kMaxUint32, link.max_links),
       ReadNumber(map, llm_datadist::OPTION_MAX_ADDRS_PER_CACHE, 1, kMaxAddrsPerCache, limits.max_addrs_per_cache),

@@ -23,6 +23,7 @@ struct EngineOptions {
   LinkOptions link;
   RegionLimits limits;
   size_t transfer_threads = 2;
+  bool huge_pages = false;
 };
 
 // The API promises an order of checks, with the listener's bind in the middle: hence two steps. Every failure is

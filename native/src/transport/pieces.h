@@ -16,7 +16,7 @@
 namespace datadist {
 
 // Below this, waking a second thread (12-15 us) costs more than it saves.
-constexpr uint64_t kSplitBytes = 1ULL << 20;
+constexpr uint64_t kSplitBytes = 2ULL << 20;
 
 enum class Side { kRemote, kLocal };
 
