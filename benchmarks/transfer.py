@@ -1,9 +1,10 @@
 #!/usr/bin/env python3
 """How fast KV blocks move between two processes of one host, as a ratio to memcpy in the same run.
 
-    python benchmarks/transfer.py [--quick] [--only NAME ...] [--output DIR]
+    python benchmarks/transfer.py [--quick] [--pages base|huge] [--only NAME ...] [--output DIR]
 
-Every mechanism gets a process pair of its own; in it, each case (block size, pattern, total) alternates with a
+Memory lies on base pages (4 KiB) and on huge pages (2 MiB) in turn, for every mechanism and the reference alike: the
+connector asks for huge pages by default (huge_pages). Every mechanism gets a process pair of its own; in it, each case (block size, pattern, total) alternates with a
 single-thread memcpy of the same block lists, and the 20th percentiles are compared. Bytes are verified once per case.
 NIXL is measured where it is installed (pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1); the plot needs matplotlib.
 """
@@ -17,7 +18,7 @@ from collections import defaultdict
 from pathlib import Path
 
 from transfer_bench.mechanisms import MECHANISMS, nixl_is_installed
-from transfer_bench.pair import Row, measure, own
+from transfer_bench.pair import PAGES, Row, measure, own
 from transfer_bench.pools import TENSORS, Case
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
@@ -46,12 +47,12 @@ def size_name(count: int) -> str:
     return f"{count} B"
 
 
-def print_table(rows: list[Row], names: list[str]) -> None:
+def print_table(rows: list[Row], names: list[str], pages: str) -> None:
     table: defaultdict[tuple[int, int, bool], dict[str, Row]] = defaultdict(dict)
     for row in rows:
         if "ratio" in row:
             table[row["block_bytes"], row["total_bytes"], row["scattered"]][row["mechanism"]] = row
-    print("\nRatio to single-thread memcpy in the same run (in brackets GB/s)")
+    print(f"\nOn {pages} pages: ratio to single-thread memcpy in the same run (in brackets GB/s)")
     print(f"{'block':>8} {'total':>8} {'pattern':>10} " + " ".join(f"{name:>16}" for name in names))
     for (block, total, scattered), cells in sorted(table.items()):
         line = f"{size_name(block):>8} {size_name(total):>8} {'scattered' if scattered else 'contiguous':>10} "
@@ -75,10 +76,11 @@ def save_plot(rows: list[Row], names: list[str], path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(13, 5), sharey=True)
-    for axis, scattered in zip(axes, (False, True), strict=True):
+    kinds = sorted({row["pages"] for row in rows})
+    figure, axes = pyplot.subplots(1, len(kinds), figsize=(13, 5), sharey=True, squeeze=False)
+    for axis, pages in zip(axes[0], kinds, strict=True):
         for name in names:
-            best = [r for r in rows if r["mechanism"] == name and r.get("scattered") is scattered]
+            best = [r for r in rows if r["mechanism"] == name and r["pages"] == pages and r.get("scattered")]
             points = {
                 size: [r["ratio"] for r in best if r["block_bytes"] == size and r["total_bytes"] >= 16 * MIB]
                 for size in BLOCK_SIZES
@@ -88,10 +90,10 @@ def save_plot(rows: list[Row], names: list[str], path: Path) -> None:
         axis.axhline(1.0, color="grey", linestyle=":")
         axis.set_xscale("log", base=2)
         axis.set_xticks(BLOCK_SIZES, [size_name(size) for size in BLOCK_SIZES])
-        axis.set_title(f"{'scattered' if scattered else 'contiguous'} blocks, totals of 32 MiB and more")
+        axis.set_title(f"scattered blocks on {pages} pages, totals of 32 MiB and more")
         axis.set_xlabel("block size")
-    axes[0].set_ylabel("ratio to one-thread memcpy")
-    axes[0].legend()
+    axes[0][0].set_ylabel("ratio to one-thread memcpy")
+    axes[0][0].legend()
     figure.tight_layout()
     figure.savefig(path, dpi=110)
 
@@ -103,11 +105,12 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=0.3, help="seconds per case and mechanism")
     parser.add_argument("--idle", type=float, default=3.0, help="seconds to watch idle processes")
     parser.add_argument("--output", type=Path, default=Path(__file__).parent / "results")
+    parser.add_argument("--pages", choices=list(PAGES.values()), help="one kind of pages instead of both")
     parser.add_argument("--own", help=argparse.SUPPRESS)
     parser.add_argument("--tensor-bytes", type=int, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.own:
-        own(args.own, args.tensor_bytes)
+        own(args.own, args.tensor_bytes, args.pages == "huge")
         return 0
 
     names = args.only or list(MECHANISMS)
@@ -117,14 +120,17 @@ def main() -> int:
     cases = make_cases(args.quick)
     tensor_bytes = max(case.blocks * case.block_bytes for case in cases)
     rows: list[Row] = []
-    for name in names:
-        for row in measure(name, tensor_bytes, cases, args.budget, args.idle):
-            rows.append(row)
-            print(f"\r{name}: {len(rows)} measurements", end="", file=sys.stderr, flush=True)
-        print(file=sys.stderr)
+    kinds = {huge: pages for huge, pages in PAGES.items() if args.pages in (None, pages)}
+    for huge, pages in kinds.items():
+        for name in names:
+            for row in measure(name, tensor_bytes, huge, cases, args.budget, args.idle):
+                rows.append(row)
+                print(f"\r{pages} pages, {name}: {len(rows)} measurements", end="", file=sys.stderr, flush=True)
+            print(file=sys.stderr)
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "transfer.json").write_text(json.dumps(rows, indent=1))
-    print_table(rows, names)
+    for pages in kinds.values():
+        print_table([row for row in rows if row["pages"] == pages], names, pages)
     try:
         save_plot(rows, names, args.output / "transfer.png")
     except ImportError:

@@ -16,14 +16,15 @@ from transfer_bench.mechanisms import MECHANISMS
 from transfer_bench.pools import TENSORS, Case, Memcpy, Pool, find_wrong_block
 
 Row = dict[str, Any]
+PAGES = {False: "base", True: "huge"}
 
 
-def own(name: str, tensor_bytes: int) -> None:
+def own(name: str, tensor_bytes: int, huge_pages: bool) -> None:
     """The owner's side: serves the pool for each block size that standard input names, until it ends."""
     # Libraries log to standard output: the answers get a descriptor of their own.
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
-    pool = Pool(TENSORS, tensor_bytes)
+    pool = Pool(TENSORS, tensor_bytes, huge_pages)
     pool.fill()
     mechanism = MECHANISMS[name]()
     for line in sys.stdin:
@@ -34,10 +35,12 @@ def own(name: str, tensor_bytes: int) -> None:
         print(json.dumps(answer), file=answers, flush=True)
 
 
-def measure(name: str, tensor_bytes: int, cases: list[Case], budget_s: float, idle_s: float) -> Iterator[Row]:
+def measure(
+    name: str, tensor_bytes: int, huge_pages: bool, cases: list[Case], budget_s: float, idle_s: float
+) -> Iterator[Row]:
     """The initiator's side: one row per case, then one about idle CPU."""
     owner = subprocess.Popen(
-        [sys.executable, sys.argv[0], "--own", name, "--tensor-bytes", str(tensor_bytes)],
+        [sys.executable, sys.argv[0], "--own", name, "--tensor-bytes", str(tensor_bytes), "--pages", PAGES[huge_pages]],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
@@ -54,7 +57,7 @@ def measure(name: str, tensor_bytes: int, cases: list[Case], budget_s: float, id
 
     try:
         mechanism, memcpy = MECHANISMS[name](), Memcpy()
-        destination, source = Pool(TENSORS, tensor_bytes), Pool(TENSORS, tensor_bytes)
+        destination, source = (Pool(TENSORS, tensor_bytes, huge_pages) for _ in range(2))
         source.fill()
         block_bytes = 0
         for case in sorted(cases, key=lambda c: c.block_bytes):
@@ -68,8 +71,8 @@ def measure(name: str, tensor_bytes: int, cases: list[Case], budget_s: float, id
             if wrong is not None:
                 raise RuntimeError(f"{name}: wrong bytes in {wrong} of {case}")
             seconds, reference_s = _interleaved(move, reference, budget_s)
-            yield _row(name, case, seconds, reference_s, mechanism.describe())
-        yield {"mechanism": name, "idle_cpu": _idle_cpu(lambda: ask("cpu"), idle_s)}
+            yield {"pages": PAGES[huge_pages]} | _row(name, case, seconds, reference_s, mechanism.describe())
+        yield {"mechanism": name, "pages": PAGES[huge_pages], "idle_cpu": _idle_cpu(lambda: ask("cpu"), idle_s)}
     finally:
         owner.kill()
         owner.wait()

@@ -40,11 +40,13 @@ class Case:
 
 
 class Pool:
-    """`tensors` regions of `tensor_bytes` each."""
+    """`tensors` regions of `tensor_bytes` each, on huge pages if wanted (as the engine's option HugePages gives)."""
 
-    def __init__(self, tensors: int, tensor_bytes: int) -> None:
+    def __init__(self, tensors: int, tensor_bytes: int, huge_pages: bool) -> None:
         self.tensor_bytes = tensor_bytes
         self._maps = [mmap.mmap(-1, tensor_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS) for _ in range(tensors)]
+        for mapping in self._maps:
+            mapping.madvise(mmap.MADV_HUGEPAGE if huge_pages else mmap.MADV_NOHUGEPAGE)
         self.tensors = [np.frombuffer(m, dtype=np.uint8) for m in self._maps]
         self.addrs = [int(tensor.ctypes.data) for tensor in self.tensors]
 
