@@ -4,9 +4,10 @@
     python benchmarks/transfer.py [--quick] [--pages base|huge] [--only NAME ...] [--output DIR]
 
 Memory lies on base pages (4 KiB) and on huge pages (2 MiB) in turn, for every mechanism and the reference alike: the
-connector asks for huge pages by default (huge_pages). Every mechanism gets a process pair of its own; in it, each case (block size, pattern, total) alternates with a
-single-thread memcpy of the same block lists, and the 20th percentiles are compared. Bytes are verified once per case.
-NIXL is measured where it is installed (pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1); the plot needs matplotlib.
+connector asks for huge pages by default (huge_pages). Every mechanism gets a process pair of its own; in it, each case
+(block size, pattern, total) alternates with a single-thread memcpy of the same block lists, and the 20th percentiles are
+compared. Bytes are verified once per case. NIXL is measured where it is installed (pip install --no-deps nixl==1.5.1
+nixl-cu12==1.5.1); the plot needs matplotlib.
 """
 
 from __future__ import annotations
@@ -63,7 +64,9 @@ def print_table(rows: list[Row], names: list[str], pages: str) -> None:
     print("\nOne block of one tensor, microseconds")
     for block in BLOCK_SIZES:
         cells = table.get((block, block, False), {})
-        print(f"{size_name(block):>8} " + "  ".join(f"{n}: {cells[n]['seconds'] * 1e6:.1f}" for n in names if n in cells))
+        print(
+            f"{size_name(block):>8} " + "  ".join(f"{n}: {cells[n]['seconds'] * 1e6:.1f}" for n in names if n in cells)
+        )
     print("\nCores used by both idle processes")
     for row in rows:
         if "idle_cpu" in row:

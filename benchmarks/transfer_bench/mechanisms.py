@@ -74,7 +74,12 @@ class DataDist(Mechanism):
 
     def bind(self, case: Case) -> Callable[[], None]:
         src, dst = case.block_lists()
-        cluster, cache, local, pull = self._remote["cluster"], self._remote["cache"], self._cache_id, self._end.pull_kv_blocks
+        cluster, cache, local, pull = (
+            self._remote["cluster"],
+            self._remote["cache"],
+            self._cache_id,
+            self._end.pull_kv_blocks,
+        )
         layers = (0, case.tensors - 1)
 
         def run() -> None:
@@ -100,7 +105,7 @@ class DataDist(Mechanism):
 
 
 class Nixl(Mechanism):
-    """NIXL as vLLM's connector uses it: descriptor lists prepared once, a prepped transfer per request, state polled."""
+    """NIXL as vLLM's connector uses it: descriptor lists prepared once, a prepped transfer per request, polled."""
 
     def __init__(self, threads: int, tcp_only: bool) -> None:
         if tcp_only:
@@ -116,6 +121,7 @@ class Nixl(Mechanism):
         self._blocks = 0
 
     def serve(self, pool: Pool, block_bytes: int) -> Facts:
+        del block_bytes  # descriptors are the initiator's
         self._register(pool)
         metadata = base64.b64encode(self._agent.get_agent_metadata()).decode()
         return {"metadata": metadata, "addrs": pool.addrs}

@@ -4,98 +4,25 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, closing
 from typing import Any
 
 import numpy as np
 import pytest
-from support.endpoints import copy_blocks
+from support.consumer import Consumer
 from support.pd import LOOPBACK, WAIT_S, wait_until
-from support.producer_process import BLOCKS, ProducerProcess, geometry_of, make_memory, start_engine
+from support.producer_process import BLOCKS, ProducerProcess
 
 from vllm_datadist_connector import _native
-from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.messages import Release
 from vllm_datadist_connector.protocol.params import RemotePrefill
 from vllm_datadist_connector.side_channel.client import SideChannelClient
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
-from vllm_datadist_connector.worker.driver import PullDriver
-from vllm_datadist_connector.worker.transfers import Failure, Transfer
+from vllm_datadist_connector.worker.transfers import Failure
 
-D_CLUSTER, P_CLUSTER = 900, 100
-_DECODER_ROLE = 2
-
-
-class Observer:
-    def __init__(self) -> None:
-        self.pulls: list[Transfer] = []
-        self.failures: list[Failure] = []
-        self.handshakes = 0
-
-    def pulled(self, transfer: Transfer, seconds: float) -> None:
-        assert seconds > 0
-        self.pulls.append(transfer)
-
-    def failed(self, reason: Failure) -> None:
-        self.failures.append(reason)
-
-    def handshake(self, seconds: float) -> None:
-        assert seconds > 0
-        self.handshakes += 1
-
-
-class Consumer:
-    """A D rank: memory, engine, driver, and what its scheduler would have been told."""
-
-    def __init__(self, transport: str = "auto", **config: Any) -> None:
-        self.memory = make_memory(D_CLUSTER)
-        self.expected = self.memory.copy()
-        settings = ConnectorConfig(
-            **({"pull_timeout_s": 1.0, "handshake_timeout_s": 1.0, "peer_backoff_s": 0.3} | config)
-        )
-        timeout = {"llm.SyncKvCacheWaitTime": str(int(settings.pull_timeout_s * 1000))}
-        self.datadist, cache_id = start_engine(D_CLUSTER, _DECODER_ROLE, self.memory, transport, **timeout)
-        self.observer = Observer()
-        self.driver = PullDriver(self.datadist, geometry_of(D_CLUSTER, cache_id, 0), settings, self.observer)
-        self.received: list[str] = []
-        self.failed: set[str] = set()
-        self.invalid: set[int] = set()
-
-    def pull(self, request_id: str, remote: RemotePrefill, local: Sequence[int], deadline_s: float = WAIT_S) -> None:
-        self.driver.submit(
-            PullJob(
-                request_id=request_id,
-                remote=remote,
-                remote_blocks=remote.remote_block_ids,
-                local_blocks=(tuple(local),),
-                prompt_digest=remote.ticket.prompt_digest,
-                deadline_s=deadline_s,
-            )
-        )
-
-    def expect(self, producer: ProducerProcess, remote: RemotePrefill, local: Sequence[int]) -> None:
-        copy_blocks(producer.memory, self.expected, remote.remote_block_ids[0], local)
-
-    def wait(self, count: int) -> None:
-        def arrived() -> bool:
-            finished = self.driver.take_finished()
-            assert finished.failed <= finished.received
-            self.received += finished.received
-            self.failed |= finished.failed
-            self.invalid |= finished.invalid_blocks
-            return len(self.received) >= count
-
-        wait_until(arrived, f"the end of {count} pulls")
-        assert len(set(self.received)) == len(self.received) == count
-
-    def check_bytes(self) -> None:
-        np.testing.assert_array_equal(self.memory, self.expected)
-
-    def close(self) -> None:
-        self.driver.close()
-        self.datadist.finalize()
+P_CLUSTER = 100
 
 
 @pytest.fixture
@@ -280,6 +207,36 @@ def test_cancelled_while_it_is_confirmed(
     consumer.wait(2)
     assert consumer.failed == set()
     assert len(consumer.observer.pulls) == 1
+
+
+def test_a_busy_p_is_asked_again_to_confirm(
+    start_producer: Callable[..., ProducerProcess],
+    start_consumer: Callable[..., Consumer],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    producer = start_producer(transport="cma")
+    consumer = start_consumer(transport="cma", handshake_timeout_s=0.3)
+    warm, remote = producer.prefill("warm", [1]), producer.prefill("r", [2])
+    consumer.expect(producer, warm, [1])
+    consumer.pull("warm", warm, [1])
+    consumer.wait(1)
+    send, requests, asked_again = consumer.driver._client.send, [], threading.Event()
+
+    def count(*arguments: Any) -> int:
+        requests.append(arguments)
+        if len(requests) > 1:
+            asked_again.set()
+        return int(send(*arguments))
+
+    monkeypatch.setattr(consumer.driver._client, "send", count)
+    producer.stop()
+    consumer.expect(producer, remote, [2])
+    consumer.pull("r", remote, [2])
+    assert asked_again.wait(WAIT_S)
+    producer.resume()
+    consumer.wait(2)
+    assert consumer.failed == set()
+    consumer.check_bytes()
 
 
 def test_cancelled_while_a_pull_runs(
