@@ -7,8 +7,8 @@ Everything runs on this machine, with one tiny model, in one run: each round sta
 order, so that none profits from a warmer or quieter machine. Requests go one at a time, through vllm-router where
 there are two instances, each with a prompt of its own. Results: a table, and JSON and PNG in benchmarks/results.
 
-NixlConnector pins the worker's threads to the last core on CPU; the row "nixl, unpinned" is the same server with every
-thread allowed on every core again.
+NixlConnector pins the worker's threads to the last core on CPU, which starves a machine of two cores; "nixl" is the same
+server with every thread allowed on every core again, "nixl-pinned" (--systems) the server as it comes.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ WARM_UP_REQUESTS = 3
 VOCABULARY = range(3, 512)
 NIXL_PACKAGES = "nixl==1.5.1 nixl-cu12==1.5.1"
 NIXL_VARIABLES = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo", "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST}
-ROW_OF_UNPINNED = "nixl, unpinned"
+SYSTEMS = ("single", "datadist", "nixl", "nixl-pinned")
 
 
 @dataclass(frozen=True)
@@ -115,19 +115,17 @@ def numbers(text: str) -> list[int]:
 
 def names(text: str) -> list[str]:
     wanted = text.split(",")
-    unknown = set(wanted) - {"single", "datadist", "nixl"}
+    unknown = set(wanted) - set(SYSTEMS)
     if unknown:
-        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}; there are single, datadist, nixl")
+        raise argparse.ArgumentTypeError(f"{', '.join(sorted(unknown))}; there are {', '.join(SYSTEMS)}")
     return wanted
 
 
 def measure_system(system: str, arguments: argparse.Namespace, source: random.Random) -> list[Timing]:
     with running(system, arguments.model.resolve()) as (entry, servers):
-        timings = measure(system, entry, arguments, source)
         if system == "nixl":
             unpin(servers)
-            timings += measure(ROW_OF_UNPINNED, entry, arguments, source)
-    return timings
+        return measure(system, entry, arguments, source)
 
 
 @contextmanager
