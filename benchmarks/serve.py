@@ -7,8 +7,8 @@ Everything runs on this machine, with one tiny model, in one run: each round sta
 order, so that none profits from a warmer or quieter machine. Requests go one at a time, through vllm-router where
 there are two instances, each with a prompt of its own. Results: a table, and JSON and PNG in benchmarks/results.
 
-NixlConnector pins the worker's threads to the last core on CPU, which starves a machine of two cores; "nixl" is the same
-server with every thread allowed on every core again, "nixl-pinned" (--systems) the server as it comes.
+NixlConnector pins the worker's threads to the last core on CPU, which starves a machine of two cores; "nixl" is the
+same server with every thread allowed on every core again, "nixl-pinned" (--systems) the server as it comes.
 """
 
 from __future__ import annotations
@@ -81,9 +81,9 @@ class Row:
 def main() -> int:
     arguments = parse_arguments()
     systems = list(arguments.systems)
-    if "nixl" in systems and importlib.util.find_spec("nixl") is None:
+    if any(name.startswith("nixl") for name in systems) and importlib.util.find_spec("nixl") is None:
         print(f"NIXL rows are left out: install them with  uv pip install --no-deps {NIXL_PACKAGES}")
-        systems.remove("nixl")
+        systems = [name for name in systems if not name.startswith("nixl")]
     timings: list[Timing] = []
     source = random.Random(1)
     for number in range(arguments.rounds):
