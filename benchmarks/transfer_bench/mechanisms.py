@@ -108,9 +108,12 @@ class Nixl(Mechanism):
     """NIXL as vLLM's connector uses it: descriptor lists prepared once, a prepped transfer per request, polled."""
 
     def __init__(self, threads: int, tcp_only: bool) -> None:
-        if tcp_only:
-            os.environ["UCX_TLS"] = "tcp"
-            os.environ["UCX_NET_DEVICES"] = "lo"
+        # UCX reads its environment when the agent is made; a later mechanism must not inherit it.
+        settings = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo"}
+        for variable, value in settings.items():
+            os.environ.pop(variable, None)
+            if tcp_only:
+                os.environ[variable] = value
         from nixl._api import nixl_agent, nixl_agent_config
 
         self._name = f"agent-{secrets.token_hex(4)}"
