@@ -144,6 +144,199 @@ class LlmDataDist:
 
     def query_link(self, cluster_id: int) -> tuple[int, LinkReport | None]: ...
 
+# ---- what only the Python API of LLM-DataDist has, beside LlmDataDist ----
+
+CACHE_CONTIGUOUS: Final[int]
+"""Layout of a cache addressed by batch row: `shape[0]` rows, no blocks."""
+CACHE_BLOCKS: Final[int]
+"""Layout of a cache addressed by block: `shape[0]` blocks, one batch row."""
+
+KEY_REQUEST: Final[int]
+KEY_PREFIX: Final[int]
+KEY_BLOCKS: Final[int]
+
+Key = tuple[int, int, int]
+"""(kind, id, model id) of a cache key: a request's id or a prefix id names one row of a contiguous cache; kind
+KEY_BLOCKS, id 0, names a whole blocks cache."""
+
+CacheRef = int | Key
+"""How a cache of a peer is named: by its cache id or by one of its keys. A key says its row itself."""
+
+LayerSpan = tuple[int, int]
+"""Layers [start, stop)."""
+
+COMM_OK: Final[int]
+COMM_PREPARING: Final[int]
+COMM_FAILED: Final[int]
+
+def tensor_bytes(shape: Sequence[int], data_type: int) -> tuple[int, int]:
+    """(status, bytes of one tensor); data types as in register_kv_cache. LLM_PARAM_INVALID for a data type without a
+    size, a dimension that is not positive, more than 31 dimensions, or more than 64 bits."""
+
+class ManagedDataDist:
+    """LlmDataDist with cache layouts, cache keys, allocation from pools, two-sided mode and bilateral links.
+
+    Always our own engine. Codes are returned, not raised; reasons are in last_error(). Options as LlmDataDist's, and
+    `llm.EnableRemoteCacheAccessible` ("0", the default: two-sided, keys are consumed; "1": as LlmDataDist),
+    `llm.MemPoolConfig` and `llm.HostMemPoolConfig` (JSON: memory_size, page_shift).
+    """
+
+    def __init__(self, cluster_id: int, role: int) -> None: ...
+    @property
+    def cluster_id(self) -> int: ...
+    def initialize(self, options: dict[str, str]) -> int: ...
+    def finalize(self) -> None: ...
+    def set_role(self, role: int, options: dict[str, str] = ...) -> int: ...
+    def link_clusters(self, clusters: list[ClusterInfo], timeout_ms: int = 1000) -> tuple[int, list[int]]: ...
+    def unlink_clusters(
+        self, clusters: list[ClusterInfo], timeout_ms: int = 1000, force: bool = False
+    ) -> tuple[int, list[int]]: ...
+    def link_comm(
+        self, name: str, members: Sequence[tuple[int, int, str, int]], total_time_s: int = 120, retry_count: int = 1
+    ) -> tuple[int, int]:
+        """(status, comm id from 1). Members, ourselves included: (cluster id, rank, ip, port), ranks ascending. Every
+        ip empty: each other member is a loopback peer, whose caches are our own. Returns at once; see query_comm.
+        LLM_PARAM_INVALID: our cluster id is not a member, an address is missing or malformed, too many comms.
+        LLM_FEATURE_NOT_ENABLED with backend hixl."""
+
+    def unlink_comm(self, comm_id: int) -> int:
+        """Ends the preparation, waits for running transfers, drops the links. LLM_NOT_YET_LINK: unknown id."""
+
+    def query_comm(self, comm_id: int) -> tuple[int, int, str]:
+        """(status, COMM_OK | COMM_PREPARING | COMM_FAILED, why it failed). LLM_NOT_YET_LINK: unknown id."""
+
+    def has_links(self) -> bool: ...
+    def listen_port(self) -> tuple[int, int]: ...
+    def query_link(self, cluster_id: int) -> tuple[int, LinkReport | None]: ...
+    def register_cache(
+        self,
+        layout: int,
+        num_tensors: int,
+        shape: Sequence[int],
+        data_type: int,
+        placement: int,
+        addrs: Sequence[int],
+        keys: Sequence[Key | None] = ...,
+        remote_accessible: bool = True,
+    ) -> tuple[int, int]:
+        """(status, cache id). keys[i] names row i (None: no key for that row); a blocks cache has at most one. A key
+        that is bound already: the first request or prefix key wins, the last blocks key wins."""
+
+    def unregister_cache(self, cache_id: int) -> int:
+        """Unknown id: LLM_SUCCESS. Keys of the cache go with it."""
+
+    def allocate_cache(
+        self,
+        layout: int,
+        num_tensors: int,
+        shape: Sequence[int],
+        data_type: int,
+        placement: int,
+        keys: Sequence[Key | None] = ...,
+    ) -> tuple[int, int, list[int]]:
+        """(status, cache id, one address per tensor) from the placement's pool. LLM_FEATURE_NOT_ENABLED: no pool at
+        all. LLM_PARAM_INVALID: no pool of that placement, more keys than rows, a key given twice or bound already.
+        LLM_OUT_OF_MEMORY: the pool is exhausted."""
+
+    def deallocate_cache(self, cache_id: int) -> int:
+        """Drops the id's reference (and a blocks cache's key). Unknown id, registered cache: LLM_SUCCESS, nothing
+        happens. LLM_FEATURE_NOT_ENABLED: no pool."""
+
+    def remove_cache_key(self, key: Key) -> int:
+        """Drops the key's reference. Unknown key, key of a registered cache: LLM_SUCCESS, nothing happens.
+        LLM_FEATURE_NOT_ENABLED: no pool."""
+
+    def pull_rows(
+        self,
+        src_cluster_id: int,
+        src: CacheRef,
+        dst_cache_id: int,
+        src_batch_index: int = 0,
+        dst_batch_index: int = 0,
+        size: int = -1,
+        src_layers: LayerSpan | None = None,
+        dst_layers: LayerSpan | None = None,
+        tensor_num_per_layer: int = 2,
+        src_offset: int = 0,
+        dst_offset: int = 0,
+    ) -> int:
+        """`size` bytes (-1: a whole local row less dst_offset) of one row of each selected tensor. In two-sided mode a
+        request key is consumed once every tensor of its cache has been pulled by it. Checks as PullKvCache."""
+
+    def pull_blocks(
+        self,
+        src_cluster_id: int,
+        src: CacheRef,
+        dst_cache_id: int,
+        src_blocks: BlockIds,
+        dst_blocks: BlockIds,
+        src_batch_index: int = 0,
+        src_layers: LayerSpan | None = None,
+        dst_layers: LayerSpan | None = None,
+        tensor_num_per_layer: int = 2,
+    ) -> int:
+        """Blocks to blocks; with src_blocks empty a row to blocks: dst_blocks[k] receives the k-th piece, one local
+        block long, of the source row; the last piece may be shorter."""
+
+    def push_layer(
+        self,
+        src_cache_id: int,
+        src_layer: int,
+        dst_cluster_id: int,
+        dst: CacheRef,
+        dst_layer: int,
+        src_batch_index: int = 0,
+        dst_batch_index: int = 0,
+        src_blocks: BlockIds = ...,
+        dst_blocks: BlockIds = ...,
+        dst_block_bytes: int = 0,
+        tensor_num_per_layer: int = 2,
+    ) -> int:
+        """One layer. No blocks: row to row. Both lists: block to block. dst_blocks only: row to blocks, piece k being
+        the k-th dst_block_bytes of the row (the last one shorter where the row ends) and block b of the destination
+        lying at b * dst_block_bytes. LLM_FEATURE_NOT_ENABLED unless remote accessible."""
+
+    def push_layer_to_addrs(
+        self,
+        src_cache_id: int,
+        src_layer: int,
+        dst_cluster_id: int,
+        dst_addrs: Sequence[int],
+        src_batch_index: int = 0,
+        src_blocks: BlockIds = ...,
+        dst_blocks: BlockIds = ...,
+        dst_block_bytes: int = 0,
+    ) -> int:
+        """As push_layer, to one address of the peer per tensor of the layer. The peer writes only where one of its
+        caches is: LLM_PARAM_INVALID otherwise."""
+
+    def copy_row(
+        self,
+        dst_cache_id: int,
+        src_cache_id: int,
+        dst_batch_index: int = 0,
+        src_batch_index: int = 0,
+        offset: int = 0,
+        size: int = -1,
+    ) -> int:
+        """Within this process: `size` bytes (-1: the rest of the source row) at `offset` of both rows."""
+
+    def copy_blocks(self, cache_id: int, src_blocks: BlockIds, dst_blocks: BlockIds) -> int:
+        """Within one blocks cache, in list order."""
+
+    def swap_blocks(
+        self,
+        src_cache_id: int,
+        src_addrs: Sequence[int],
+        dst_cache_id: int,
+        dst_addrs: Sequence[int],
+        block_bytes: int,
+        src_blocks: BlockIds,
+        dst_blocks: BlockIds,
+    ) -> int:
+        """Copies src_blocks[i] to dst_blocks[i] of each tensor, in this process. A side with a cache id above 0 is
+        that cache and its addresses are ignored; any other is memory of the caller's, who answers for its size."""
+
 class QueueFullError(RuntimeError):
     """`capacity` operations are waiting or running."""
 
