@@ -192,10 +192,11 @@ class ManagedDataDist:
         self, clusters: list[ClusterInfo], timeout_ms: int = 1000, force: bool = False
     ) -> tuple[int, list[int]]: ...
     def link_comm(
-        self, name: str, members: Sequence[tuple[int, int, str, int]], total_time_s: int = 120, retry_count: int = 1
+        self, name: str, members: Sequence[tuple[int, int, str, int]], total_time_s: int = 120
     ) -> tuple[int, int]:
         """(status, comm id from 1). Members, ourselves included: (cluster id, rank, ip, port), ranks ascending. Every
-        ip empty: each other member is a loopback peer, whose caches are our own. Returns at once; see query_comm.
+        ip empty: each other member is a loopback peer, whose caches are our own. Returns at once; for total_time_s the
+        members try to reach each other, see query_comm.
         LLM_PARAM_INVALID: our cluster id is not a member, an address is missing or malformed, too many comms.
         LLM_FEATURE_NOT_ENABLED with backend hixl."""
 

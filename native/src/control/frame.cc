@@ -23,7 +23,7 @@ uint32_t FrameCrc(const uint8_t *header, const std::vector<uint8_t> &body) {
 }
 
 bool IsKnown(uint16_t type) {
-  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kUnlinked);
+  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kConsumed);
 }
 
 // A peer of another version is told so in a REJECT, so these two keep their place in every version.
@@ -65,6 +65,10 @@ const char *MessageName(MessageType type) {
       return "UNLINK";
     case MessageType::kUnlinked:
       return "UNLINKED";
+    case MessageType::kConsume:
+      return "CONSUME";
+    case MessageType::kConsumed:
+      return "CONSUMED";
   }
   return "?";
 }

@@ -21,7 +21,7 @@
 namespace datadist {
 
 constexpr uint32_t kFrameMagic = 0x4B444444;  // "DDDK"
-constexpr uint16_t kProtocolVersion = 1;
+constexpr uint16_t kProtocolVersion = 2;
 constexpr size_t kFrameHeaderSize = 20;
 constexpr uint32_t kMaxFrameBody = 1U << 20;
 
@@ -42,6 +42,8 @@ enum class MessageType : uint16_t {
   kReleaseWrite = 14,
   kUnlink = 15,
   kUnlinked = 16,
+  kConsume = 17,
+  kConsumed = 18,
 };
 const char *MessageName(MessageType type);
 

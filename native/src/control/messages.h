@@ -11,9 +11,9 @@
 //   ESTABLISHED ─────────────────────────────>
 //         <─────────────────────── ESTABLISHED
 //
-// From then on either end sends PING, DESCRIBE, ACQUIRE_WRITE, RELEASE_WRITE and UNLINK, and the other answers PONG,
-// CACHE_INFO, GRANT, nothing, and UNLINKED, with the seq of the request. UNLINK is also legal as the first and only
-// message of a fresh connection: that is how a link is dropped whose own connection is gone.
+// From then on either end sends PING, DESCRIBE, ACQUIRE_WRITE, RELEASE_WRITE, CONSUME and UNLINK, and the other answers
+// PONG, CACHE_INFO, GRANT, nothing, CONSUMED and UNLINKED, with the seq of the request. UNLINK is also legal as the
+// first and only message of a fresh connection: that is how a link is dropped whose own connection is gone.
 #ifndef DATADIST_CONTROL_MESSAGES_H_
 #define DATADIST_CONTROL_MESSAGES_H_
 
@@ -24,6 +24,7 @@
 
 #include "base/deadline.h"
 #include "base/status.h"
+#include "cache/cache_key.h"
 #include "transport/cma/cma_data_path.h"
 #include "transport/transport.h"
 
@@ -41,6 +42,7 @@ struct EndpointInfo {
   uint64_t slot_addr = 0;
   Challenge challenge{};  // for the receiver to put into its slot
   uint16_t tcp_streams = 1;
+  bool remote_accessible = true;  // both ends of a link must agree
 };
 
 struct VersionRange {
@@ -53,6 +55,7 @@ struct Hello {
   EndpointInfo client;
   uint32_t remaining_ms = 0;
   bool force_link = false;
+  std::string comm_name;  // of a bilateral link; empty: a client links to a server
 };
 
 struct Welcome {
@@ -78,13 +81,35 @@ struct Attach {
   uint16_t index = 0;
 };
 
+// What the owner told of a cache that we named.
+struct RemoteTarget {
+  RemoteCache cache;
+  bool has_row = false;  // a request or prefix key says the row itself
+  uint32_t row = 0;
+  uint32_t tensor = 0;   // where an address lies
+  uint64_t offset = 0;
+  bool lasting = false;  // the name may be used again without asking
+};
+
 struct DescribeRequest {
-  int64_t cache_id = 0;
+  CacheRef ref;
 };
 
 struct CacheInfo {
   Status status;
-  RemoteCache cache;  // of no meaning unless status is ok
+  RemoteTarget target;  // of no meaning unless status is ok
+};
+
+// The sender has pulled tensors [first_tensor, +tensor_count) of that generation by the key.
+struct ConsumeRequest {
+  CacheKey key;
+  uint64_t generation = 0;
+  uint32_t first_tensor = 0;
+  uint32_t tensor_count = 0;
+};
+
+struct Consumed {
+  Status status;
 };
 
 // All runs of the write end at or before `end` in each tensor. That is all the owner needs: it pins the cache and
@@ -125,6 +150,8 @@ std::vector<uint8_t> Encode(const CacheInfo &message);
 std::vector<uint8_t> Encode(const AcquireWriteRequest &message);
 std::vector<uint8_t> Encode(const Grant &message);
 std::vector<uint8_t> Encode(const ReleaseWriteRequest &message);
+std::vector<uint8_t> Encode(const ConsumeRequest &message);
+std::vector<uint8_t> Encode(const Consumed &message);
 std::vector<uint8_t> Encode(const UnlinkRequest &message);
 
 // The start of a HELLO body has one form in every version of the protocol.

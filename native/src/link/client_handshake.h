@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "base/deadline.h"
 #include "base/status.h"
@@ -16,6 +17,7 @@ namespace datadist {
 struct DialTarget {
   SocketAddress address;
   uint64_t expected_id = 0;  // 0: whoever answers
+  std::string comm_name;     // of a bilateral link; then only `expected_id`, 0 included, may answer
 };
 
 // Ok: the link is established and in the table, under the id that the peer announced. Otherwise LLM_LINK_FAILED,

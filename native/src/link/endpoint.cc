@@ -42,11 +42,12 @@ Registry &TheRegistry() {
 }  // namespace
 
 LocalEndpoint::LocalEndpoint(uint64_t cluster_id, llm_datadist::LlmRole role, LinkOptions options, RegionLimits limits,
-                             size_t transfer_threads)
+                             const CacheRegistry::Pools &pools, size_t transfer_threads)
     : cluster_id_(cluster_id),
       role_(role),
       options_(std::move(options)),
       regions_(RegionTable::Create(limits)),
+      caches_(std::make_shared<CacheRegistry>(regions_, pools, !options_.remote_accessible)),
       loop_(std::make_shared<EventLoop>()),
       pool_(std::make_shared<WorkerPool>(transfer_threads)) {}
 
@@ -83,12 +84,13 @@ std::chrono::milliseconds LocalEndpoint::MaxPeerHold() const {
 EndpointInfo LocalEndpoint::Info(const ProbeSlot &slot, const Challenge &challenge) const {
   EndpointInfo info;
   info.cluster_id = cluster_id_;
-  info.role = static_cast<int32_t>(role_);
+  info.role = static_cast<int32_t>(role_.load());
   info.incarnation = incarnation_;
   info.host = ThisHost();
   info.slot_addr = slot.address();
   info.challenge = challenge;
   info.tcp_streams = options_.tcp_streams;
+  info.remote_accessible = options_.remote_accessible;
   return info;
 }
 

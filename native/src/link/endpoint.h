@@ -11,6 +11,7 @@
 
 #include "base/status.h"
 #include "base/worker_pool.h"
+#include "cache/cache_registry.h"
 #include "control/event_loop.h"
 #include "control/messages.h"
 #include "memory/region_table.h"
@@ -24,6 +25,9 @@ struct LinkOptions {
   std::chrono::milliseconds heartbeat_interval{2000};
   std::chrono::milliseconds transfer_timeout{1000};
   uint32_t max_links = 512;
+  // Off: two-sided mode of the Python API, where a pull by a request key consumes it and only peers pull.
+  bool remote_accessible = true;
+  bool hixl_backend = false;
   // Whether OPTION_LOCAL_COMM_RES makes sense: the API judges it when linking, not before.
   Status local_comm_res;
 };
@@ -31,7 +35,7 @@ struct LinkOptions {
 class LocalEndpoint {
  public:
   LocalEndpoint(uint64_t cluster_id, llm_datadist::LlmRole role, LinkOptions options, RegionLimits limits,
-                size_t transfer_threads);
+                const CacheRegistry::Pools &pools, size_t transfer_threads);
   ~LocalEndpoint();
   LocalEndpoint(const LocalEndpoint &) = delete;
   LocalEndpoint &operator=(const LocalEndpoint &) = delete;
@@ -41,9 +45,11 @@ class LocalEndpoint {
   void Retire();
 
   uint64_t cluster_id() const { return cluster_id_; }
+  void SetRole(llm_datadist::LlmRole role) { role_.store(role); }
   const LinkOptions &options() const { return options_; }
   const Incarnation &incarnation() const { return incarnation_; }
   const std::shared_ptr<RegionTable> &regions() const { return regions_; }
+  const std::shared_ptr<CacheRegistry> &caches() const { return caches_; }
   const std::shared_ptr<EventLoop> &loop() const { return loop_; }
   const std::shared_ptr<WorkerPool> &pool() const { return pool_; }
 
@@ -54,9 +60,10 @@ class LocalEndpoint {
 
  private:
   const uint64_t cluster_id_;
-  const llm_datadist::LlmRole role_;
+  std::atomic<llm_datadist::LlmRole> role_;
   const LinkOptions options_;
   const std::shared_ptr<RegionTable> regions_;
+  const std::shared_ptr<CacheRegistry> caches_;
   const std::shared_ptr<EventLoop> loop_;
   const std::shared_ptr<WorkerPool> pool_;
   Incarnation incarnation_{};

@@ -175,7 +175,7 @@ Status Link::CheckUsable() const {
 
 // ---- transfers ----
 
-Status Link::Transfer(TransferDirection direction, int64_t remote_cache_id, const Planner &planner,
+Status Link::Transfer(TransferDirection direction, const CacheRef &remote, const Planner &planner,
                       Deadline deadline) {
   if (Status status = CheckUsable(); !status.ok()) {
     return status;
@@ -194,7 +194,7 @@ Status Link::Transfer(TransferDirection direction, int64_t remote_cache_id, cons
   if (Status status = CheckUsable(); !status.ok()) {
     return status;  // lost while waiting for the turn
   }
-  const Status status = RunTransfer(direction, remote_cache_id, planner, deadline);
+  const Status status = RunTransfer(direction, remote, planner, deadline);
   if (status.ok()) {
     return status;
   }
@@ -205,47 +205,50 @@ Status Link::Transfer(TransferDirection direction, int64_t remote_cache_id, cons
   return Status(status.code(), Name() + ": " + status.text());
 }
 
-Status Link::RunTransfer(TransferDirection direction, int64_t remote_cache_id, const Planner &planner,
+Status Link::RunTransfer(TransferDirection direction, const CacheRef &remote, const Planner &planner,
                          Deadline deadline) {
   Status status;
   // Twice: what we knew of the cache may be out of date, and the owner is the one who knows.
   for (int attempt = 0; attempt < 2; ++attempt) {
-    const bool known = described_.count(remote_cache_id) != 0;
-    const auto remote = DescribeRemote(remote_cache_id, deadline);
-    if (!remote.ok()) {
-      return remote.status();
+    const bool known = remote.by == CacheRef::By::kId && described_.count(remote.cache_id) != 0;
+    const auto target = DescribeRemote(remote, deadline);
+    if (!target.ok()) {
+      return target.status();
     }
-    Result<TransferOp> op = planner(*remote.value());
+    Result<TransferOp> op = planner(*target.value());
     if (!op.ok()) {
       return op.status();
     }
-    op.value().remote = remote.value().get();
+    op.value().remote = &target.value()->cache;
     const Result<uint64_t> bytes = TotalBytes(op.value());
     if (!bytes.ok()) {
       return bytes.status();
     }
     const bool pull = direction == TransferDirection::kPull;
     status = pull ? path_->Pull(op.value(), deadline) : path_->Push(op.value(), deadline);
+    if (status.ok() && pull && remote.by == CacheRef::By::kKey) {
+      status = ConsumeKey(remote.key, op.value(), deadline);
+    }
     if (status.ok()) {
       (pull ? bytes_pulled_ : bytes_pushed_).fetch_add(bytes.value(), std::memory_order_relaxed);
     }
-    if (status.code() != LLM_KV_CACHE_NOT_EXIST) {
+    if (status.code() != LLM_KV_CACHE_NOT_EXIST || !known) {
       break;
     }
-    described_.erase(remote_cache_id);
-    if (!known) {
-      break;
-    }
+    described_.erase(remote.cache_id);
   }
   return status;
 }
 
-Result<std::shared_ptr<const RemoteCache>> Link::DescribeRemote(int64_t cache_id, Deadline deadline) {
-  if (const auto it = described_.find(cache_id); it != described_.end()) {
-    return it->second;
+Result<std::shared_ptr<const RemoteTarget>> Link::DescribeRemote(const CacheRef &ref, Deadline deadline) {
+  const bool by_id = ref.by == CacheRef::By::kId;
+  if (by_id) {
+    if (const auto it = described_.find(ref.cache_id); it != described_.end()) {
+      return it->second;
+    }
   }
   const Result<Frame> frame =
-      session_->Call(MessageType::kDescribe, Encode(DescribeRequest{cache_id}), MessageType::kCacheInfo, deadline);
+      session_->Call(MessageType::kDescribe, Encode(DescribeRequest{ref}), MessageType::kCacheInfo, deadline);
   if (!frame.ok()) {
     return frame.status();
   }
@@ -256,13 +259,29 @@ Result<std::shared_ptr<const RemoteCache>> Link::DescribeRemote(int64_t cache_id
   if (!info.value().status.ok()) {
     return info.value().status;
   }
+  const RemoteCache &cache = info.value().target.cache;
   const bool needs_addrs = outgoing_.kind == TransportKind::kCma;
-  if (info.value().cache.cache_id != cache_id ||
-      (needs_addrs && info.value().cache.tensor_addrs.size() != info.value().cache.geometry.num_tensors)) {
+  if ((by_id && cache.cache_id != ref.cache_id) ||
+      (needs_addrs && cache.tensor_addrs.size() != cache.geometry.num_tensors)) {
     return Status(LLM_FAILED, "the peer answered for another cache");
   }
-  // Bounded by what we ask for, which is bounded by what the peer has registered.
-  return described_[cache_id] = std::make_shared<const RemoteCache>(std::move(info.value().cache));
+  auto target = std::make_shared<const RemoteTarget>(std::move(info.value().target));
+  if (by_id && target->lasting) {
+    // Bounded by what we ask for, which is bounded by what the peer has registered.
+    described_[ref.cache_id] = target;
+  }
+  return target;
+}
+
+Status Link::ConsumeKey(const CacheKey &key, const TransferOp &op, Deadline deadline) {
+  const ConsumeRequest request{key, op.remote->generation, op.remote_first_tensor, op.tensor_count};
+  const Result<Frame> frame =
+      session_->Call(MessageType::kConsume, Encode(request), MessageType::kConsumed, deadline);
+  if (!frame.ok()) {
+    return frame.status();
+  }
+  const Result<Consumed> consumed = Decode<Consumed>(frame.value().body);
+  return consumed.ok() ? consumed.value().status : consumed.status();
 }
 
 Result<uint64_t> Link::AcquireWrite(const TransferOp &op, Deadline deadline) {

@@ -55,7 +55,7 @@ enum class TransferDirection : uint8_t { kPull, kPush };
 class Link final : public PeerCalls, public SessionHandler, public std::enable_shared_from_this<Link> {
  public:
   // Makes the op once the remote cache is known; Link fills in op.remote.
-  using Planner = std::function<Result<TransferOp>(const RemoteCache &)>;
+  using Planner = std::function<Result<TransferOp>(const RemoteTarget &)>;
 
   static std::shared_ptr<Link> Create(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> table,
                                       LinkParts parts);
@@ -73,7 +73,8 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   void Establish();
 
   // LLM_TIMEOUT and LLM_FAILED leave the link lost, except where the call did not get its turn in time.
-  Status Transfer(TransferDirection direction, int64_t remote_cache_id, const Planner &planner, Deadline deadline);
+  // A pull by a key of `remote` tells the owner afterwards, which may consume the key.
+  Status Transfer(TransferDirection direction, const CacheRef &remote, const Planner &planner, Deadline deadline);
 
   // Waits for the running transfer, tells the peer, closes. LLM_TIMEOUT or LLM_UNLINK_FAILED leave the link as it is
   // or lost. A lost link cannot tell the peer itself: see UnlinkByDialling.
@@ -112,12 +113,14 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   Status CheckUsable() const;
   std::string Name() const;
 
-  Status RunTransfer(TransferDirection direction, int64_t remote_cache_id, const Planner &planner, Deadline deadline);
-  Result<std::shared_ptr<const RemoteCache>> DescribeRemote(int64_t cache_id, Deadline deadline);
+  Status RunTransfer(TransferDirection direction, const CacheRef &remote, const Planner &planner, Deadline deadline);
+  Result<std::shared_ptr<const RemoteTarget>> DescribeRemote(const CacheRef &ref, Deadline deadline);
+  Status ConsumeKey(const CacheKey &key, const TransferOp &op, Deadline deadline);
 
   Status OnDescribeOnLoop(const Frame &frame);
   Status OnAcquireWriteOnLoop(const Frame &frame);
   Status OnReleaseWriteOnLoop(const Frame &frame);
+  Status OnConsumeOnLoop(const Frame &frame);
   Status OnUnlinkOnLoop(const Frame &frame);
   Result<uint64_t> GrantWriteOnLoop(const AcquireWriteRequest &request);
 
@@ -136,7 +139,8 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   std::vector<std::unique_ptr<TcpServer>> servers_;
 
   TurnGate gate_;
-  std::map<int64_t, std::shared_ptr<const RemoteCache>> described_;  // touched inside the gate only
+  // By cache id, of lasting names; touched inside the gate only.
+  std::map<int64_t, std::shared_ptr<const RemoteTarget>> described_;
   std::atomic<uint64_t> bytes_pulled_{0};
   std::atomic<uint64_t> bytes_pushed_{0};
 

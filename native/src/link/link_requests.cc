@@ -37,6 +37,8 @@ Status Link::OnRequestOnLoop(const Frame &frame) {
       return OnAcquireWriteOnLoop(frame);
     case MessageType::kReleaseWrite:
       return OnReleaseWriteOnLoop(frame);
+    case MessageType::kConsume:
+      return OnConsumeOnLoop(frame);
     case MessageType::kUnlink:
       return OnUnlinkOnLoop(frame);
     case MessageType::kHello:
@@ -51,6 +53,7 @@ Status Link::OnRequestOnLoop(const Frame &frame) {
     case MessageType::kCacheInfo:
     case MessageType::kGrant:
     case MessageType::kUnlinked:
+    case MessageType::kConsumed:
       break;
   }
   return Status(LLM_FAILED, std::string(MessageName(frame.type)) + " is not a request");
@@ -64,19 +67,25 @@ Status Link::OnDescribeOnLoop(const Frame &frame) {
     return request.status();
   }
   CacheInfo info;
-  const Result<CachePin> pin = endpoint_->regions()->Pin(request.value().cache_id);
-  if (pin.ok()) {
-    const RegisteredCache &cache = pin.value().cache();
-    info.cache.cache_id = cache.id();
-    info.cache.generation = cache.generation();
-    info.cache.geometry = cache.geometry();
+  const Result<NamedCache> named = endpoint_->caches()->Find(request.value().ref);
+  if (named.ok()) {
+    const RegisteredCache &cache = named.value().pin.cache();
+    RemoteTarget &target = info.target;
+    target.cache.cache_id = cache.id();
+    target.cache.generation = cache.generation();
+    target.cache.geometry = cache.geometry();
     // Addresses go only to a peer that can use them: on this host, by cma.
     if (incoming_ == TransportKind::kCma) {
-      info.cache.stamp_addr = reinterpret_cast<uint64_t>(&cache.stamp()->generation);
-      info.cache.tensor_addrs = cache.addrs();
+      target.cache.stamp_addr = reinterpret_cast<uint64_t>(&cache.stamp()->generation);
+      target.cache.tensor_addrs = cache.addrs();
     }
+    target.has_row = named.value().row.has_value();
+    target.row = named.value().row.value_or(0);
+    target.tensor = named.value().tensor;
+    target.offset = named.value().offset;
+    target.lasting = named.value().lasting;
   } else {
-    info.status = pin.status();
+    info.status = named.status();
   }
   session_->Send(MessageType::kCacheInfo, frame.seq, Encode(info));
   return Status::Ok();
@@ -157,6 +166,18 @@ Status Link::OnReleaseWriteOnLoop(const Frame &frame) {
   }
   // An unknown id is normal: the grant may have expired.
   endpoint_->loop()->StopTimerOnLoop(DropGrant(request.value().grant));
+  return Status::Ok();
+}
+
+Status Link::OnConsumeOnLoop(const Frame &frame) {
+  const Result<ConsumeRequest> request = Decode<ConsumeRequest>(frame.body);
+  if (!request.ok()) {
+    return request.status();
+  }
+  const ConsumeRequest &pulled = request.value();
+  const Consumed answer{
+      endpoint_->caches()->Consume(pulled.key, pulled.generation, pulled.first_tensor, pulled.tensor_count)};
+  session_->Send(MessageType::kConsumed, frame.seq, Encode(answer));
   return Status::Ok();
 }
 

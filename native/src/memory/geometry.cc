@@ -74,7 +74,7 @@ Status Invalid(std::string text) { return Status(llm_datadist::LLM_PARAM_INVALID
 
 }  // namespace
 
-Result<CacheGeometry> ComputeGeometry(const llm_datadist::CacheDesc &desc) {
+Result<CacheGeometry> ComputeGeometry(const llm_datadist::CacheDesc &desc, CacheLayout layout) {
   if (desc.shape.empty() || desc.shape.size() > kMaxDims) {
     return Invalid("cache_desc.shape has " + std::to_string(desc.shape.size()) + " dimensions: allowed are 1.." +
                    std::to_string(kMaxDims));
@@ -103,9 +103,12 @@ Result<CacheGeometry> ComputeGeometry(const llm_datadist::CacheDesc &desc) {
   CacheGeometry geometry;
   geometry.placement = desc.placement;
   geometry.num_tensors = desc.num_tensors;
-  geometry.num_blocks = static_cast<uint64_t>(desc.shape[0]);
+  const auto rows = static_cast<uint64_t>(desc.shape[0]);
+  geometry.layout = layout;
+  geometry.batch_size = layout == CacheLayout::kBlocks ? 1 : rows;
+  geometry.num_blocks = layout == CacheLayout::kContiguous ? 0 : rows;
   geometry.tensor_bytes = *bits / 8 + (*bits % 8 != 0 ? 1 : 0);
-  geometry.stride = geometry.tensor_bytes / geometry.num_blocks;
+  geometry.stride = geometry.tensor_bytes / rows;
   return geometry;
 }
 

@@ -20,6 +20,7 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
@@ -30,17 +31,23 @@
 
 namespace datadist {
 
-// Shape of a cache in bytes. `stride` = tensor_bytes / num_blocks: one block, or one batch row, of one tensor.
+// What dimension 0 of the shape counts: both at the caller's choice (C++), batch rows, or blocks (Python).
+enum class CacheLayout : uint8_t { kMix = 0, kContiguous = 1, kBlocks = 2 };
+
+// Shape of a cache in bytes. `stride` = tensor_bytes / shape[0]: one block, or one batch row, of one tensor. A contiguous
+// cache has no blocks; a blocks cache is one batch row.
 struct CacheGeometry {
   llm_datadist::CachePlacement placement = llm_datadist::CachePlacement::kDevice;
+  CacheLayout layout = CacheLayout::kMix;
   uint32_t num_tensors = 0;
+  uint64_t batch_size = 0;
   uint64_t num_blocks = 0;
   uint64_t tensor_bytes = 0;
   uint64_t stride = 0;
 };
 
 // Checks a description (spec 2.4.6: shape, dtype, overflow) and computes its geometry; LLM_PARAM_INVALID otherwise.
-Result<CacheGeometry> ComputeGeometry(const llm_datadist::CacheDesc &desc);
+Result<CacheGeometry> ComputeGeometry(const llm_datadist::CacheDesc &desc, CacheLayout layout = CacheLayout::kMix);
 
 // Lives in memory that stays mapped until the table dies, so that a peer may read it at any time. generation is unique
 // per registration in this table, 0 when no cache uses the slot.
@@ -50,8 +57,15 @@ struct alignas(64) CacheStamp {
 
 struct RegionLimits {
   uint32_t max_addrs_per_cache = 240;
+  uint64_t max_registered_addrs = UINT64_MAX;  // over all caches whose memory is the caller's
   uint64_t max_device_bytes = 50ULL << 30;
   uint64_t max_host_bytes = 20ULL << 30;
+};
+
+struct Registration {
+  CacheLayout layout = CacheLayout::kMix;
+  bool remote_accessible = true;  // whether a peer may name it when remote access is on
+  bool owned = false;             // its memory came from a pool of ours
 };
 
 class RegionTable;
@@ -62,6 +76,8 @@ class RegisteredCache {
   int64_t id() const { return id_; }
   uint64_t generation() const { return generation_; }
   const CacheGeometry &geometry() const { return geometry_; }
+  bool remote_accessible() const { return registration_.remote_accessible; }
+  bool owned() const { return registration_.owned; }
   const std::vector<uint64_t> &addrs() const { return addrs_; }  // for cma peers; to dereference, use CachePin
   const CacheStamp *stamp() const { return stamp_; }
 
@@ -71,10 +87,12 @@ class RegisteredCache {
   int64_t id_ = 0;
   uint64_t generation_ = 0;
   CacheGeometry geometry_;
+  Registration registration_;
   std::vector<uint64_t> addrs_;
   CacheStamp *stamp_ = nullptr;
   uint64_t pins_ = 0;     // guarded by RegionTable::mutex_
   bool closing_ = false;  // guarded by RegionTable::mutex_
+  std::function<void()> on_gone_;  // guarded by RegionTable::mutex_; of UnregisterLater
 };
 
 // Keeps a cache registered while bytes move. Move-only; keeps the table alive.
@@ -108,14 +126,27 @@ class RegionTable : public std::enable_shared_from_this<RegionTable> {
   RegionTable &operator=(const RegionTable &) = delete;
 
   // Checks in the order of spec 2.4.6, then the limits. Ids count from 1.
-  Result<int64_t> Register(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs);
+  Result<int64_t> Register(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs,
+                           const Registration &registration = {});
 
   // Unknown id: nothing to do. Waits for pins; every holder of a pin has a deadline, which bounds the wait.
   void Unregister(int64_t cache_id);
   void UnregisterAll();
+  // Refuses new pins at once and returns; `on_gone` runs when the last pin is gone, here or on that pin's thread,
+  // without any lock of the table. Unknown id, or one that is being unregistered: nothing happens.
+  void UnregisterLater(int64_t cache_id, std::function<void()> on_gone);
 
   // LLM_KV_CACHE_NOT_EXIST for an id that is unknown or being unregistered.
   Result<CachePin> Pin(int64_t cache_id);
+
+  // Where [address, +length) lies: the lowest cache id with a tensor that holds all of it. LLM_PARAM_INVALID when there
+  // is none.
+  struct Location {
+    CachePin pin;
+    uint32_t tensor = 0;
+    uint64_t offset = 0;
+  };
+  Result<Location> Locate(uint64_t address, uint64_t length);
 
  private:
   friend class CachePin;

@@ -1,0 +1,173 @@
+// The messages that make a link.
+#include <algorithm>
+#include <limits>
+#include <utility>
+
+#include "control/message_fields.h"
+#include "control/messages.h"
+
+namespace datadist {
+namespace {
+
+constexpr size_t kMaxBootId = 64;
+constexpr size_t kMaxCommName = 127;
+constexpr uint16_t kMaxTcpStreams = 16;
+
+void Put(Writer &writer, const EndpointInfo &info) {
+  writer.U64(info.cluster_id);
+  writer.I32(info.role);
+  Put(writer, info.incarnation);
+  writer.Text(info.host.boot_id, kMaxBootId);
+  writer.U64(info.host.pid_namespace);
+  writer.I32(info.host.pid);
+  writer.U64(info.slot_addr);
+  Put(writer, info.challenge);
+  writer.U16(info.tcp_streams);
+  writer.U8(info.remote_accessible ? 1 : 0);
+}
+
+bool Get(Reader &reader, EndpointInfo &info) {
+  info.cluster_id = reader.U64();
+  info.role = reader.I32();
+  Get(reader, info.incarnation);
+  info.host.boot_id = reader.Text(kMaxBootId);
+  info.host.pid_namespace = reader.U64();
+  info.host.pid = reader.I32();
+  info.slot_addr = reader.U64();
+  Get(reader, info.challenge);
+  info.tcp_streams = reader.U16();
+  const uint8_t accessible = reader.U8();
+  info.remote_accessible = accessible == 1;
+  return reader.ok() && accessible <= 1 && info.role >= 1 && info.role <= 3 && info.host.pid >= 0 && info.tcp_streams >= 1 &&
+         info.tcp_streams <= kMaxTcpStreams;
+}
+
+bool IsTransport(uint8_t kind) {
+  return kind >= static_cast<uint8_t>(TransportKind::kLocal) && kind <= static_cast<uint8_t>(TransportKind::kTcp);
+}
+
+}  // namespace
+
+uint32_t RemainingMillis(Deadline deadline) {
+  return static_cast<uint32_t>(std::min<int64_t>(deadline.Remaining().count(), std::numeric_limits<uint32_t>::max()));
+}
+
+std::vector<uint8_t> Encode(const Hello &message) {
+  Writer writer;
+  writer.U16(message.versions.lowest);
+  writer.U16(message.versions.highest);
+  Put(writer, message.client);
+  writer.U32(message.remaining_ms);
+  writer.U8(message.force_link ? 1 : 0);
+  writer.Text(message.comm_name, kMaxCommName);
+  return writer.Take();
+}
+
+Result<VersionRange> DecodeVersionRange(const std::vector<uint8_t> &hello_body) {
+  Reader reader(hello_body.data(), hello_body.size());
+  VersionRange range;
+  range.lowest = reader.U16();
+  range.highest = reader.U16();
+  if (!reader.ok() || range.lowest > range.highest) {
+    return Malformed("HELLO");
+  }
+  return range;
+}
+
+template <>
+Result<Hello> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  Hello message;
+  message.versions.lowest = reader.U16();
+  message.versions.highest = reader.U16();
+  const bool client_ok = Get(reader, message.client);
+  message.remaining_ms = reader.U32();
+  const uint8_t force = reader.U8();
+  message.force_link = force == 1;
+  message.comm_name = reader.Text(kMaxCommName);
+  if (!client_ok || !reader.Finished() || force > 1) {
+    return Malformed("HELLO");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const Welcome &message) {
+  Writer writer;
+  Put(writer, message.server);
+  Put(writer, message.token);
+  return writer.Take();
+}
+
+template <>
+Result<Welcome> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  Welcome message;
+  const bool server_ok = Get(reader, message.server);
+  Get(reader, message.token);
+  if (!server_ok || !reader.Finished()) {
+    return Malformed("WELCOME");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const Reject &message) {
+  Writer writer;
+  Put(writer, message.status);
+  return writer.Take();
+}
+
+template <>
+Result<Reject> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  Reject message{GetStatus(reader)};
+  if (!reader.Finished() || message.status.ok()) {
+    return Malformed("REJECT");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const Ready &message) {
+  Writer writer;
+  writer.U8(static_cast<uint8_t>(message.transport));
+  writer.Text(message.reason, kMaxText);
+  return writer.Take();
+}
+
+template <>
+Result<Ready> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  const uint8_t transport = reader.U8();
+  Ready message;
+  message.reason = reader.Text(kMaxText);
+  if (!reader.Finished() || !IsTransport(transport)) {
+    return Malformed("READY");
+  }
+  message.transport = static_cast<TransportKind>(transport);
+  return message;
+}
+
+std::vector<uint8_t> Encode(const Attach &message) {
+  Writer writer;
+  Put(writer, message.token);
+  writer.U8(static_cast<uint8_t>(message.initiator));
+  writer.U16(message.index);
+  return writer.Take();
+}
+
+template <>
+Result<Attach> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  Attach message;
+  Get(reader, message.token);
+  const uint8_t initiator = reader.U8();
+  message.index = reader.U16();
+  const bool known = initiator == static_cast<uint8_t>(Initiator::kClient) ||
+                     initiator == static_cast<uint8_t>(Initiator::kServer);
+  if (!reader.Finished() || message.index >= kMaxTcpStreams || !known) {
+    return Malformed("ATTACH");
+  }
+  message.initiator = static_cast<Initiator>(initiator);
+  return message;
+}
+
+}  // namespace datadist

@@ -1,0 +1,280 @@
+// The messages of an established link.
+#include <algorithm>
+
+#include "control/frame.h"
+#include "control/message_fields.h"
+#include "control/messages.h"
+
+namespace datadist {
+namespace {
+
+// What fits into the largest frame beside the fixed fields; far above any limit on registrations.
+constexpr uint32_t kMaxTensors = (kMaxFrameBody - 4096) / sizeof(uint64_t);
+
+void Put(Writer &writer, const CacheKey &key) {
+  writer.U8(static_cast<uint8_t>(key.kind));
+  writer.U64(key.id);
+  writer.U64(key.model_id);
+}
+
+bool Get(Reader &reader, CacheKey &key) {
+  const uint8_t kind = reader.U8();
+  key.kind = static_cast<KeyKind>(kind);
+  key.id = reader.U64();
+  key.model_id = reader.U64();
+  return reader.ok() && kind >= static_cast<uint8_t>(KeyKind::kRequest) &&
+         kind <= static_cast<uint8_t>(KeyKind::kBlocks);
+}
+
+void Put(Writer &writer, const CacheGeometry &geometry) {
+  writer.U32(static_cast<uint32_t>(geometry.placement));
+  writer.U8(static_cast<uint8_t>(geometry.layout));
+  writer.U32(geometry.num_tensors);
+  writer.U64(std::max(geometry.batch_size, geometry.num_blocks));
+  writer.U64(geometry.tensor_bytes);
+}
+
+bool Get(Reader &reader, CacheGeometry &geometry) {
+  geometry.placement = static_cast<llm_datadist::CachePlacement>(reader.U32());
+  const uint8_t layout = reader.U8();
+  geometry.num_tensors = reader.U32();
+  const uint64_t rows = reader.U64();
+  geometry.tensor_bytes = reader.U64();
+  if (!reader.ok() || layout > static_cast<uint8_t>(CacheLayout::kBlocks) || geometry.num_tensors == 0 ||
+      geometry.num_tensors > kMaxTensors || rows == 0) {
+    return false;
+  }
+  geometry.layout = static_cast<CacheLayout>(layout);
+  geometry.batch_size = geometry.layout == CacheLayout::kBlocks ? 1 : rows;
+  geometry.num_blocks = geometry.layout == CacheLayout::kContiguous ? 0 : rows;
+  geometry.stride = geometry.tensor_bytes / rows;
+  return true;
+}
+
+void Put(Writer &writer, const RemoteCache &cache) {
+  writer.I64(cache.cache_id);
+  writer.U64(cache.generation);
+  Put(writer, cache.geometry);
+  writer.U64(cache.stamp_addr);
+  writer.U32(static_cast<uint32_t>(cache.tensor_addrs.size()));
+  for (const uint64_t addr : cache.tensor_addrs) {
+    writer.U64(addr);
+  }
+}
+
+bool Get(Reader &reader, RemoteCache &cache) {
+  cache.cache_id = reader.I64();
+  cache.generation = reader.U64();
+  const bool geometry_ok = Get(reader, cache.geometry);
+  cache.stamp_addr = reader.U64();
+  const uint32_t addr_count = reader.U32();
+  // Both counts decide how much is allocated and copied; compare them with what is really there first.
+  if (!geometry_ok || !reader.ok() || (addr_count != 0 && addr_count != cache.geometry.num_tensors) ||
+      addr_count > reader.remaining() / sizeof(uint64_t)) {
+    return false;
+  }
+  cache.tensor_addrs.resize(addr_count);
+  for (uint64_t &addr : cache.tensor_addrs) {
+    addr = reader.U64();
+  }
+  return reader.ok();
+}
+
+void Put(Writer &writer, const RemoteTarget &target) {
+  Put(writer, target.cache);
+  writer.U8(target.has_row ? 1 : 0);
+  writer.U32(target.row);
+  writer.U32(target.tensor);
+  writer.U64(target.offset);
+  writer.U8(target.lasting ? 1 : 0);
+}
+
+bool Get(Reader &reader, RemoteTarget &target) {
+  const bool cache_ok = Get(reader, target.cache);
+  const uint8_t has_row = reader.U8();
+  target.row = reader.U32();
+  target.tensor = reader.U32();
+  target.offset = reader.U64();
+  const uint8_t lasting = reader.U8();
+  target.has_row = has_row == 1;
+  target.lasting = lasting == 1;
+  // What the initiator will compute with must lie inside what it was told of the cache.
+  const CacheGeometry &geometry = target.cache.geometry;
+  return cache_ok && reader.ok() && has_row <= 1 && lasting <= 1 && target.row < geometry.batch_size &&
+         target.tensor < geometry.num_tensors && target.offset <= geometry.tensor_bytes;
+}
+
+}  // namespace
+
+std::vector<uint8_t> Encode(const DescribeRequest &message) {
+  Writer writer;
+  writer.U8(static_cast<uint8_t>(message.ref.by));
+  writer.I64(message.ref.cache_id);
+  Put(writer, message.ref.key);
+  writer.U64(message.ref.address);
+  writer.U64(message.ref.length);
+  return writer.Take();
+}
+
+template <>
+Result<DescribeRequest> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  DescribeRequest message;
+  const uint8_t by = reader.U8();
+  message.ref.cache_id = reader.I64();
+  const bool key_ok = Get(reader, message.ref.key);
+  message.ref.address = reader.U64();
+  message.ref.length = reader.U64();
+  if (!key_ok || !reader.Finished() || by < static_cast<uint8_t>(CacheRef::By::kId) ||
+      by > static_cast<uint8_t>(CacheRef::By::kAddress)) {
+    return Malformed("DESCRIBE");
+  }
+  message.ref.by = static_cast<CacheRef::By>(by);
+  return message;
+}
+
+std::vector<uint8_t> Encode(const CacheInfo &message) {
+  Writer writer;
+  Put(writer, message.status);
+  if (message.status.ok()) {
+    Put(writer, message.target);
+  }
+  return writer.Take();
+}
+
+template <>
+Result<CacheInfo> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  CacheInfo message;
+  message.status = GetStatus(reader);
+  if (!reader.ok() || (message.status.ok() && !Get(reader, message.target)) || !reader.Finished()) {
+    return Malformed("CACHE_INFO");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const ConsumeRequest &message) {
+  Writer writer;
+  Put(writer, message.key);
+  writer.U64(message.generation);
+  writer.U32(message.first_tensor);
+  writer.U32(message.tensor_count);
+  return writer.Take();
+}
+
+template <>
+Result<ConsumeRequest> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  ConsumeRequest message;
+  const bool key_ok = Get(reader, message.key);
+  message.generation = reader.U64();
+  message.first_tensor = reader.U32();
+  message.tensor_count = reader.U32();
+  if (!key_ok || !reader.Finished()) {
+    return Malformed("CONSUME");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const Consumed &message) {
+  Writer writer;
+  Put(writer, message.status);
+  return writer.Take();
+}
+
+template <>
+Result<Consumed> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  Consumed message{GetStatus(reader)};
+  if (!reader.Finished()) {
+    return Malformed("CONSUMED");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const AcquireWriteRequest &message) {
+  Writer writer;
+  writer.I64(message.cache_id);
+  writer.U64(message.generation);
+  writer.U32(message.first_tensor);
+  writer.U32(message.tensor_count);
+  writer.U64(message.end);
+  writer.U32(message.remaining_ms);
+  return writer.Take();
+}
+
+template <>
+Result<AcquireWriteRequest> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  AcquireWriteRequest message;
+  message.cache_id = reader.I64();
+  message.generation = reader.U64();
+  message.first_tensor = reader.U32();
+  message.tensor_count = reader.U32();
+  message.end = reader.U64();
+  message.remaining_ms = reader.U32();
+  if (!reader.Finished()) {
+    return Malformed("ACQUIRE_WRITE");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const Grant &message) {
+  Writer writer;
+  Put(writer, message.status);
+  writer.U64(message.grant);
+  return writer.Take();
+}
+
+template <>
+Result<Grant> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  Grant message;
+  message.status = GetStatus(reader);
+  message.grant = reader.U64();
+  if (!reader.Finished()) {
+    return Malformed("GRANT");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const ReleaseWriteRequest &message) {
+  Writer writer;
+  writer.U64(message.grant);
+  return writer.Take();
+}
+
+template <>
+Result<ReleaseWriteRequest> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  const ReleaseWriteRequest message{reader.U64()};
+  if (!reader.Finished()) {
+    return Malformed("RELEASE_WRITE");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const UnlinkRequest &message) {
+  Writer writer;
+  writer.U64(message.cluster_id);
+  Put(writer, message.token);
+  return writer.Take();
+}
+
+template <>
+Result<UnlinkRequest> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  UnlinkRequest message;
+  message.cluster_id = reader.U64();
+  Get(reader, message.token);
+  if (!reader.Finished()) {
+    return Malformed("UNLINK");
+  }
+  return message;
+}
+
+Status DecodeEmpty(const std::vector<uint8_t> &body) {
+  return body.empty() ? Status::Ok() : Malformed("message: a body where none belongs");
+}
+
+}  // namespace datadist
