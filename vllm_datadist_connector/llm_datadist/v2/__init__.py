@@ -1,0 +1,1 @@
+"""The current generation of the LLM-DataDist Python API."""
