@@ -32,7 +32,9 @@ def pkg_config_path() -> Path:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(prog="python -m vllm_datadist_connector.cpp", description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(
+        prog="python -m vllm_datadist_connector.cpp", description="Where C++ programs find llm_datadist."
+    )
     which = parser.add_mutually_exclusive_group(required=True)
     which.add_argument("--prefix", action="store_const", const=prefix, dest="path", help="for CMAKE_PREFIX_PATH")
     which.add_argument(
