@@ -50,6 +50,8 @@ Link::Link(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> tab
       challenge_(parts.challenge),
       outgoing_(std::move(parts.outgoing)),
       incoming_(parts.incoming),
+      comm_name_(std::move(parts.comm_name)),
+      other_half_(std::move(parts.other_half)),
       slot_(std::move(parts.slot)) {}
 
 Link::~Link() {
@@ -128,6 +130,7 @@ void Link::Lose(CloseCause cause, const std::string &reason) {
     return;
   }
   Log(LogLevel::kWarning, Name() + " lost: " + reason);
+  CloseOtherHalf(reason);
   session_->Close(cause, reason);
   ShutPaths();
   // A connection that the peer's side ended means that its process is gone, or its path shut. A peer that is merely
@@ -141,9 +144,17 @@ void Link::Close(const std::string &reason) {
   if (!MoveTo(LinkState::kClosed, reason)) {
     return;
   }
+  CloseOtherHalf(reason);
   session_->Close(CloseCause::kByUs, reason);
   ShutPaths();
   DropGrants();
+}
+
+// Before our own connection ends: the other half would take that for the loss of its peer, and say so in the log.
+void Link::CloseOtherHalf(const std::string &reason) {
+  if (other_half_ != nullptr) {
+    other_half_->Close(reason);
+  }
 }
 
 void Link::ShutPaths() {

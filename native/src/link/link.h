@@ -31,6 +31,7 @@
 
 namespace datadist {
 
+class Link;
 class LinkTable;
 
 enum class LinkState : uint8_t { kConnecting, kEstablished, kLost, kClosed };
@@ -48,6 +49,8 @@ struct LinkParts {
   Fd control;
   std::vector<Fd> outgoing_streams;
   std::vector<Fd> incoming_streams;
+  std::string comm_name;             // of a bilateral link
+  std::shared_ptr<Link> other_half;  // of a loopback link: ends with this one
 };
 
 enum class TransferDirection : uint8_t { kPull, kPush };
@@ -66,6 +69,11 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   const LinkToken &token() const { return token_; }
   bool HasToken(const LinkToken &token) const;  // in constant time
   const std::string &peer_address() const { return peer_address_; }
+  const Incarnation &peer_incarnation() const { return peer_.incarnation; }
+  const std::string &comm_name() const { return comm_name_; }
+  // Whether the caller of this end asked for the link; otherwise only the peer's did so far.
+  bool asked_here() const { return asked_here_.load(); }
+  void MarkAskedHere() { asked_here_.store(true); }
   bool alive() const;
   llm_datadist::LinkReport Report() const;
 
@@ -107,6 +115,7 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
 
   bool MoveTo(LinkState next, const std::string &reason);
   void Lose(CloseCause cause, const std::string &reason);
+  void CloseOtherHalf(const std::string &reason);
   void ShutPaths();
   void DropGrants();
   uint64_t DropGrant(uint64_t id);  // returns its expiry timer
@@ -133,6 +142,9 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   const Challenge challenge_;
   const TransportChoice outgoing_;
   const TransportKind incoming_;
+  const std::string comm_name_;
+  const std::shared_ptr<Link> other_half_;
+  std::atomic<bool> asked_here_{false};
   std::unique_ptr<ProbeSlot> slot_;
   std::shared_ptr<Session> session_;
   std::unique_ptr<DataPath> path_;
