@@ -1,6 +1,9 @@
 // Memory that caches are allocated from: one reserved range, handed out in multiples of its page size.
 //
-// Pages of the range are committed by the kernel when they are first touched, so a pool costs what is used of it.
+// Memory is committed by the kernel when it is first touched and given back when it is freed, so a pool costs what is
+// used of it. Allocated memory starts as zeros: nobody sees the bytes of a cache that was there before.
+//
+// Threads: every member may be called from any thread.
 #ifndef DATADIST_CACHE_MEMORY_POOL_H_
 #define DATADIST_CACHE_MEMORY_POOL_H_
 
@@ -29,10 +32,10 @@ class MemoryPool {
 
   // First fit. LLM_OUT_OF_MEMORY, naming what is wanted and what is left; LLM_PARAM_INVALID for 0 bytes.
   Result<uint64_t> Allocate(uint64_t bytes);
-  // `address` came from Allocate and was not freed since.
+  // An address that came from Allocate and was not freed since; another one is ignored.
   void Free(uint64_t address);
 
-  uint64_t used() const;
+  uint64_t used() const;  // bytes, whole pages
 
  private:
   MemoryPool(uint64_t base, uint64_t size, uint32_t page_shift);

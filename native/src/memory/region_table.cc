@@ -7,6 +7,7 @@
 
 #include "base/checked.h"
 #include "base/fence.h"
+#include "llm_datadist/llm_datadist_ext.h"
 
 namespace datadist {
 namespace {
@@ -48,15 +49,15 @@ Result<uint64_t> CheckExtent(const CacheGeometry &geometry, const std::vector<ui
   return *total;
 }
 
+std::string RaisedBy(const char *option) { return std::string(" (option ") + option + " raises it)"; }
+
 }  // namespace
 
 struct RegionTable::State {
-  // Registered bytes of one placement. Values other than 0 and 1 are not refused by the API; they count as device.
-  struct Account {
-    uint64_t used = 0;
-    uint64_t limit = 0;
-  };
-  Account &AccountOf(CachePlacement placement) { return placement == CachePlacement::kHost ? host : device; }
+  // Placements other than host and device are not refused by the API; they count as device.
+  uint64_t &BytesOf(CachePlacement placement) {
+    return placement == CachePlacement::kHost ? host_bytes : device_bytes;
+  }
 
   CacheStamp *TakeStamp() {
     if (free_stamps.empty()) {
@@ -70,15 +71,16 @@ struct RegionTable::State {
     return stamp;
   }
 
-  uint32_t max_addrs_per_cache = 0;
-  Account device;
-  Account host;
+  // Totals of what is registered.
+  uint64_t device_bytes = 0;
+  uint64_t host_bytes = 0;
+  uint64_t callers_addrs = 0;
   int64_t last_id = 0;
   uint64_t last_generation = 0;
   std::map<int64_t, std::shared_ptr<RegisteredCache>> caches;  // a closing one stays until its last pin is gone
   std::vector<std::unique_ptr<std::array<CacheStamp, kStampsPerChunk>>> chunks;
   std::vector<CacheStamp *> free_stamps;
-  std::condition_variable unpinned;  // a closing cache lost its last pin, or is gone
+  std::condition_variable gone;  // a cache left `caches`
 };
 
 // ---- CachePin ----
@@ -103,12 +105,7 @@ void CachePin::Release() {
   if (cache_ == nullptr) {
     return;
   }
-  {
-    const std::lock_guard<std::mutex> lock(table_->mutex_);
-    if (--cache_->pins_ == 0 && cache_->closing_) {
-      table_->state_->unpinned.notify_all();
-    }
-  }
+  table_->Unpin(*cache_);
   cache_.reset();
   table_.reset();
 }
@@ -136,19 +133,41 @@ std::shared_ptr<RegionTable> RegionTable::Create(RegionLimits limits) {
   return std::make_shared<Creatable>(limits);
 }
 
-RegionTable::RegionTable(RegionLimits limits) : state_(std::make_unique<State>()) {
-  state_->max_addrs_per_cache = limits.max_addrs_per_cache;
-  state_->device.limit = limits.max_device_bytes;
-  state_->host.limit = limits.max_host_bytes;
-}
+RegionTable::RegionTable(RegionLimits limits) : limits_(limits), state_(std::make_unique<State>()) {}
 
 RegionTable::~RegionTable() = default;
 
-Result<int64_t> RegionTable::Register(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs) {
+Status RegionTable::CheckLimitsLocked(const CacheGeometry &geometry, const Registration &registration,
+                                      uint64_t bytes) const {
+  if (geometry.num_tensors > limits_.max_addrs_per_cache) {
+    return Invalid("addrs has " + std::to_string(geometry.num_tensors) + " entries: at most " +
+                   std::to_string(limits_.max_addrs_per_cache) + " per cache are allowed" +
+                   RaisedBy(llm_datadist::OPTION_MAX_ADDRS_PER_CACHE));
+  }
+  if (!registration.owned &&
+      !RangeFits(state_->callers_addrs, geometry.num_tensors, limits_.max_registered_addrs)) {
+    return Invalid("addrs has " + std::to_string(geometry.num_tensors) + " entries: " +
+                   std::to_string(state_->callers_addrs) + " of " + std::to_string(limits_.max_registered_addrs) +
+                   " allowed addresses are registered already" + RaisedBy(llm_datadist::OPTION_MAX_REGISTERED_ADDRS));
+  }
+  const bool host = geometry.placement == CachePlacement::kHost;
+  const uint64_t limit = host ? limits_.max_host_bytes : limits_.max_device_bytes;
+  const uint64_t used = state_->BytesOf(geometry.placement);
+  if (!RangeFits(used, bytes, limit)) {
+    return Invalid(
+        "cache of " + std::to_string(bytes) + " bytes: " + std::to_string(used) + " of " + std::to_string(limit) +
+        " allowed " + (host ? "host" : "device") + " bytes are registered already" +
+        RaisedBy(host ? llm_datadist::OPTION_MAX_HOST_BYTES : llm_datadist::OPTION_MAX_DEVICE_BYTES));
+  }
+  return Status::Ok();
+}
+
+Result<int64_t> RegionTable::Register(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs,
+                                      const Registration &registration) {
   if (Status status = CheckAddrs(desc, addrs); !status.ok()) {
     return status;
   }
-  Result<CacheGeometry> geometry = ComputeGeometry(desc);
+  Result<CacheGeometry> geometry = ComputeGeometry(desc, registration.layout);
   if (!geometry.ok()) {
     return geometry.status();
   }
@@ -158,48 +177,74 @@ Result<int64_t> RegionTable::Register(const llm_datadist::CacheDesc &desc, const
   }
 
   const std::lock_guard<std::mutex> lock(mutex_);
-  if (addrs.size() > state_->max_addrs_per_cache) {
-    return Invalid("addrs has " + std::to_string(addrs.size()) + " entries: at most " +
-                   std::to_string(state_->max_addrs_per_cache) + " per cache are allowed");
-  }
-  State::Account &account = state_->AccountOf(desc.placement);
-  if (!RangeFits(account.used, bytes.value(), account.limit)) {
-    return Invalid("cache of " + std::to_string(bytes.value()) + " bytes: " + std::to_string(account.used) + " of " +
-                   std::to_string(account.limit) + " allowed " +
-                   (&account == &state_->host ? "host" : "device") + " bytes are registered already");
+  if (Status status = CheckLimitsLocked(geometry.value(), registration, bytes.value()); !status.ok()) {
+    return status;
   }
   auto cache = std::make_shared<RegisteredCache>();
   cache->id_ = ++state_->last_id;
   cache->generation_ = ++state_->last_generation;
   cache->geometry_ = geometry.value();
+  cache->registration_ = registration;
   cache->addrs_ = addrs;
   cache->stamp_ = state_->TakeStamp();
   state_->caches.emplace(cache->id_, cache);
-  account.used += bytes.value();
+  state_->BytesOf(desc.placement) += bytes.value();
+  state_->callers_addrs += registration.owned ? 0 : addrs.size();
   cache->stamp_->generation.store(cache->generation_);
   return cache->id_;
 }
 
 void RegionTable::Unregister(int64_t cache_id) {
+  UnregisterLater(cache_id, nullptr);
+  // Also where another thread began it: this call too may return only when nothing touches the memory.
   std::unique_lock<std::mutex> lock(mutex_);
-  const auto found = state_->caches.find(cache_id);
-  if (found == state_->caches.end()) {
-    return;
+  state_->gone.wait(lock, [this, cache_id] { return state_->caches.count(cache_id) == 0; });
+}
+
+void RegionTable::UnregisterLater(int64_t cache_id, std::function<void()> on_gone) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto found = state_->caches.find(cache_id);
+    if (found == state_->caches.end() || found->second->closing_) {
+      return;
+    }
+    RegisteredCache &cache = *found->second;
+    cache.closing_ = true;
+    // Before the owner may touch the memory again: a peer that reads the stamp after its bytes must see this.
+    cache.stamp_->generation.store(0);
+    FullFence();
+    if (cache.pins_ != 0) {
+      cache.on_gone_ = std::move(on_gone);
+      return;
+    }
+    EraseLocked(cache);
   }
-  const std::shared_ptr<RegisteredCache> cache = found->second;
-  if (cache->closing_) {  // another thread is at it; this call too may return only when nothing touches the memory
-    state_->unpinned.wait(lock, [this, cache_id] { return state_->caches.count(cache_id) == 0; });
-    return;
+  if (on_gone) {
+    on_gone();
   }
-  cache->closing_ = true;
-  // Before the owner may touch the memory again: a peer that reads the stamp after its bytes must see this.
-  cache->stamp_->generation.store(0);
-  FullFence();
-  state_->unpinned.wait(lock, [&cache] { return cache->pins_ == 0; });
-  state_->AccountOf(cache->geometry_.placement).used -= cache->geometry_.tensor_bytes * cache->addrs_.size();
-  state_->free_stamps.push_back(cache->stamp_);
-  state_->caches.erase(cache_id);
-  state_->unpinned.notify_all();
+}
+
+void RegionTable::Unpin(RegisteredCache &cache) {
+  std::function<void()> on_gone;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (--cache.pins_ != 0 || !cache.closing_) {
+      return;
+    }
+    on_gone = std::move(cache.on_gone_);
+    EraseLocked(cache);
+  }
+  if (on_gone) {
+    on_gone();
+  }
+}
+
+void RegionTable::EraseLocked(const RegisteredCache &cache) {
+  state_->BytesOf(cache.geometry_.placement) -= cache.geometry_.tensor_bytes * cache.addrs_.size();
+  state_->callers_addrs -= cache.registration_.owned ? 0 : cache.addrs_.size();
+  state_->free_stamps.push_back(cache.stamp_);
+  state_->caches.erase(int64_t{cache.id_});  // last: it may be what keeps `cache` alive
+  state_->gone.notify_all();
 }
 
 void RegionTable::UnregisterAll() {
@@ -225,6 +270,22 @@ Result<CachePin> RegionTable::Pin(int64_t cache_id) {
   }
   ++found->second->pins_;
   return CachePin(shared_from_this(), found->second);
+}
+
+Result<RegionTable::Location> RegionTable::Locate(uint64_t address, uint64_t length) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto &[id, cache] : state_->caches) {
+    const uint32_t num_tensors = cache->closing_ || length == 0 ? 0 : cache->geometry_.num_tensors;
+    for (uint32_t tensor = 0; tensor < num_tensors; ++tensor) {
+      const uint64_t start = cache->addrs_[tensor];
+      if (address >= start && RangeFits(address - start, length, cache->geometry_.tensor_bytes)) {
+        ++cache->pins_;
+        return Location{CachePin(shared_from_this(), cache), tensor, address - start};
+      }
+    }
+  }
+  return Invalid(std::to_string(length) + " bytes at address " + std::to_string(address) +
+                 " do not lie in one tensor of a registered cache");
 }
 
 }  // namespace datadist

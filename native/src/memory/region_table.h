@@ -5,8 +5,8 @@
 //                          └── one CacheStamp per cache, readable by peers on this host
 //
 // Lifecycle of a cache: registered -> pinned and unpinned any number of times -> Unregister: new pins are refused at
-// once, its stamp is invalidated, and the call returns when the last pin is gone; from then on no transfer of this
-// process touches the memory.
+// once and its stamp is invalidated -> the last pin goes -> gone: from then on no transfer of this process touches the
+// memory.
 //
 // A reader in another process (cma) takes no pin here. It reads the stamp after the bytes: the generation that it was
 // told means that the cache was registered all the while, because generations are never used twice; anything else
@@ -90,9 +90,9 @@ class RegisteredCache {
   Registration registration_;
   std::vector<uint64_t> addrs_;
   CacheStamp *stamp_ = nullptr;
-  uint64_t pins_ = 0;     // guarded by RegionTable::mutex_
-  bool closing_ = false;  // guarded by RegionTable::mutex_
-  std::function<void()> on_gone_;  // guarded by RegionTable::mutex_; of UnregisterLater
+  uint64_t pins_ = 0;              // guarded by RegionTable::mutex_
+  bool closing_ = false;           // guarded by RegionTable::mutex_
+  std::function<void()> on_gone_;  // guarded by RegionTable::mutex_
 };
 
 // Keeps a cache registered while bytes move. Move-only; keeps the table alive.
@@ -125,6 +125,8 @@ class RegionTable : public std::enable_shared_from_this<RegionTable> {
   RegionTable(const RegionTable &) = delete;
   RegionTable &operator=(const RegionTable &) = delete;
 
+  const RegionLimits &limits() const { return limits_; }
+
   // Checks in the order of spec 2.4.6, then the limits. Ids count from 1.
   Result<int64_t> Register(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs,
                            const Registration &registration = {});
@@ -133,14 +135,15 @@ class RegionTable : public std::enable_shared_from_this<RegionTable> {
   void Unregister(int64_t cache_id);
   void UnregisterAll();
   // Refuses new pins at once and returns; `on_gone` runs when the last pin is gone, here or on that pin's thread,
-  // without any lock of the table. Unknown id, or one that is being unregistered: nothing happens.
+  // without any lock of the table, and is destroyed after that. Unknown id, or one that is being unregistered: nothing
+  // happens.
   void UnregisterLater(int64_t cache_id, std::function<void()> on_gone);
 
   // LLM_KV_CACHE_NOT_EXIST for an id that is unknown or being unregistered.
   Result<CachePin> Pin(int64_t cache_id);
 
   // Where [address, +length) lies: the lowest cache id with a tensor that holds all of it. LLM_PARAM_INVALID when there
-  // is none.
+  // is none, and for no bytes, which lie nowhere.
   struct Location {
     CachePin pin;
     uint32_t tensor = 0;
@@ -152,7 +155,12 @@ class RegionTable : public std::enable_shared_from_this<RegionTable> {
   friend class CachePin;
   explicit RegionTable(RegionLimits limits);
 
-  struct State;  // stamps' memory, caches by id, byte totals, condition variable for pins
+  Status CheckLimitsLocked(const CacheGeometry &geometry, const Registration &registration, uint64_t bytes) const;
+  void Unpin(RegisteredCache &cache);
+  void EraseLocked(const RegisteredCache &cache);
+
+  const RegionLimits limits_;
+  struct State;  // stamps' memory, caches by id, totals, condition variable for caches that are gone
   std::mutex mutex_;
   std::unique_ptr<State> state_;
 };
