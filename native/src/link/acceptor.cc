@@ -14,6 +14,7 @@ namespace datadist {
 namespace {
 
 using llm_datadist::LLM_FAILED;
+using llm_datadist::LLM_NOT_YET_LINK;
 
 constexpr size_t kMaxIncoming = 64;
 constexpr std::chrono::milliseconds kHandshakeTime{5000};
@@ -82,7 +83,7 @@ void Acceptor::AdmitOnLoop(Fd fd) {
   SetUpConnection(fd.get());
   const Key key = ++last_key_;
   std::string peer = SocketAddress::PeerOf(fd.get()).ToString();
-  ServerHandshake handshake(endpoint_, table_, peer);
+  ServerHandshake handshake(endpoint_, table_, admits_, peer);
   Incoming &incoming =
       *incoming_.emplace(key, std::make_unique<Incoming>(std::move(fd), std::move(peer), std::move(handshake)))
            .first->second;
@@ -111,7 +112,8 @@ void Acceptor::DropOnLoop(Key key, const std::string &why) {
   if (it == incoming_.end()) {
     return;
   }
-  if (!why.empty() && !it->second->answered && log_budget_.Take()) {
+  const bool expected = it->second->answered || it->second->handshake.may_end();
+  if (!why.empty() && !expected && log_budget_.Take()) {
     Log(LogLevel::kWarning, "connection of " + it->second->peer + " dropped: " + why);
   }
   endpoint_->loop()->UnwatchOnLoop(it->second->watch);
@@ -168,6 +170,8 @@ Status Acceptor::OnHandshakeOnLoop(Key key, Incoming &incoming, const Frame &fra
   if (!answer.ok()) {
     [[maybe_unused]] const Status sent =
         SendNow(incoming.fd.get(), EncodeFrame(MessageType::kReject, frame.seq, Encode(Reject{answer.status()})));
+    // A member of a comm that is here before us: it dials again until we are there too.
+    incoming.answered = answer.status().code() == LLM_NOT_YET_LINK;
     return answer.status();
   }
   if (frame.type == MessageType::kHello) {
@@ -232,6 +236,10 @@ Status Acceptor::OnEstablishedOnLoop(Key key, Incoming &incoming, const Frame &f
   // The link owns the descriptor and is in the table; the client may use it as soon as it reads the answer.
   const Status sent = SendNow(fd, EncodeFrame(MessageType::kEstablished, frame.seq, {}));
   link.value()->Establish();
+  const std::string &comm = link.value()->comm_name();
+  if (const auto waiter = table_->expected_comms().Find(comm, link.value()->peer_id())) {
+    waiter->OnPeerLinkedOnLoop();
+  }
   DropOnLoop(key, sent.ok() ? "" : sent.text());
   return Status::Ok();
 }

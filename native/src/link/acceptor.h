@@ -21,8 +21,8 @@ namespace datadist {
 
 class Acceptor : public std::enable_shared_from_this<Acceptor> {
  public:
-  Acceptor(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table)
-      : endpoint_(std::move(endpoint)), table_(std::move(table)) {}
+  Acceptor(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, Admits admits = Admits::kAll)
+      : endpoint_(std::move(endpoint)), table_(std::move(table)), admits_(admits) {}
 
   // `listener` comes from Listen().
   void StartOnLoop(Fd listener);
@@ -39,7 +39,7 @@ class Acceptor : public std::enable_shared_from_this<Acceptor> {
     FrameReader reader;
     uint64_t watch = 0;
     uint64_t timer = 0;
-    bool answered = false;  // an UNLINK was; nothing more may come
+    bool answered = false;  // nothing more may come, and that the peer leaves is no news
   };
   using Key = uint64_t;
 
@@ -60,6 +60,7 @@ class Acceptor : public std::enable_shared_from_this<Acceptor> {
 
   const std::shared_ptr<LocalEndpoint> endpoint_;
   const std::shared_ptr<LinkTable> table_;
+  const Admits admits_;
 
   // Owned by the loop thread.
   Fd listener_;

@@ -4,6 +4,8 @@
 #include <utility>
 #include <vector>
 
+#include "link/loopback.h"
+
 namespace datadist {
 namespace {
 
@@ -21,8 +23,12 @@ class ClientHandshake {
   Status Run();
 
  private:
+  Status Reserve(uint64_t peer_id, LinkTable::Reservation &reservation);
+  bool ForceLink() const;
   Status Greet();
-  Status CheckPeer(bool force_link);
+  Status CheckPeer() const;
+  Status MeetPeer();
+  Status LinkToSelf();
   Status AgreeOnTransports();
   Status AttachStreams(Initiator initiator, uint16_t count, std::vector<Fd> &streams);
   Status Finish();
@@ -35,8 +41,28 @@ class ClientHandshake {
   LinkTable::Reservation by_expected_id_;
   LinkTable::Reservation by_announced_id_;
   LinkParts parts_;
+  bool force_link_ = false;
+  bool linked_ = false;  // and no more steps are needed
   uint32_t seq_ = 0;
 };
+
+Status ClientHandshake::Reserve(uint64_t peer_id, LinkTable::Reservation &reservation) {
+  Result<LinkTable::Reservation> reserved = table_->ReserveDial(peer_id);
+  if (!reserved.ok()) {
+    return reserved.status();
+  }
+  reservation = std::move(reserved).value();
+  return Status::Ok();
+}
+
+// Whether the ends drop a link that they may have. A comm never takes over another's link; with the hixl backend only
+// the announced id counts, which is not known yet.
+bool ClientHandshake::ForceLink() const {
+  if (!target_.comm_name.empty()) {
+    return false;
+  }
+  return endpoint_->options().hixl_backend || !table_->HasLive(target_.expected_id);
+}
 
 // One request and its answer; a REJECT becomes the status that it carries.
 Result<Frame> ClientHandshake::Exchange(int fd, MessageType request, const std::vector<uint8_t> &body,
@@ -66,7 +92,8 @@ Status ClientHandshake::Greet() {
   hello.versions = VersionRange{kProtocolVersion, kProtocolVersion};
   hello.client = endpoint_->Info(*parts_.slot, parts_.challenge);
   hello.remaining_ms = RemainingMillis(deadline_);
-  hello.force_link = !table_->HasLive(target_.expected_id);
+  hello.force_link = force_link_ = ForceLink();
+  hello.comm_name = target_.comm_name;
   const Result<Frame> frame =
       Exchange(parts_.control.get(), MessageType::kHello, Encode(hello), MessageType::kWelcome);
   if (!frame.ok()) {
@@ -79,26 +106,51 @@ Status ClientHandshake::Greet() {
   parts_.peer = std::move(welcome.value().server);
   parts_.token = welcome.value().token;
   parts_.slot->Set(parts_.peer.challenge);
-  return CheckPeer(hello.force_link);
+  return CheckPeer();
 }
 
-Status ClientHandshake::CheckPeer(bool force_link) {
+Status ClientHandshake::CheckPeer() const {
   const uint64_t peer_id = parts_.peer.cluster_id;
-  if (peer_id == endpoint_->cluster_id()) {
+  if (!target_.comm_name.empty() && peer_id != target_.expected_id) {
+    return Status(LLM_PARAM_INVALID, "cluster " + std::to_string(peer_id) + " listens there, not cluster " +
+                                         std::to_string(target_.expected_id));
+  }
+  if (peer_id == endpoint_->cluster_id() && parts_.peer.incarnation != endpoint_->incarnation()) {
     return Status(LLM_PARAM_INVALID, "the peer's cluster id " + std::to_string(peer_id) + " is our own");
   }
-  if (!force_link && table_->HasLive(peer_id)) {
+  return CheckSameAccess(*endpoint_, parts_.peer);
+}
+
+Status ClientHandshake::MeetPeer() {
+  const uint64_t peer_id = parts_.peer.cluster_id;
+  const std::shared_ptr<Link> link = table_->Find(peer_id);
+  const bool live = link != nullptr && link->alive();
+  if (live && endpoint_->options().hixl_backend && !link->asked_here()) {
+    link->MarkAskedHere();
+    linked_ = true;
+    return Status::Ok();
+  }
+  if (live && (!force_link_ || endpoint_->options().hixl_backend)) {
     return Status(LLM_ALREADY_LINK, "cluster " + std::to_string(peer_id) + " is linked already");
   }
-  if (peer_id == target_.expected_id && peer_id != 0) {
-    return Status::Ok();  // reserved before dialling
+  if (!by_expected_id_.Holds(peer_id)) {
+    if (Status status = Reserve(peer_id, by_announced_id_); !status.ok()) {
+      return status;
+    }
   }
-  Result<LinkTable::Reservation> reservation = table_->ReserveDial(peer_id);
-  if (!reservation.ok()) {
-    return reservation.status();
+  return parts_.peer.incarnation == endpoint_->incarnation() ? LinkToSelf() : Status::Ok();
+}
+
+Status ClientHandshake::LinkToSelf() {
+  const Result<std::shared_ptr<Link>> link = MakeLoopback(
+      endpoint_, table_,
+      LoopbackPeer{endpoint_->cluster_id(), target_.expected_id, target_.address.ToString(), target_.comm_name});
+  if (!link.ok()) {
+    return link.status();
   }
-  by_announced_id_ = std::move(reservation).value();
-  return Status::Ok();
+  link.value()->MarkAskedHere();
+  linked_ = true;
+  return table_->Adopt(link.value());
 }
 
 Status ClientHandshake::AgreeOnTransports() {
@@ -153,24 +205,15 @@ Status ClientHandshake::Finish() {
     return frame.status();
   }
   const std::shared_ptr<Link> link = Link::Create(endpoint_, table_, std::move(parts_));
-  const Result<std::shared_ptr<Link>> replaced = table_->Insert(link);
-  if (!replaced.ok()) {
-    return replaced.status();
-  }
-  link->Establish();
-  if (replaced.value() != nullptr) {
-    replaced.value()->Close("replaced by a new link");
-  }
-  return Status::Ok();
+  link->MarkAskedHere();
+  return table_->Adopt(link);
 }
 
 Status ClientHandshake::Run() {
   if (target_.expected_id != 0) {
-    Result<LinkTable::Reservation> reservation = table_->ReserveDial(target_.expected_id);
-    if (!reservation.ok()) {
-      return reservation.status();
+    if (Status status = Reserve(target_.expected_id, by_expected_id_); !status.ok()) {
+      return status;
     }
-    by_expected_id_ = std::move(reservation).value();
   }
   Result<Fd> control = Dial(target_.address, deadline_);
   if (!control.ok()) {
@@ -179,8 +222,10 @@ Status ClientHandshake::Run() {
   parts_.control = std::move(control).value();
   parts_.caller_id = target_.expected_id;
   parts_.peer_address = target_.address.ToString();
-  for (const auto step : {&ClientHandshake::Greet, &ClientHandshake::AgreeOnTransports, &ClientHandshake::Finish}) {
-    if (Status status = (this->*step)(); !status.ok()) {
+  parts_.comm_name = target_.comm_name;
+  for (const auto step : {&ClientHandshake::Greet, &ClientHandshake::MeetPeer, &ClientHandshake::AgreeOnTransports,
+                          &ClientHandshake::Finish}) {
+    if (Status status = (this->*step)(); !status.ok() || linked_) {
       return status;
     }
   }

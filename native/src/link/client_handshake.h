@@ -22,6 +22,9 @@ struct DialTarget {
 
 // Ok: the link is established and in the table, under the id that the peer announced. Otherwise LLM_LINK_FAILED,
 // LLM_TIMEOUT, LLM_ALREADY_LINK, LLM_PROCESSING_LINK, LLM_PARAM_INVALID or what the peer refused with; nothing is left.
+//
+// Who reaches its own listener gets a loopback link. With the hixl backend a live link that so far only the peer asked
+// for is what the caller asks for.
 Status DialLink(const std::shared_ptr<LocalEndpoint> &endpoint, const std::shared_ptr<LinkTable> &table,
                 const DialTarget &target, Deadline deadline);
 

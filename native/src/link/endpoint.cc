@@ -111,6 +111,19 @@ Result<std::array<uint8_t, 16>> RandomBytes() {
   return bytes;
 }
 
+Status CheckSameAccess(const LocalEndpoint &endpoint, const EndpointInfo &peer) {
+  const bool ours = endpoint.options().remote_accessible;
+  if (ours == peer.remote_accessible) {
+    return Status::Ok();
+  }
+  const auto side = [](bool accessible, uint64_t cluster_id) {
+    return std::string(accessible ? "1" : "0") + " at cluster " + std::to_string(cluster_id);
+  };
+  return Status(llm_datadist::LLM_PARAM_INVALID,
+                "llm.EnableRemoteCacheAccessible differs: " + side(ours, endpoint.cluster_id()) + ", " +
+                    side(peer.remote_accessible, peer.cluster_id) + "; both ends need the same");
+}
+
 Result<TransportChoice> ChooseTransport(const LinkOptions &options, const EndpointInfo &peer,
                                         const Challenge &challenge) {
   const auto forced = options.forced_transport;

@@ -75,6 +75,9 @@ std::weak_ptr<RegionTable> FindLocalRegions(const Incarnation &incarnation);
 // From the kernel's generator.
 Result<std::array<uint8_t, 16>> RandomBytes();
 
+// LLM_PARAM_INVALID unless both ends have remote access, or both have not.
+Status CheckSameAccess(const LocalEndpoint &endpoint, const EndpointInfo &peer);
+
 struct TransportChoice {
   TransportKind kind = TransportKind::kTcp;
   std::string reason;  // why nothing faster; empty when there is nothing faster

@@ -84,6 +84,18 @@ Result<std::shared_ptr<Link>> LinkTable::Insert(const std::shared_ptr<Link> &lin
   return std::exchange(links_[link->peer_id()], link);
 }
 
+Status LinkTable::Adopt(const std::shared_ptr<Link> &link) {
+  const Result<std::shared_ptr<Link>> replaced = Insert(link);
+  if (!replaced.ok()) {
+    return replaced.status();
+  }
+  link->Establish();
+  if (replaced.value() != nullptr) {
+    replaced.value()->Close("replaced by a new link");
+  }
+  return Status::Ok();
+}
+
 void LinkTable::Remove(const Link *link) {
   std::shared_ptr<Link> dropped;  // destroyed after the lock is gone
   const std::lock_guard<std::mutex> lock(mutex_);

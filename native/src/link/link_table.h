@@ -13,6 +13,7 @@
 #include <string>
 #include <vector>
 
+#include "link/expected_comms.h"
 #include "link/link.h"
 
 namespace datadist {
@@ -26,6 +27,7 @@ class LinkTable : public std::enable_shared_from_this<LinkTable> {
     Reservation(Reservation &&other) noexcept;
     Reservation &operator=(Reservation &&other) noexcept;
     ~Reservation();
+    bool Holds(uint64_t peer_id) const { return table_ != nullptr && peer_id_ == peer_id; }
 
    private:
     friend class LinkTable;
@@ -43,6 +45,8 @@ class LinkTable : public std::enable_shared_from_this<LinkTable> {
 
   // Returns the link that the new one replaced, which the caller closes. LLM_FAILED after Shut.
   Result<std::shared_ptr<Link>> Insert(const std::shared_ptr<Link> &link);
+  // A link whose peer is ready: inserts and establishes it, and closes the one it replaced.
+  Status Adopt(const std::shared_ptr<Link> &link);
   void Remove(const Link *link);
 
   std::shared_ptr<Link> Find(uint64_t peer_id) const;
@@ -50,6 +54,8 @@ class LinkTable : public std::enable_shared_from_this<LinkTable> {
   std::shared_ptr<Link> FindForUnlink(uint64_t id, const std::string &address) const;
   bool HasLive(uint64_t peer_id) const;
   bool Empty() const;
+
+  ExpectedComms &expected_comms() { return expected_comms_; }
 
   // Takes all links out; nothing can be inserted any more.
   std::vector<std::shared_ptr<Link>> Shut();
@@ -64,6 +70,7 @@ class LinkTable : public std::enable_shared_from_this<LinkTable> {
 
   const uint64_t own_id_;
   const uint32_t max_links_;
+  ExpectedComms expected_comms_;
   mutable std::mutex mutex_;
   std::map<uint64_t, std::shared_ptr<Link>> links_;  // guarded by mutex_
   std::map<uint64_t, Making> making_;                // guarded by mutex_

@@ -7,6 +7,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <string>
 
 #include "base/status.h"
 #include "link/endpoint.h"
@@ -14,9 +15,16 @@
 
 namespace datadist {
 
-// The half that initiates, to be put into `table` and established by the caller; the other half is established.
+struct LoopbackPeer {
+  uint64_t cluster_id = 0;
+  uint64_t caller_id = 0;  // what the caller took the id for
+  std::string address;     // what stands for the peer's in reports and in the log
+  std::string comm_name;   // of a bilateral link
+};
+
+// The half that initiates, for LinkTable::Adopt; the other half is established.
 Result<std::shared_ptr<Link>> MakeLoopback(const std::shared_ptr<LocalEndpoint> &endpoint,
-                                           const std::shared_ptr<LinkTable> &table, uint64_t peer_id);
+                                           const std::shared_ptr<LinkTable> &table, const LoopbackPeer &peer);
 
 }  // namespace datadist
 

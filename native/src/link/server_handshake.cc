@@ -9,6 +9,7 @@ namespace {
 using llm_datadist::LLM_ALREADY_LINK;
 using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_LINK_FAILED;
+using llm_datadist::LLM_NOT_YET_LINK;
 using llm_datadist::LLM_PARAM_INVALID;
 
 std::string RangeText(const VersionRange &range) {
@@ -18,8 +19,8 @@ std::string RangeText(const VersionRange &range) {
 }  // namespace
 
 ServerHandshake::ServerHandshake(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table,
-                                 std::string peer_address)
-    : endpoint_(std::move(endpoint)), table_(std::move(table)) {
+                                 Admits admits, std::string peer_address)
+    : endpoint_(std::move(endpoint)), table_(std::move(table)), admits_(admits) {
   parts_.peer_address = std::move(peer_address);
 }
 
@@ -41,18 +42,64 @@ Result<std::vector<uint8_t>> ServerHandshake::OnFrame(const Frame &frame) {
   return frame.type == MessageType::kHello ? OnHello(frame) : OnReady(frame);
 }
 
+// A member that has not heard how its link went, because that took too long, dials again; we may hold that link, and
+// the comm may be complete for us.
+bool ServerHandshake::IsRetry(const std::string &comm_name, const EndpointInfo &client) const {
+  const std::shared_ptr<Link> link = table_->Find(client.cluster_id);
+  return !comm_name.empty() && link != nullptr && link->comm_name() == comm_name &&
+         link->peer_incarnation() == client.incarnation;
+}
+
+Status ServerHandshake::CheckComm(const std::string &comm_name, const EndpointInfo &client) const {
+  if (comm_name.empty()) {
+    return admits_ == Admits::kAll
+               ? Status::Ok()
+               : Status(LLM_LINK_FAILED, "this address is for bilateral links, not for clients of a server");
+  }
+  if (table_->expected_comms().Find(comm_name, client.cluster_id) == nullptr && !IsRetry(comm_name, client)) {
+    return Status(LLM_NOT_YET_LINK, "cluster " + std::to_string(endpoint_->cluster_id()) +
+                                        " does not wait for cluster " + std::to_string(client.cluster_id) +
+                                        " in comm '" + comm_name + "'");
+  }
+  return Status::Ok();
+}
+
 Status ServerHandshake::CheckClient(const Hello &hello) const {
   const uint64_t client_id = hello.client.cluster_id;
+  if (Status status = CheckComm(hello.comm_name, hello.client); !status.ok()) {
+    return status;
+  }
+  if (Status status = CheckSameAccess(*endpoint_, hello.client); !status.ok()) {
+    return status;
+  }
   if (client_id == endpoint_->cluster_id()) {
     return Status(LLM_PARAM_INVALID, "cluster id " + std::to_string(client_id) + " is the server's own");
   }
   if (!endpoint_->options().local_comm_res.ok()) {
     return endpoint_->options().local_comm_res;
   }
-  if (!hello.force_link && table_->HasLive(client_id)) {
+  if (!hello.force_link && table_->HasLive(client_id) && !IsRetry(hello.comm_name, hello.client)) {
     return Status(LLM_ALREADY_LINK, "cluster " + std::to_string(client_id) + " is linked already");
   }
   return Status::Ok();
+}
+
+Status ServerHandshake::Admit(const Hello &hello) {
+  if (Status status = CheckClient(hello); !status.ok()) {
+    return status;
+  }
+  Result<LinkTable::Reservation> reservation = table_->ReserveServe(hello.client.cluster_id);
+  if (!reservation.ok()) {
+    return reservation.status();
+  }
+  reservation_ = std::move(reservation).value();
+  return Status::Ok();
+}
+
+void ServerHandshake::NoteRefusal(const Hello &hello, const Status &why) const {
+  if (const auto waiter = table_->expected_comms().Find(hello.comm_name, hello.client.cluster_id)) {
+    waiter->OnPeerRefusedOnLoop(hello.client.cluster_id, why);
+  }
 }
 
 Result<std::vector<uint8_t>> ServerHandshake::OnHello(const Frame &frame) {
@@ -68,27 +115,30 @@ Result<std::vector<uint8_t>> ServerHandshake::OnHello(const Frame &frame) {
   if (!hello.ok()) {
     return hello.status();
   }
-  if (Status status = CheckClient(hello.value()); !status.ok()) {
-    return status;
-  }
-  Result<LinkTable::Reservation> reservation = table_->ReserveServe(hello.value().client.cluster_id);
-  if (!reservation.ok()) {
-    return reservation.status();
+  const uint64_t client_id = hello.value().client.cluster_id;
+  const bool self = hello.value().client.incarnation == endpoint_->incarnation();
+  if (!self) {
+    if (Status status = Admit(hello.value()); !status.ok()) {
+      NoteRefusal(hello.value(), status);
+      return status;
+    }
   }
   const Result<Challenge> challenge = RandomBytes();
   const Result<LinkToken> token = RandomBytes();
   if (!challenge.ok() || !token.ok()) {
     return challenge.ok() ? token.status() : challenge.status();
   }
-  reservation_ = std::move(reservation).value();
+  // With the hixl backend the client only now learns whom it reached, and whether it has that link.
+  may_end_ = self || (endpoint_->options().hixl_backend && table_->HasLive(client_id));
   client_patience_ = std::chrono::milliseconds(hello.value().remaining_ms);
   parts_.peer = std::move(hello.value().client);
   parts_.caller_id = parts_.peer.cluster_id;
   parts_.challenge = challenge.value();
   parts_.token = token.value();
+  parts_.comm_name = hello.value().comm_name;
   parts_.slot = std::make_unique<ProbeSlot>();
   parts_.slot->Set(parts_.peer.challenge);
-  state_ = State::kAwaitReady;
+  state_ = self ? State::kDone : State::kAwaitReady;
   const Welcome welcome{endpoint_->Info(*parts_.slot, parts_.challenge), parts_.token};
   return EncodeFrame(MessageType::kWelcome, frame.seq, Encode(welcome));
 }
@@ -131,6 +181,10 @@ Result<std::shared_ptr<Link>> ServerHandshake::Finish(Fd control) {
   };
   if (!attached(parts_.incoming_streams) || !attached(parts_.outgoing_streams)) {
     return Status(LLM_FAILED, "ESTABLISHED before all data connections were attached");
+  }
+  // The comm may have ended meanwhile, and would leave this link behind.
+  if (Status status = CheckComm(parts_.comm_name, parts_.peer); !status.ok()) {
+    return status;
   }
   state_ = State::kDone;
   parts_.control = std::move(control);

@@ -2,6 +2,7 @@
 // Acceptor, which owns it, does both. On the loop only.
 //
 //   AwaitHello ──HELLO──> AwaitReady ──READY──> AwaitEstablished (data connections attach) ──ESTABLISHED──> Done
+//        └──HELLO of our own endpoint──> Done: the client sees who answered, and links by itself
 #ifndef DATADIST_LINK_SERVER_HANDSHAKE_H_
 #define DATADIST_LINK_SERVER_HANDSHAKE_H_
 
@@ -16,12 +17,18 @@
 
 namespace datadist {
 
+// Whom a listener is for: every client, or members of comms only.
+enum class Admits : uint8_t { kAll, kComms };
+
 class ServerHandshake {
  public:
-  ServerHandshake(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, std::string peer_address);
+  ServerHandshake(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, Admits admits,
+                  std::string peer_address);
 
   TypeSet legal() const;
   bool greeted() const { return state_ != State::kAwaitHello; }
+  // Whether a client that leaves now does so for a good reason, which only it knows.
+  bool may_end() const { return may_end_; }
   // What the client says that it has left; of meaning once greeted.
   std::chrono::milliseconds client_patience() const { return client_patience_; }
 
@@ -39,11 +46,17 @@ class ServerHandshake {
   enum class State : uint8_t { kAwaitHello, kAwaitReady, kAwaitEstablished, kDone };
   Result<std::vector<uint8_t>> OnHello(const Frame &frame);
   Result<std::vector<uint8_t>> OnReady(const Frame &frame);
+  Status Admit(const Hello &hello);
   Status CheckClient(const Hello &hello) const;
+  Status CheckComm(const std::string &comm_name, const EndpointInfo &client) const;
+  bool IsRetry(const std::string &comm_name, const EndpointInfo &client) const;
+  void NoteRefusal(const Hello &hello, const Status &why) const;
 
   const std::shared_ptr<LocalEndpoint> endpoint_;
   const std::shared_ptr<LinkTable> table_;
+  const Admits admits_;
   State state_ = State::kAwaitHello;
+  bool may_end_ = false;
   std::chrono::milliseconds client_patience_{0};
   LinkTable::Reservation reservation_;
   LinkParts parts_;
