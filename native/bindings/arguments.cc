@@ -38,6 +38,16 @@ llm_datadist::ClusterInfo ToClusterInfo(const ClusterArgument &cluster) {
   return info;
 }
 
+llm_datadist::DataType ToDataType(int32_t data_type) {
+  const bool known = data_type >= 0 && data_type <= static_cast<int32_t>(ge::DT_FLOAT4_E1M2);
+  return known ? static_cast<ge::DataType>(data_type) : ge::DT_UNDEFINED;
+}
+
+py::object ToLinkReport(const py::object &link_report_class, const llm_datadist::LinkReport &report) {
+  return link_report_class(report.alive, report.transport, report.transport_reason, report.peer, report.bytes_pulled,
+                           report.bytes_pushed);
+}
+
 llm_datadist::KvCacheExtParam ToExtParam(LayerRange src_layer_range, LayerRange dst_layer_range,
                                          uint8_t tensor_num_per_layer) {
   llm_datadist::KvCacheExtParam ext{};
@@ -48,16 +58,12 @@ llm_datadist::KvCacheExtParam ToExtParam(LayerRange src_layer_range, LayerRange 
 }
 
 Status ReadBlocks(py::handle src_blocks, py::handle dst_blocks, BlocksTransfer &transfer) {
-  Result<std::vector<uint64_t>> src = ReadBlockIds(src_blocks, "src_blocks");
-  Result<std::vector<uint64_t>> dst = ReadBlockIds(dst_blocks, "dst_blocks");
-  if (!src.ok()) {
-    return src.status();
+  Result<BlockLists> lists = ReadBlockLists(src_blocks, dst_blocks);
+  if (!lists.ok()) {
+    return lists.status();
   }
-  if (!dst.ok()) {
-    return dst.status();
-  }
-  transfer.src_blocks = std::move(src).value();
-  transfer.dst_blocks = std::move(dst).value();
+  transfer.src_blocks = std::move(lists.value().src);
+  transfer.dst_blocks = std::move(lists.value().dst);
   return Status::Ok();
 }
 

@@ -34,6 +34,12 @@ struct ClusterArgument {
 // TypeError when a list holds anything but (str, port).
 llm_datadist::ClusterInfo ToClusterInfo(const ClusterArgument &cluster);
 
+// The enum holds no other number; the engine refuses DT_UNDEFINED as it would them.
+llm_datadist::DataType ToDataType(int32_t data_type);
+
+// An instance of the Python class LinkReport.
+pybind11::object ToLinkReport(const pybind11::object &link_report_class, const llm_datadist::LinkReport &report);
+
 using LayerRange = std::pair<int32_t, int32_t>;
 
 llm_datadist::KvCacheExtParam ToExtParam(LayerRange src_layer_range, LayerRange dst_layer_range,

@@ -101,4 +101,13 @@ Result<std::vector<uint64_t>> ReadBlockIds(py::handle ids, const char *field) {
   return FromSequence(ids, field);
 }
 
+Result<BlockLists> ReadBlockLists(py::handle src_blocks, py::handle dst_blocks) {
+  Result<std::vector<uint64_t>> src = ReadBlockIds(src_blocks, "src_blocks");
+  Result<std::vector<uint64_t>> dst = ReadBlockIds(dst_blocks, "dst_blocks");
+  if (!src.ok() || !dst.ok()) {
+    return src.ok() ? dst.status() : src.status();
+  }
+  return BlockLists{std::move(src).value(), std::move(dst).value()};
+}
+
 }  // namespace datadist::bindings

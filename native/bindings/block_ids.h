@@ -15,6 +15,13 @@ namespace datadist::bindings {
 // Python objects. Anything else raises TypeError naming `field`; an index that no cache can have is LLM_PARAM_INVALID.
 Result<std::vector<uint64_t>> ReadBlockIds(pybind11::handle ids, const char *field);
 
+struct BlockLists {
+  std::vector<uint64_t> src;
+  std::vector<uint64_t> dst;
+};
+// src_blocks and dst_blocks.
+Result<BlockLists> ReadBlockLists(pybind11::handle src_blocks, pybind11::handle dst_blocks);
+
 }  // namespace datadist::bindings
 
 #endif  // DATADIST_BINDINGS_BLOCK_IDS_H_

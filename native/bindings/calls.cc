@@ -5,6 +5,7 @@
 #include <condition_variable>
 #include <cstddef>
 #include <mutex>
+#include <utility>
 #include <vector>
 
 #include "register.h"
@@ -17,12 +18,17 @@ namespace {
 // Longer than an engine needs to break off a call that it finalizes; short enough not to be taken for a hang.
 constexpr std::chrono::seconds kExitWait(3);
 
+struct ExitEndpoint {
+  std::weak_ptr<void> endpoint;
+  void (*finalize)(void *);
+};
+
 struct Calls {
   std::mutex mutex;
   std::condition_variable returned;
   size_t active = 0;
   bool exiting = false;
-  std::vector<std::weak_ptr<Provider>> endpoints;
+  std::vector<ExitEndpoint> endpoints;
 };
 
 // Never destroyed: threads that outlive the interpreter may still be in a call.
@@ -38,10 +44,10 @@ std::string &ThreadError() {
 
 void OnExit() {
   Calls &calls = TheCalls();
-  std::vector<std::shared_ptr<Provider>> live;
-  for (const std::weak_ptr<Provider> &endpoint : calls.endpoints) {
-    if (std::shared_ptr<Provider> provider = endpoint.lock()) {
-      live.push_back(std::move(provider));
+  std::vector<std::pair<std::shared_ptr<void>, void (*)(void *)>> live;
+  for (const ExitEndpoint &entry : calls.endpoints) {
+    if (std::shared_ptr<void> endpoint = entry.endpoint.lock()) {
+      live.emplace_back(std::move(endpoint), entry.finalize);
     }
   }
   const py::gil_scoped_release released;
@@ -49,8 +55,8 @@ void OnExit() {
     const std::lock_guard<std::mutex> lock(calls.mutex);
     calls.exiting = true;
   }
-  for (const std::shared_ptr<Provider> &provider : live) {
-    provider->Finalize();
+  for (const auto &[endpoint, finalize] : live) {
+    finalize(endpoint.get());
   }
   live.clear();
   std::unique_lock<std::mutex> lock(calls.mutex);
@@ -73,12 +79,12 @@ llm_datadist::Status Report(const Status &status) {
 
 const std::string &LastError() { return ThreadError(); }
 
-void FinalizeAtExit(const std::shared_ptr<Provider> &provider) {
-  std::vector<std::weak_ptr<Provider>> &endpoints = TheCalls().endpoints;
-  endpoints.erase(
-      std::remove_if(endpoints.begin(), endpoints.end(), [](const auto &endpoint) { return endpoint.expired(); }),
-      endpoints.end());
-  endpoints.push_back(provider);
+void AddExitEndpoint(std::weak_ptr<void> endpoint, void (*finalize)(void *)) {
+  std::vector<ExitEndpoint> &endpoints = TheCalls().endpoints;
+  endpoints.erase(std::remove_if(endpoints.begin(), endpoints.end(),
+                                 [](const ExitEndpoint &entry) { return entry.endpoint.expired(); }),
+                  endpoints.end());
+  endpoints.push_back({std::move(endpoint), finalize});
 }
 
 ActiveCall::ActiveCall() {

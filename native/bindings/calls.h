@@ -16,7 +16,6 @@
 #include <utility>
 
 #include "base/status.h"
-#include "provider/provider.h"
 
 namespace datadist::bindings {
 
@@ -25,7 +24,11 @@ llm_datadist::Status Report(const Status &status);
 const std::string &LastError();
 
 // Finalizes the endpoint at interpreter exit, if it still lives then.
-void FinalizeAtExit(const std::shared_ptr<Provider> &provider);
+void AddExitEndpoint(std::weak_ptr<void> endpoint, void (*finalize)(void *));
+template <typename Endpoint>
+void FinalizeAtExit(const std::shared_ptr<Endpoint> &endpoint) {
+  AddExitEndpoint(endpoint, [](void *raw) { static_cast<Endpoint *>(raw)->Finalize(); });
+}
 
 // Counts one blocking call from before the GIL is released until it is held again.
 class ActiveCall {

@@ -6,4 +6,5 @@ PYBIND11_MODULE(_native, module) {
   datadist::bindings::RegisterStatus(module);
   datadist::bindings::RegisterDataDist(module);
   datadist::bindings::RegisterTransferQueue(module);
+  datadist::bindings::RegisterManaged(module);
 }

@@ -59,9 +59,7 @@ std::pair<llm_datadist::Status, int64_t> RegisterKvCache(DataDist &self, const s
   llm_datadist::CacheDesc desc{};
   desc.placement = static_cast<llm_datadist::CachePlacement>(placement);
   desc.num_tensors = static_cast<uint32_t>(addrs.size());
-  // The enum holds no other number; the engine refuses DT_UNDEFINED as it would them.
-  const bool known = data_type >= 0 && data_type <= static_cast<int32_t>(ge::DT_FLOAT4_E1M2);
-  desc.data_type = known ? static_cast<ge::DataType>(data_type) : ge::DT_UNDEFINED;
+  desc.data_type = ToDataType(data_type);
   desc.shape = shape;
   const auto cache_id = WithoutGil([&] { return self.provider->RegisterKvCache(desc, addrs); });
   return {Report(cache_id.ok() ? Status::Ok() : cache_id.status()), cache_id.ok() ? cache_id.value() : -1};
@@ -108,6 +106,15 @@ llm_datadist::Status PushKvCache(DataDist &self, int64_t src_cache_id, uint32_t 
   return Report(WithoutGil([&] { return self.provider->PushKvCache(transfer); }));
 }
 
+std::pair<llm_datadist::Status, int64_t> TensorBytes(const std::vector<int64_t> &shape, int32_t data_type) {
+  llm_datadist::CacheDesc desc{};
+  desc.data_type = ToDataType(data_type);
+  desc.shape = shape;
+  const Result<CacheGeometry> geometry = ComputeGeometry(desc);
+  return {Report(geometry.ok() ? Status::Ok() : geometry.status()),
+          geometry.ok() ? static_cast<int64_t>(geometry.value().tensor_bytes) : -1};
+}
+
 std::pair<llm_datadist::Status, uint16_t> ListenPort(DataDist &self) {
   const auto port = WithoutGil([&] { return self.provider->ListenPort(); });
   return {Report(port.ok() ? Status::Ok() : port.status()), port.ok() ? port.value() : uint16_t{0}};
@@ -151,6 +158,7 @@ void RegisterTransfers(py::class_<DataDist> &datadist) {
 
 void RegisterDataDist(py::module_ &module) {
   module.def("providers", &ProviderNames);
+  module.def("tensor_bytes", &TensorBytes, py::arg("shape"), py::arg("data_type"));
   RegisterClusterInfo(module);
   const py::object link_report = DefineNamedTuple(module, "LinkReport",
                                                   {{"alive", "bool"},
@@ -203,10 +211,7 @@ void RegisterDataDist(py::module_ &module) {
             if (!found.ok()) {
               return py::make_tuple(Report(found.status()), py::none());
             }
-            const llm_datadist::LinkReport &report = found.value();
-            return py::make_tuple(Report(Status::Ok()),
-                                  link_report(report.alive, report.transport, report.transport_reason, report.peer,
-                                              report.bytes_pulled, report.bytes_pushed));
+            return py::make_tuple(Report(Status::Ok()), ToLinkReport(link_report, found.value()));
           },
           py::arg("cluster_id"));
   RegisterTransfers(datadist);

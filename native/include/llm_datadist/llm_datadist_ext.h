@@ -25,6 +25,8 @@ constexpr char OPTION_HUGE_PAGES[] = "datadist.HugePages";
 // (50 GB) and host bytes (20 GB), GB = 1024^3.
 constexpr char OPTION_MAX_LINKS[] = "datadist.MaxLinks";
 constexpr char OPTION_MAX_ADDRS_PER_CACHE[] = "datadist.MaxAddrsPerCache";
+// Addresses in all registrations together: unlimited here, 240 in the Python API, which documents that.
+constexpr char OPTION_MAX_REGISTERED_ADDRS[] = "datadist.MaxRegisteredAddrs";
 constexpr char OPTION_MAX_DEVICE_BYTES[] = "datadist.MaxDeviceBytes";
 constexpr char OPTION_MAX_HOST_BYTES[] = "datadist.MaxHostBytes";
 

@@ -1,260 +1,193 @@
 #include "engine/engine.h"
 
-#include <algorithm>
-#include <functional>
-#include <system_error>
-#include <thread>
 #include <utility>
 
-#include "link/client_handshake.h"
+#include "cache/memory_pool.h"
 #include "memory/huge_pages.h"
 
 namespace datadist {
 namespace {
 
-using llm_datadist::ClusterInfo;
-using llm_datadist::IpInfo;
+using llm_datadist::LLM_EXIST_LINK;
+using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_FEATURE_NOT_ENABLED;
-using llm_datadist::LLM_NOT_YET_LINK;
-using llm_datadist::LLM_PARAM_INVALID;
 
-constexpr size_t kMaxParallelClusters = 16;
-
-Result<SocketAddress> ToAddress(const IpInfo &info) {
-  return SocketAddress::FromIp(std::string_view(info.ip.GetString(), info.ip.GetLength()), info.port);
+Result<Fd> ListenAt(const SocketAddress &address) {
+  Result<Fd> bound = Listen(address);
+  if (!bound.ok()) {
+    return Status(bound.status().code(),
+                  std::string(llm_datadist::OPTION_LISTEN_IP_INFO) + ": " + bound.status().text());
+  }
+  return bound;
 }
 
-Status CheckIps(const char *field, size_t cluster, const std::vector<IpInfo> &infos) {
-  for (size_t i = 0; i < infos.size(); ++i) {
-    const Result<SocketAddress> address = ToAddress(infos[i]);
-    if (!address.ok()) {
-      return Status(LLM_PARAM_INVALID, "clusters[" + std::to_string(cluster) + "]." + field + "[" + std::to_string(i) +
-                                           "]: " + address.status().text());
-    }
-  }
-  return Status::Ok();
-}
-
-Status CheckClusters(const Engine::Clusters &clusters, int32_t timeout_ms) {
-  if (timeout_ms <= 0) {
-    return Status(LLM_PARAM_INVALID, "timeout_in_millis: " + std::to_string(timeout_ms) + ", allowed: above 0");
-  }
-  for (size_t i = 0; i < clusters.size(); ++i) {
-    for (const Status &status : {CheckIps("remote_ip_infos", i, clusters[i].remote_ip_infos),
-                                 CheckIps("local_ip_infos", i, clusters[i].local_ip_infos)}) {
-      if (!status.ok()) {
-        return status;
+Result<CacheRegistry::Pools> MakePools(const EngineOptions &options) {
+  CacheRegistry::Pools pools;
+  for (const auto &[config, pool] : {std::pair(&options.device_pool, &pools.device),
+                                     std::pair(&options.host_pool, &pools.host)}) {
+    if (config->has_value()) {
+      Result<std::shared_ptr<MemoryPool>> made = MemoryPool::Create(**config);
+      if (!made.ok()) {
+        return made.status();
       }
+      *pool = std::move(made).value();
     }
   }
-  return clusters.empty() ? Status(LLM_PARAM_INVALID, "clusters: empty") : Status::Ok();
-}
-
-Status CheckOneIp(const char *field, const std::vector<IpInfo> &infos) {
-  if (infos.size() != 1) {
-    return Status(LLM_PARAM_INVALID, std::string(field) + ": " + std::to_string(infos.size()) + " entries, allowed: 1");
-  }
-  return Status::Ok();
-}
-
-// act(cluster) for each, several at a time: one cluster that does not answer must not delay the others.
-std::vector<Status> ForEachCluster(const Engine::Clusters &clusters,
-                                   const std::function<Status(const ClusterInfo &)> &act) {
-  std::vector<Status> results(clusters.size());
-  std::atomic<size_t> next{0};
-  const auto work = [&] {
-    for (size_t i = next.fetch_add(1); i < clusters.size(); i = next.fetch_add(1)) {
-      try {
-        results[i] = act(clusters[i]);
-      } catch (const std::exception &error) {
-        results[i] = Status(llm_datadist::LLM_FAILED, error.what());
-      }
-    }
-  };
-  std::vector<std::thread> helpers;
-  try {
-    while (helpers.size() + 1 < std::min(clusters.size(), kMaxParallelClusters)) {
-      helpers.emplace_back(work);
-    }
-  } catch (const std::system_error &) {
-    // As many as there are, down to this thread alone.
-  }
-  work();
-  for (std::thread &helper : helpers) {
-    helper.join();
-  }
-  return results;
+  return pools;
 }
 
 }  // namespace
 
-Result<std::shared_ptr<Engine>> Engine::Start(uint64_t cluster_id, llm_datadist::LlmRole role, const OptionMap &map) {
-  Result<EngineOptions> parsed = ParseEarlyOptions(role, map);
+Result<std::shared_ptr<Engine>> Engine::Start(uint64_t cluster_id, llm_datadist::LlmRole role, EngineApi api,
+                                              const OptionMap &map) {
+  Result<EngineOptions> parsed = ParseEarlyOptions(role, api, map);
   if (!parsed.ok()) {
     return parsed.status();
   }
   EngineOptions &options = parsed.value();
   Fd listener;
   if (options.listen.has_value()) {
-    Result<Fd> bound = Listen(*options.listen);
+    Result<Fd> bound = ListenAt(*options.listen);
     if (!bound.ok()) {
-      return Status(bound.status().code(),
-                    std::string(llm_datadist::OPTION_LISTEN_IP_INFO) + ": " + bound.status().text());
+      return bound.status();
     }
     listener = std::move(bound).value();
   }
   if (Status status = ParseLateOptions(map, options); !status.ok()) {
     return status;
   }
-  const auto endpoint =
-      std::make_shared<LocalEndpoint>(cluster_id, role, options.link, options.limits, options.transfer_threads);
+  const Result<CacheRegistry::Pools> pools = MakePools(options);
+  if (!pools.ok()) {
+    return pools.status();
+  }
+  const auto endpoint = std::make_shared<LocalEndpoint>(cluster_id, role, options.link, options.limits, pools.value(),
+                                                        options.transfer_threads);
   if (Status status = endpoint->Start(); !status.ok()) {
     return status;
   }
-  std::shared_ptr<Engine> engine(new Engine(endpoint, options.comm_res_given || options.listen.has_value(), options.huge_pages));
+  std::shared_ptr<Engine> engine(new Engine(endpoint, options));
   if (listener) {
-    if (Status status = engine->StartListening(std::move(listener)); !status.ok()) {
+    if (Status status = engine->StartListening(std::move(listener), *options.listen); !status.ok()) {
       return status;
     }
   }
   return engine;
 }
 
-Engine::Engine(std::shared_ptr<LocalEndpoint> endpoint, bool comm_res_known, bool huge_pages)
+Engine::Engine(std::shared_ptr<LocalEndpoint> endpoint, const EngineOptions &options)
     : endpoint_(std::move(endpoint)),
-      table_(std::make_shared<LinkTable>(endpoint_->cluster_id(), endpoint_->options().max_links)),
-      comm_res_known_(comm_res_known),
-      huge_pages_(huge_pages) {}
+      table_(std::make_shared<LinkTable>(endpoint_->cluster_id(), options.link.max_links)),
+      comms_(endpoint_, table_, options.link.max_links),
+      comm_res_known_(options.comm_res_given || options.listen.has_value()),
+      huge_pages_(options.huge_pages) {}
 
 Engine::~Engine() { Stop(); }
 
-Status Engine::StartListening(Fd listener) {
-  listen_port_ = SocketAddress::LocalOf(listener.get()).port();
-  acceptor_ = std::make_shared<Acceptor>(endpoint_, table_);
-  const bool ran = endpoint_->loop()->Run([&] { acceptor_->StartOnLoop(std::move(listener)); });
-  return ran ? Status::Ok() : Status(llm_datadist::LLM_FAILED, "the event loop ended");
-}
-
 void Engine::Stop() {
   endpoint_->Retire();
-  if (acceptor_ != nullptr) {
-    endpoint_->loop()->Run([this] { acceptor_->StopOnLoop(); });
-  }
+  comms_.Stop();
+  StopListening();
   std::vector<std::shared_ptr<Link>> links = table_->Shut();
   for (const std::shared_ptr<Link> &link : links) {
     link->Close("finalized");
   }
   endpoint_->loop()->Stop();
   links.clear();
-  endpoint_->regions()->UnregisterAll();
+  endpoint_->caches()->Clear();
 }
 
-Result<int64_t> Engine::RegisterKvCache(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs) {
-  Result<int64_t> id = endpoint_->regions()->Register(desc, addrs);
+// ---- listener and role ----
+
+Status Engine::StartListening(Fd listener, const SocketAddress &asked) {
+  const std::lock_guard<std::mutex> lock(listener_mutex_);
+  asked_address_ = asked;
+  listen_address_ = SocketAddress::LocalOf(listener.get());
+  acceptor_ = std::make_shared<Acceptor>(endpoint_, table_);
+  comms_.SetServerAddress(listen_address_);
+  const bool ran = endpoint_->loop()->Run([&] { acceptor_->StartOnLoop(std::move(listener)); });
+  return ran ? Status::Ok() : Status(LLM_FAILED, "the event loop ended");
+}
+
+void Engine::StopListening() {
+  std::shared_ptr<Acceptor> acceptor;
+  {
+    const std::lock_guard<std::mutex> lock(listener_mutex_);
+    acceptor.swap(acceptor_);
+    comms_.SetServerAddress(std::nullopt);
+  }
+  if (acceptor != nullptr) {
+    endpoint_->loop()->Run([&acceptor] { acceptor->StopOnLoop(); });
+  }
+}
+
+Status Engine::MoveListener(const std::optional<SocketAddress> &wanted) {
+  {
+    const std::lock_guard<std::mutex> lock(listener_mutex_);
+    const auto is_wanted = [&](const SocketAddress &address) { return address.ToString() == wanted->ToString(); };
+    if (acceptor_ != nullptr && wanted.has_value() && (is_wanted(asked_address_) || is_wanted(listen_address_))) {
+      return Status::Ok();
+    }
+  }
+  StopListening();
+  if (!wanted.has_value()) {
+    return Status::Ok();
+  }
+  Result<Fd> bound = ListenAt(*wanted);
+  if (!bound.ok()) {
+    return bound.status();
+  }
+  return StartListening(std::move(bound).value(), *wanted);
+}
+
+Status Engine::SetRole(llm_datadist::LlmRole role, const OptionMap &map) {
+  if (Status status = CheckRole(role); !status.ok()) {
+    return status;
+  }
+  const Result<std::optional<SocketAddress>> wanted = ParseListenOption(map);
+  if (!wanted.ok()) {
+    return wanted.status();
+  }
+  const std::lock_guard<std::mutex> one_at_a_time(role_mutex_);
+  if (endpoint_->options().hixl_backend) {
+    const std::lock_guard<std::mutex> lock(listener_mutex_);
+    if (wanted.value().has_value() && wanted.value()->ToString() != asked_address_.ToString()) {
+      return Status(LLM_FEATURE_NOT_ENABLED, std::string(llm_datadist::OPTION_LISTEN_IP_INFO) + ": '" +
+                                                 wanted.value()->ToString() + "', allowed with " +
+                                                 llm_datadist::OPTION_TRANSFER_BACKEND + " 'hixl': " +
+                                                 asked_address_.ToString() + ", or no such option");
+    }
+  } else {
+    if (HasLinks() || !comms_.Empty()) {
+      return Status(LLM_EXIST_LINK, "role " + std::to_string(static_cast<int32_t>(role)) +
+                                        ": the role changes only when no link exists; unlink first");
+    }
+    if (Status status = MoveListener(wanted.value()); !status.ok()) {
+      return status;
+    }
+  }
+  endpoint_->SetRole(role);
+  return Status::Ok();
+}
+
+Result<uint16_t> Engine::ListenPort() const {
+  const std::lock_guard<std::mutex> lock(listener_mutex_);
+  if (acceptor_ == nullptr) {
+    return Status(LLM_FEATURE_NOT_ENABLED, std::string("not listening: no ") + llm_datadist::OPTION_LISTEN_IP_INFO);
+  }
+  return listen_address_.port();
+}
+
+// ---- caches ----
+
+Result<int64_t> Engine::RegisterCache(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs,
+                                      const Registration &registration, const RowKeys &keys) {
+  Result<int64_t> id = endpoint_->caches()->Register(desc, addrs, registration, keys);
   if (id.ok() && huge_pages_) {
     if (const Result<CacheGeometry> geometry = ComputeGeometry(desc); geometry.ok()) {
       AdviseHugePages(addrs, geometry.value().tensor_bytes);
     }
   }
   return id;
-}
-
-void Engine::UnregisterKvCache(int64_t cache_id) { endpoint_->regions()->Unregister(cache_id); }
-
-Result<std::vector<Status>> Engine::LinkClusters(const Clusters &clusters, int32_t timeout_ms) {
-  if (Status status = CheckClusters(clusters, timeout_ms); !status.ok()) {
-    return status;
-  }
-  return ForEachCluster(clusters, [&](const ClusterInfo &cluster) {
-    return LinkOne(cluster, Deadline::In(std::chrono::milliseconds(timeout_ms)));
-  });
-}
-
-Status Engine::LinkOne(const ClusterInfo &cluster, Deadline deadline) {
-  if (Status status = CheckOneIp("remote_ip_infos", cluster.remote_ip_infos); !status.ok()) {
-    return status;
-  }
-  if (!comm_res_known_.load()) {
-    if (Status status = CheckOneIp("local_ip_infos", cluster.local_ip_infos); !status.ok()) {
-      return Status(status.code(), status.text() + " (without " + llm_datadist::OPTION_LOCAL_COMM_RES + " and " +
-                                       llm_datadist::OPTION_LISTEN_IP_INFO + " the first link must say it)");
-    }
-    comm_res_known_.store(true);
-  }
-  if (!endpoint_->options().local_comm_res.ok()) {
-    return endpoint_->options().local_comm_res;
-  }
-  const Result<SocketAddress> address = ToAddress(cluster.remote_ip_infos[0]);
-  if (!address.ok()) {
-    return address.status();
-  }
-  return DialLink(endpoint_, table_, DialTarget{address.value(), cluster.remote_cluster_id}, deadline);
-}
-
-Result<std::vector<Status>> Engine::UnlinkClusters(const Clusters &clusters, int32_t timeout_ms, bool force) {
-  if (Status status = CheckClusters(clusters, timeout_ms); !status.ok()) {
-    return status;
-  }
-  return ForEachCluster(clusters, [&](const ClusterInfo &cluster) {
-    return UnlinkOne(cluster, Deadline::In(std::chrono::milliseconds(timeout_ms)), force);
-  });
-}
-
-Status Engine::UnlinkOne(const ClusterInfo &cluster, Deadline deadline, bool force) {
-  if (!force) {
-    if (Status status = CheckOneIp("remote_ip_infos", cluster.remote_ip_infos); !status.ok()) {
-      return status;
-    }
-  }
-  SocketAddress address;
-  std::string address_text;
-  if (cluster.remote_ip_infos.size() == 1) {
-    const Result<SocketAddress> parsed = ToAddress(cluster.remote_ip_infos[0]);
-    if (!parsed.ok()) {
-      return parsed.status();
-    }
-    address = parsed.value();
-    address_text = address.ToString();
-  }
-  const std::shared_ptr<Link> link = table_->FindForUnlink(cluster.remote_cluster_id, address_text);
-  if (link == nullptr) {
-    return Status::Ok();
-  }
-  if (force) {
-    table_->Remove(link.get());
-    link->CloseWhenIdle(deadline, "unlinked by force");
-    return Status::Ok();
-  }
-  const Status status = link->alive() ? link->Unlink(deadline)
-                                      : UnlinkByDialling(address, endpoint_->cluster_id(), link->token(), deadline);
-  if (status.ok()) {
-    table_->Remove(link.get());
-    link->Close("unlinked");
-  }
-  return status;
-}
-
-Result<std::shared_ptr<Link>> Engine::FindLink(uint64_t cluster_id) const {
-  std::shared_ptr<Link> link = table_->Find(cluster_id);
-  if (link == nullptr) {
-    return Status(LLM_NOT_YET_LINK, "no link to cluster " + std::to_string(cluster_id));
-  }
-  return link;
-}
-
-Result<uint16_t> Engine::ListenPort() const {
-  if (acceptor_ == nullptr) {
-    return Status(LLM_FEATURE_NOT_ENABLED, std::string("not listening: no ") + llm_datadist::OPTION_LISTEN_IP_INFO);
-  }
-  return listen_port_;
-}
-
-Result<llm_datadist::LinkReport> Engine::QueryLink(uint64_t cluster_id) const {
-  const Result<std::shared_ptr<Link>> link = FindLink(cluster_id);
-  if (!link.ok()) {
-    return link.status();
-  }
-  return link.value()->Report();
 }
 
 }  // namespace datadist

@@ -8,20 +8,44 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
+#include <optional>
 #include <vector>
 
 #include "base/status.h"
 #include "engine/options.h"
 #include "link/acceptor.h"
+#include "link/comm_table.h"
 #include "link/endpoint.h"
 #include "link/link_table.h"
 #include "llm_datadist/llm_datadist_ext.h"
+#include "transfer/moves.h"
+#include "transfer/plan.h"
 
 namespace datadist {
 
+// Of a Pull: where the bytes come from and which tensors. `src_row` is for a cache named by id: a key says its own.
+struct PullTarget {
+  uint64_t src_cluster_id = 0;
+  CacheRef src;
+  uint32_t src_row = 0;
+  int64_t dst_cache_id = 0;
+  LayerChoice layers;
+};
+
+// Of one layer of a Push. `dst_layer` and `dst_row` have no meaning when bare addresses are pushed to.
+struct PushTarget {
+  int64_t src_cache_id = 0;
+  int64_t src_layer = 0;
+  uint64_t dst_cluster_id = 0;
+  int64_t dst_layer = 0;
+  uint32_t tensors_per_layer = 2;
+};
+
 class Engine {
  public:
-  static Result<std::shared_ptr<Engine>> Start(uint64_t cluster_id, llm_datadist::LlmRole role, const OptionMap &map);
+  static Result<std::shared_ptr<Engine>> Start(uint64_t cluster_id, llm_datadist::LlmRole role, EngineApi api,
+                                               const OptionMap &map);
   ~Engine();
   Engine(const Engine &) = delete;
   Engine &operator=(const Engine &) = delete;
@@ -30,38 +54,81 @@ class Engine {
   // end because their links do, and no longer than their deadlines. Idempotent.
   void Stop();
 
-  Result<int64_t> RegisterKvCache(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs);
-  void UnregisterKvCache(int64_t cache_id);
+  Status SetRole(llm_datadist::LlmRole role, const OptionMap &map);
 
+  bool remote_accessible() const { return endpoint_->options().remote_accessible; }
+
+  // ---- caches ----
+  Result<int64_t> RegisterCache(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs,
+                                const Registration &registration, const RowKeys &keys);
+  void UnregisterCache(int64_t cache_id) { endpoint_->caches()->Unregister(cache_id); }
+  CacheRegistry &caches() { return *endpoint_->caches(); }
+
+  // ---- links ----
   // One status per cluster, in order. Not ok by itself: the call as a whole is refused.
   using Clusters = std::vector<llm_datadist::ClusterInfo>;
   Result<std::vector<Status>> LinkClusters(const Clusters &clusters, int32_t timeout_ms);
   Result<std::vector<Status>> UnlinkClusters(const Clusters &clusters, int32_t timeout_ms, bool force);
+  bool HasLinks() const { return !table_->Empty(); }
+  // Bilateral links. LLM_FEATURE_NOT_ENABLED with backend hixl.
+  Result<CommTable *> Comms();
 
+  // ---- transfers of the C++ API, checks in its order ----
+  Status PullKvCache(const llm_datadist::CacheIndex &src, int64_t dst_cache_id, uint32_t dst_row, int64_t size,
+                     const llm_datadist::KvCacheExtParam &ext);
   Status PullKvBlocks(const llm_datadist::CacheIndex &src, int64_t dst_cache_id,
                       const std::vector<uint64_t> &src_blocks, const std::vector<uint64_t> &dst_blocks,
                       const llm_datadist::KvCacheExtParam &ext);
+  Status PushKvCache(const llm_datadist::Cache &src_cache, const llm_datadist::CacheIndex &dst, uint32_t src_row,
+                     int64_t size, const llm_datadist::KvCacheExtParam &ext);
   Status PushKvBlocks(const llm_datadist::Cache &src_cache, const llm_datadist::CacheIndex &dst,
                       const std::vector<uint64_t> &src_blocks, const std::vector<uint64_t> &dst_blocks,
                       const llm_datadist::KvCacheExtParam &ext);
+
+  // ---- transfers below it, as the Python API needs them as well ----
+  // The move's source row is target.src_row, or the row of the key. A piece move gets its size from the local cache.
+  Status Pull(const PullTarget &target, Move move);
+  Status PushLayer(const PushTarget &target, const CacheRef &dst, Move move);
+  // One address of the peer's per tensor of the layer.
+  Status PushLayerToAddresses(const PushTarget &target, const std::vector<uint64_t> &dst_addrs, const Move &move);
+
+  // ---- copies within this process ----
+  Status CopyRow(int64_t dst_cache_id, int64_t src_cache_id, uint32_t dst_row, uint32_t src_row, uint64_t offset,
+                 int64_t size);
+  Status CopyBlocks(int64_t cache_id, const BlockMove &move);
+  // Between two caches, either of which may be memory of the caller's that is not registered.
+  struct LocalCache {
+    int64_t cache_id = 0;  // above 0: that cache; otherwise the addresses, for whose size the caller answers
+    std::vector<uint64_t> addrs;
+  };
+  Status CopyBlocksBetween(const LocalCache &src, const LocalCache &dst, uint64_t block_bytes, const BlockMove &move);
 
   Result<uint16_t> ListenPort() const;
   Result<llm_datadist::LinkReport> QueryLink(uint64_t cluster_id) const;
 
  private:
-  Engine(std::shared_ptr<LocalEndpoint> endpoint, bool comm_res_known, bool huge_pages);
-  Status StartListening(Fd listener);
+  Engine(std::shared_ptr<LocalEndpoint> endpoint, const EngineOptions &options);
+  Status StartListening(Fd listener, const SocketAddress &asked);
+  void StopListening();
+  Status MoveListener(const std::optional<SocketAddress> &wanted);
   Status LinkOne(const llm_datadist::ClusterInfo &cluster, Deadline deadline);
   Status UnlinkOne(const llm_datadist::ClusterInfo &cluster, Deadline deadline, bool force);
   Result<std::shared_ptr<Link>> FindLink(uint64_t cluster_id) const;
+  Status PushLayers(const llm_datadist::Cache &src_cache, const llm_datadist::CacheIndex &dst, const Move &move,
+                    const llm_datadist::KvCacheExtParam &ext);
 
   const std::shared_ptr<LocalEndpoint> endpoint_;
   const std::shared_ptr<LinkTable> table_;
-  std::shared_ptr<Acceptor> acceptor_;  // empty when this endpoint does not listen
-  uint16_t listen_port_ = 0;
+  CommTable comms_;
   // The API wants a local ip in the first link of an endpoint that has neither a listener nor a LocalCommRes.
   std::atomic<bool> comm_res_known_;
   const bool huge_pages_;
+
+  std::mutex role_mutex_;  // one SetRole at a time
+  mutable std::mutex listener_mutex_;
+  std::shared_ptr<Acceptor> acceptor_;  // empty when this endpoint does not listen; guarded by listener_mutex_
+  SocketAddress asked_address_;         // as the option said it; guarded by listener_mutex_
+  SocketAddress listen_address_;        // as bound; guarded by listener_mutex_
 };
 
 }  // namespace datadist

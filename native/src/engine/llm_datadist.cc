@@ -1,14 +1,7 @@
-// The public class: finds the engine, keeps exceptions in, remembers the reason of a failure.
+// The public class: enters the engine and remembers the reason of a failure.
 #include "llm_datadist/llm_datadist.h"
 
-#include <atomic>
-#include <exception>
-#include <mutex>
-#include <new>
-#include <utility>
-
-#include "base/process_epoch.h"
-#include "engine/engine.h"
+#include "engine/engine_holder.h"
 #include "engine/last_error.h"
 #include "llm_datadist/llm_datadist_ext.h"
 
@@ -18,91 +11,15 @@ using datadist::Engine;
 using datadist::Remember;
 using EngineStatus = datadist::Status;
 
-class LlmDataDist::LlmDataDistImpl {
+class LlmDataDist::LlmDataDistImpl : public datadist::EngineHolder {
  public:
-  LlmDataDistImpl(uint64_t cluster_id, LlmRole role) : cluster_id_(cluster_id), role_(role) {}
-
-  ~LlmDataDistImpl() {
-    if (Forked()) {
-      // The threads to be joined exist in the parent only, and locks may be held for ever: let it lie.
-      [[maybe_unused]] auto *abandoned = new std::shared_ptr<Engine>(std::move(engine_));
-    } else {
-      Stop();
-    }
-  }
-
-  EngineStatus Start(const datadist::OptionMap &options) {
-    const std::lock_guard<std::mutex> starting(start_mutex_);
-    if (Find().ok()) {
-      return EngineStatus::Ok();
-    }
-    datadist::Result<std::shared_ptr<Engine>> engine = Engine::Start(cluster_id_, role_, options);
-    if (!engine.ok()) {
-      return engine.status();
-    }
-    owner_epoch_.store(datadist::ProcessEpoch());
-    const std::lock_guard<std::mutex> lock(mutex_);
-    engine_ = std::move(engine).value();
-    return EngineStatus::Ok();
-  }
-
-  void Stop() {
-    std::shared_ptr<Engine> engine;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      engine.swap(engine_);
-    }
-    if (engine != nullptr) {
-      engine->Stop();
-      owner_epoch_.store(0);
-    }
-  }
-
-  // Before any lock: in a child of fork() one may be held by a thread that does not exist there.
-  bool Forked() const {
-    const uint64_t owner = owner_epoch_.load();
-    return owner != 0 && owner != datadist::ProcessEpoch();
-  }
-
-  datadist::Result<std::shared_ptr<Engine>> Find() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (engine_ == nullptr) {
-      return EngineStatus(LLM_FAILED, "not initialized");
-    }
-    return engine_;
-  }
-
- private:
-  const uint64_t cluster_id_;
-  const LlmRole role_;
-  std::atomic<uint64_t> owner_epoch_{0};  // 0: not initialised
-  std::mutex start_mutex_;
-  std::mutex mutex_;
-  std::shared_ptr<Engine> engine_;  // guarded by mutex_
+  LlmDataDistImpl(uint64_t cluster_id, LlmRole role) : EngineHolder(cluster_id, role, datadist::EngineApi::kCpp) {}
 };
 
 struct LlmDataDistAccess {
   template <typename Act>
-  static Status Guard(const char *call, const LlmDataDist &datadist, const Act &act) {
-    try {
-      if (datadist.impl_->Forked()) {
-        return Remember(call, EngineStatus(LLM_FAILED, "initialized in another process: not usable after fork()"));
-      }
-      return Remember(call, act(*datadist.impl_));
-    } catch (const std::bad_alloc &) {
-      return Remember(call, EngineStatus(LLM_OUT_OF_MEMORY, "out of memory"));
-    } catch (const std::exception &error) {
-      return Remember(call, EngineStatus(LLM_FAILED, error.what()));
-    }
-  }
-
-  // act(engine), or LLM_FAILED when there is none.
-  template <typename Act>
   static Status WithEngine(const char *call, const LlmDataDist &datadist, const Act &act) {
-    return Guard(call, datadist, [&](auto &impl) {
-      const auto engine = impl.Find();
-      return engine.ok() ? act(*engine.value()) : engine.status();
-    });
+    return Remember(call, datadist.impl_->With(act));
   }
 };
 
@@ -112,7 +29,6 @@ EngineStatus NotEnabled(const char *why) { return EngineStatus(LLM_FEATURE_NOT_E
 
 constexpr char kCallerOwnsMemory[] = "memory belongs to the caller, see RegisterKvCache";
 constexpr char kNoLocalCopies[] = "local copies are the caller's business";
-constexpr char kNotYet[] = "not available in this version";
 
 // The statuses of the clusters into the caller's list; the last failure is that of the call.
 EngineStatus Deliver(const datadist::Result<std::vector<EngineStatus>> &results, std::vector<Status> &rets) {
@@ -138,18 +54,14 @@ LlmDataDist::LlmDataDist(uint64_t cluster_id, LlmRole role)
 LlmDataDist::~LlmDataDist() = default;
 
 Status LlmDataDist::Initialize(const std::map<AscendString, AscendString> &options) {
-  return LlmDataDistAccess::Guard("Initialize", *this, [&](auto &impl) { return impl.Start(options); });
+  return Remember("Initialize", impl_->Start(options));
 }
 
-void LlmDataDist::Finalize() {
-  LlmDataDistAccess::Guard("Finalize", *this, [](auto &impl) {
-    impl.Stop();
-    return EngineStatus::Ok();
-  });
-}
+void LlmDataDist::Finalize() { Remember("Finalize", impl_->Stop()); }
 
-Status LlmDataDist::SetRole(LlmRole, const std::map<AscendString, AscendString> &) {
-  return LlmDataDistAccess::WithEngine("SetRole", *this, [](Engine &) { return NotEnabled(kNotYet); });
+Status LlmDataDist::SetRole(LlmRole role, const std::map<AscendString, AscendString> &options) {
+  return LlmDataDistAccess::WithEngine("SetRole", *this,
+                                       [&](Engine &engine) { return engine.SetRole(role, options); });
 }
 
 Status LlmDataDist::LinkLlmClusters(const std::vector<ClusterInfo> &clusters, std::vector<Status> &rets,
@@ -172,8 +84,11 @@ Status LlmDataDist::AllocateCache(const CacheDesc &, Cache &) {
 
 Status LlmDataDist::DeallocateCache(int64_t) { return Remember("DeallocateCache", NotEnabled(kCallerOwnsMemory)); }
 
-Status LlmDataDist::PullKvCache(const CacheIndex &, const Cache &, uint32_t, int64_t, const KvCacheExtParam &) {
-  return LlmDataDistAccess::WithEngine("PullKvCache", *this, [](Engine &) { return NotEnabled(kNotYet); });
+Status LlmDataDist::PullKvCache(const CacheIndex &src_cache_index, const Cache &dst_cache, uint32_t batch_index,
+                                int64_t size, const KvCacheExtParam &ext_param) {
+  return LlmDataDistAccess::WithEngine("PullKvCache", *this, [&](Engine &engine) {
+    return engine.PullKvCache(src_cache_index, dst_cache.cache_id, batch_index, size, ext_param);
+  });
 }
 
 Status LlmDataDist::PullKvBlocks(const CacheIndex &src_cache_index, const Cache &dst_cache,
@@ -193,8 +108,11 @@ Status LlmDataDist::CopyKvBlocks(const Cache &, const Cache &, const std::vector
   return Remember("CopyKvBlocks", NotEnabled(kNoLocalCopies));
 }
 
-Status LlmDataDist::PushKvCache(const Cache &, const CacheIndex &, uint32_t, int64_t, const KvCacheExtParam &) {
-  return LlmDataDistAccess::WithEngine("PushKvCache", *this, [](Engine &) { return NotEnabled(kNotYet); });
+Status LlmDataDist::PushKvCache(const Cache &src_cache, const CacheIndex &dst_cache_index, uint32_t src_batch_index,
+                                int64_t size, const KvCacheExtParam &ext_param) {
+  return LlmDataDistAccess::WithEngine("PushKvCache", *this, [&](Engine &engine) {
+    return engine.PushKvCache(src_cache, dst_cache_index, src_batch_index, size, ext_param);
+  });
 }
 
 Status LlmDataDist::PushKvBlocks(const Cache &src_cache, const CacheIndex &dst_cache_index,
@@ -208,7 +126,7 @@ Status LlmDataDist::PushKvBlocks(const Cache &src_cache, const CacheIndex &dst_c
 Status LlmDataDist::RegisterKvCache(const CacheDesc &cache_desc, const std::vector<uint64_t> &addrs,
                                     const RegisterCfg &, int64_t &cache_id) {
   return LlmDataDistAccess::WithEngine("RegisterKvCache", *this, [&](Engine &engine) {
-    const datadist::Result<int64_t> id = engine.RegisterKvCache(cache_desc, addrs);
+    const datadist::Result<int64_t> id = engine.RegisterCache(cache_desc, addrs, {}, {});
     if (!id.ok()) {
       return id.status();
     }
@@ -219,7 +137,7 @@ Status LlmDataDist::RegisterKvCache(const CacheDesc &cache_desc, const std::vect
 
 Status LlmDataDist::UnregisterKvCache(int64_t cache_id) {
   return LlmDataDistAccess::WithEngine("UnregisterKvCache", *this, [&](Engine &engine) {
-    engine.UnregisterKvCache(cache_id);
+    engine.UnregisterCache(cache_id);
     return EngineStatus::Ok();
   });
 }

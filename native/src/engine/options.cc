@@ -18,6 +18,9 @@ constexpr uint64_t kMaxUint32 = std::numeric_limits<uint32_t>::max();
 // A cache's description, 8 bytes per address, must fit into one control frame of 1 MiB.
 constexpr uint64_t kMaxAddrsPerCache = 65536;
 constexpr std::string_view kOwnPrefix = "datadist.";
+constexpr char kRemoteAccessible[] = "llm.EnableRemoteCacheAccessible";
+// What the Python API documents for register_cache and register_blocks_cache together.
+constexpr uint64_t kPythonMaxRegisteredAddrs = 240;
 
 std::optional<std::string_view> Find(const OptionMap &map, const char *key) {
   const auto it = map.find(ge::AscendString(key));
@@ -79,7 +82,7 @@ Status ReadTransport(const OptionMap &map, std::optional<TransportKind> &out) {
   return Invalid(llm_datadist::OPTION_TRANSPORT, *value, "'auto', 'local', 'cma', 'tcp'");
 }
 
-Status ReadBackend(const OptionMap &map, const EngineOptions &options) {
+Status ReadBackend(const OptionMap &map, EngineOptions &options) {
   const auto backend = Find(map, llm_datadist::OPTION_TRANSFER_BACKEND);
   if (!backend.has_value()) {
     return Status::Ok();
@@ -91,6 +94,7 @@ Status ReadBackend(const OptionMap &map, const EngineOptions &options) {
     return Status(LLM_PARAM_INVALID, std::string(llm_datadist::OPTION_TRANSFER_BACKEND) + " 'hixl' needs " +
                                          llm_datadist::OPTION_LISTEN_IP_INFO);
   }
+  options.link.hixl_backend = true;
   const auto config = Find(map, llm_datadist::OPTION_GLOBAL_RESOURCE_CONFIG);
   if (config.has_value() && !config->empty()) {
     const auto checked = CheckJsonObject(*config);
@@ -110,7 +114,7 @@ Status CheckInternalKeys(const OptionMap &map) {
     uint64_t highest;
   };
   constexpr Bounds kBounds[] = {
-      {"llm.EnableRemoteCacheAccessible", 0, 1}, {"llm.RdmaTrafficClass", 0, kMaxUint32},
+      {kRemoteAccessible, 0, 1},                 {"llm.RdmaTrafficClass", 0, kMaxUint32},
       {"llm.RdmaServiceLevel", 0, kMaxUint32},   {"llm.LinkTotalTime", 0, kMaxUint32},
       {"llm.LinkRetryCount", 1, 100},
   };
@@ -129,7 +133,7 @@ Status CheckOwnKeys(const OptionMap &map) {
       llm_datadist::OPTION_TCP_STREAMS,      llm_datadist::OPTION_HEARTBEAT_MS,
       llm_datadist::OPTION_MAX_LINKS,        llm_datadist::OPTION_MAX_ADDRS_PER_CACHE,
       llm_datadist::OPTION_MAX_DEVICE_BYTES, llm_datadist::OPTION_MAX_HOST_BYTES,
-      llm_datadist::OPTION_HUGE_PAGES,
+      llm_datadist::OPTION_HUGE_PAGES,       llm_datadist::OPTION_MAX_REGISTERED_ADDRS,
   };
   std::string allowed;
   for (const char *key : kOwnKeys) {
@@ -159,11 +163,28 @@ Status CheckRole(llm_datadist::LlmRole role) {
   return Status::Ok();
 }
 
-Result<EngineOptions> ParseEarlyOptions(llm_datadist::LlmRole role, const OptionMap &map) {
+Result<std::optional<SocketAddress>> ParseListenOption(const OptionMap &map) {
+  const auto listen = Find(map, llm_datadist::OPTION_LISTEN_IP_INFO);
+  if (!listen.has_value()) {
+    return std::optional<SocketAddress>();
+  }
+  const Result<SocketAddress> address = SocketAddress::Parse(*listen);
+  if (!address.ok()) {
+    return Invalid(llm_datadist::OPTION_LISTEN_IP_INFO, *listen,
+                   "'ip:port' or '[ipv6]:port' (" + address.status().text() + ")");
+  }
+  return std::optional<SocketAddress>(address.value());
+}
+
+Result<EngineOptions> ParseEarlyOptions(llm_datadist::LlmRole role, EngineApi api, const OptionMap &map) {
   if (Status status = CheckRole(role); !status.ok()) {
     return status;
   }
   EngineOptions options;
+  if (api == EngineApi::kPython) {
+    options.link.remote_accessible = Find(map, kRemoteAccessible) == "1";
+    options.limits.max_registered_addrs = kPythonMaxRegisteredAddrs;
+  }
   const auto device_id = Find(map, llm_datadist::OPTION_DEVICE_ID);
   if (!device_id.has_value()) {
     return Status(LLM_PARAM_INVALID, std::string(llm_datadist::OPTION_DEVICE_ID) + ": missing, it is mandatory");
@@ -171,14 +192,11 @@ Result<EngineOptions> ParseEarlyOptions(llm_datadist::LlmRole role, const Option
   if (Status status = ReadNumber(map, llm_datadist::OPTION_DEVICE_ID, 0, kMaxInt32, options.device_id); !status.ok()) {
     return status;
   }
-  if (const auto listen = Find(map, llm_datadist::OPTION_LISTEN_IP_INFO); listen.has_value()) {
-    const Result<SocketAddress> address = SocketAddress::Parse(*listen);
-    if (!address.ok()) {
-      return Invalid(llm_datadist::OPTION_LISTEN_IP_INFO, *listen,
-                     "'ip:port' or '[ipv6]:port' (" + address.status().text() + ")");
-    }
-    options.listen = address.value();
+  const auto listen = ParseListenOption(map);
+  if (!listen.ok()) {
+    return listen.status();
   }
+  options.listen = listen.value();
   if (Status status = ReadBackend(map, options); !status.ok()) {
     return status;
   }
@@ -203,6 +221,7 @@ Status ParseLateOptions(const OptionMap &map, EngineOptions &options) {
       ReadMillis(map, llm_datadist::OPTION_HEARTBEAT_MS, 10, 60000, link.heartbeat_interval),
       ReadNumber(map, llm_datadist::OPTION_MAX_LINKS, 1, kMaxUint32, link.max_links),
       ReadNumber(map, llm_datadist::OPTION_MAX_ADDRS_PER_CACHE, 1, kMaxAddrsPerCache, limits.max_addrs_per_cache),
+      ReadNumber(map, llm_datadist::OPTION_MAX_REGISTERED_ADDRS, 1, kMaxBytes, limits.max_registered_addrs),
       ReadNumber(map, llm_datadist::OPTION_MAX_DEVICE_BYTES, 0, kMaxBytes, limits.max_device_bytes),
       ReadNumber(map, llm_datadist::OPTION_MAX_HOST_BYTES, 0, kMaxBytes, limits.max_host_bytes),
   };

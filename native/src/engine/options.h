@@ -16,6 +16,10 @@ namespace datadist {
 
 using OptionMap = std::map<ge::AscendString, ge::AscendString>;
 
+// Whose defaults hold: the C++ class, where remote access is always on, or the Python API, where it must be asked for
+// and the number of registered addresses is limited.
+enum class EngineApi : uint8_t { kCpp, kPython };
+
 struct EngineOptions {
   int32_t device_id = 0;
   std::optional<SocketAddress> listen;
@@ -30,12 +34,14 @@ struct EngineOptions {
 // LLM_PARAM_INVALID and names option, value and what is allowed.
 //
 // Before the bind: role, device id, listen address, backend.
-Result<EngineOptions> ParseEarlyOptions(llm_datadist::LlmRole role, const OptionMap &map);
+Result<EngineOptions> ParseEarlyOptions(llm_datadist::LlmRole role, EngineApi api, const OptionMap &map);
 // After it: transfer timeout, numbers of the internal keys, options of this engine. Unknown keys are ignored, except
 // under "datadist.", which is ours: there one is a slip of the pen.
 Status ParseLateOptions(const OptionMap &map, EngineOptions &options);
 
 Status CheckRole(llm_datadist::LlmRole role);
+// OPTION_LISTEN_IP_INFO, of Initialize or SetRole; nothing when it is absent.
+Result<std::optional<SocketAddress>> ParseListenOption(const OptionMap &map);
 
 }  // namespace datadist
 

@@ -1,9 +1,10 @@
 // Pull and push: the checks in the order that callers can see, then the bytes.
 #include <algorithm>
+#include <optional>
 #include <utility>
 
+#include "base/checked.h"
 #include "engine/engine.h"
-#include "transfer/plan.h"
 
 namespace datadist {
 namespace {
@@ -20,6 +21,15 @@ Status CheckNoBatch(const char *field, const CacheIndex &index) {
   return Status::Ok();
 }
 
+Status CheckDevicePlacement(const llm_datadist::CacheDesc &desc) {
+  if (desc.placement != llm_datadist::CachePlacement::kDevice) {
+    return Status(LLM_PARAM_INVALID, "src_cache.cache_desc.placement: " +
+                                         std::to_string(static_cast<uint32_t>(desc.placement)) +
+                                         ", allowed for a push: 1 (device)");
+  }
+  return Status::Ok();
+}
+
 Status FirstFailure(std::initializer_list<Status> checks) {
   for (const Status &status : checks) {
     if (!status.ok()) {
@@ -29,40 +39,127 @@ Status FirstFailure(std::initializer_list<Status> checks) {
   return Status::Ok();
 }
 
+// With remote access on, only accessible caches take part in transfers, on either side; the owner judges the other.
+Status CheckAccessible(const LinkOptions &options, const RegisteredCache &local) {
+  if (options.remote_accessible && !local.remote_accessible()) {
+    return Status(LLM_PARAM_INVALID, "local cache " + std::to_string(local.id()) + " is not remote accessible");
+  }
+  return Status::Ok();
+}
+
+// Ids count from 1; the API looks up anything else as the key of request 0, model 0.
+CacheRef ToRef(const CacheIndex &index) {
+  return index.cache_id > 0 ? CacheRef::Id(index.cache_id) : CacheRef::Key(CacheKey{KeyKind::kRequest, 0, 0});
+}
+
+void SetSourceRow(Move &move, uint64_t row) {
+  if (auto *rows = std::get_if<RowMove>(&move)) {
+    rows->src_row = row;
+  } else if (auto *pieces = std::get_if<PieceMove>(&move)) {
+    pieces->src_row = row;
+  }
+}
+
+std::vector<Run> PullRuns(const std::vector<ByteRun> &runs) {
+  std::vector<Run> ordered;
+  ordered.reserve(runs.size());
+  for (const ByteRun &run : runs) {
+    ordered.push_back({run.src_offset, run.dst_offset, run.length});
+  }
+  return ordered;
+}
+
+// `base`: where the destination begins in its tensor.
+std::vector<Run> PushRuns(const std::vector<ByteRun> &runs, uint64_t base) {
+  std::vector<Run> ordered;
+  ordered.reserve(runs.size());
+  for (const ByteRun &run : runs) {
+    ordered.push_back({base + run.dst_offset, run.src_offset, run.length});
+  }
+  return ordered;
+}
+
+// The end of the last byte that the runs write, or nothing beyond 64 bits.
+std::optional<uint64_t> DestinationEnd(const std::vector<ByteRun> &runs) {
+  uint64_t last = 0;
+  for (const ByteRun &run : runs) {
+    const auto end = CheckedAdd(run.dst_offset, run.length);
+    if (!end.has_value()) {
+      return std::nullopt;
+    }
+    last = std::max(last, *end);
+  }
+  return last;
+}
+
 }  // namespace
+
+// ---- pull ----
+
+Status Engine::PullKvCache(const CacheIndex &src, int64_t dst_cache_id, uint32_t dst_row, int64_t size,
+                           const KvCacheExtParam &ext) {
+  if (Status status = FirstFailure({CheckRowSize(size), CheckExtParam(ext)}); !status.ok()) {
+    return status;
+  }
+  RowMove rows;
+  rows.dst_row = dst_row;
+  rows.size = size;
+  return Pull({src.cluster_id, ToRef(src), src.batch_index, dst_cache_id, ChooseLayers(ext)}, rows);
+}
 
 Status Engine::PullKvBlocks(const CacheIndex &src, int64_t dst_cache_id, const std::vector<uint64_t> &src_blocks,
                             const std::vector<uint64_t> &dst_blocks, const KvCacheExtParam &ext) {
-  const Deadline deadline = Deadline::In(endpoint_->options().transfer_timeout);
   if (Status status = FirstFailure(
           {CheckNoBatch("src_cache_index", src), CheckExtParam(ext), CheckBlockLists(src_blocks, dst_blocks)});
       !status.ok()) {
     return status;
   }
-  if (src.cluster_id == endpoint_->cluster_id()) {
-    return Status(LLM_PARAM_INVALID, "src_cache_index.cluster_id: " + std::to_string(src.cluster_id) + " is our own");
+  return Pull({src.cluster_id, ToRef(src), 0, dst_cache_id, ChooseLayers(ext)}, BlockMove{src_blocks, dst_blocks});
+}
+
+Status Engine::Pull(const PullTarget &target, Move move) {
+  const Deadline deadline = Deadline::In(endpoint_->options().transfer_timeout);
+  if (target.src_cluster_id == endpoint_->cluster_id()) {
+    return Status(LLM_PARAM_INVALID,
+                  "src_cache_index.cluster_id: " + std::to_string(target.src_cluster_id) + " is our own");
   }
-  const Result<CachePin> pin = endpoint_->regions()->Pin(dst_cache_id);
+  const Result<CachePin> pin = endpoint_->caches()->Pin(target.dst_cache_id);
   if (!pin.ok()) {
     return pin.status();
   }
   const CacheGeometry &local = pin.value().cache().geometry();
-  const Result<PullSelection> selection = SelectPullTensors(ext, local);
+  const bool rows = std::holds_alternative<RowMove>(move);
+  if (Status status = rows ? CheckDestination(move, local) : CheckHasBlocks("dst_blocks", local); !status.ok()) {
+    return status;
+  }
+  const Result<PullSelection> selection = SelectPullTensors(target.layers, local);
   if (!selection.ok()) {
     return selection.status();
   }
-  const Result<std::shared_ptr<Link>> link = FindLink(src.cluster_id);
+  const Result<std::shared_ptr<Link>> link = FindLink(target.src_cluster_id);
   if (!link.ok()) {
     return link.status();
   }
-  if (Status status = CheckBlockIndices("dst_blocks", dst_blocks, local); !status.ok()) {
+  if (auto *pieces = std::get_if<PieceMove>(&move)) {
+    pieces->piece_bytes = local.stride;
+    if (Status status = CheckBlockIndices("dst_blocks", pieces->dst_blocks, local); !status.ok()) {
+      return status;
+    }
+  } else if (Status status = CheckDestination(move, local); !status.ok()) {
     return status;
   }
-  const auto plan = [&](const RemoteCache &remote) -> Result<TransferOp> {
-    if (Status status = FirstFailure({CheckPullSource(selection.value(), local, remote.geometry),
-                                      CheckBlockIndices("src_blocks", src_blocks, remote.geometry)});
+  const auto plan = [&](const RemoteTarget &remote) -> Result<TransferOp> {
+    const CacheGeometry &source = remote.cache.geometry;
+    SetSourceRow(move, remote.has_row ? remote.row : target.src_row);
+    if (Status status = FirstFailure({CheckAccessible(endpoint_->options(), pin.value().cache()),
+                                      CheckPullSource(selection.value(), source), CheckSource(move, source)});
         !status.ok()) {
       return status;
+    }
+    const Result<std::vector<ByteRun>> runs =
+        BuildRuns(move, source, local, local, !endpoint_->options().remote_accessible);
+    if (!runs.ok()) {
+      return runs.status();
     }
     const TensorPairing &tensors = selection.value().tensors;
     TransferOp op;
@@ -70,67 +167,145 @@ Status Engine::PullKvBlocks(const CacheIndex &src, int64_t dst_cache_id, const s
     op.remote_first_tensor = tensors.src_first;
     op.local_first_tensor = tensors.dst_first;
     op.tensor_count = tensors.count;
-    op.runs = BuildBlockRuns(src_blocks, dst_blocks, local.stride);
+    op.runs = PullRuns(runs.value());
     return op;
   };
-  return link.value()->Transfer(TransferDirection::kPull, src.cache_id, plan, deadline);
+  return link.value()->Transfer(TransferDirection::kPull, target.src, plan, deadline);
+}
+
+// ---- push ----
+
+Status Engine::PushKvCache(const llm_datadist::Cache &src_cache, const CacheIndex &dst, uint32_t src_row, int64_t size,
+                           const KvCacheExtParam &ext) {
+  if (Status status = CheckDevicePlacement(src_cache.cache_desc); !status.ok()) {
+    return status;
+  }
+  if (size != -1) {
+    return Status(LLM_PARAM_INVALID, "size: " + std::to_string(size) + ", allowed for a push: -1, a whole row");
+  }
+  RowMove rows;
+  rows.src_row = src_row;
+  rows.dst_row = dst.batch_index;
+  return PushLayers(src_cache, dst, rows, ext);
 }
 
 Status Engine::PushKvBlocks(const llm_datadist::Cache &src_cache, const CacheIndex &dst,
                             const std::vector<uint64_t> &src_blocks, const std::vector<uint64_t> &dst_blocks,
                             const KvCacheExtParam &ext) {
-  if (src_cache.cache_desc.placement != llm_datadist::CachePlacement::kDevice) {
-    return Status(LLM_PARAM_INVALID, "src_cache.cache_desc.placement: " +
-                                         std::to_string(static_cast<uint32_t>(src_cache.cache_desc.placement)) +
-                                         ", allowed for a push: 1 (device)");
-  }
-  if (Status status = FirstFailure({CheckBlockLists(src_blocks, dst_blocks), CheckNoBatch("dst_cache_index", dst),
-                                    CheckExtParam(ext), CheckEqualLayerCounts(ext)});
+  if (Status status = FirstFailure({CheckDevicePlacement(src_cache.cache_desc),
+                                    CheckBlockLists(src_blocks, dst_blocks), CheckNoBatch("dst_cache_index", dst)});
       !status.ok()) {
     return status;
   }
-  const Result<PushLayers> layers = SelectPushLayers(ext, src_cache.cache_desc.num_tensors);
+  return PushLayers(src_cache, dst, BlockMove{src_blocks, dst_blocks}, ext);
+}
+
+// Each layer is a transfer of its own, with a timeout of its own; the first that fails ends the call.
+Status Engine::PushLayers(const llm_datadist::Cache &src_cache, const CacheIndex &dst, const Move &move,
+                          const KvCacheExtParam &ext) {
+  if (Status status = FirstFailure({CheckExtParam(ext), CheckEqualLayerCounts(ext)}); !status.ok()) {
+    return status;
+  }
+  const Result<datadist::PushLayers> layers = SelectPushLayers(ext, src_cache.cache_desc.num_tensors);
   if (!layers.ok()) {
     return layers.status();
   }
-  // Each layer is a transfer of its own, with a timeout of its own; the first that fails ends the call.
-  for (int64_t layer = 0; layer < layers.value().count; ++layer) {
-    const Deadline deadline = Deadline::In(endpoint_->options().transfer_timeout);
-    const Result<CachePin> pin = endpoint_->regions()->Pin(src_cache.cache_id);
-    if (!pin.ok()) {
-      return pin.status();
+  const CacheRef remote = ToRef(dst);
+  for (int64_t i = 0; i < layers.value().count; ++i) {
+    const int64_t src_layer = layers.value().src_first + i;
+    const int64_t dst_layer = layers.value().dst_first < 0 ? -1 : layers.value().dst_first + i;
+    const PushTarget target{src_cache.cache_id, src_layer, dst.cluster_id, dst_layer, ext.tensor_num_per_layer};
+    if (Status status = PushLayer(target, remote, move); !status.ok()) {
+      return status;
     }
-    const Result<std::shared_ptr<Link>> link = FindLink(dst.cluster_id);
-    if (!link.ok()) {
-      return link.status();
+  }
+  return Status::Ok();
+}
+
+Status Engine::PushLayer(const PushTarget &target, const CacheRef &dst, Move move) {
+  const Deadline deadline = Deadline::In(endpoint_->options().transfer_timeout);
+  const Result<CachePin> pin = endpoint_->caches()->Pin(target.src_cache_id);
+  if (!pin.ok()) {
+    return pin.status();
+  }
+  const Result<std::shared_ptr<Link>> link = FindLink(target.dst_cluster_id);
+  if (!link.ok()) {
+    return link.status();
+  }
+  const CacheGeometry &local = pin.value().cache().geometry();
+  const auto plan = [&](const RemoteTarget &remote) -> Result<TransferOp> {
+    const CacheGeometry &destination = remote.cache.geometry;
+    if (auto *rows = std::get_if<RowMove>(&move); rows != nullptr && remote.has_row) {
+      rows->dst_row = remote.row;
     }
-    const CacheGeometry &local = pin.value().cache().geometry();
-    const uint8_t per_layer = ext.tensor_num_per_layer;
-    const auto plan = [&](const RemoteCache &remote) -> Result<TransferOp> {
-      if (Status status = FirstFailure({CheckPushDestination(layers.value(), layer, per_layer, remote.geometry),
-                                        CheckBlockIndices("dst_blocks", dst_blocks, remote.geometry)});
-          !status.ok()) {
-        return status;
-      }
-      const Result<TensorPairing> tensors = SelectPushTensors(layers.value(), layer, per_layer, local);
-      if (!tensors.ok()) {
-        return tensors.status();
-      }
-      if (Status status = FirstFailure(
-              {CheckBlockIndices("src_blocks", src_blocks, local), CheckEqualStrides(local, remote.geometry)});
-          !status.ok()) {
-        return status;
-      }
+    if (Status status = FirstFailure({CheckAccessible(endpoint_->options(), pin.value().cache()),
+                                      CheckPushDestination(target.dst_layer, target.tensors_per_layer, destination),
+                                      CheckDestination(move, destination),
+                                      CheckPushSource(target.src_layer, target.tensors_per_layer, local),
+                                      CheckSource(move, local)});
+        !status.ok()) {
+      return status;
+    }
+    const Result<std::vector<ByteRun>> runs = BuildRuns(move, local, destination, local, false);
+    if (!runs.ok()) {
+      return runs.status();
+    }
+    TransferOp op;
+    op.local = &pin.value();
+    op.remote_first_tensor = static_cast<uint32_t>(target.dst_layer) * target.tensors_per_layer;
+    op.local_first_tensor = static_cast<uint32_t>(target.src_layer) * target.tensors_per_layer;
+    op.tensor_count = target.tensors_per_layer;
+    op.runs = PushRuns(runs.value(), 0);
+    return op;
+  };
+  const Status status = link.value()->Transfer(TransferDirection::kPush, dst, plan, deadline);
+  return status.ok() ? status
+                     : Status(status.code(), "layer " + std::to_string(target.src_layer) + ": " + status.text());
+}
+
+Status Engine::PushLayerToAddresses(const PushTarget &target, const std::vector<uint64_t> &dst_addrs,
+                                    const Move &move) {
+  const Deadline deadline = Deadline::In(endpoint_->options().transfer_timeout);
+  const Result<CachePin> pin = endpoint_->caches()->Pin(target.src_cache_id);
+  if (!pin.ok()) {
+    return pin.status();
+  }
+  const Result<std::shared_ptr<Link>> link = FindLink(target.dst_cluster_id);
+  if (!link.ok()) {
+    return link.status();
+  }
+  const CacheGeometry &local = pin.value().cache().geometry();
+  if (Status status = FirstFailure({CheckPushSource(target.src_layer, target.tensors_per_layer, local),
+                                    CheckSource(move, local)});
+      !status.ok()) {
+    return status;
+  }
+  if (dst_addrs.size() != target.tensors_per_layer) {
+    return Status(LLM_PARAM_INVALID, "dst_addrs has " + std::to_string(dst_addrs.size()) + " entries for a layer of " +
+                                         std::to_string(target.tensors_per_layer) + " tensors");
+  }
+  const Result<std::vector<ByteRun>> runs = BuildRunsToAddress(move, local);
+  if (!runs.ok()) {
+    return runs.status();
+  }
+  const std::optional<uint64_t> extent = DestinationEnd(runs.value());
+  if (!extent.has_value()) {
+    return Status(LLM_PARAM_INVALID, "the destination exceeds 64 bits");
+  }
+  for (uint32_t i = 0; i < target.tensors_per_layer; ++i) {
+    const auto plan = [&](const RemoteTarget &remote) -> Result<TransferOp> {
       TransferOp op;
       op.local = &pin.value();
-      op.remote_first_tensor = tensors.value().dst_first;
-      op.local_first_tensor = tensors.value().src_first;
-      op.tensor_count = tensors.value().count;
-      op.runs = BuildBlockRuns(dst_blocks, src_blocks, local.stride);
+      op.remote_first_tensor = remote.tensor;
+      op.local_first_tensor = static_cast<uint32_t>(target.src_layer) * target.tensors_per_layer + i;
+      op.tensor_count = 1;
+      op.runs = PushRuns(runs.value(), remote.offset);
       return op;
     };
-    if (Status status = link.value()->Transfer(TransferDirection::kPush, dst.cache_id, plan, deadline); !status.ok()) {
-      return Status(status.code(), "layer " + std::to_string(layers.value().src_first + layer) + ": " + status.text());
+    const CacheRef destination = CacheRef::Address(dst_addrs[i], *extent);
+    if (Status status = link.value()->Transfer(TransferDirection::kPush, destination, plan, deadline); !status.ok()) {
+      return Status(status.code(), "layer " + std::to_string(target.src_layer) + ", dst_addrs[" + std::to_string(i) +
+                                       "]: " + status.text());
     }
   }
   return Status::Ok();

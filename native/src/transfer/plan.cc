@@ -3,6 +3,8 @@
 #include <string>
 #include <utility>
 
+#include "base/checked.h"
+
 namespace datadist {
 namespace {
 
@@ -22,7 +24,7 @@ Status CheckLayerRange(const char *field, const LayerRange &range) {
   return Status::Ok();
 }
 
-Status CheckDivisible(const CacheGeometry &local, uint8_t tensors_per_layer) {
+Status CheckDivisible(const CacheGeometry &local, uint32_t tensors_per_layer) {
   if (local.num_tensors % tensors_per_layer != 0) {
     return Invalid("tensor_num_per_layer " + std::to_string(tensors_per_layer) + " does not divide the " +
                    std::to_string(local.num_tensors) + " tensors of the local cache");
@@ -30,17 +32,28 @@ Status CheckDivisible(const CacheGeometry &local, uint8_t tensors_per_layer) {
   return Status::Ok();
 }
 
-// Layers of one range as tensors. 64 bits hold it: a layer is an int32 and a layer has at most 255 tensors.
-struct TensorSpan {
-  uint64_t first;
-  uint64_t end;
-};
-TensorSpan SpanOf(const LayerRange &range, uint8_t tensors_per_layer) {
-  return {static_cast<uint64_t>(range.first) * tensors_per_layer,
-          (static_cast<uint64_t>(range.second) + 1) * tensors_per_layer};
+std::string Text(const LayerSpan &layers) {
+  return std::to_string(layers.first) + ".." + std::to_string(layers.first + layers.count - 1);
 }
 
-Status LayersOutside(const char *field, const std::string &layers, uint8_t tensors_per_layer, const char *side,
+// Layers as tensors; nothing when 64 bits do not hold them or there are none.
+struct TensorSpan {
+  uint64_t first = 0;
+  uint64_t count = 0;
+};
+std::optional<TensorSpan> ToTensors(const LayerSpan &layers, uint32_t tensors_per_layer) {
+  if (layers.first < 0 || layers.count <= 0) {
+    return std::nullopt;
+  }
+  const auto first = CheckedMul(static_cast<uint64_t>(layers.first), tensors_per_layer);
+  const auto count = CheckedMul(static_cast<uint64_t>(layers.count), tensors_per_layer);
+  if (!first.has_value() || !count.has_value() || !RangeFits(*first, *count, UINT32_MAX)) {
+    return std::nullopt;  // no cache has that many tensors
+  }
+  return TensorSpan{*first, *count};
+}
+
+Status LayersOutside(const char *field, const std::string &layers, uint32_t tensors_per_layer, const char *side,
                      uint32_t num_tensors) {
   return Invalid(std::string(field) + " " + layers + " with tensor_num_per_layer " +
                  std::to_string(tensors_per_layer) + " is outside the " + std::to_string(num_tensors) +
@@ -82,7 +95,17 @@ Status CheckBlockLists(const std::vector<uint64_t> &src_blocks, const std::vecto
   return Status::Ok();
 }
 
+Status CheckHasBlocks(const char *field, const CacheGeometry &geometry) {
+  if (geometry.num_blocks == 0) {
+    return Invalid(std::string(field) + ": the cache is contiguous, it has no blocks");
+  }
+  return Status::Ok();
+}
+
 Status CheckBlockIndices(const char *field, const std::vector<uint64_t> &blocks, const CacheGeometry &geometry) {
+  if (Status status = CheckHasBlocks(field, geometry); !status.ok()) {
+    return status;
+  }
   for (size_t i = 0; i < blocks.size(); ++i) {
     if (blocks[i] >= geometry.num_blocks) {
       return Invalid(std::string(field) + "[" + std::to_string(i) + "] = " + std::to_string(blocks[i]) +
@@ -92,63 +115,66 @@ Status CheckBlockIndices(const char *field, const std::vector<uint64_t> &blocks,
   return Status::Ok();
 }
 
-Status CheckEqualStrides(const CacheGeometry &local, const CacheGeometry &remote) {
-  if (local.stride != remote.stride) {
-    return Invalid("block size differs: " + std::to_string(local.stride) + " bytes in the local cache, " +
-                   std::to_string(remote.stride) + " in the remote cache");
+LayerChoice ChooseLayers(const KvCacheExtParam &ext) {
+  LayerChoice choice;
+  choice.tensors_per_layer = ext.tensor_num_per_layer;
+  if (ext.src_layer_range.first >= 0 && ext.dst_layer_range.first >= 0) {
+    const auto span = [](const LayerRange &range) {
+      return LayerSpan{range.first, int64_t{range.second} - range.first + 1};
+    };
+    choice.src = span(ext.src_layer_range);
+    choice.dst = span(ext.dst_layer_range);
   }
-  return Status::Ok();
+  return choice;
 }
 
-std::vector<Run> BuildBlockRuns(const std::vector<uint64_t> &remote_blocks, const std::vector<uint64_t> &local_blocks,
-                                uint64_t stride) {
-  std::vector<Run> runs;
-  for (size_t i = 0; i < remote_blocks.size(); ++i) {
-    if (i > 0 && remote_blocks[i] == remote_blocks[i - 1] + 1 && local_blocks[i] == local_blocks[i - 1] + 1) {
-      runs.back().length += stride;
-    } else {
-      runs.push_back({remote_blocks[i] * stride, local_blocks[i] * stride, stride});
+Result<PullSelection> SelectPullTensors(const LayerChoice &layers, const CacheGeometry &local) {
+  const uint32_t per_layer = layers.tensors_per_layer;
+  if (per_layer == 0) {
+    return Invalid("tensor_num_per_layer 0: allowed is above 0");
+  }
+  if (layers.src.has_value() || layers.dst.has_value()) {
+    if (Status status = CheckDivisible(local, per_layer); !status.ok()) {
+      return status;
     }
   }
-  return runs;
-}
-
-Result<PullSelection> SelectPullTensors(const KvCacheExtParam &ext, const CacheGeometry &local) {
-  if (ext.src_layer_range.first < 0 || ext.dst_layer_range.first < 0) {
-    return PullSelection{true, {0, 0, local.num_tensors}};
+  TensorSpan dst{0, local.num_tensors};
+  if (layers.dst.has_value()) {
+    const auto span = ToTensors(*layers.dst, per_layer);
+    if (!span.has_value() || !RangeFits(span->first, span->count, local.num_tensors)) {
+      return LayersOutside("dst_layer_range", Text(*layers.dst), per_layer, "local", local.num_tensors);
+    }
+    dst = *span;
   }
-  const uint8_t per_layer = ext.tensor_num_per_layer;
-  if (Status status = CheckDivisible(local, per_layer); !status.ok()) {
-    return status;
+  TensorSpan src{0, dst.count};
+  if (layers.src.has_value()) {
+    const auto span = ToTensors(*layers.src, per_layer);
+    if (!span.has_value()) {
+      return Invalid("src_layer_range " + Text(*layers.src) + " is outside every cache");
+    }
+    if (span->count != dst.count) {
+      return Invalid("src_layer_range " + Text(*layers.src) + " selects " + std::to_string(span->count) +
+                     " tensors, the destination " + std::to_string(dst.count) + ": they must be equally many");
+    }
+    src = *span;
   }
-  const TensorSpan dst = SpanOf(ext.dst_layer_range, per_layer);
-  if (dst.end > local.num_tensors) {
-    return LayersOutside("dst_layer_range", Text(ext.dst_layer_range), per_layer, "local", local.num_tensors);
-  }
-  if (Status status = CheckEqualLayerCounts(ext); !status.ok()) {
-    return status;
-  }
-  const TensorSpan src = SpanOf(ext.src_layer_range, per_layer);
-  if (src.end > UINT32_MAX) {  // no cache has that many tensors; the pairing holds 32 bits
-    return Invalid("src_layer_range " + Text(ext.src_layer_range) + " is outside every cache");
-  }
-  return PullSelection{false,
+  return PullSelection{!layers.src.has_value(),
                        {static_cast<uint32_t>(src.first), static_cast<uint32_t>(dst.first),
-                        static_cast<uint32_t>(dst.end - dst.first)}};
+                        static_cast<uint32_t>(dst.count)}};
 }
 
-Status CheckPullSource(const PullSelection &selection, const CacheGeometry &local, const CacheGeometry &remote) {
+Status CheckPullSource(const PullSelection &selection, const CacheGeometry &remote) {
   const TensorPairing &tensors = selection.tensors;
-  if (selection.all_tensors && remote.num_tensors != tensors.count) {
-    return Invalid("the remote cache has " + std::to_string(remote.num_tensors) + " tensors, the local cache " +
-                   std::to_string(tensors.count) + ": without layer ranges they must be equally many");
+  if (selection.whole_source && remote.num_tensors != tensors.count) {
+    return Invalid("the remote cache has " + std::to_string(remote.num_tensors) + " tensors, the destination " +
+                   std::to_string(tensors.count) + ": without a src_layer_range they must be equally many");
   }
-  if (uint64_t{tensors.src_first} + tensors.count > remote.num_tensors) {
+  if (!RangeFits(tensors.src_first, tensors.count, remote.num_tensors)) {
     return Invalid("src_layer_range selects tensors " + std::to_string(tensors.src_first) + ".." +
                    std::to_string(uint64_t{tensors.src_first} + tensors.count - 1) + ", the remote cache has " +
                    std::to_string(remote.num_tensors));
   }
-  return CheckEqualStrides(local, remote);
+  return Status::Ok();
 }
 
 Result<PushLayers> SelectPushLayers(const KvCacheExtParam &ext, uint32_t caller_num_tensors) {
@@ -164,26 +190,18 @@ Result<PushLayers> SelectPushLayers(const KvCacheExtParam &ext, uint32_t caller_
   return PushLayers{0, 0, (int64_t{caller_num_tensors} + per_layer - 1) / per_layer};
 }
 
-Status CheckPushDestination(const PushLayers &layers, int64_t index, uint8_t tensors_per_layer,
-                            const CacheGeometry &remote) {
-  const int64_t layer = layers.dst_first + index;
-  if (layers.dst_first < 0 || layer >= remote.num_tensors / tensors_per_layer) {
-    return LayersOutside("dst layer", std::to_string(layer), tensors_per_layer, "remote", remote.num_tensors);
+Status CheckPushDestination(int64_t dst_layer, uint32_t tensors_per_layer, const CacheGeometry &remote) {
+  if (tensors_per_layer == 0 || dst_layer < 0 || dst_layer >= remote.num_tensors / tensors_per_layer) {
+    return LayersOutside("dst layer", std::to_string(dst_layer), tensors_per_layer, "remote", remote.num_tensors);
   }
   return Status::Ok();
 }
 
-Result<TensorPairing> SelectPushTensors(const PushLayers &layers, int64_t index, uint8_t tensors_per_layer,
-                                        const CacheGeometry &local) {
-  const int64_t layer = layers.src_first + index;
-  if (layer >= local.num_tensors / tensors_per_layer) {
-    return LayersOutside("src layer", std::to_string(layer), tensors_per_layer, "local", local.num_tensors);
+Status CheckPushSource(int64_t src_layer, uint32_t tensors_per_layer, const CacheGeometry &local) {
+  if (tensors_per_layer == 0 || src_layer < 0 || src_layer >= local.num_tensors / tensors_per_layer) {
+    return LayersOutside("src layer", std::to_string(src_layer), tensors_per_layer, "local", local.num_tensors);
   }
-  if (Status status = CheckDivisible(local, tensors_per_layer); !status.ok()) {
-    return status;
-  }
-  return TensorPairing{static_cast<uint32_t>(layer) * tensors_per_layer,
-                       static_cast<uint32_t>(layers.dst_first + index) * tensors_per_layer, tensors_per_layer};
+  return CheckDivisible(local, tensors_per_layer);
 }
 
 }  // namespace datadist

@@ -1,4 +1,5 @@
-// What a Pull or Push call moves: from the caller's arguments to tensor pairs and runs. Pure functions, no I/O.
+// Which tensors a Pull or Push call pairs, from the caller's layers; which bytes of each pair, see moves.h. Pure
+// functions, no I/O.
 //
 // The engine calls them in the order in which the API promises its checks (pull: arguments, local cache, link, remote
 // cache; push: arguments, link, remote cache, local cache), so each function checks one step and says in words what is
@@ -7,11 +8,11 @@
 #define DATADIST_TRANSFER_PLAN_H_
 
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "base/status.h"
 #include "memory/region_table.h"
-#include "transport/transport.h"
 
 namespace datadist {
 
@@ -31,31 +32,40 @@ Status CheckEqualLayerCounts(const llm_datadist::KvCacheExtParam &ext);
 // Lists not empty and equally long.
 Status CheckBlockLists(const std::vector<uint64_t> &src_blocks, const std::vector<uint64_t> &dst_blocks);
 
+// The cache has blocks at all: a contiguous one has not.
+Status CheckHasBlocks(const char *field, const CacheGeometry &geometry);
 // Every index below geometry.num_blocks. `field` is what the caller calls the list: "src_blocks", "dst_blocks".
 Status CheckBlockIndices(const char *field, const std::vector<uint64_t> &blocks, const CacheGeometry &geometry);
 
-// One stride on both sides: with different ones a block index would mean different bytes.
-Status CheckEqualStrides(const CacheGeometry &local, const CacheGeometry &remote);
+// ---- layers of a pull: source is remote, destination local ----
 
-// The lists as byte runs, in list order: a run grows while both indices are one above the previous ones. Nothing is
-// sorted or dropped, so that where destinations repeat the last one wins. The indices must have been checked.
-std::vector<Run> BuildBlockRuns(const std::vector<uint64_t> &remote_blocks, const std::vector<uint64_t> &local_blocks,
-                                uint64_t stride);
+struct LayerSpan {
+  int64_t first = 0;
+  int64_t count = 0;
+};
 
-// ---- pull: source is remote, destination local ----
+// The layers that a caller chose; without a span: all tensors of that side.
+struct LayerChoice {
+  std::optional<LayerSpan> src;
+  std::optional<LayerSpan> dst;
+  uint32_t tensors_per_layer = 2;
+};
 
-// What layer ranges select, as far as it can be judged without the remote cache. If either range says "all" (-1), both
-// do: then the pairing spans the local cache from its first tensor, and the remote cache must be as large.
+// Of an ext param that passed CheckExtParam. If either of its ranges says "all" (-1), both do.
+LayerChoice ChooseLayers(const llm_datadist::KvCacheExtParam &ext);
+
+// What a choice selects, as far as it can be judged without the remote cache. `whole_source`: the pairing begins at the
+// source's first tensor, and the remote cache must have just as many.
 struct PullSelection {
-  bool all_tensors = true;
+  bool whole_source = true;
   TensorPairing tensors;
 };
-Result<PullSelection> SelectPullTensors(const llm_datadist::KvCacheExtParam &ext, const CacheGeometry &local);
+Result<PullSelection> SelectPullTensors(const LayerChoice &layers, const CacheGeometry &local);
 
-// The selection against the remote cache: tensor counts, layer range and stride.
-Status CheckPullSource(const PullSelection &selection, const CacheGeometry &local, const CacheGeometry &remote);
+// The selection against the remote cache: tensor counts and layer range.
+Status CheckPullSource(const PullSelection &selection, const CacheGeometry &remote);
 
-// ---- push: source is local, destination remote; one transfer per layer ----
+// ---- layers of a push: source is local, destination remote; one transfer per layer ----
 
 // Source layer src_first + i goes to destination layer dst_first + i. Not yet checked against any cache: dst_first is
 // -1 when the caller gave only the source range, which CheckPushDestination refuses.
@@ -69,11 +79,9 @@ struct PushLayers {
 // source range is given, and must then not be 0.
 Result<PushLayers> SelectPushLayers(const llm_datadist::KvCacheExtParam &ext, uint32_t caller_num_tensors);
 
-// Layer `index` (0 <= index < layers.count) against the remote and then the local cache.
-Status CheckPushDestination(const PushLayers &layers, int64_t index, uint8_t tensors_per_layer,
-                            const CacheGeometry &remote);
-Result<TensorPairing> SelectPushTensors(const PushLayers &layers, int64_t index, uint8_t tensors_per_layer,
-                                        const CacheGeometry &local);
+// One layer against the remote cache, then against the local one.
+Status CheckPushDestination(int64_t dst_layer, uint32_t tensors_per_layer, const CacheGeometry &remote);
+Status CheckPushSource(int64_t src_layer, uint32_t tensors_per_layer, const CacheGeometry &local);
 
 }  // namespace datadist
 

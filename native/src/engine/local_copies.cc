@@ -1,0 +1,148 @@
+// Copies between caches of this process, which no link is needed for.
+#include <cstring>
+#include <string>
+
+#include "base/checked.h"
+#include "engine/engine.h"
+
+namespace datadist {
+namespace {
+
+using llm_datadist::LLM_PARAM_INVALID;
+
+Status Invalid(std::string text) { return Status(LLM_PARAM_INVALID, std::move(text)); }
+
+// The runs for each of the tensors; both pins hold all of them.
+Status CopyRuns(const CachePin &src, const CachePin &dst, const std::vector<ByteRun> &runs) {
+  for (uint64_t tensor = 0; tensor < src.cache().geometry().num_tensors; ++tensor) {
+    for (const ByteRun &run : runs) {
+      const Result<std::byte *> from = src.Resolve(tensor, run.src_offset, run.length);
+      const Result<std::byte *> to = dst.Resolve(tensor, run.dst_offset, run.length);
+      if (!from.ok() || !to.ok()) {
+        return from.ok() ? to.status() : from.status();
+      }
+      std::memmove(to.value(), from.value(), run.length);
+    }
+  }
+  return Status::Ok();
+}
+
+// One side of CopyBlocksBetween: pinned, or the caller's addresses.
+struct BlockSide {
+  CachePin pin;
+  const std::vector<uint64_t> *addrs = nullptr;
+
+  size_t tensors() const { return pin ? pin.cache().geometry().num_tensors : addrs->size(); }
+  Result<std::byte *> Resolve(size_t tensor, uint64_t offset, uint64_t length) const {
+    if (pin) {
+      return pin.Resolve(tensor, offset, length);
+    }
+    if ((*addrs)[tensor] == 0 || !CheckedAdd((*addrs)[tensor], offset).has_value()) {
+      return Invalid("addrs[" + std::to_string(tensor) + "] = " + std::to_string((*addrs)[tensor]) +
+                     " is no address of a tensor");
+    }
+    return reinterpret_cast<std::byte *>(static_cast<uintptr_t>((*addrs)[tensor] + offset));
+  }
+};
+
+Status CheckSide(const char *name, const BlockSide &side, uint64_t block_bytes) {
+  if (side.pin && side.pin.cache().geometry().stride != block_bytes) {
+    return Invalid(std::string(name) + " cache: its blocks have " +
+                   std::to_string(side.pin.cache().geometry().stride) + " bytes, not " + std::to_string(block_bytes));
+  }
+  return Status::Ok();
+}
+
+}  // namespace
+
+Status Engine::CopyRow(int64_t dst_cache_id, int64_t src_cache_id, uint32_t dst_row, uint32_t src_row, uint64_t offset,
+                       int64_t size) {
+  if (Status status = CheckRowSize(size); !status.ok()) {
+    return status;
+  }
+  const Result<CachePin> src = endpoint_->caches()->Pin(src_cache_id);
+  if (!src.ok()) {
+    return src.status();
+  }
+  const Result<CachePin> dst = endpoint_->caches()->Pin(dst_cache_id);
+  if (!dst.ok()) {
+    return dst.status();
+  }
+  const CacheGeometry &from = src.value().cache().geometry();
+  const CacheGeometry &to = dst.value().cache().geometry();
+  if (from.num_tensors != to.num_tensors) {
+    return Invalid("the source cache has " + std::to_string(from.num_tensors) + " tensors, the destination cache " +
+                   std::to_string(to.num_tensors));
+  }
+  const RowMove move{src_row, dst_row, size, offset, offset};
+  const Result<std::vector<ByteRun>> runs = BuildRuns(move, from, to, from, true);
+  return runs.ok() ? CopyRuns(src.value(), dst.value(), runs.value()) : runs.status();
+}
+
+Status Engine::CopyBlocks(int64_t cache_id, const BlockMove &move) {
+  const Result<CachePin> cache = endpoint_->caches()->Pin(cache_id);
+  if (!cache.ok()) {
+    return cache.status();
+  }
+  const CacheGeometry &geometry = cache.value().cache().geometry();
+  for (const Status &status : {CheckBlockLists(move.src_blocks, move.dst_blocks), CheckSource(move, geometry),
+                               CheckDestination(move, geometry)}) {
+    if (!status.ok()) {
+      return status;
+    }
+  }
+  // Block by block: a source may be the destination of an earlier pair, so that runs would read it too early.
+  for (size_t i = 0; i < move.src_blocks.size(); ++i) {
+    const std::vector<ByteRun> run = {
+        {move.src_blocks[i] * geometry.stride, move.dst_blocks[i] * geometry.stride, geometry.stride}};
+    if (Status status = CopyRuns(cache.value(), cache.value(), run); !status.ok()) {
+      return status;
+    }
+  }
+  return Status::Ok();
+}
+
+Status Engine::CopyBlocksBetween(const LocalCache &src, const LocalCache &dst, uint64_t block_bytes,
+                                 const BlockMove &move) {
+  BlockSide sides[2];
+  const LocalCache *const caches[2] = {&src, &dst};
+  for (size_t i = 0; i < 2; ++i) {
+    sides[i].addrs = &caches[i]->addrs;
+    if (caches[i]->cache_id > 0) {
+      Result<CachePin> pin = endpoint_->caches()->Pin(caches[i]->cache_id);
+      if (!pin.ok()) {
+        return pin.status();
+      }
+      sides[i].pin = std::move(pin).value();
+    }
+  }
+  for (const Status &status : {CheckBlockLists(move.src_blocks, move.dst_blocks),
+                               CheckSide("src", sides[0], block_bytes), CheckSide("dst", sides[1], block_bytes)}) {
+    if (!status.ok()) {
+      return status;
+    }
+  }
+  if (sides[0].tensors() != sides[1].tensors() || block_bytes == 0) {
+    return Invalid("src cache has " + std::to_string(sides[0].tensors()) + " tensors, dst cache " +
+                   std::to_string(sides[1].tensors()) + ", blocks of " + std::to_string(block_bytes) + " bytes");
+  }
+  for (size_t tensor = 0; tensor < sides[0].tensors(); ++tensor) {
+    for (size_t i = 0; i < move.src_blocks.size(); ++i) {
+      const auto from_offset = CheckedMul(move.src_blocks[i], block_bytes);
+      const auto to_offset = CheckedMul(move.dst_blocks[i], block_bytes);
+      if (!from_offset.has_value() || !to_offset.has_value()) {
+        return Invalid("src_blocks[" + std::to_string(i) + "] or dst_blocks[" + std::to_string(i) +
+                       "] exceeds 64 bits");
+      }
+      const Result<std::byte *> from = sides[0].Resolve(tensor, *from_offset, block_bytes);
+      const Result<std::byte *> to = sides[1].Resolve(tensor, *to_offset, block_bytes);
+      if (!from.ok() || !to.ok()) {
+        return from.ok() ? to.status() : from.status();
+      }
+      std::memmove(to.value(), from.value(), block_bytes);
+    }
+  }
+  return Status::Ok();
+}
+
+}  // namespace datadist
