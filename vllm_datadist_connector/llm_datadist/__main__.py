@@ -14,7 +14,7 @@ import runpy
 import sys
 from pathlib import Path
 from types import TracebackType
-from typing import Final
+from typing import Final, NoReturn
 
 from vllm_datadist_connector.llm_datadist import aliases
 
@@ -40,6 +40,11 @@ def _prepare(first_path: str) -> None:
     os.environ["PYTHONPATH"] = os.pathsep.join([_SHIM, inherited] if inherited else [_SHIM])
 
 
+def _refuse(reason: str) -> NoReturn:
+    print(reason, file=sys.stderr)
+    sys.exit(2)
+
+
 def main() -> None:
     arguments = sys.argv[1:]
     if arguments[:1] in (["-h"], ["--help"]):
@@ -49,10 +54,9 @@ def main() -> None:
         sys.argv = arguments[1:]
         runpy.run_module(arguments[1], run_name="__main__", alter_sys=True)
     elif not arguments or arguments[0].startswith("-"):
-        sys.exit(_USAGE)
+        _refuse(_USAGE)
     elif not Path(arguments[0]).exists():
-        print(f"can't open file {arguments[0]!r}: no such file", file=sys.stderr)
-        sys.exit(2)
+        _refuse(f"can't open file {arguments[0]!r}: no such file")
     else:
         _prepare(str(Path(arguments[0]).resolve().parent))
         sys.argv = arguments

@@ -175,7 +175,7 @@ class LLMConfig:
         0, check_uint32, _emit_given("llm.LinkTotalTime"), "Seconds link() may take; 0: HCCL_CONNECT_TIMEOUT, else 120."
     )
     link_retry_count = _Option(
-        1, _check_retry_count, _emit_given("llm.LinkRetryCount"), "Attempts of link(), [1, 100]."
+        1, _check_retry_count, _emit_given("llm.LinkRetryCount"), "[1, 100]; link() tries for link_total_time."
     )
     rdma_traffic_class = _Option[int | None](
         None, check_uint32, _emit_given("llm.RdmaTrafficClass"), "Accepted; nothing here uses RDMA."

@@ -19,7 +19,6 @@ SWITCH_ROLE: Final = "llm.EnableSwitchRole"
 DEVICE_POOL: Final = "llm.MemPoolConfig"
 HOST_POOL: Final = "llm.HostMemPoolConfig"
 LINK_TOTAL_TIME: Final = "llm.LinkTotalTime"
-LINK_RETRY_COUNT: Final = "llm.LinkRetryCount"
 CLUSTER_INFO: Final = "llm.ClusterInfo"
 MEMORY_MAX: Final = "ge.flowGraphMemMaxSize"
 _DEVICES: Final = "ge.exec.deviceId"
@@ -41,7 +40,7 @@ _NATIVE_VERBATIM: Final = frozenset(
         "llm.RdmaTrafficClass",
         "llm.RdmaServiceLevel",
         LINK_TOTAL_TIME,
-        LINK_RETRY_COUNT,
+        "llm.LinkRetryCount",
     }
 )
 

@@ -204,13 +204,9 @@ class LLMDataDist:
         native = self._native()
         check_comm(comm_name, cluster_rank_info)
         check_isinstance("rank_table", rank_table, str, allow_none=False)
-        total_time_s = rank_tables.link_total_time_s(int(self._engine_options.get(engine_options.LINK_TOTAL_TIME, "0")))
-        status, comm_id = native.link_comm(
-            comm_name,
-            rank_tables.members_of(rank_table, cluster_rank_info),
-            total_time_s,
-            int(self._engine_options.get(engine_options.LINK_RETRY_COUNT, "1")),
-        )
+        configured_s = int(self._engine_options.get(engine_options.LINK_TOTAL_TIME, "0"))
+        members = rank_tables.members_of(rank_table, cluster_rank_info)
+        status, comm_id = native.link_comm(comm_name, members, rank_tables.link_total_time_s(configured_s))
         raise_on_failure(status, "link")
         if self._cache_manager is not None:
             self._cache_manager.set_is_call_linked()
