@@ -11,7 +11,7 @@
 // A comm that failed or is unlinked takes its links along.
 //
 // At most 16 comms prepare at a time, the others wait their turn; each preparation has a thread of its own, which
-// Unlink and Stop end at once and join.
+// Unlink and Stop wake, end and join. Only a dial that is under way keeps them waiting, 2 s at most.
 #ifndef DATADIST_LINK_COMM_TABLE_H_
 #define DATADIST_LINK_COMM_TABLE_H_
 
@@ -45,12 +45,15 @@ class CommTable {
   CommTable(const CommTable &) = delete;
   CommTable &operator=(const CommTable &) = delete;
 
-  // Returns a comm id, counting from 1, at once. LLM_PARAM_INVALID: name not 1..127 bytes or in use by a live comm, not
-  // 2..4 members, ranks not ascending, an id twice, our own id not among them, an address here and none there, too
-  // many comms. LLM_FAILED: our own address cannot be bound.
+  // Where the endpoint's own listener is: a comm with that address uses it. Empty: there is none.
+  void SetServerAddress(std::optional<SocketAddress> address);
+
+  // Returns a comm id, counting from 1, at once; `total_time` counts from the comm's turn. LLM_PARAM_INVALID: name not
+  // 1..127 bytes or in use by a comm that is not unlinked, not 2..4 members, ranks not ascending, an id twice, our own
+  // id not among them, an address here and none there, too many comms. LLM_FAILED: our own address cannot be bound.
   Result<int64_t> Link(const std::string &name, const std::vector<CommMember> &members, std::chrono::seconds total_time);
 
-  // Waits for the transfers that run on its links. LLM_NOT_YET_LINK: unknown id.
+  // Ends the preparation if need be, and waits for the transfers that run on its links. LLM_NOT_YET_LINK: unknown id.
   Status Unlink(int64_t comm_id);
 
   struct Report {
@@ -64,7 +67,7 @@ class CommTable {
   Status CheckReady(uint64_t cluster_id) const;
   bool Empty() const;
 
-  // Ends every comm. Idempotent.
+  // Ends every comm and refuses new ones; the links are left to LinkTable::Shut. Idempotent.
   void Stop();
 
  private:
