@@ -2,8 +2,9 @@
 // allocated here.
 //
 //   registered cache   the caller's memory: lives until Unregister; its keys are never consumed
-//   allocated cache    pool memory, counted by references: its id, and each key bound to a row. Deallocate drops the id,
-//                      RemoveKey and Consume drop a key; the last one frees the memory
+//   allocated cache    pool memory, counted by references: its id, and each key bound to it. Deallocate drops the id,
+//                      and the key of a blocks cache; RemoveKey and Consume drop a key; the last one frees the memory,
+//                      once no transfer uses it any more
 //
 // A cache whose id was dropped can still be pulled by its remaining keys, and by nothing else.
 //
@@ -47,6 +48,9 @@ class CacheRegistry {
   // two_sided: peers may name every cache, and a pull by a request key consumes it. Otherwise only remote accessible
   // caches can be named (LLM_PARAM_INVALID) and nothing is ever consumed.
   CacheRegistry(std::shared_ptr<RegionTable> regions, Pools pools, bool two_sided);
+  ~CacheRegistry();
+  CacheRegistry(const CacheRegistry &) = delete;
+  CacheRegistry &operator=(const CacheRegistry &) = delete;
 
   Result<int64_t> Register(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs,
                            const Registration &registration, const RowKeys &keys);
@@ -76,7 +80,7 @@ class CacheRegistry {
   // all when not two-sided.
   Status Consume(const CacheKey &key, uint64_t generation, uint32_t first_tensor, uint32_t count);
 
-  // Drops every key and cache; waits for pins.
+  // Drops every key and cache; waits for pins. Not beside Register or Allocate.
   void Clear();
 
  private:
@@ -84,27 +88,45 @@ class CacheRegistry {
     int64_t cache_id = 0;
     uint64_t generation = 0;
     uint32_t row = 0;
-    std::vector<bool> pulled;  // by tensor
+    std::vector<bool> pulled;  // by tensor; of an allocated cache
   };
+  // Pool memory of one cache; freed with the last holder, so that it outlives every pin.
+  struct OwnedMemory;
+  using Memory = std::shared_ptr<const OwnedMemory>;
   struct OwnedCache {
+    CacheLayout layout = CacheLayout::kContiguous;
     uint64_t references = 0;  // the id, if not dropped, and the keys
     bool id_dropped = false;
-    std::vector<uint64_t> addrs;
-    std::shared_ptr<MemoryPool> pool;
+    Memory memory;
   };
+  // Caches that lost their last reference. Declared before the lock and so destroyed after it: giving memory back to
+  // the kernel takes time, in which peers may go on.
+  using Garbage = std::vector<Memory>;
 
   bool HasPool() const { return pools_.device != nullptr || pools_.host != nullptr; }
-  Status CheckKeysLocked(const RowKeys &keys, const CacheGeometry &geometry) const;
-  void DropReferenceLocked(int64_t cache_id);
-  void DropKeysLocked(int64_t cache_id);
+  Result<Memory> AllocateMemory(const CacheGeometry &geometry) const;
+  Result<CachePin> PinByIdLocked(int64_t cache_id);
+  Result<NamedCache> FindLocked(const CacheRef &ref);
+  Result<NamedCache> FindByKeyLocked(const CacheKey &key);
+  Result<NamedCache> FindByAddressLocked(uint64_t address, uint64_t length);
+  bool IdDroppedLocked(int64_t cache_id) const;
+
+  Status CheckUnboundLocked(const RowKeys &keys) const;
+  // A request or prefix key that is bound already stays as it is; a blocks key is taken from the cache that has it.
+  Status BindLocked(int64_t cache_id, const RowKeys &keys, Garbage &garbage);
+  void UnbindLocked(std::map<CacheKey, Binding>::iterator binding, Garbage &garbage);
+  void UnbindAllLocked(int64_t cache_id, Garbage &garbage);
+  void DropReferenceLocked(int64_t cache_id, Garbage &garbage);
+  void ReleaseLocked(int64_t cache_id, Memory memory, Garbage &garbage);
+  void ReleaseAll();
 
   const std::shared_ptr<RegionTable> regions_;
   const Pools pools_;
   const bool two_sided_;
   // Taken before the region table's, never the other way round.
   std::mutex mutex_;
-  std::map<CacheKey, Binding> keys_;        // guarded by mutex_
-  std::map<int64_t, OwnedCache> owned_;     // guarded by mutex_
+  std::map<CacheKey, Binding> keys_;     // guarded by mutex_
+  std::map<int64_t, OwnedCache> owned_;  // guarded by mutex_
 };
 
 }  // namespace datadist

@@ -91,7 +91,8 @@ Result<uint64_t> MemoryPool::Allocate(uint64_t bytes) {
   const uint64_t page = uint64_t{1} << page_shift_;
   const std::lock_guard<std::mutex> lock(mutex_);
   const uint64_t wanted = bytes <= size_ ? RoundUp(bytes, page) : UINT64_MAX;
-  const auto found = std::find_if(free_.begin(), free_.end(), [wanted](const auto &run) { return run.second >= wanted; });
+  const auto fits = [wanted](const auto &run) { return run.second >= wanted; };
+  const auto found = std::find_if(free_.begin(), free_.end(), fits);
   if (found == free_.end()) {
     uint64_t left = 0;
     uint64_t largest = 0;
