@@ -15,9 +15,8 @@ _LEVELS: Final = {"0": logging.DEBUG, "1": logging.INFO, "2": logging.WARNING, "
 def _make_logger() -> logging.Logger:
     logger = logging.getLogger(LOGGER_NAME)
     handler = logging.StreamHandler(sys.stdout)
-    handler.setFormatter(
-        logging.Formatter("[%(levelname)s] %(name)s(%(process)d,%(threadName)s):%(asctime)s %(message)s")
-    )
+    line = "[%(levelname)s] %(name)s(%(process)d,%(threadName)s):%(asctime)s %(place)s%(message)s"
+    handler.setFormatter(logging.Formatter(line, defaults={"place": ""}))
     logger.addHandler(handler)
     logger.setLevel(_LEVELS.get(os.environ.get("ASCEND_GLOBAL_LOG_LEVEL", ""), logging.ERROR))
     logger.propagate = False  # an application that logs to its root would show every line twice
@@ -41,7 +40,7 @@ def _find_caller() -> str:
 
 def _log(level: int, message: object, args: tuple[object, ...]) -> None:
     if _LOGGER.isEnabledFor(level):
-        _LOGGER.log(level, f"%s {message}", _find_caller(), *args)
+        _LOGGER.log(level, message, *args, extra={"place": f"{_find_caller()} "})
 
 
 def info(message: object, *args: object) -> None:
