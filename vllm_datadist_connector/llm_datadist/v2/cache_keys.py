@@ -169,6 +169,13 @@ def named_key(key: CacheKey) -> _native.Key:
     return (_native.KEY_PREFIX, key.prefix_id, key.model_id)
 
 
+def removable_key(key: CacheKey) -> _native.Key:
+    """The engine's form of a key that may name nothing: no cache has it then."""
+    if key.req_id == key.prefix_id == INVALID_ID:
+        return (_native.KEY_REQUEST, INVALID_ID, key.model_id)
+    return named_key(key)
+
+
 def row_keys(keys: Sequence[CacheKey]) -> list[_native.Key | None]:
     """The engine's form of the keys of rows 0, 1, ...; None for a placeholder."""
     return [None if key.req_id == key.prefix_id == INVALID_ID else named_key(key) for key in keys]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import weakref
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, cast
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.llm_datadist.data_type import DataType
@@ -136,7 +136,9 @@ def _check_dim_index(name: str, index: int, shape: Sequence[int]) -> None:
 class Cache:
     """A cache of this process (LLM-DataDist Python: Cache). Made by a manager, or by create_cpu_cache."""
 
-    def __init__(self, cache_id: int, cache_desc: CacheDesc, tensor_addrs: Sequence[int], is_blocks_cache: bool) -> None:
+    def __init__(
+        self, cache_id: int, cache_desc: CacheDesc, tensor_addrs: Sequence[int], is_blocks_cache: bool
+    ) -> None:
         self._cache_id = cache_id
         self._cache_desc = copy.deepcopy(cache_desc)
         self._tensor_addrs = list(tensor_addrs)
@@ -172,6 +174,7 @@ class Cache:
         placement is not HOST or the number of addresses is wrong.
         """
         check_cpu_desc(cache_desc)
+        check_address_types("addrs", addrs)
         check_addresses("addrs", addrs, cache_desc.num_tensors)
         return Cache(CPU_CACHE_ID, cache_desc, addrs, is_blocks_cache=True)
 
@@ -225,9 +228,11 @@ class KvCache(Cache):
         check_isinstance("addrs", addrs, (list, tuple), allow_none=False)
         nested = bool(addrs) and isinstance(addrs[0], (list, tuple))
         check_list_element("addrs", addrs, (list, tuple) if nested else int)
-        per_device = list(addrs) if nested else [addrs]
+        per_device = cast("Sequence[Sequence[int]]", addrs if nested else [addrs])
         for device, device_addrs in enumerate(per_device):
-            check_addresses(f"addrs[{device}]" if nested else "addrs", device_addrs, cache_desc.num_tensors)
+            name = f"addrs[{device}]" if nested else "addrs"
+            check_address_types(name, device_addrs)
+            check_addresses(name, device_addrs, cache_desc.num_tensors)
         return KvCache(CPU_CACHE_ID, cache_desc, per_device, is_blocks_cache=True)
 
     def __del__(self) -> None:
@@ -243,12 +248,16 @@ def check_cpu_desc(cache_desc: CacheDesc) -> None:
         raise param_invalid("cache_desc.placement", cache_desc.placement, str(Placement.HOST))
 
 
-def check_addresses(name: str, addrs: object, num_tensors: int) -> None:
-    check_list_element(name, addrs, int, allow_none=False)
-    if not isinstance(addrs, (list, tuple)):
-        return
-    for index, addr in enumerate(addrs):
-        check_uint64(f"{name}[{index}]", addr)
+def check_address_types(name: str, addrs: object, containers: type | tuple[type, ...] = (list, tuple)) -> None:
+    """TypeError unless one of `containers` with int elements; ValueError if one does not fit uint64."""
+    check_list_element(name, addrs, int, allow_none=False, containers=containers)
+    if isinstance(addrs, (list, tuple)):
+        for index, addr in enumerate(addrs):
+            check_uint64(f"{name}[{index}]", addr)
+
+
+def check_addresses(name: str, addrs: Sequence[int], num_tensors: int) -> None:
+    """LLMException (LLM_PARAM_INVALID) unless there is one address per tensor."""
     if len(addrs) != num_tensors:
         raise param_invalid(f"len({name})", len(addrs), f"{num_tensors}, num_tensors of the cache_desc")
     if 0 in addrs:

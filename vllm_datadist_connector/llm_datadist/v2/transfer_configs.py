@@ -11,9 +11,9 @@ from vllm_datadist_connector.llm_datadist.utils.utils import (
     check_list_element,
     check_uint32,
     check_uint64,
-    is_valid_layer_range,
 )
 from vllm_datadist_connector.llm_datadist.v2.cache_keys import BlocksCacheKey, CacheKeyByIdAndIndex
+from vllm_datadist_connector.llm_datadist.v2.llm_utils import check_layer_range
 
 
 class LayerSynchronizer(ABC):
@@ -22,13 +22,6 @@ class LayerSynchronizer(ABC):
     @abstractmethod
     def synchronize_layer(self, layer_index: int, timeout_in_millis: int | None) -> bool:
         """Waits until layer `layer_index` may be read. False ends the task: its transfers get LLM_PARAM_INVALID."""
-
-
-def check_layer_range(name: str, layers: range | None, allow_none: bool) -> None:
-    """TypeError unless a range; LLMException (LLM_PARAM_INVALID) unless its step is 1 and 0 <= start < stop."""
-    check_isinstance(name, layers, range, allow_none)
-    if layers is not None and not is_valid_layer_range(layers):
-        raise param_invalid(name, layers, "a range with step 1 and 0 <= start < stop")
 
 
 class TransferConfig:
