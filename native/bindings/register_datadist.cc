@@ -6,6 +6,7 @@
 
 #include "arguments.h"
 #include "calls.h"
+#include "memory/region_table.h"
 #include "named_tuple.h"
 #include "register.h"
 

@@ -159,7 +159,7 @@ TEST_F(SessionTest, CallGetsTheAnswerWithItsSeq) {
     ASSERT_TRUE(request.ok());
     Send(MessageType::kCacheInfo, request.value().seq, {1, 2, 3});
   });
-  const Result<Frame> answer = session_->Call(MessageType::kDescribe, Encode(DescribeRequest{1}),
+  const Result<Frame> answer = session_->Call(MessageType::kDescribe, Encode(DescribeRequest{CacheRef::Id(1)}),
                                               MessageType::kCacheInfo, Deadline::In(kLong));
   peer.join();
   ASSERT_TRUE(answer.ok()) << answer.status().text();

@@ -94,12 +94,6 @@ TEST_F(TwoEndpoints, LastErrorIsOfTheThreadsLastCall) {
   EXPECT_STREQ(GetLastErrorText(), "");
 }
 
-TEST_F(TwoEndpoints, CallsOfTheNextVersionAreNotEnabled) {
-  EXPECT_EQ(a_.datadist().SetRole(LlmRole::kPrompt), LLM_FEATURE_NOT_ENABLED);
-  EXPECT_EQ(a_.datadist().PullKvCache({}, Cache{}), LLM_FEATURE_NOT_ENABLED);
-  EXPECT_EQ(a_.datadist().PushKvCache(Cache{}, {}), LLM_FEATURE_NOT_ENABLED);
-}
-
 TEST_F(TwoEndpoints, ListenPort) {
   uint16_t port = 0;
   EXPECT_EQ(QueryListenPort(b_.datadist(), port), LLM_SUCCESS);

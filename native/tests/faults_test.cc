@@ -159,7 +159,7 @@ TEST_F(Faults, MalformedFramesCostOneConnectionEach) {
       {"trailing byte", EncodeFrame(MessageType::kHello, 1, trailing)},
       {"empty hello", EncodeFrame(MessageType::kHello, 1, {})},
       {"ping before hello", EncodeFrame(MessageType::kPing, 1, {})},
-      {"describe before hello", EncodeFrame(MessageType::kDescribe, 1, Encode(DescribeRequest{1}))},
+      {"describe before hello", EncodeFrame(MessageType::kDescribe, 1, Encode(DescribeRequest{CacheRef::Id(1)}))},
       {"established before hello", EncodeFrame(MessageType::kEstablished, 1, {})},
       {"attach with a token of nobody", EncodeFrame(MessageType::kAttach, 1, Encode(Attach{}))},
       {"http", [] {

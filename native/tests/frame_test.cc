@@ -127,11 +127,16 @@ EndpointInfo SomeEndpoint() {
 
 CacheInfo SomeCache(uint32_t tensors, size_t addrs) {
   CacheInfo info;
-  info.cache.cache_id = 3;
-  info.cache.generation = 9;
-  info.cache.geometry = CacheGeometry{llm_datadist::CachePlacement::kHost, tensors, 4, 256, 64};
-  info.cache.stamp_addr = 77;
-  info.cache.tensor_addrs.assign(addrs, 0xABCDEF);
+  RemoteCache &cache = info.target.cache;
+  cache.cache_id = 3;
+  cache.generation = 9;
+  cache.geometry = CacheGeometry{llm_datadist::CachePlacement::kHost, CacheLayout::kMix, tensors, 4, 4, 256, 64};
+  cache.stamp_addr = 77;
+  cache.tensor_addrs.assign(addrs, 0xABCDEF);
+  info.target.has_row = true;
+  info.target.row = 3;
+  info.target.offset = 200;
+  info.target.lasting = true;
   return info;
 }
 
@@ -148,12 +153,17 @@ void ExpectExact(const Message &message) {
 }
 
 TEST(Messages, AreExact) {
-  ExpectExact(Hello{{1, 2}, SomeEndpoint(), 1234, true});
+  ExpectExact(Hello{{1, 2}, SomeEndpoint(), 1234, true, "comm"});
   ExpectExact(Welcome{SomeEndpoint(), {}});
   ExpectExact(Reject{Status(llm_datadist::LLM_ALREADY_LINK, "why")});
   ExpectExact(Ready{TransportKind::kCma, "why"});
   ExpectExact(Attach{{}, Initiator::kServer, 15});
-  ExpectExact(DescribeRequest{-5});
+  ExpectExact(DescribeRequest{CacheRef::Id(-5)});
+  ExpectExact(DescribeRequest{CacheRef::Key(CacheKey{KeyKind::kPrefix, ~0ULL, 1})});
+  ExpectExact(DescribeRequest{CacheRef::Address(~0ULL, ~0ULL)});
+  ExpectExact(ConsumeRequest{CacheKey{KeyKind::kBlocks, 0, 7}, 3, 4, 5});
+  ExpectExact(Consumed{Status::Ok()});
+  ExpectExact(Consumed{Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST, "pulled by another")});
   ExpectExact(SomeCache(2, 2));
   ExpectExact(SomeCache(2, 0));
   ExpectExact(CacheInfo{Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST, "gone"), {}});
@@ -165,7 +175,7 @@ TEST(Messages, AreExact) {
 }
 
 TEST(Messages, ValuesAreReadBack) {
-  const Result<Hello> hello = Decode<Hello>(Encode(Hello{{1, 2}, SomeEndpoint(), 1234, true}));
+  const Result<Hello> hello = Decode<Hello>(Encode(Hello{{1, 2}, SomeEndpoint(), 1234, true, "comm"}));
   ASSERT_TRUE(hello.ok());
   EXPECT_EQ(hello.value().client.cluster_id, ~0ULL - 1);
   EXPECT_EQ(hello.value().client.host.boot_id, SomeEndpoint().host.boot_id);
@@ -174,8 +184,18 @@ TEST(Messages, ValuesAreReadBack) {
   EXPECT_TRUE(hello.value().force_link);
   const Result<CacheInfo> cache = Decode<CacheInfo>(Encode(SomeCache(2, 2)));
   ASSERT_TRUE(cache.ok());
-  EXPECT_EQ(cache.value().cache.geometry.stride, 64U);
-  EXPECT_EQ(cache.value().cache.tensor_addrs, SomeCache(2, 2).cache.tensor_addrs);
+  const RemoteTarget &target = cache.value().target;
+  EXPECT_EQ(target.cache.geometry.stride, 64U);
+  EXPECT_EQ(target.cache.geometry.batch_size, 4U);
+  EXPECT_EQ(target.cache.tensor_addrs, SomeCache(2, 2).target.cache.tensor_addrs);
+  EXPECT_EQ(target.row, 3U);
+  EXPECT_EQ(target.offset, 200U);
+  EXPECT_TRUE(target.lasting);
+  EXPECT_EQ(hello.value().comm_name, "comm");
+  const Result<DescribeRequest> by_key =
+      Decode<DescribeRequest>(Encode(DescribeRequest{CacheRef::Key(CacheKey{KeyKind::kPrefix, 5, 6})}));
+  ASSERT_TRUE(by_key.ok());
+  EXPECT_EQ(by_key.value().ref.key, (CacheKey{KeyKind::kPrefix, 5, 6}));
 }
 
 TEST(Messages, ValuesOutOfRangeAreRefused) {
@@ -192,9 +212,20 @@ TEST(Messages, ValuesOutOfRangeAreRefused) {
   EXPECT_FALSE(Decode<Ready>(Encode(Ready{static_cast<TransportKind>(9), ""})).ok());
   EXPECT_FALSE(Decode<CacheInfo>(Encode(SomeCache(3, 2))).ok()) << "addresses that do not match the tensors";
   EXPECT_FALSE(Decode<CacheInfo>(Encode(SomeCache(0, 0))).ok());
-  CacheInfo stride = SomeCache(2, 2);
-  stride.cache.geometry.stride = 65;
-  EXPECT_FALSE(Decode<CacheInfo>(Encode(stride)).ok());
+  const auto refused = [](auto change) {
+    CacheInfo info = SomeCache(2, 2);
+    change(info.target);
+    return !Decode<CacheInfo>(Encode(info)).ok();
+  };
+  EXPECT_TRUE(refused([](RemoteTarget &target) { target.row = 4; }));
+  EXPECT_TRUE(refused([](RemoteTarget &target) { target.tensor = 2; }));
+  EXPECT_TRUE(refused([](RemoteTarget &target) { target.offset = 257; }));
+  EXPECT_TRUE(refused([](RemoteTarget &target) { target.cache.geometry.layout = static_cast<CacheLayout>(3); }));
+  EXPECT_TRUE(refused([](RemoteTarget &target) {
+    target.cache.geometry.batch_size = 0;
+    target.cache.geometry.num_blocks = 0;
+  }));
+  EXPECT_FALSE(Decode<ConsumeRequest>(Encode(ConsumeRequest{CacheKey{static_cast<KeyKind>(4), 0, 0}, 0, 0, 0})).ok());
 }
 
 TEST(Messages, TheLargestCacheFitsIntoAFrame) {

@@ -1,4 +1,4 @@
-// From a call's arguments to tensors and runs: the worked examples of the API and every refusal.
+// From a call's layers to tensors: the worked examples of the API and every refusal.
 #include "transfer/plan.h"
 
 #include <gtest/gtest.h>
@@ -27,15 +27,6 @@ KvCacheExtParam Ext(std::pair<int32_t, int32_t> src, std::pair<int32_t, int32_t>
 void ExpectInvalid(const Status &status, const std::string &text) {
   EXPECT_EQ(status.code(), LLM_PARAM_INVALID);
   EXPECT_NE(status.text().find(text), std::string::npos) << status.text();
-}
-
-void ExpectRuns(const std::vector<Run> &runs, const std::vector<Run> &expected) {
-  ASSERT_EQ(runs.size(), expected.size());
-  for (size_t i = 0; i < runs.size(); ++i) {
-    EXPECT_EQ(runs[i].remote_offset, expected[i].remote_offset) << i;
-    EXPECT_EQ(runs[i].local_offset, expected[i].local_offset) << i;
-    EXPECT_EQ(runs[i].length, expected[i].length) << i;
-  }
 }
 
 // ---- arguments ----
@@ -70,56 +61,74 @@ TEST(Blocks, Indices) {
   ExpectInvalid(CheckBlockIndices("src_blocks", {~uint64_t{0}}, Geometry(1)), "src_blocks[0]");
 }
 
-TEST(Blocks, StridesMustAgree) {
-  EXPECT_TRUE(CheckEqualStrides(Geometry(1), Geometry(2, 9)).ok());
-  ExpectInvalid(CheckEqualStrides(Geometry(1), Geometry(1, 4, 128)), "64 bytes in the local cache, 128");
-}
-
-TEST(Blocks, RunsGrowOnlyWhereBothListsAscend) {
-  ExpectRuns(BuildBlockRuns({0, 1, 3}, {2, 3, 0}, 64), {{0, 128, 128}, {192, 0, 64}});
-  ExpectRuns(BuildBlockRuns({1, 0}, {1, 0}, 64), {{64, 64, 64}, {0, 0, 64}});
-  ExpectRuns(BuildBlockRuns({0, 0}, {1, 2}, 64), {{0, 64, 64}, {0, 128, 64}});
-  ExpectRuns(BuildBlockRuns({0, 1}, {1, 1}, 64), {{0, 64, 64}, {64, 64, 64}});
-  ExpectRuns(BuildBlockRuns({0, 1, 2, 3}, {0, 1, 2, 3}, 64), {{0, 0, 256}});
+TEST(Blocks, ContiguousCachesHaveNone) {
+  CacheGeometry contiguous = Geometry(1);
+  contiguous.layout = CacheLayout::kContiguous;
+  contiguous.num_blocks = 0;
+  ExpectInvalid(CheckBlockIndices("src_blocks", {0}, contiguous), "src_blocks: the cache is contiguous");
 }
 
 // ---- pull ----
 
+Result<PullSelection> Select(const KvCacheExtParam &ext, const CacheGeometry &local) {
+  return SelectPullTensors(ChooseLayers(ext), local);
+}
+
 TEST(PullTensors, AllUnlessBothRangesAreGiven) {
   for (const KvCacheExtParam &ext : {KvCacheExtParam{}, Ext({0, 0}, {-1, -1}), Ext({-1, -1}, {1, 2}, 7)}) {
-    const auto selection = SelectPullTensors(ext, Geometry(10));
+    const auto selection = Select(ext, Geometry(10));
     ASSERT_TRUE(selection.ok());
-    EXPECT_TRUE(selection.value().all_tensors);
+    EXPECT_TRUE(selection.value().whole_source);
     EXPECT_EQ(selection.value().tensors.count, 10U);
-    EXPECT_TRUE(CheckPullSource(selection.value(), Geometry(10), Geometry(10)).ok());
-    ExpectInvalid(CheckPullSource(selection.value(), Geometry(10), Geometry(12)), "12 tensors, the local cache 10");
-    ExpectInvalid(CheckPullSource(selection.value(), Geometry(10), Geometry(8)), "8 tensors, the local cache 10");
+    EXPECT_TRUE(CheckPullSource(selection.value(), Geometry(10)).ok());
+    ExpectInvalid(CheckPullSource(selection.value(), Geometry(12)), "12 tensors, the destination 10");
+    ExpectInvalid(CheckPullSource(selection.value(), Geometry(8)), "8 tensors, the destination 10");
   }
 }
 
 TEST(PullTensors, RangesArePairedInOrder) {
-  const auto two = SelectPullTensors(Ext({1, 2}, {0, 1}), Geometry(10));
+  const auto two = Select(Ext({1, 2}, {0, 1}), Geometry(10));
   ASSERT_TRUE(two.ok());
   EXPECT_EQ(two.value().tensors.src_first, 2U);
   EXPECT_EQ(two.value().tensors.dst_first, 0U);
   EXPECT_EQ(two.value().tensors.count, 4U);
-  const auto one = SelectPullTensors(Ext({1, 2}, {0, 1}, 1), Geometry(10));
+  const auto one = Select(Ext({1, 2}, {0, 1}, 1), Geometry(10));
   ASSERT_TRUE(one.ok());
   EXPECT_EQ(one.value().tensors.src_first, 1U);
   EXPECT_EQ(one.value().tensors.count, 2U);
-  EXPECT_TRUE(CheckPullSource(two.value(), Geometry(10), Geometry(6)).ok()) << "tensor counts may differ with ranges";
-  ExpectInvalid(CheckPullSource(two.value(), Geometry(10), Geometry(5)), "tensors 2..5, the remote cache has 5");
-  ExpectInvalid(CheckPullSource(two.value(), Geometry(10), Geometry(10, 4, 32)), "block size differs");
+  EXPECT_TRUE(CheckPullSource(two.value(), Geometry(6)).ok()) << "tensor counts may differ with ranges";
+  ExpectInvalid(CheckPullSource(two.value(), Geometry(5)), "tensors 2..5, the remote cache has 5");
+}
+
+TEST(PullTensors, OneRangeAlone) {
+  const auto from = SelectPullTensors({LayerSpan{1, 5}, std::nullopt, 2}, Geometry(10));
+  ASSERT_TRUE(from.ok()) << from.status().text();
+  EXPECT_EQ(from.value().tensors.src_first, 2U);
+  EXPECT_EQ(from.value().tensors.count, 10U);
+  EXPECT_FALSE(from.value().whole_source);
+  ExpectInvalid(SelectPullTensors({LayerSpan{1, 2}, std::nullopt, 2}, Geometry(10)).status(),
+                "selects 4 tensors, the destination 10");
+  const auto to = SelectPullTensors({std::nullopt, LayerSpan{1, 2}, 2}, Geometry(10));
+  ASSERT_TRUE(to.ok());
+  EXPECT_EQ(to.value().tensors.dst_first, 2U);
+  EXPECT_TRUE(CheckPullSource(to.value(), Geometry(4)).ok());
+  ExpectInvalid(CheckPullSource(to.value(), Geometry(10)), "10 tensors, the destination 4");
 }
 
 TEST(PullTensors, Refusals) {
   for (const uint8_t per_layer : {uint8_t{3}, uint8_t{7}, uint8_t{17}}) {
-    ExpectInvalid(SelectPullTensors(Ext({0, 1}, {0, 1}, per_layer), Geometry(10)).status(), "does not divide");
+    ExpectInvalid(Select(Ext({0, 1}, {0, 1}, per_layer), Geometry(10)).status(), "does not divide");
   }
-  ExpectInvalid(SelectPullTensors(Ext({0, 1}, {4, 5}), Geometry(10)).status(), "dst_layer_range {4, 5}");
-  ExpectInvalid(SelectPullTensors(Ext({0, 0}, {0, 1}), Geometry(10)).status(), "differ in length");
-  ExpectInvalid(SelectPullTensors(Ext({INT32_MAX, INT32_MAX}, {0, 0}), Geometry(10)).status(), "every cache");
-  ExpectInvalid(SelectPullTensors(Ext({0, INT32_MAX}, {0, INT32_MAX}), Geometry(10)).status(), "dst_layer_range");
+  ExpectInvalid(Select(Ext({0, 1}, {4, 5}), Geometry(10)).status(), "dst_layer_range 4..5");
+  ExpectInvalid(Select(Ext({0, 0}, {0, 1}), Geometry(10)).status(), "selects 2 tensors, the destination 4");
+  ExpectInvalid(Select(Ext({INT32_MAX, INT32_MAX}, {0, 0}), Geometry(10)).status(), "every cache");
+  ExpectInvalid(Select(Ext({0, INT32_MAX}, {0, INT32_MAX}), Geometry(10)).status(), "dst_layer_range");
+  for (const LayerSpan &span : {LayerSpan{-1, 1}, LayerSpan{0, 0}, LayerSpan{0, -1}, LayerSpan{INT64_MAX / 2, 4}}) {
+    ExpectInvalid(SelectPullTensors({std::nullopt, span, 2}, Geometry(10)).status(), "dst_layer_range");
+    ExpectInvalid(SelectPullTensors({span, std::nullopt, 2}, Geometry(10)).status(), "src_layer_range");
+  }
+  ExpectInvalid(SelectPullTensors({LayerSpan{0, 1}, LayerSpan{0, 1}, 0}, Geometry(10)).status(),
+                "tensor_num_per_layer 0");
 }
 
 // ---- push ----
@@ -142,30 +151,25 @@ TEST(PushLayers, AllLayersOfTheCallersCount) {
 TEST(PushLayers, EachLayerIsCheckedOnBothSides) {
   const auto layers = SelectPushLayers(Ext({1, 2}, {3, 4}), 0);
   ASSERT_TRUE(layers.ok());
+  EXPECT_EQ(layers.value().src_first, 1);
+  EXPECT_EQ(layers.value().dst_first, 3);
   ASSERT_EQ(layers.value().count, 2);
-  ASSERT_TRUE(CheckPushDestination(layers.value(), 1, 2, Geometry(10)).ok());
-  const auto pairing = SelectPushTensors(layers.value(), 1, 2, Geometry(6));
-  ASSERT_TRUE(pairing.ok());
-  EXPECT_EQ(pairing.value().src_first, 4U);
-  EXPECT_EQ(pairing.value().dst_first, 8U);
-  EXPECT_EQ(pairing.value().count, 2U);
-  ExpectInvalid(CheckPushDestination(layers.value(), 1, 2, Geometry(9)), "dst layer 4");
-  ExpectInvalid(SelectPushTensors(layers.value(), 1, 2, Geometry(5)).status(), "src layer 2");
+  EXPECT_TRUE(CheckPushDestination(4, 2, Geometry(10)).ok());
+  EXPECT_TRUE(CheckPushSource(2, 2, Geometry(6)).ok());
+  ExpectInvalid(CheckPushDestination(4, 2, Geometry(9)), "dst layer 4");
+  ExpectInvalid(CheckPushSource(2, 2, Geometry(5)), "src layer 2");
 }
 
 TEST(PushLayers, Refusals) {
-  const auto no_destination = SelectPushLayers(Ext({0, 0}, {-1, -1}), 0);
-  ASSERT_TRUE(no_destination.ok()) << "told only after link and remote cache were looked up";
-  ExpectInvalid(CheckPushDestination(no_destination.value(), 0, 2, Geometry(10)), "dst layer -1");
-  const auto beyond = SelectPushLayers(Ext({4, 5}, {4, 5}), 0);
-  EXPECT_TRUE(CheckPushDestination(beyond.value(), 0, 2, Geometry(10)).ok());
-  ExpectInvalid(CheckPushDestination(beyond.value(), 1, 2, Geometry(10)), "dst layer 5");
-  const auto uneven = SelectPushLayers(Ext({-1, -1}, {-1, -1}, 3), 10);
-  ExpectInvalid(SelectPushTensors(uneven.value(), 0, 3, Geometry(10)).status(), "does not divide");
-  const auto too_wide = SelectPushLayers(Ext({-1, -1}, {-1, -1}, 17), 10);
-  ExpectInvalid(CheckPushDestination(too_wide.value(), 0, 17, Geometry(10)), "dst layer 0");
-  const auto huge = SelectPushLayers(Ext({INT32_MAX, INT32_MAX}, {INT32_MAX, INT32_MAX}, 255), 1);
-  ExpectInvalid(CheckPushDestination(huge.value(), 0, 255, Geometry(10)), "dst layer 2147483647");
+  EXPECT_EQ(SelectPushLayers(Ext({0, 0}, {-1, -1}), 0).value().dst_first, -1)
+      << "told only after link and remote cache were looked up";
+  ExpectInvalid(CheckPushDestination(-1, 2, Geometry(10)), "dst layer -1");
+  ExpectInvalid(CheckPushDestination(5, 2, Geometry(10)), "dst layer 5");
+  ExpectInvalid(CheckPushSource(0, 3, Geometry(10)), "does not divide");
+  ExpectInvalid(CheckPushSource(-1, 2, Geometry(10)), "src layer -1");
+  ExpectInvalid(CheckPushDestination(0, 17, Geometry(10)), "dst layer 0");
+  ExpectInvalid(CheckPushDestination(0, 0, Geometry(10)), "tensor_num_per_layer 0");
+  ExpectInvalid(CheckPushDestination(INT32_MAX, 255, Geometry(10)), "dst layer 2147483647");
 }
 
 }  // namespace

@@ -2,6 +2,10 @@
 
 #include <algorithm>
 #include <array>
+#include <charconv>
+#include <limits>
+#include <optional>
+#include <utility>
 
 #include "llm_datadist/llm_datadist.h"
 
@@ -11,7 +15,10 @@ namespace {
 using llm_datadist::LLM_PARAM_INVALID;
 
 constexpr int kMaxDepth = 64;
-constexpr std::array<std::string_view, 3> kKnownVersions = {"1.0", "1.2", "1.3"};
+constexpr std::array<std::string_view, 3> kKnownVersions = {R"("1.0")", R"("1.2")", R"("1.3")"};
+constexpr uint32_t kMinPageShift = 10;
+constexpr uint32_t kMaxPageShift = 30;
+constexpr uint64_t kMaxPoolPages = std::numeric_limits<uint32_t>::max() - uint64_t{1};
 
 class JsonScanner {
  public:
@@ -24,7 +31,7 @@ class JsonScanner {
     return ok && at_ == text_.size();
   }
   size_t position() const { return at_; }
-  const JsonObjectInfo &info() const { return info_; }
+  JsonMembers TakeMembers() { return std::move(members_); }
 
  private:
   char Peek() const { return at_ < text_.size() ? text_[at_] : '\0'; }
@@ -85,9 +92,9 @@ class JsonScanner {
       if (!ScanValue(depth + 1)) {
         return false;
       }
-      if (depth == 0 && key == "\"version\"" && text_[value_at] == '"') {
-        info_.has_version = true;
-        info_.version = std::string(text_.substr(value_at + 1, at_ - value_at - 2));
+      if (depth == 0) {
+        members_.insert_or_assign(std::string(key.substr(1, key.size() - 2)),
+                                  std::string(text_.substr(value_at, at_ - value_at)));
       }
       SkipSpace();
     } while (Accept(','));
@@ -179,18 +186,56 @@ class JsonScanner {
 
   const std::string_view text_;
   size_t at_ = 0;
-  JsonObjectInfo info_;
+  JsonMembers members_;
 };
+
+// A number without sign, fraction and exponent. `missing` where there is no such member, if it may be missing.
+Result<uint64_t> ReadUnsigned(const JsonMembers &members, const char *name, uint64_t lowest, uint64_t highest,
+                              std::optional<uint64_t> missing) {
+  const auto member = members.find(name);
+  if (member == members.end() && missing.has_value()) {
+    return *missing;
+  }
+  uint64_t number = 0;
+  bool ok = member != members.end();
+  if (ok) {
+    const std::string &value = member->second;
+    const auto [stopped, error] = std::from_chars(value.data(), value.data() + value.size(), number);
+    ok = error == std::errc() && stopped == value.data() + value.size() && number >= lowest && number <= highest;
+  }
+  if (!ok) {
+    return Status(LLM_PARAM_INVALID, std::string(name) + (member == members.end() ? " is missing" : ": " + member->second) +
+                                         ", allowed: a number in " + std::to_string(lowest) + ".." +
+                                         std::to_string(highest));
+  }
+  return number;
+}
+
+Result<PoolConfig> PoolConfigOf(const JsonMembers &members) {
+  constexpr PoolConfig kDefaults;
+  const Result<uint64_t> shift = ReadUnsigned(members, "page_shift", kMinPageShift, kMaxPageShift, kDefaults.page_shift);
+  if (!shift.ok()) {
+    return shift.status();
+  }
+  const auto page_shift = static_cast<uint32_t>(shift.value());
+  // The last byte before there would be a page too many.
+  const uint64_t highest = ((kMaxPoolPages + 1) << page_shift) - 1;
+  const Result<uint64_t> size = ReadUnsigned(members, "memory_size", 1, highest, std::nullopt);
+  if (!size.ok()) {
+    return size.status();
+  }
+  return PoolConfig{size.value(), page_shift};
+}
 
 }  // namespace
 
-Result<JsonObjectInfo> CheckJsonObject(std::string_view text) {
+Result<JsonMembers> ParseJsonObject(std::string_view text) {
   JsonScanner scanner(text);
   if (!scanner.ScanDocument()) {
     return Status(LLM_PARAM_INVALID,
                   "not a well-formed JSON object (at byte " + std::to_string(scanner.position()) + ")");
   }
-  return scanner.info();
+  return scanner.TakeMembers();
 }
 
 Status CheckLocalCommRes(std::string_view text) {
@@ -198,16 +243,26 @@ Status CheckLocalCommRes(std::string_view text) {
     return Status::Ok();
   }
   const std::string option = llm_datadist::OPTION_LOCAL_COMM_RES;
-  const Result<JsonObjectInfo> info = CheckJsonObject(text);
-  if (!info.ok()) {
-    return Status(LLM_PARAM_INVALID, option + ": " + info.status().text());
+  const Result<JsonMembers> members = ParseJsonObject(text);
+  if (!members.ok()) {
+    return Status(LLM_PARAM_INVALID, option + ": " + members.status().text());
   }
-  const std::string &version = info.value().version;
-  if (std::find(kKnownVersions.begin(), kKnownVersions.end(), version) == kKnownVersions.end()) {
-    const std::string said = info.value().has_version ? "version '" + version + "'" : std::string("no version");
-    return Status(LLM_PARAM_INVALID, option + ": " + said + ", allowed: '1.0', '1.2', '1.3'");
+  const auto version = members.value().find("version");
+  const bool given = version != members.value().end();
+  if (!given || std::find(kKnownVersions.begin(), kKnownVersions.end(), version->second) == kKnownVersions.end()) {
+    const std::string said = given ? "version " + version->second : std::string("no version");
+    return Status(LLM_PARAM_INVALID, option + ": " + said + R"(, allowed: "1.0", "1.2", "1.3")");
   }
   return Status::Ok();
+}
+
+Result<PoolConfig> ParsePoolConfig(const char *option, std::string_view text) {
+  const Result<JsonMembers> members = ParseJsonObject(text);
+  const Result<PoolConfig> config = members.ok() ? PoolConfigOf(members.value()) : members.status();
+  if (!config.ok()) {
+    return Status(LLM_PARAM_INVALID, std::string(option) + ": '" + std::string(text) + "': " + config.status().text());
+  }
+  return config;
 }
 
 }  // namespace datadist

@@ -1,25 +1,29 @@
-// Whether a text is one well-formed JSON object, and what its top-level "version" says. The engine uses nothing else of
-// the JSON options of the API: they describe devices that a host does not have.
+// The JSON options of the API. The engine uses little of them: most describe devices that a host does not have.
 #ifndef DATADIST_ENGINE_JSON_CHECK_H_
 #define DATADIST_ENGINE_JSON_CHECK_H_
 
+#include <map>
 #include <string>
 #include <string_view>
 
 #include "base/status.h"
+#include "cache/memory_pool.h"
 
 namespace datadist {
 
-struct JsonObjectInfo {
-  bool has_version = false;
-  std::string version;  // the text between the quotes
-};
+// The members of an object: its keys as they are written between their quotes, its values as they are written. Of a key
+// that comes twice the last value counts.
+using JsonMembers = std::map<std::string, std::string>;
 
-// LLM_PARAM_INVALID, with the position, when malformed. Nesting is limited, so that no text can exhaust the stack.
-Result<JsonObjectInfo> CheckJsonObject(std::string_view text);
+// Whether the text is one well-formed object; LLM_PARAM_INVALID, with the position, otherwise. Nesting is limited, so
+// that no text can exhaust the stack.
+Result<JsonMembers> ParseJsonObject(std::string_view text);
 
 // OPTION_LOCAL_COMM_RES: empty, or an object of a known version.
 Status CheckLocalCommRes(std::string_view text);
+
+// `option` says whose value the text is.
+Result<PoolConfig> ParsePoolConfig(const char *option, std::string_view text);
 
 }  // namespace datadist
 

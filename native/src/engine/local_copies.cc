@@ -75,7 +75,7 @@ Status Engine::CopyRow(int64_t dst_cache_id, int64_t src_cache_id, uint32_t dst_
                    std::to_string(to.num_tensors));
   }
   const RowMove move{src_row, dst_row, size, offset, offset};
-  const Result<std::vector<ByteRun>> runs = BuildRuns(move, from, to, from, true);
+  const Result<std::vector<ByteRun>> runs = BuildRuns(move, from, to, LocalSide::kSource, true);
   return runs.ok() ? CopyRuns(src.value(), dst.value(), runs.value()) : runs.status();
 }
 

@@ -19,6 +19,8 @@ constexpr uint64_t kMaxUint32 = std::numeric_limits<uint32_t>::max();
 constexpr uint64_t kMaxAddrsPerCache = 65536;
 constexpr std::string_view kOwnPrefix = "datadist.";
 constexpr char kRemoteAccessible[] = "llm.EnableRemoteCacheAccessible";
+constexpr char kMemPoolConfig[] = "llm.MemPoolConfig";
+constexpr char kHostMemPoolConfig[] = "llm.HostMemPoolConfig";
 // What the Python API documents for register_cache and register_blocks_cache together.
 constexpr uint64_t kPythonMaxRegisteredAddrs = 240;
 
@@ -82,6 +84,19 @@ Status ReadTransport(const OptionMap &map, std::optional<TransportKind> &out) {
   return Invalid(llm_datadist::OPTION_TRANSPORT, *value, "'auto', 'local', 'cma', 'tcp'");
 }
 
+Status ReadPool(const OptionMap &map, const char *key, std::optional<PoolConfig> &out) {
+  const auto value = Find(map, key);
+  if (!value.has_value()) {
+    return Status::Ok();
+  }
+  const Result<PoolConfig> config = ParsePoolConfig(key, *value);
+  if (!config.ok()) {
+    return config.status();
+  }
+  out = config.value();
+  return Status::Ok();
+}
+
 Status ReadBackend(const OptionMap &map, EngineOptions &options) {
   const auto backend = Find(map, llm_datadist::OPTION_TRANSFER_BACKEND);
   if (!backend.has_value()) {
@@ -97,7 +112,7 @@ Status ReadBackend(const OptionMap &map, EngineOptions &options) {
   options.link.hixl_backend = true;
   const auto config = Find(map, llm_datadist::OPTION_GLOBAL_RESOURCE_CONFIG);
   if (config.has_value() && !config->empty()) {
-    const auto checked = CheckJsonObject(*config);
+    const auto checked = ParseJsonObject(*config);
     if (!checked.ok()) {
       return Status(LLM_PARAM_INVALID,
                     std::string(llm_datadist::OPTION_GLOBAL_RESOURCE_CONFIG) + ": " + checked.status().text());
@@ -212,6 +227,8 @@ Status ParseLateOptions(const OptionMap &map, EngineOptions &options) {
   link.local_comm_res = CheckLocalCommRes(comm_res);
   const Status checks[] = {
       ReadMillis(map, llm_datadist::OPTION_SYNC_CACHE_WAIT_TIME, 1, kMaxInt32, link.transfer_timeout),
+      ReadPool(map, kMemPoolConfig, options.device_pool),
+      ReadPool(map, kHostMemPoolConfig, options.host_pool),
       CheckInternalKeys(map),
       CheckOwnKeys(map),
       ReadTransport(map, link.forced_transport),

@@ -7,6 +7,7 @@
 #include <optional>
 
 #include "base/status.h"
+#include "cache/memory_pool.h"
 #include "control/address.h"
 #include "link/endpoint.h"
 #include "llm_datadist/llm_datadist.h"
@@ -26,6 +27,8 @@ struct EngineOptions {
   bool comm_res_given = false;
   LinkOptions link;
   RegionLimits limits;
+  std::optional<PoolConfig> device_pool;
+  std::optional<PoolConfig> host_pool;
   size_t transfer_threads = 2;
   bool huge_pages = false;
 };
@@ -35,7 +38,7 @@ struct EngineOptions {
 //
 // Before the bind: role, device id, listen address, backend.
 Result<EngineOptions> ParseEarlyOptions(llm_datadist::LlmRole role, EngineApi api, const OptionMap &map);
-// After it: transfer timeout, numbers of the internal keys, options of this engine. Unknown keys are ignored, except
+// After it: transfer timeout, memory pools, numbers of the internal keys, options of this engine. Unknown keys are ignored, except
 // under "datadist.", which is ours: there one is a slip of the pen.
 Status ParseLateOptions(const OptionMap &map, EngineOptions &options);
 

@@ -157,7 +157,7 @@ Status Engine::Pull(const PullTarget &target, Move move) {
       return status;
     }
     const Result<std::vector<ByteRun>> runs =
-        BuildRuns(move, source, local, local, !endpoint_->options().remote_accessible);
+        BuildRuns(move, source, local, LocalSide::kDestination, !endpoint_->options().remote_accessible);
     if (!runs.ok()) {
       return runs.status();
     }
@@ -246,7 +246,7 @@ Status Engine::PushLayer(const PushTarget &target, const CacheRef &dst, Move mov
         !status.ok()) {
       return status;
     }
-    const Result<std::vector<ByteRun>> runs = BuildRuns(move, local, destination, local, false);
+    const Result<std::vector<ByteRun>> runs = BuildRuns(move, local, destination, LocalSide::kSource, false);
     if (!runs.ok()) {
       return runs.status();
     }

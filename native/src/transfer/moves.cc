@@ -116,12 +116,13 @@ Status CheckEqualStrides(const char *what, const CacheGeometry &source, const Ca
 }
 
 Result<std::vector<ByteRun>> RowRuns(const RowMove &move, const CacheGeometry &source,
-                                     const CacheGeometry &destination, const CacheGeometry &local, bool any_stride) {
+                                     const CacheGeometry &destination, LocalSide local, bool any_stride) {
   if (Status status = CheckEqualStrides("row", source, destination); !any_stride && !status.ok()) {
     return status;
   }
-  const uint64_t local_offset = &local == &source ? move.src_offset : move.dst_offset;
-  const uint64_t length = move.size > 0 ? static_cast<uint64_t>(move.size) : local.stride - local_offset;
+  const uint64_t whole = local == LocalSide::kSource ? source.stride - move.src_offset
+                                                     : destination.stride - move.dst_offset;
+  const uint64_t length = move.size > 0 ? static_cast<uint64_t>(move.size) : whole;
   for (const Status &status :
        {CheckRow("source", move.src_row, move.src_offset, static_cast<int64_t>(length), source),
         CheckRow("destination", move.dst_row, move.dst_offset, static_cast<int64_t>(length), destination)}) {
@@ -172,7 +173,7 @@ Status CheckDestination(const Move &move, const CacheGeometry &destination) {
 }
 
 Result<std::vector<ByteRun>> BuildRuns(const Move &move, const CacheGeometry &source, const CacheGeometry &destination,
-                                       const CacheGeometry &local, bool any_stride) {
+                                       LocalSide local, bool any_stride) {
   using Runs = Result<std::vector<ByteRun>>;
   return std::visit(
       Overloaded{[&](const RowMove &rows) { return RowRuns(rows, source, destination, local, any_stride); },

@@ -56,9 +56,10 @@ struct ByteRun {
 // it ends; nothing is sorted or dropped, so that where destinations repeat the last one wins. Each side was checked.
 //
 // `local` is the side whose rows say how long "a whole row" is. Rows and blocks must be equally long on both sides;
-// not rows with `any_stride` (two-sided mode), which only have to hold what is moved.
+// not rows with `any_stride` (two-sided mode, local copies), which only have to hold what is moved.
+enum class LocalSide : uint8_t { kSource, kDestination };
 Result<std::vector<ByteRun>> BuildRuns(const Move &move, const CacheGeometry &source, const CacheGeometry &destination,
-                                       const CacheGeometry &local, bool any_stride);
+                                       LocalSide local, bool any_stride);
 
 // The same with a bare address as the destination: offsets count from it, and `source` is local. The end of the last
 // byte written is what must be free there.
