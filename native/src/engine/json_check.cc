@@ -4,7 +4,6 @@
 #include <array>
 #include <charconv>
 #include <limits>
-#include <optional>
 #include <utility>
 
 #include "llm_datadist/llm_datadist.h"
@@ -189,22 +188,15 @@ class JsonScanner {
   JsonMembers members_;
 };
 
-// A number without sign, fraction and exponent. `missing` where there is no such member, if it may be missing.
-Result<uint64_t> ReadUnsigned(const JsonMembers &members, const char *name, uint64_t lowest, uint64_t highest,
-                              std::optional<uint64_t> missing) {
+// A number without sign, fraction and exponent.
+Result<uint64_t> ReadUnsigned(const JsonMembers &members, const char *name, uint64_t lowest, uint64_t highest) {
   const auto member = members.find(name);
-  if (member == members.end() && missing.has_value()) {
-    return *missing;
-  }
+  const std::string value = member == members.end() ? std::string() : member->second;
   uint64_t number = 0;
-  bool ok = member != members.end();
-  if (ok) {
-    const std::string &value = member->second;
-    const auto [stopped, error] = std::from_chars(value.data(), value.data() + value.size(), number);
-    ok = error == std::errc() && stopped == value.data() + value.size() && number >= lowest && number <= highest;
-  }
-  if (!ok) {
-    return Status(LLM_PARAM_INVALID, std::string(name) + (member == members.end() ? " is missing" : ": " + member->second) +
+  const char *const end = value.data() + value.size();
+  const auto [stopped, error] = std::from_chars(value.data(), end, number);
+  if (error != std::errc() || stopped != end || number < lowest || number > highest) {
+    return Status(LLM_PARAM_INVALID, std::string(name) + (value.empty() ? " is missing" : ": " + value) +
                                          ", allowed: a number in " + std::to_string(lowest) + ".." +
                                          std::to_string(highest));
   }
@@ -212,19 +204,22 @@ Result<uint64_t> ReadUnsigned(const JsonMembers &members, const char *name, uint
 }
 
 Result<PoolConfig> PoolConfigOf(const JsonMembers &members) {
-  constexpr PoolConfig kDefaults;
-  const Result<uint64_t> shift = ReadUnsigned(members, "page_shift", kMinPageShift, kMaxPageShift, kDefaults.page_shift);
-  if (!shift.ok()) {
-    return shift.status();
+  PoolConfig config;
+  if (members.count("page_shift") != 0) {
+    const Result<uint64_t> shift = ReadUnsigned(members, "page_shift", kMinPageShift, kMaxPageShift);
+    if (!shift.ok()) {
+      return shift.status();
+    }
+    config.page_shift = static_cast<uint32_t>(shift.value());
   }
-  const auto page_shift = static_cast<uint32_t>(shift.value());
-  // The last byte before there would be a page too many.
-  const uint64_t highest = ((kMaxPoolPages + 1) << page_shift) - 1;
-  const Result<uint64_t> size = ReadUnsigned(members, "memory_size", 1, highest, std::nullopt);
+  // One byte more would be a whole page too many.
+  const uint64_t highest = ((kMaxPoolPages + 1) << config.page_shift) - 1;
+  const Result<uint64_t> size = ReadUnsigned(members, "memory_size", 1, highest);
   if (!size.ok()) {
     return size.status();
   }
-  return PoolConfig{size.value(), page_shift};
+  config.memory_size = size.value();
+  return config;
 }
 
 }  // namespace

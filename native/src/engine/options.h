@@ -38,8 +38,8 @@ struct EngineOptions {
 //
 // Before the bind: role, device id, listen address, backend.
 Result<EngineOptions> ParseEarlyOptions(llm_datadist::LlmRole role, EngineApi api, const OptionMap &map);
-// After it: transfer timeout, memory pools, numbers of the internal keys, options of this engine. Unknown keys are ignored, except
-// under "datadist.", which is ours: there one is a slip of the pen.
+// After it: transfer timeout, memory pools, numbers of the internal keys, options of this engine. Unknown keys are
+// ignored, except under "datadist.", which is ours: there one is a slip of the pen.
 Status ParseLateOptions(const OptionMap &map, EngineOptions &options);
 
 Status CheckRole(llm_datadist::LlmRole role);
