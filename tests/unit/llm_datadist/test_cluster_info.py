@@ -9,10 +9,15 @@ import pytest
 from vllm_datadist_connector.llm_datadist import LLMClusterInfo, LLMRole
 
 
-def test_what_is_set_is_read() -> None:
+def test_nothing_is_set() -> None:
     cluster = LLMClusterInfo()
     assert cluster.remote_cluster_id is None
     assert cluster.remote_role_type is None
+    assert cluster.local_ip_info_list == cluster.remote_ip_info_list == []
+
+
+def test_what_is_set_is_read() -> None:
+    cluster = LLMClusterInfo()
     cluster.remote_cluster_id = 2**64 - 1
     cluster.remote_role_type = LLMRole.DECODER
     cluster.append_local_ip_info("10.0.0.1", 26000)
