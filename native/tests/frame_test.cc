@@ -71,8 +71,8 @@ TEST(Frame, HeaderIsRefusedBeforeTheBodyIsAllocated) {
     size_t at;
     std::initializer_list<uint8_t> values;
   };
-  for (const Case &bad : {Case{"magic", 0, {1, 2, 3, 4}}, Case{"version", 4, {2, 0}}, Case{"type 0", 6, {0, 0}},
-                          Case{"type 17", 6, {17, 0}}, Case{"type 65535", 6, {255, 255}},
+  for (const Case &bad : {Case{"magic", 0, {1, 2, 3, 4}}, Case{"version", 4, {kProtocolVersion + 1, 0}}, Case{"type 0", 6, {0, 0}},
+                          Case{"type 19", 6, {19, 0}}, Case{"type 65535", 6, {255, 255}},
                           Case{"illegal type", 6, {static_cast<uint8_t>(MessageType::kUnlink), 0}},
                           Case{"length", 8, {1, 16, 0, 0}}, Case{"length 2^32-1", 8, {255, 255, 255, 255}}}) {
     std::vector<uint8_t> bytes = EncodeFrame(MessageType::kPing, 1, std::vector<uint8_t>(4096));
@@ -213,9 +213,9 @@ TEST(Messages, ValuesOutOfRangeAreRefused) {
   EXPECT_FALSE(Decode<CacheInfo>(Encode(SomeCache(3, 2))).ok()) << "addresses that do not match the tensors";
   EXPECT_FALSE(Decode<CacheInfo>(Encode(SomeCache(0, 0))).ok());
   const auto refused = [](auto change) {
-    CacheInfo info = SomeCache(2, 2);
-    change(info.target);
-    return !Decode<CacheInfo>(Encode(info)).ok();
+    CacheInfo changed = SomeCache(2, 2);
+    change(changed.target);
+    return !Decode<CacheInfo>(Encode(changed)).ok();
   };
   EXPECT_TRUE(refused([](RemoteTarget &target) { target.row = 4; }));
   EXPECT_TRUE(refused([](RemoteTarget &target) { target.tensor = 2; }));

@@ -152,8 +152,8 @@ TEST_P(Rows, PushRefusals) {
   EXPECT_EQ(Push(0, 0, 64), LLM_PARAM_INVALID) << "a push moves whole rows";
   EXPECT_EQ(Push(4, 0), LLM_PARAM_INVALID);
   EXPECT_EQ(Push(0, 4), LLM_PARAM_INVALID);
-  EXPECT_EQ(Push(0, 0, -1, Layers(4, 5, 4, 5)), LLM_PARAM_INVALID);
   EXPECT_EQ(Push(0, 0, -1, Layers(0, 0, -1, -1)), LLM_PARAM_INVALID);
+  EXPECT_EQ(Push(0, 0, -1, Layers(5, 5, 5, 5)), LLM_PARAM_INVALID);
   Cache host = a_.Handle(mine_);
   host.cache_desc.placement = CachePlacement::kHost;
   EXPECT_EQ(a_.datadist().PushKvCache(host, {kB, theirs_, 0, {}}), LLM_PARAM_INVALID);

@@ -9,7 +9,7 @@
 #include <string>
 #include <thread>
 
-#include "transfer/plan.h"
+#include "transfer/moves.h"
 #include "transport/local/local_data_path.h"
 #include "transport_support/initiator.h"
 #include "transport_support/owner.h"
@@ -68,6 +68,20 @@ class TransportContract : public testing::TestWithParam<Setting> {
 };
 
 // Block lists of any order, with repeated sources and destinations.
+// As the engine makes them.
+std::vector<Run> BlockRuns(const std::vector<uint64_t> &remote_blocks, const std::vector<uint64_t> &local_blocks,
+                           uint64_t stride) {
+  CacheGeometry geometry;
+  geometry.stride = stride;
+  const auto built =
+      BuildRuns(BlockMove{remote_blocks, local_blocks}, geometry, geometry, LocalSide::kDestination, false);
+  std::vector<Run> runs;
+  for (const ByteRun &run : built.value()) {
+    runs.push_back({run.src_offset, run.dst_offset, run.length});
+  }
+  return runs;
+}
+
 std::vector<uint64_t> RandomBlocks(std::mt19937_64 &random, size_t count, uint64_t num_blocks) {
   std::vector<uint64_t> blocks(count);
   uint64_t next = 0;
@@ -96,7 +110,7 @@ struct RandomCase {
     const size_t count = up_to(60);
     remote_blocks = RandomBlocks(random, count, remote_shape.num_blocks);
     local_blocks = RandomBlocks(random, count, local_shape.num_blocks);
-    op.runs = BuildBlockRuns(remote_blocks, local_blocks, stride);
+    op.runs = BlockRuns(remote_blocks, local_blocks, stride);
   }
 
   // The slow oracle: one block after another, as the API words it.
@@ -165,7 +179,7 @@ TEST_P(TransportContract, MovesLargePermutationsByteExact) {
     std::vector<uint64_t> targets = sources;
     std::shuffle(sources.begin(), sources.end(), random);
     std::shuffle(targets.begin(), targets.end(), random);
-    TransferOp op{&remote, &local.pin(), 0, 0, tensors, BuildBlockRuns(sources, targets, shape.stride)};
+    TransferOp op{&remote, &local.pin(), 0, 0, tensors, BlockRuns(sources, targets, shape.stride)};
     ASSERT_TRUE(path_->Pull(op, Soon()).ok());
 
     const std::vector<uint8_t> source = PatternOf(shape, tensors);
