@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeAlias
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.llm_datadist.configs import LLMRole
@@ -37,7 +37,7 @@ from vllm_datadist_connector.llm_datadist.v2.manager_base import CacheManagerBas
 from vllm_datadist_connector.llm_datadist.v2.transfer_configs import LayerSynchronizer, TransferConfig
 from vllm_datadist_connector.llm_datadist.v2.transfer_task import CacheTask
 
-LayerSpans = tuple[_native.LayerSpan | None, _native.LayerSpan | None]
+LayerSpans: TypeAlias = "tuple[_native.LayerSpan | None, _native.LayerSpan | None]"
 """(of the source, of the destination)."""
 
 
