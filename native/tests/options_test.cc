@@ -43,10 +43,14 @@ INSTANTIATE_TEST_SUITE_P(
                       Refused{"llm.EnableRemoteCacheAccessible", "2"}, Refused{OPTION_TRANSPORT, "rdma"},
                       Refused{OPTION_TRANSPORT, ""}, Refused{OPTION_TRANSFER_THREADS, "0"},
                       Refused{OPTION_TRANSFER_THREADS, "65"}, Refused{OPTION_TCP_STREAMS, "0"},
-                      Refused{OPTION_TCP_STREAMS, "17"}, Refused{OPTION_HEARTBEAT_MS, "9"}, Refused{OPTION_HUGE_PAGES, "2"},
-                      Refused{OPTION_HEARTBEAT_MS, "60001"}, Refused{OPTION_MAX_LINKS, "0"},
-                      Refused{OPTION_MAX_ADDRS_PER_CACHE, "65537"}, Refused{OPTION_MAX_DEVICE_BYTES, "1GB"},
-                      Refused{OPTION_MAX_HOST_BYTES, "18446744073709551616"}, Refused{"datadist.Transprot", "cma"}));
+                      Refused{OPTION_TCP_STREAMS, "17"}, Refused{OPTION_HEARTBEAT_MS, "9"},
+                      Refused{OPTION_HUGE_PAGES, "2"}, Refused{OPTION_HEARTBEAT_MS, "60001"},
+                      Refused{OPTION_MAX_LINKS, "0"}, Refused{OPTION_MAX_ADDRS_PER_CACHE, "65537"},
+                      Refused{OPTION_MAX_DEVICE_BYTES, "1GB"}, Refused{OPTION_MAX_HOST_BYTES, "18446744073709551616"},
+                      Refused{"datadist.Transprot", "cma"}, Refused{OPTION_MAX_REGISTERED_ADDRS, "0"},
+                      Refused{"llm.MemPoolConfig", ""}, Refused{"llm.MemPoolConfig", R"({"memory_size": -1})"},
+                      Refused{"llm.HostMemPoolConfig", R"({"page_shift": 16})"},
+                      Refused{"llm.HostMemPoolConfig", R"({"memory_size": 65536, "page_shift": 31})"}));
 
 TEST(Options, AcceptedOnes) {
   for (const auto &[key, value] : std::initializer_list<std::pair<const char *, const char *>>{
@@ -57,6 +61,8 @@ TEST(Options, AcceptedOnes) {
            {OPTION_LISTEN_IP_INFO, "[::1]:0"},
            {OPTION_SYNC_CACHE_WAIT_TIME, "1"},
            {OPTION_TRANSPORT, "auto"},
+           {"llm.MemPoolConfig", R"({"memory_size": 1048576, "page_shift": 12})"},
+           {"llm.HostMemPoolConfig", R"({"memory_size": 1048576})"},
            {"llm.Role", "Mix"},
            {"some.OtherProgram", "1"}}) {
     SCOPED_TRACE(std::string(key) + "=" + value);
@@ -91,6 +97,13 @@ TEST(Options, BindFailureComesBeforeTheTransferTimeout) {
   EXPECT_EQ(second.Start(ClientOptions({{OPTION_LISTEN_IP_INFO, taken}, {OPTION_SYNC_CACHE_WAIT_TIME, ""}})),
             LLM_FAILED);
   EXPECT_THAT(GetLastErrorText(), HasSubstr(taken));
+}
+
+TEST(Options, TransferTimeoutComesBeforeMemoryPools) {
+  Node node(1);
+  EXPECT_EQ(node.Start(ClientOptions({{OPTION_SYNC_CACHE_WAIT_TIME, "x"}, {"llm.MemPoolConfig", "{"}})),
+            LLM_PARAM_INVALID);
+  EXPECT_THAT(GetLastErrorText(), HasSubstr(OPTION_SYNC_CACHE_WAIT_TIME));
 }
 
 TEST(Options, HixlNeedsAListenerAndWellFormedJson) {

@@ -74,7 +74,11 @@ TEST(RegionTable, ChecksInOrder) {
 }
 
 TEST(RegionTable, Limits) {
-  const auto table = RegionTable::Create({2, 100, 50});
+  RegionLimits limits;
+  limits.max_addrs_per_cache = 2;
+  limits.max_device_bytes = 100;
+  limits.max_host_bytes = 50;
+  const auto table = RegionTable::Create(limits);
   ExpectInvalid(table->Register(Desc(3, {1}), {8, 8, 8}).status(), "at most 2");
   ExpectInvalid(table->Register(Desc(1, {101}, ge::DT_INT8), {8}).status(), "100 allowed device");
   ExpectInvalid(table->Register(Desc(1, {51}, ge::DT_INT8, CachePlacement::kHost), {8}).status(), "50 allowed host");
@@ -84,6 +88,58 @@ TEST(RegionTable, Limits) {
   EXPECT_TRUE(table->Register(Desc(1, {50}, ge::DT_INT8, CachePlacement::kHost), {8}).ok());
   table->Unregister(device.value());
   EXPECT_TRUE(table->Register(Desc(1, {100}, ge::DT_INT8), {8}).ok()) << "unregistering gives the bytes back";
+}
+
+TEST(RegionTable, LimitTextsNameTheOptionThatRaisesThem) {
+  RegionLimits limits;
+  limits.max_addrs_per_cache = 2;
+  limits.max_registered_addrs = 1;
+  limits.max_device_bytes = 1;
+  limits.max_host_bytes = 1;
+  const auto table = RegionTable::Create(limits);
+  ExpectInvalid(table->Register(Desc(3, {1}), {8, 8, 8}).status(), "datadist.MaxAddrsPerCache");
+  ExpectInvalid(table->Register(Desc(2, {1}), {8, 8}).status(), "datadist.MaxRegisteredAddrs");
+  ExpectInvalid(table->Register(Desc(1, {2}, ge::DT_INT8), {8}).status(), "datadist.MaxDeviceBytes");
+  ExpectInvalid(table->Register(Desc(1, {2}, ge::DT_INT8, CachePlacement::kHost), {8}).status(),
+                "datadist.MaxHostBytes");
+}
+
+TEST(RegionTable, LimitOfAddressesOverTheCallersCaches) {
+  RegionLimits limits;
+  limits.max_registered_addrs = 4;
+  const auto table = RegionTable::Create(limits);
+  Registration owned;
+  owned.owned = true;
+  ASSERT_TRUE(table->Register(Desc(3, {1}), {8, 8, 8}, owned).ok());
+  const auto first = table->Register(Desc(3, {1}), {8, 8, 8});
+  ASSERT_TRUE(first.ok()) << "memory of a pool of ours does not count";
+  ExpectInvalid(table->Register(Desc(2, {1}), {8, 8}).status(), "3 of 4 allowed addresses");
+  ASSERT_TRUE(table->Register(Desc(1, {1}), {8}).ok()) << "exactly the limit";
+  ExpectInvalid(table->Register(Desc(1, {1}), {8}).status(), "4 of 4 allowed addresses");
+  EXPECT_TRUE(table->Register(Desc(2, {1}), {8, 8}, owned).ok());
+  table->Unregister(first.value());
+  EXPECT_TRUE(table->Register(Desc(3, {1}), {8, 8, 8}).ok()) << "unregistering gives the addresses back";
+}
+
+TEST(RegionTable, LayoutSaysWhatDimensionZeroCounts) {
+  const auto table = RegionTable::Create({});
+  struct Expected {
+    CacheLayout layout;
+    uint64_t batch_size;
+    uint64_t num_blocks;
+  };
+  for (const Expected &expected : {Expected{CacheLayout::kMix, 4, 4}, Expected{CacheLayout::kContiguous, 4, 0},
+                                   Expected{CacheLayout::kBlocks, 1, 4}}) {
+    const Registration registration{expected.layout, false, true};
+    const auto pin = table->Pin(table->Register(Desc(1, {4, 8}), {8}, registration).value());
+    const RegisteredCache &cache = pin.value().cache();
+    EXPECT_EQ(cache.geometry().layout, expected.layout);
+    EXPECT_EQ(cache.geometry().batch_size, expected.batch_size);
+    EXPECT_EQ(cache.geometry().num_blocks, expected.num_blocks);
+    EXPECT_EQ(cache.geometry().stride, 32U);
+    EXPECT_FALSE(cache.remote_accessible());
+    EXPECT_TRUE(cache.owned());
+  }
 }
 
 TEST(RegionTable, DefaultLimits) {
@@ -150,6 +206,112 @@ TEST(CachePin, KeepsTheTableAlive) {
   CachePin pin = std::move(table->Pin(table->Register(Desc(1, {4}), {0x10000}).value())).value();
   table.reset();
   EXPECT_TRUE(pin.Resolve(0, 0, 16).ok());
+}
+
+// ---- unregistering later ----
+
+TEST(UnregisterLater, IsDoneAtOnceWithoutPins) {
+  const auto table = RegionTable::Create({});
+  const int64_t id = table->Register(Desc(1, {4}), {0x10000}).value();
+  int gone = 0;
+  table->UnregisterLater(id, [&] {
+    ++gone;
+    EXPECT_EQ(table->Pin(id).status().code(), LLM_KV_CACHE_NOT_EXIST) << "the callback may use the table";
+  });
+  EXPECT_EQ(gone, 1);
+  table->UnregisterLater(id, [&] { ++gone; });
+  EXPECT_EQ(gone, 1) << "an unknown id is nothing to unregister";
+}
+
+TEST(UnregisterLater, WaitsForTheLastPinWithoutBlocking) {
+  RegionLimits limits;
+  limits.max_registered_addrs = 1;
+  const auto table = RegionTable::Create(limits);
+  const int64_t id = table->Register(Desc(1, {4}), {0x10000}).value();
+  CachePin first = std::move(table->Pin(id)).value();
+  CachePin second = std::move(table->Pin(id)).value();
+  const CacheStamp *stamp = first.cache().stamp();
+  std::thread::id gone_on;
+  table->UnregisterLater(id, [&] {
+    gone_on = std::this_thread::get_id();
+    EXPECT_TRUE(table->Register(Desc(1, {4}), {0x10000}).ok()) << "the table is not locked, the address given back";
+  });
+  table->UnregisterLater(id, [] { ADD_FAILURE() << "the second request is nobody's"; });
+  EXPECT_EQ(stamp->generation.load(), 0U) << "other processes see it at once";
+  EXPECT_EQ(table->Pin(id).status().code(), LLM_KV_CACHE_NOT_EXIST);
+  ExpectInvalid(table->Register(Desc(1, {4}), {0x10000}).status(), "1 of 1 allowed addresses");
+  first = CachePin();
+  EXPECT_EQ(gone_on, std::thread::id());
+  std::thread last([&second] { second = CachePin(); });
+  const std::thread::id last_id = last.get_id();
+  last.join();
+  EXPECT_EQ(gone_on, last_id);
+}
+
+TEST(UnregisterLater, UnregisterWaitsForWhatWasBegun) {
+  const auto table = RegionTable::Create({});
+  const int64_t id = table->Register(Desc(1, {4}), {0x10000}).value();
+  CachePin pin = std::move(table->Pin(id)).value();
+  table->UnregisterLater(id, nullptr);
+  std::atomic<bool> released{false};
+  std::thread waiter([&] {
+    table->Unregister(id);
+    EXPECT_TRUE(released.load());
+  });
+  released = true;
+  pin = CachePin();
+  waiter.join();
+}
+
+// ---- location ----
+
+TEST(Locate, FindsTensorAndOffset) {
+  const auto table = RegionTable::Create({});
+  const int64_t first = table->Register(Desc(2, {4}), {0x10000, 0x20000}).value();
+  const int64_t second = table->Register(Desc(3, {8}), {0x30000, 0x10000, 0x20010}).value();
+  const auto expect = [&table](uint64_t address, uint64_t length, int64_t id, uint32_t tensor, uint64_t offset) {
+    const auto at = table->Locate(address, length);
+    ASSERT_TRUE(at.ok()) << at.status().text();
+    EXPECT_EQ(at.value().pin.cache().id(), id);
+    EXPECT_EQ(at.value().tensor, tensor);
+    EXPECT_EQ(at.value().offset, offset);
+    EXPECT_EQ(at.value().pin.Resolve(tensor, offset, length).value(), reinterpret_cast<std::byte *>(address));
+  };
+  expect(0x10000, 16, first, 0, 0);
+  expect(0x2000F, 1, first, 1, 15);
+  expect(0x3001F, 1, second, 0, 31);
+  expect(0x10000, 17, second, 1, 0);
+  expect(0x20010, 32, second, 2, 0);
+  table->Unregister(first);
+  expect(0x10000, 16, second, 1, 0);
+}
+
+TEST(Locate, NowhereElse) {
+  const auto table = RegionTable::Create({});
+  ExpectInvalid(table->Locate(0x10000, 1).status(), "1 bytes at address 65536");
+  const int64_t id = table->Register(Desc(2, {4}), {0x10000, 0x10010}).value();
+  constexpr uint64_t kMax = ~uint64_t{0};
+  const uint64_t bad[][2] = {{0xFFFF, 1},    {0xFFFF, 2}, {0x10020, 1}, {0x10000, 17}, {0x1000F, 2}, {0x10000, 0},
+                             {0x10010, kMax}, {kMax, 1},  {0, 1},       {0, kMax},     {kMax, kMax}};
+  for (const auto &range : bad) {
+    EXPECT_EQ(table->Locate(range[0], range[1]).status().code(), LLM_PARAM_INVALID) << range[0] << " " << range[1];
+  }
+  const CachePin pin = std::move(table->Pin(id)).value();
+  table->UnregisterLater(id, nullptr);
+  EXPECT_EQ(table->Locate(0x10000, 1).status().code(), LLM_PARAM_INVALID) << "it is being unregistered";
+}
+
+TEST(Locate, KeepsTheCacheRegistered) {
+  const auto table = RegionTable::Create({});
+  const int64_t id = table->Register(Desc(1, {4}), {0x10000}).value();
+  bool gone = false;
+  {
+    const auto at = table->Locate(0x10000, 1);
+    ASSERT_TRUE(at.ok());
+    table->UnregisterLater(id, [&gone] { gone = true; });
+    EXPECT_FALSE(gone);
+  }
+  EXPECT_TRUE(gone);
 }
 
 // ---- stamps ----
