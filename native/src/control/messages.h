@@ -56,6 +56,7 @@ struct Hello {
   uint32_t remaining_ms = 0;
   bool force_link = false;
   std::string comm_name;  // of a bilateral link; empty: a client links to a server
+  int64_t comm_id = 0;    // the client's own: tells another attempt from a later comm of the same name
 };
 
 struct Welcome {

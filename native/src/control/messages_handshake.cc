@@ -60,6 +60,7 @@ std::vector<uint8_t> Encode(const Hello &message) {
   writer.U32(message.remaining_ms);
   writer.U8(message.force_link ? 1 : 0);
   writer.Text(message.comm_name, kMaxCommName);
+  writer.I64(message.comm_id);
   return writer.Take();
 }
 
@@ -85,6 +86,7 @@ Result<Hello> Decode(const std::vector<uint8_t> &body) {
   const uint8_t force = reader.U8();
   message.force_link = force == 1;
   message.comm_name = reader.Text(kMaxCommName);
+  message.comm_id = reader.I64();
   if (!client_ok || !reader.Finished() || force > 1) {
     return Malformed("HELLO");
   }

@@ -236,9 +236,11 @@ Status Acceptor::OnEstablishedOnLoop(Key key, Incoming &incoming, const Frame &f
   // The link owns the descriptor and is in the table; the client may use it as soon as it reads the answer.
   const Status sent = SendNow(fd, EncodeFrame(MessageType::kEstablished, frame.seq, {}));
   link.value()->Establish();
-  const std::string &comm = link.value()->comm_name();
-  if (const auto waiter = table_->expected_comms().Find(comm, link.value()->peer_id())) {
-    waiter->OnPeerLinkedOnLoop();
+  ExpectedComms &comms = table_->expected_comms();
+  const uint64_t peer_id = link.value()->peer_id();
+  comms.Linked(link.value()->comm_name(), peer_id);
+  if (const auto waiter = comms.Find(link.value()->comm_name(), peer_id)) {
+    waiter->OnPeerLinkedOnLoop(peer_id);
   }
   DropOnLoop(key, sent.ok() ? "" : sent.text());
   return Status::Ok();

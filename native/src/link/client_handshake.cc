@@ -94,6 +94,7 @@ Status ClientHandshake::Greet() {
   hello.remaining_ms = RemainingMillis(deadline_);
   hello.force_link = force_link_ = ForceLink();
   hello.comm_name = target_.comm_name;
+  hello.comm_id = target_.comm_id;
   const Result<Frame> frame =
       Exchange(parts_.control.get(), MessageType::kHello, Encode(hello), MessageType::kWelcome);
   if (!frame.ok()) {
@@ -223,6 +224,7 @@ Status ClientHandshake::Run() {
   parts_.caller_id = target_.expected_id;
   parts_.peer_address = target_.address.ToString();
   parts_.comm_name = target_.comm_name;
+  parts_.comm_id = target_.comm_id;
   for (const auto step : {&ClientHandshake::Greet, &ClientHandshake::MeetPeer, &ClientHandshake::AgreeOnTransports,
                           &ClientHandshake::Finish}) {
     if (Status status = (this->*step)(); !status.ok() || linked_) {

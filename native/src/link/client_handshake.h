@@ -18,6 +18,7 @@ struct DialTarget {
   SocketAddress address;
   uint64_t expected_id = 0;  // 0: whoever answers
   std::string comm_name;     // of a bilateral link; then only `expected_id`, 0 included, may answer
+  int64_t comm_id = 0;       // of that comm, here
 };
 
 // Ok: the link is established and in the table, under the id that the peer announced. Otherwise LLM_LINK_FAILED,

@@ -1,7 +1,6 @@
 #include "link/comm.h"
 
 #include <algorithm>
-#include <set>
 #include <system_error>
 #include <utility>
 
@@ -25,8 +24,6 @@ constexpr std::chrono::milliseconds kAttemptTime{2000};
 // Between two rounds of dials: members usually start within moments of each other, late ones within seconds.
 constexpr std::chrono::milliseconds kFirstPause{20};
 constexpr std::chrono::milliseconds kLongestPause{100};
-// For the other members to hear that a comm that failed gives its links up.
-constexpr std::chrono::milliseconds kFarewellTime{1000};
 
 // What passes by itself when the member arrives, recovers, or makes its own call.
 bool MayPass(const Status &status) {
@@ -110,17 +107,32 @@ CommTable::Report Comm::report() const {
   return report_;
 }
 
-void Comm::OnPeerLinkedOnLoop() {
+void Comm::OnPeerLinkedOnLoop(uint64_t peer_id) { NoteLinked(peer_id); }
+
+void Comm::OnPeerRefusedOnLoop(uint64_t peer_id, const Status &why) {
+  NoteFailure(peer_id, "refused by us: " + why.text());
+}
+
+void Comm::NoteLinked(uint64_t peer_id) {
   const std::lock_guard<std::mutex> lock(mutex_);
+  linked_.insert(peer_id);
   ++links_made_;
   changed_.notify_all();
 }
 
-void Comm::OnPeerRefusedOnLoop(uint64_t peer_id, const Status &why) { Note(peer_id, "refused by us: " + why.text()); }
+uint64_t Comm::links_made() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return links_made_;
+}
 
-void Comm::Note(uint64_t peer_id, const std::string &why) {
+void Comm::NoteFailure(uint64_t peer_id, const std::string &why) {
   const std::lock_guard<std::mutex> lock(mutex_);
   last_why_[peer_id] = why;
+}
+
+bool Comm::HasFailed(uint64_t peer_id) const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return last_why_.count(peer_id) != 0;
 }
 
 // ---- preparation ----
@@ -145,7 +157,7 @@ void Comm::Prepare() {
     return;
   }
   Log(LogLevel::kWarning, "comm '" + plan_.name + "' failed: " + status.text());
-  DropLinks(Deadline::In(kFarewellTime));
+  DropLinks(Deadline::In(std::chrono::milliseconds::zero()));
   const std::lock_guard<std::mutex> lock(mutex_);
   report_ = CommTable::Report{CommState::kFailed, status.text()};
 }
@@ -153,14 +165,10 @@ void Comm::Prepare() {
 Status Comm::LinkAll(Deadline deadline) {
   std::chrono::milliseconds pause = kFirstPause;
   while (!ending_.load()) {
-    uint64_t seen = 0;
-    {
-      const std::lock_guard<std::mutex> lock(mutex_);
-      seen = links_made_;
-    }
     if (Status status = DialMissing(Missing(), deadline); !status.ok()) {
       return status;
     }
+    const uint64_t seen = links_made();  // before the look at what is missing, so that no later link goes unnoticed
     const std::vector<CommMember> missing = Missing();
     if (missing.empty()) {
       return Status::Ok();
@@ -187,12 +195,16 @@ Status Comm::DialMissing(const std::vector<CommMember> &missing, Deadline deadli
     }
     const Status status = LinkWith(other, Deadline::Earlier(deadline, Deadline::In(kAttemptTime)));
     if (status.ok()) {
+      NoteLinked(other.cluster_id);
       continue;
     }
     if (!MayPass(status)) {
       return Status(status.code(), "cluster " + std::to_string(other.cluster_id) + ": " + status.text());
     }
-    Note(other.cluster_id, status.text());
+    // A dial that was cut short by the end of the time says less than the one before it.
+    if (!deadline.Expired() || !HasFailed(other.cluster_id)) {
+      NoteFailure(other.cluster_id, status.text());
+    }
   }
   return Status::Ok();
 }
@@ -201,7 +213,7 @@ Status Comm::LinkWith(const CommMember &other, Deadline deadline) {
   if (plan_.loopback()) {
     return LinkByLoopback(other);
   }
-  return DialLink(endpoint_, table_, DialTarget{*other.address, other.cluster_id, plan_.name}, deadline);
+  return DialLink(endpoint_, table_, DialTarget{*other.address, other.cluster_id, plan_.name, plan_.id}, deadline);
 }
 
 Status Comm::LinkByLoopback(const CommMember &other) {
@@ -218,10 +230,17 @@ Status Comm::LinkByLoopback(const CommMember &other) {
 }
 
 std::vector<CommMember> Comm::Missing() const {
+  std::set<uint64_t> linked;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    linked = linked_;
+  }
   std::vector<CommMember> missing;
   for (const CommMember &other : plan_.others) {
     const std::shared_ptr<Link> link = table_->Find(other.cluster_id);
-    if (link == nullptr || !link->alive() || link->comm_name() != plan_.name) {
+    const bool ours = link != nullptr && link->comm_name() == plan_.name;
+    // A link that was made and is gone: its peer has seen the comm complete and unlinked it already.
+    if (ours ? !link->alive() : linked.count(other.cluster_id) == 0) {
       missing.push_back(other);
     }
   }
@@ -245,12 +264,13 @@ std::string Comm::Explain(const std::vector<CommMember> &missing) const {
 void Comm::DropLinks(Deadline deadline) {
   // A link that was being accepted when the comm was forgotten is in the table once the loop comes round.
   endpoint_->loop()->Run([] {});
+  const bool complete = report().state == CommState::kOk;
   for (const CommMember &other : plan_.others) {
     const std::shared_ptr<Link> link = table_->Find(other.cluster_id);
     if (link == nullptr || link->comm_name() != plan_.name) {
       continue;
     }
-    if (link->alive()) {
+    if (complete && link->alive()) {
       if (const Status status = link->Unlink(deadline); !status.ok()) {
         Log(LogLevel::kWarning, "comm '" + plan_.name + "': " + status.text());
       }

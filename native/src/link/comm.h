@@ -9,6 +9,7 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <set>
 #include <string>
 #include <thread>
 #include <vector>
@@ -21,6 +22,7 @@ namespace datadist {
 
 // What our call says, checked.
 struct CommPlan {
+  int64_t id = 0;
   std::string name;
   CommMember self;
   std::vector<CommMember> others;
@@ -59,7 +61,8 @@ class Comm final : public CommWaiter, public std::enable_shared_from_this<Comm> 
   void Cancel();
   // Cancels and joins it; from then on no link joins the comm. Idempotent.
   void End();
-  // Unlinks what was linked: after the transfers that run on it, and no later than the deadline.
+  // After End: unlinks what was linked, after the transfers that run on it and no later than the deadline. What was
+  // linked in vain, because others were not, is just closed: for its peers it is lost, so that they may come again.
   void DropLinks(Deadline deadline);
 
   const std::string &name() const { return plan_.name; }
@@ -67,7 +70,7 @@ class Comm final : public CommWaiter, public std::enable_shared_from_this<Comm> 
   CommTable::Report report() const;
 
   // CommWaiter
-  void OnPeerLinkedOnLoop() override;
+  void OnPeerLinkedOnLoop(uint64_t peer_id) override;
   void OnPeerRefusedOnLoop(uint64_t peer_id, const Status &why) override;
 
  private:
@@ -78,7 +81,10 @@ class Comm final : public CommWaiter, public std::enable_shared_from_this<Comm> 
   Status LinkByLoopback(const CommMember &other);
   std::vector<CommMember> Missing() const;
   std::string Explain(const std::vector<CommMember> &missing) const;
-  void Note(uint64_t peer_id, const std::string &why);
+  void NoteLinked(uint64_t peer_id);
+  void NoteFailure(uint64_t peer_id, const std::string &why);
+  bool HasFailed(uint64_t peer_id) const;
+  uint64_t links_made() const;
 
   const std::shared_ptr<LocalEndpoint> endpoint_;
   const std::shared_ptr<LinkTable> table_;
@@ -90,7 +96,8 @@ class Comm final : public CommWaiter, public std::enable_shared_from_this<Comm> 
 
   mutable std::mutex mutex_;
   std::condition_variable changed_;
-  uint64_t links_made_ = 0;                   // by peers; guarded by mutex_
+  uint64_t links_made_ = 0;                   // a count; guarded by mutex_
+  std::set<uint64_t> linked_;                 // peers that were linked once; guarded by mutex_
   std::map<uint64_t, std::string> last_why_;  // why there is no link yet, by peer; guarded by mutex_
   CommTable::Report report_;                  // guarded by mutex_
 };

@@ -169,6 +169,7 @@ Result<int64_t> CommTable::Link(const std::string &name, const std::vector<CommM
     }
     lease = std::move(opened).value();
   }
+  plan.value().id = state_->last_id + 1;
   const auto comm = std::make_shared<Comm>(state_->endpoint, state_->table, state_->slots, std::move(plan).value());
   if (Status status = comm->Start(); !status.ok()) {
     return status;

@@ -51,6 +51,7 @@ Link::Link(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> tab
       outgoing_(std::move(parts.outgoing)),
       incoming_(parts.incoming),
       comm_name_(std::move(parts.comm_name)),
+      comm_id_(parts.comm_id),
       other_half_(std::move(parts.other_half)),
       slot_(std::move(parts.slot)) {}
 

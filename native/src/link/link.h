@@ -50,6 +50,7 @@ struct LinkParts {
   std::vector<Fd> outgoing_streams;
   std::vector<Fd> incoming_streams;
   std::string comm_name;             // of a bilateral link
+  int64_t comm_id = 0;               // of the one who dialled
   std::shared_ptr<Link> other_half;  // of a loopback link: ends with this one
 };
 
@@ -71,6 +72,7 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   const std::string &peer_address() const { return peer_address_; }
   const Incarnation &peer_incarnation() const { return peer_.incarnation; }
   const std::string &comm_name() const { return comm_name_; }
+  int64_t comm_id() const { return comm_id_; }
   // Whether the caller of this end asked for the link; otherwise only the peer's did so far.
   bool asked_here() const { return asked_here_.load(); }
   void MarkAskedHere() { asked_here_.store(true); }
@@ -143,6 +145,7 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   const TransportChoice outgoing_;
   const TransportKind incoming_;
   const std::string comm_name_;
+  const int64_t comm_id_;
   const std::shared_ptr<Link> other_half_;
   std::atomic<bool> asked_here_{false};
   std::unique_ptr<ProbeSlot> slot_;

@@ -42,31 +42,40 @@ Result<std::vector<uint8_t>> ServerHandshake::OnFrame(const Frame &frame) {
   return frame.type == MessageType::kHello ? OnHello(frame) : OnReady(frame);
 }
 
-// A member that has not heard how its link went, because that took too long, dials again; we may hold that link, and
-// the comm may be complete for us.
-bool ServerHandshake::IsRetry(const std::string &comm_name, const EndpointInfo &client) const {
-  const std::shared_ptr<Link> link = table_->Find(client.cluster_id);
-  return !comm_name.empty() && link != nullptr && link->comm_name() == comm_name &&
-         link->peer_incarnation() == client.incarnation;
+// Our half of a link of that comm that the client has given up: it is lost, or the client's very process dials again,
+// because the last answer of the handshake came too late or its comm ended before all were linked.
+std::shared_ptr<Link> ServerHandshake::FindAbandoned(const std::string &comm_name, const EndpointInfo &client) const {
+  std::shared_ptr<Link> link = table_->Find(client.cluster_id);
+  const bool same_comm = link != nullptr && !comm_name.empty() && link->comm_name() == comm_name;
+  return same_comm && (!link->alive() || link->peer_incarnation() == client.incarnation) ? link : nullptr;
 }
 
-Status ServerHandshake::CheckComm(const std::string &comm_name, const EndpointInfo &client) const {
-  if (comm_name.empty()) {
+// A link is made once for each comm of both ends, so that nobody who has unlinked and made a later comm of the name is
+// taken into the earlier one. An abandoned link is made again: while the comm is prepared by anyone, afterwards only by
+// the comm that had it.
+Status ServerHandshake::CheckComm(const std::string &name, int64_t comm_id, const EndpointInfo &client) const {
+  if (name.empty()) {
     return admits_ == Admits::kAll
                ? Status::Ok()
                : Status(LLM_LINK_FAILED, "this address is for bilateral links, not for clients of a server");
   }
-  if (table_->expected_comms().Find(comm_name, client.cluster_id) == nullptr && !IsRetry(comm_name, client)) {
+  const uint64_t id = client.cluster_id;
+  ExpectedComms &expected = table_->expected_comms();
+  const std::shared_ptr<Link> abandoned = FindAbandoned(name, client);
+  const bool again = abandoned != nullptr &&
+                     (expected.Find(name, id) != nullptr ||
+                      (abandoned->comm_id() == comm_id && abandoned->peer_incarnation() == client.incarnation));
+  if (!again && !expected.Awaits(name, id)) {
     return Status(LLM_NOT_YET_LINK, "cluster " + std::to_string(endpoint_->cluster_id()) +
-                                        " does not wait for cluster " + std::to_string(client.cluster_id) +
-                                        " in comm '" + comm_name + "'");
+                                        " does not wait for cluster " + std::to_string(id) + " in comm '" + name +
+                                        "'");
   }
   return Status::Ok();
 }
 
 Status ServerHandshake::CheckClient(const Hello &hello) const {
   const uint64_t client_id = hello.client.cluster_id;
-  if (Status status = CheckComm(hello.comm_name, hello.client); !status.ok()) {
+  if (Status status = CheckComm(hello.comm_name, hello.comm_id, hello.client); !status.ok()) {
     return status;
   }
   if (Status status = CheckSameAccess(*endpoint_, hello.client); !status.ok()) {
@@ -78,7 +87,8 @@ Status ServerHandshake::CheckClient(const Hello &hello) const {
   if (!endpoint_->options().local_comm_res.ok()) {
     return endpoint_->options().local_comm_res;
   }
-  if (!hello.force_link && table_->HasLive(client_id) && !IsRetry(hello.comm_name, hello.client)) {
+  const bool abandoned = FindAbandoned(hello.comm_name, hello.client) != nullptr;
+  if (!hello.force_link && !abandoned && table_->HasLive(client_id)) {
     return Status(LLM_ALREADY_LINK, "cluster " + std::to_string(client_id) + " is linked already");
   }
   return Status::Ok();
@@ -136,6 +146,7 @@ Result<std::vector<uint8_t>> ServerHandshake::OnHello(const Frame &frame) {
   parts_.challenge = challenge.value();
   parts_.token = token.value();
   parts_.comm_name = hello.value().comm_name;
+  parts_.comm_id = hello.value().comm_id;
   parts_.slot = std::make_unique<ProbeSlot>();
   parts_.slot->Set(parts_.peer.challenge);
   state_ = self ? State::kDone : State::kAwaitReady;
@@ -183,7 +194,7 @@ Result<std::shared_ptr<Link>> ServerHandshake::Finish(Fd control) {
     return Status(LLM_FAILED, "ESTABLISHED before all data connections were attached");
   }
   // The comm may have ended meanwhile, and would leave this link behind.
-  if (Status status = CheckComm(parts_.comm_name, parts_.peer); !status.ok()) {
+  if (Status status = CheckComm(parts_.comm_name, parts_.comm_id, parts_.peer); !status.ok()) {
     return status;
   }
   state_ = State::kDone;

@@ -48,8 +48,8 @@ class ServerHandshake {
   Result<std::vector<uint8_t>> OnReady(const Frame &frame);
   Status Admit(const Hello &hello);
   Status CheckClient(const Hello &hello) const;
-  Status CheckComm(const std::string &comm_name, const EndpointInfo &client) const;
-  bool IsRetry(const std::string &comm_name, const EndpointInfo &client) const;
+  Status CheckComm(const std::string &name, int64_t comm_id, const EndpointInfo &client) const;
+  std::shared_ptr<Link> FindAbandoned(const std::string &comm_name, const EndpointInfo &client) const;
   void NoteRefusal(const Hello &hello, const Status &why) const;
 
   const std::shared_ptr<LocalEndpoint> endpoint_;
