@@ -100,7 +100,8 @@ class Endpoint {
   LlmDataDist datadist_;
 };
 
-// A client's link with a server, for as long as the object lives.
+// A client's link with a server. Unlink() drops both halves, which the server must live to see; without it (an error is
+// on its way out) only our half is dropped.
 class Link {
  public:
   Link(Endpoint &client, uint64_t server_cluster, const Address &local, const Address &server) : client_(client) {
@@ -110,11 +111,15 @@ class Link {
   }
   ~Link() {
     std::vector<llm_datadist::Status> rets;
-    const llm_datadist::Status status = client_->UnlinkLlmClusters(clusters_, rets, kLinkTimeoutMs);
-    std::printf("UnlinkLlmClusters: %s\n", status == llm_datadist::LLM_SUCCESS ? "ok" : Describe(status).c_str());
+    client_->UnlinkLlmClusters(clusters_, rets, kLinkTimeoutMs, true);  // a success when there is none any more
   }
   Link(const Link &) = delete;
   Link &operator=(const Link &) = delete;
+
+  void Unlink() {
+    std::vector<llm_datadist::Status> rets;
+    Check(client_->UnlinkLlmClusters(clusters_, rets, kLinkTimeoutMs), "UnlinkLlmClusters");
+  }
 
  private:
   Endpoint &client_;

@@ -62,12 +62,11 @@ void Decoder(const example::Arguments &arguments, example::Meeting &meeting) {
   const example::RegisteredCache cache(decoder, memory);
 
   const int64_t remote_cache = std::stoll(meeting.Hear());
-  {
-    const example::Link link(decoder, kPromptCluster, arguments.decoder, arguments.prompt);
-    PullRows(decoder, remote_cache, cache.cache(), memory);
-    PullBlocks(decoder, remote_cache, cache.cache(), memory);
-    PullLayer(decoder, remote_cache, cache.cache(), memory);
-  }
+  example::Link link(decoder, kPromptCluster, arguments.decoder, arguments.prompt);
+  PullRows(decoder, remote_cache, cache.cache(), memory);
+  PullBlocks(decoder, remote_cache, cache.cache(), memory);
+  PullLayer(decoder, remote_cache, cache.cache(), memory);
+  link.Unlink();
   meeting.Tell("done");
 }
 

@@ -18,25 +18,24 @@ void Prompt(const example::Arguments &arguments, example::Meeting &meeting) {
   const example::RegisteredCache cache(prompt, memory);
 
   const int64_t remote_cache = std::stoll(meeting.Hear());
-  {
-    const example::Link link(prompt, kDecoderCluster, arguments.prompt, arguments.decoder);
-    // Row 2 of every tensor into row 1.
-    Check(prompt->PushKvCache(cache.cache(), {kDecoderCluster, remote_cache, 1, {}}, 2), "PushKvCache");
-    meeting.Tell("row");
-    meeting.Expect("next");
+  example::Link link(prompt, kDecoderCluster, arguments.prompt, arguments.decoder);
 
-    Check(prompt->PushKvBlocks(cache.cache(), {kDecoderCluster, remote_cache, 0, {}}, kSrcBlocks, kDstBlocks),
-          "PushKvBlocks");
-    meeting.Tell("blocks");
-    meeting.Expect("next");
+  // Row 2 of every tensor into row 1.
+  Check(prompt->PushKvCache(cache.cache(), {kDecoderCluster, remote_cache, 1, {}}, 2), "PushKvCache");
+  meeting.Tell("row");
+  meeting.Expect("next");
 
-    // Our layer 0 (tensors 0 and 1) into layer 3 of the decoder (tensors 6 and 7), row 0 into row 1.
-    const llm_datadist::KvCacheExtParam layer{{0, 0}, {3, 3}, 2, {}};
-    Check(prompt->PushKvCache(cache.cache(), {kDecoderCluster, remote_cache, 1, {}}, 0, -1, layer),
-          "PushKvCache, layer 0");
-    meeting.Tell("layer");
-    meeting.Expect("next");
-  }
+  Check(prompt->PushKvBlocks(cache.cache(), {kDecoderCluster, remote_cache, 0, {}}, kSrcBlocks, kDstBlocks),
+        "PushKvBlocks");
+  meeting.Tell("blocks");
+  meeting.Expect("next");
+
+  // Our layer 0 (tensors 0 and 1) into layer 3 of the decoder (tensors 6 and 7), row 0 into row 1.
+  const llm_datadist::KvCacheExtParam layer{{0, 0}, {3, 3}, 2, {}};
+  Check(prompt->PushKvCache(cache.cache(), {kDecoderCluster, remote_cache, 1, {}}, 0, -1, layer),
+        "PushKvCache, layer 0");
+  link.Unlink();
+  meeting.Tell("layer");
   memory.Verify();
 }
 
@@ -66,7 +65,6 @@ void Decoder(const example::Arguments &arguments, example::Meeting &meeting) {
   memory.Expect(6, 1, kPromptCluster, 0, 0);
   memory.Expect(7, 1, kPromptCluster, 1, 0);
   memory.Verify();
-  meeting.Tell("next");
 }
 
 }  // namespace

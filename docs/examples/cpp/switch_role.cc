@@ -63,17 +63,16 @@ class Process {
   // Block `round` of every tensor of the peer into the same place here.
   void ReadBlock(size_t round) {
     meeting_.Expect("listening");
-    {
-      const example::Link link(endpoint_, peer_cluster_, own_, peer_);
-      example::Require(endpoint_->SetRole(LlmRole::kMix) == llm_datadist::LLM_EXIST_LINK,
-                       "SetRole is refused with LLM_EXIST_LINK while a link exists");
-      Check(endpoint_->PullKvBlocks({peer_cluster_, remote_cache_, 0, {}}, cache_.cache(), {round}, {round}),
-            "PullKvBlocks");
-      for (size_t tensor = 0; tensor < kTensors; ++tensor) {
-        memory_.Expect(tensor, round, peer_cluster_, tensor, round);
-      }
-      memory_.Verify();
+    example::Link link(endpoint_, peer_cluster_, own_, peer_);
+    example::Require(endpoint_->SetRole(LlmRole::kMix) == llm_datadist::LLM_EXIST_LINK,
+                     "SetRole is refused with LLM_EXIST_LINK while a link exists");
+    Check(endpoint_->PullKvBlocks({peer_cluster_, remote_cache_, 0, {}}, cache_.cache(), {round}, {round}),
+          "PullKvBlocks");
+    for (size_t tensor = 0; tensor < kTensors; ++tensor) {
+      memory_.Expect(tensor, round, peer_cluster_, tensor, round);
     }
+    memory_.Verify();
+    link.Unlink();
     meeting_.Tell("unlinked");
   }
 
