@@ -22,10 +22,11 @@ constexpr size_t kMaxOutbox = 4U << 20;
 constexpr int kReadsPerTurn = 64;
 
 constexpr TypeSet kRequests(MessageType::kPing, MessageType::kDescribe, MessageType::kAcquireWrite,
-                            MessageType::kReleaseWrite, MessageType::kUnlink);
+                            MessageType::kReleaseWrite, MessageType::kConsume, MessageType::kUnlink);
 constexpr TypeSet kLegal(MessageType::kPing, MessageType::kPong, MessageType::kDescribe, MessageType::kCacheInfo,
                          MessageType::kAcquireWrite, MessageType::kGrant, MessageType::kReleaseWrite,
-                         MessageType::kUnlink, MessageType::kUnlinked);
+                         MessageType::kConsume, MessageType::kConsumed, MessageType::kUnlink,
+                         MessageType::kUnlinked);
 
 }  // namespace
 
