@@ -15,7 +15,7 @@ from vllm_datadist_connector import _native
 
 PACKAGE = Path(vllm_datadist_connector.__file__).parent
 STUB = ast.parse((PACKAGE / "_native.pyi").read_text(encoding="utf-8"))
-ONLY_IN_STUB = {"BlockIds"}
+ONLY_IN_STUB = {"BlockIds", "CacheRef", "Key", "LayerSpan"}
 
 
 def _members(body: list[ast.stmt]) -> dict[str, ast.stmt]:
