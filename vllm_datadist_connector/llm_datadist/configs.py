@@ -11,8 +11,29 @@ from vllm_datadist_connector.llm_datadist.utils.utils import (
     ip_to_int,
 )
 from vllm_datadist_connector.llm_datadist.v2.config import LLMConfig, LlmConfig
+from vllm_datadist_connector.llm_datadist.v2.llm_types import (
+    BlocksCacheKey,
+    Cache,
+    CacheDesc,
+    CacheKey,
+    CacheKeyByIdAndIndex,
+    KvCache,
+    Placement,
+)
 
-__all__ = ["LLMClusterInfo", "LLMConfig", "LLMRole", "LlmConfig"]
+__all__ = [
+    "BlocksCacheKey",
+    "Cache",
+    "CacheDesc",
+    "CacheKey",
+    "CacheKeyByIdAndIndex",
+    "KvCache",
+    "LLMClusterInfo",
+    "LLMConfig",
+    "LLMRole",
+    "LlmConfig",
+    "Placement",
+]
 
 
 class LLMRole(NamedIntEnum):
