@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 from support.noted_engine import NotedEngine
 
-from vllm_datadist_connector.llm_datadist import LLMDataDist, LLMException, LLMRole, LLMStatusCode
+from vllm_datadist_connector.llm_datadist import CacheKey, LLMDataDist, LLMException, LLMRole, LLMStatusCode
 from vllm_datadist_connector.llm_datadist.v2 import llm_datadist as module
 
 Start = Callable[..., LLMDataDist]
@@ -237,3 +237,12 @@ def test_legacy_switch(engine: NotedEngine, start: Start) -> None:
     datadist.switch_role(LLMRole.PROMPT, {"llm.listenIpInfo": "127.0.0.1:5"})
     datadist.switch_role(LLMRole.DECODER)
     assert engine.take() == [("set_role", 1, {"llm.ListenIpInfo": "127.0.0.1:5"}), ("set_role", 2, {})]
+
+
+def test_a_legacy_switch_changes_what_the_manager_allows(start: Start) -> None:
+    datadist = start(SWITCHABLE, LLMRole.DECODER)
+    key = CacheKey(1, 2)
+    with pytest.raises(LLMException, match="DECODER"):
+        datadist.kv_cache_manager.remove_cache_key(key)
+    datadist.switch_role(LLMRole.PROMPT, {"llm.listenIpInfo": "127.0.0.1:5"})
+    datadist.kv_cache_manager.remove_cache_key(key)
