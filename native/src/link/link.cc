@@ -238,7 +238,7 @@ Status Link::RunTransfer(TransferDirection direction, const CacheRef &remote, co
     }
     const bool pull = direction == TransferDirection::kPull;
     status = pull ? path_->Pull(op.value(), deadline) : path_->Push(op.value(), deadline);
-    if (status.ok() && pull && remote.by == CacheRef::By::kKey) {
+    if (status.ok() && pull && MayConsume(remote)) {
       status = ConsumeKey(remote.key, op.value(), deadline);
     }
     if (status.ok()) {
@@ -283,6 +283,12 @@ Result<std::shared_ptr<const RemoteTarget>> Link::DescribeRemote(const CacheRef 
     described_[ref.cache_id] = target;
   }
   return target;
+}
+
+// Both ends are in the same mode; which of the keys that may be consumed are, the owner knows.
+bool Link::MayConsume(const CacheRef &remote) const {
+  return !endpoint_->options().remote_accessible && remote.by == CacheRef::By::kKey &&
+         remote.key.kind == KeyKind::kRequest;
 }
 
 Status Link::ConsumeKey(const CacheKey &key, const TransferOp &op, Deadline deadline) {

@@ -83,7 +83,7 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   void Establish();
 
   // LLM_TIMEOUT and LLM_FAILED leave the link lost, except where the call did not get its turn in time.
-  // A pull by a key of `remote` tells the owner afterwards, which may consume the key.
+  // Two-sided, a pull by a request key tells the owner afterwards, which may consume the key.
   Status Transfer(TransferDirection direction, const CacheRef &remote, const Planner &planner, Deadline deadline);
 
   // Waits for the running transfer, tells the peer, closes. LLM_TIMEOUT or LLM_UNLINK_FAILED leave the link as it is
@@ -126,6 +126,7 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
 
   Status RunTransfer(TransferDirection direction, const CacheRef &remote, const Planner &planner, Deadline deadline);
   Result<std::shared_ptr<const RemoteTarget>> DescribeRemote(const CacheRef &ref, Deadline deadline);
+  bool MayConsume(const CacheRef &remote) const;
   Status ConsumeKey(const CacheKey &key, const TransferOp &op, Deadline deadline);
 
   Status OnDescribeOnLoop(const Frame &frame);
