@@ -2,10 +2,11 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <atomic>
 #include <chrono>
 #include <thread>
 
-#include "support/member.h"
+#include "support/comm_members.h"
 
 namespace datadist::testing {
 namespace {
@@ -15,25 +16,6 @@ using datadist::test::PatternOf;
 using ::testing::AllOf;
 using ::testing::HasSubstr;
 
-constexpr std::chrono::seconds kLong{60};
-constexpr std::chrono::seconds kShort{1};
-
-// Cluster ids 1, 2, ... of ranks 0, 1, ...
-std::vector<CommMember> Members(size_t count) {
-  std::vector<CommMember> members;
-  for (uint32_t rank = 0; rank < count; ++rank) {
-    members.push_back(CommMember{rank + 1, rank, FreeAddress()});
-  }
-  return members;
-}
-
-std::vector<CommMember> WithoutAddresses(std::vector<CommMember> members) {
-  for (CommMember &member : members) {
-    member.address.reset();
-  }
-  return members;
-}
-
 using Group = std::vector<std::unique_ptr<Member>>;
 
 Group MakeGroup(size_t count) {
@@ -42,18 +24,6 @@ Group MakeGroup(size_t count) {
     group.push_back(std::make_unique<Member>(id));
   }
   return group;
-}
-
-int64_t MustLink(Member &member, const std::string &name, const std::vector<CommMember> &members,
-                 std::chrono::seconds time = kLong) {
-  const Result<int64_t> id = member.comms().Link(name, members, time);
-  EXPECT_TRUE(id.ok()) << id.status().text();
-  return id.ok() ? id.value() : 0;
-}
-
-void ExpectOk(Member &member, int64_t comm_id) {
-  const CommTable::Report report = member.Settled(comm_id);
-  EXPECT_EQ(report.state, CommState::kOk) << "cluster " << member.id() << ": " << report.reason;
 }
 
 void ExpectEveryPairMovesBytes(const Group &group) {
@@ -319,7 +289,6 @@ TEST_F(TwoMembers, UnlinkWaitsForTheTransferThatRuns) {
   LinkBoth();
   const int64_t source = low_.AddCache(1);
   const int64_t sink = high_.AddCache(2);
-  std::atomic<bool> over{false};
   std::atomic<bool> started{false};
   std::thread puller([&] {
     Status status = Status::Ok();
@@ -328,12 +297,10 @@ TEST_F(TwoMembers, UnlinkWaitsForTheTransferThatRuns) {
       started.store(true);
     }
     EXPECT_EQ(status.code(), LLM_NOT_YET_LINK) << status.text();
-    over.store(true);
   });
   ASSERT_TRUE(Eventually([&] { return started.load(); }));
   EXPECT_TRUE(high_.comms().Unlink(high_id_).ok());
   puller.join();
-  EXPECT_TRUE(over.load());
   EXPECT_EQ(high_.Bytes(sink), PatternOf(Member::kShape, 1)) << "no pull was cut short";
 }
 
@@ -393,120 +360,6 @@ TEST_F(TwoMembers, ListenerOfACommTakesNoClients) {
   const Status status = high_.Dial(*members_[0].address, 1);
   EXPECT_EQ(status.code(), LLM_LINK_FAILED);
   EXPECT_THAT(status.text(), HasSubstr("bilateral"));
-}
-
-TEST(CommLimits, AtMostThatManyComms) {
-  Member self(1, {}, 2);
-  std::vector<CommMember> members = WithoutAddresses(Members(2));
-  ExpectOk(self, MustLink(self, "a", members));
-  members[1].cluster_id = 3;
-  const int64_t second = MustLink(self, "b", members);
-  ExpectOk(self, second);
-  members[1].cluster_id = 4;
-  const Result<int64_t> third = self.comms().Link("c", members, kLong);
-  EXPECT_EQ(third.status().code(), LLM_PARAM_INVALID);
-  EXPECT_THAT(third.status().text(), HasSubstr("at most 2"));
-  EXPECT_TRUE(self.comms().Unlink(second).ok());
-  EXPECT_EQ(MustLink(self, "c", members), 3) << "ids are not used again";
-}
-
-TEST(CommLimits, SixteenPrepareAtATimeTheNextWaitsItsTurn) {
-  Member self(2);
-  int64_t first = 0;
-  for (uint64_t i = 0; i < 16; ++i) {
-    std::vector<CommMember> absent = Members(2);
-    absent[0].cluster_id = 100 + i;
-    const int64_t id = MustLink(self, "absent " + std::to_string(i), absent);
-    first = first == 0 ? id : first;
-  }
-  const std::vector<CommMember> at_hand = WithoutAddresses(Members(2));
-  const int64_t waiting = MustLink(self, "at hand", at_hand);
-  // The same work elsewhere: what would be done by now if it had its turn.
-  Member other(2);
-  for (int i = 0; i < 3; ++i) {
-    const int64_t id = MustLink(other, "at hand", at_hand);
-    ExpectOk(other, id);
-    EXPECT_TRUE(other.comms().Unlink(id).ok());
-  }
-  EXPECT_EQ(self.comms().Query(waiting).value().state, CommState::kPreparing);
-  const int64_t cancelled = MustLink(self, "cancelled", Members(2));
-  EXPECT_TRUE(self.comms().Unlink(cancelled).ok()) << "without its turn";
-  EXPECT_TRUE(self.comms().Unlink(first).ok());
-  ExpectOk(self, waiting);
-}
-
-TEST(CommLimits, LinksOfCommsCountAsLinks) {
-  LinkOptions options;
-  options.max_links = 1;
-  Member self(1, options);
-  const int64_t id = MustLink(self, "loop", WithoutAddresses(Members(3)));
-  const CommTable::Report report = self.Settled(id);
-  EXPECT_EQ(report.state, CommState::kFailed);
-  EXPECT_THAT(report.reason, HasSubstr("at most 1"));
-  EXPECT_TRUE(self.table()->Empty());
-}
-
-class CommArguments : public ::testing::Test {
- protected:
-  void ExpectInvalid(const std::string &name, const std::vector<CommMember> &members, const char *text) {
-    const Result<int64_t> id = self_.comms().Link(name, members, kLong);
-    EXPECT_EQ(id.status().code(), LLM_PARAM_INVALID);
-    EXPECT_THAT(id.status().text(), HasSubstr(text));
-    EXPECT_TRUE(self_.comms().Empty());
-  }
-  Member self_{1};
-  std::vector<CommMember> members_ = Members(3);
-};
-
-TEST_F(CommArguments, NameIsTooShortOrTooLong) {
-  ExpectInvalid("", members_, "comm_name: 0 bytes");
-  ExpectInvalid(std::string(128, 'x'), members_, "allowed: 1..127");
-}
-
-TEST_F(CommArguments, TooFewOrTooManyMembers) {
-  ExpectInvalid("x", {members_[0]}, "members: 1, allowed: 2..4");
-  ExpectInvalid("x", Members(5), "members: 5");
-}
-
-TEST_F(CommArguments, OwnIdIsMissing) {
-  members_[0].cluster_id = 7;
-  ExpectInvalid("x", members_, "our own cluster id 1 is missing");
-}
-
-TEST_F(CommArguments, IdComesTwice) {
-  members_[2].cluster_id = 2;
-  ExpectInvalid("x", members_, "members[2].cluster_id: 2 comes twice");
-}
-
-TEST_F(CommArguments, RanksDoNotAscend) {
-  members_[2].rank = 1;
-  ExpectInvalid("x", members_, "members[2].rank: 1 after 1");
-}
-
-TEST_F(CommArguments, SomeHaveAddressesSomeHaveNot) {
-  members_[1].address.reset();
-  ExpectInvalid("x", members_, "members[1].address");
-}
-
-TEST_F(CommArguments, PortZero) {
-  members_[1].address = SocketAddress::FromIp("127.0.0.1", 0).value();
-  ExpectInvalid("x", members_, "port above 0");
-}
-
-TEST_F(CommArguments, NameInUse) {
-  const int64_t id = MustLink(self_, "x", members_);
-  const Result<int64_t> again = self_.comms().Link("x", members_, kLong);
-  EXPECT_EQ(again.status().code(), LLM_PARAM_INVALID);
-  EXPECT_THAT(again.status().text(), HasSubstr("'x' is in use"));
-  EXPECT_TRUE(self_.comms().Unlink(id).ok());
-  MustLink(self_, "x", members_);
-}
-
-TEST_F(CommArguments, UnknownCommIds) {
-  for (const int64_t id : {int64_t{0}, int64_t{-1}, int64_t{1}}) {
-    EXPECT_EQ(self_.comms().Query(id).status().code(), LLM_NOT_YET_LINK);
-    EXPECT_EQ(self_.comms().Unlink(id).code(), LLM_NOT_YET_LINK);
-  }
 }
 
 }  // namespace

@@ -51,7 +51,8 @@ class CommTable {
   // Returns a comm id, counting from 1, at once; `total_time` counts from the comm's turn. LLM_PARAM_INVALID: name not
   // 1..127 bytes or in use by a comm that is not unlinked, not 2..4 members, ranks not ascending, an id twice, our own
   // id not among them, an address here and none there, too many comms. LLM_FAILED: our own address cannot be bound.
-  Result<int64_t> Link(const std::string &name, const std::vector<CommMember> &members, std::chrono::seconds total_time);
+  Result<int64_t> Link(const std::string &name, const std::vector<CommMember> &members,
+                       std::chrono::seconds total_time);
 
   // Ends the preparation if need be, and waits for the transfers that run on its links. LLM_NOT_YET_LINK: unknown id.
   Status Unlink(int64_t comm_id);
