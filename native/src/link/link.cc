@@ -1,9 +1,7 @@
 #include "link/link.h"
 
-#include <algorithm>
 #include <utility>
 
-#include "base/checked.h"
 #include "base/log.h"
 #include "link/link_table.h"
 #include "transport/local/local_data_path.h"
@@ -12,7 +10,6 @@ namespace datadist {
 namespace {
 
 using llm_datadist::LLM_FAILED;
-using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
 using llm_datadist::LLM_NOT_YET_LINK;
 using llm_datadist::LLM_TIMEOUT;
 using llm_datadist::LLM_UNLINK_FAILED;
@@ -183,153 +180,6 @@ Status Link::CheckUsable() const {
       return Status(LLM_NOT_YET_LINK, Name() + " closed: " + end_reason_);
   }
   return Status(LLM_FAILED, Name());
-}
-
-// ---- transfers ----
-
-Status Link::Transfer(TransferDirection direction, const CacheRef &remote, const Planner &planner,
-                      Deadline deadline) {
-  if (Status status = CheckUsable(); !status.ok()) {
-    return status;
-  }
-  switch (gate_.Enter(deadline)) {
-    case EnterResult::kEntered:
-      break;
-    case EnterResult::kTimeout:
-      return Status(LLM_TIMEOUT, Name() + ": no turn in time, another transfer is running");
-    case EnterResult::kShut: {
-      const Status status = CheckUsable();
-      return status.ok() ? Status(LLM_NOT_YET_LINK, Name() + " is being unlinked") : status;
-    }
-  }
-  const Turn turn(gate_);
-  if (Status status = CheckUsable(); !status.ok()) {
-    return status;  // lost while waiting for the turn
-  }
-  const Status status = RunTransfer(direction, remote, planner, deadline);
-  if (status.ok()) {
-    return status;
-  }
-  if (status.code() == LLM_TIMEOUT || status.code() == LLM_FAILED) {
-    // Nobody knows how far the peer got: the documented contract is that the link must be made anew.
-    Lose(CloseCause::kByUs, "a transfer failed: " + status.text());
-  }
-  return Status(status.code(), Name() + ": " + status.text());
-}
-
-Status Link::RunTransfer(TransferDirection direction, const CacheRef &remote, const Planner &planner,
-                         Deadline deadline) {
-  Status status;
-  // Twice: what we knew of the cache may be out of date, and the owner is the one who knows.
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    const bool known = remote.by == CacheRef::By::kId && described_.count(remote.cache_id) != 0;
-    const auto target = DescribeRemote(remote, deadline);
-    if (!target.ok()) {
-      return target.status();
-    }
-    Result<TransferOp> op = planner(*target.value());
-    if (!op.ok()) {
-      return op.status();
-    }
-    op.value().remote = &target.value()->cache;
-    const Result<uint64_t> bytes = TotalBytes(op.value());
-    if (!bytes.ok()) {
-      return bytes.status();
-    }
-    const bool pull = direction == TransferDirection::kPull;
-    status = pull ? path_->Pull(op.value(), deadline) : path_->Push(op.value(), deadline);
-    if (status.ok() && pull && MayConsume(remote)) {
-      status = ConsumeKey(remote.key, op.value(), deadline);
-    }
-    if (status.ok()) {
-      (pull ? bytes_pulled_ : bytes_pushed_).fetch_add(bytes.value(), std::memory_order_relaxed);
-    }
-    if (status.code() != LLM_KV_CACHE_NOT_EXIST || !known) {
-      break;
-    }
-    described_.erase(remote.cache_id);
-  }
-  return status;
-}
-
-Result<std::shared_ptr<const RemoteTarget>> Link::DescribeRemote(const CacheRef &ref, Deadline deadline) {
-  const bool by_id = ref.by == CacheRef::By::kId;
-  if (by_id) {
-    if (const auto it = described_.find(ref.cache_id); it != described_.end()) {
-      return it->second;
-    }
-  }
-  const Result<Frame> frame =
-      session_->Call(MessageType::kDescribe, Encode(DescribeRequest{ref}), MessageType::kCacheInfo, deadline);
-  if (!frame.ok()) {
-    return frame.status();
-  }
-  Result<CacheInfo> info = Decode<CacheInfo>(frame.value().body);
-  if (!info.ok()) {
-    return info.status();
-  }
-  if (!info.value().status.ok()) {
-    return info.value().status;
-  }
-  const RemoteCache &cache = info.value().target.cache;
-  const bool needs_addrs = outgoing_.kind == TransportKind::kCma;
-  if ((by_id && cache.cache_id != ref.cache_id) ||
-      (needs_addrs && cache.tensor_addrs.size() != cache.geometry.num_tensors)) {
-    return Status(LLM_FAILED, "the peer answered for another cache");
-  }
-  auto target = std::make_shared<const RemoteTarget>(std::move(info.value().target));
-  if (by_id && target->lasting) {
-    // Bounded by what we ask for, which is bounded by what the peer has registered.
-    described_[ref.cache_id] = target;
-  }
-  return target;
-}
-
-// Both ends are in the same mode; which of the keys that may be consumed are, the owner knows.
-bool Link::MayConsume(const CacheRef &remote) const {
-  return !endpoint_->options().remote_accessible && remote.by == CacheRef::By::kKey &&
-         remote.key.kind == KeyKind::kRequest;
-}
-
-Status Link::ConsumeKey(const CacheKey &key, const TransferOp &op, Deadline deadline) {
-  const ConsumeRequest request{key, op.remote->generation, op.remote_first_tensor, op.tensor_count};
-  const Result<Frame> frame =
-      session_->Call(MessageType::kConsume, Encode(request), MessageType::kConsumed, deadline);
-  if (!frame.ok()) {
-    return frame.status();
-  }
-  const Result<Consumed> consumed = Decode<Consumed>(frame.value().body);
-  return consumed.ok() ? consumed.value().status : consumed.status();
-}
-
-Result<uint64_t> Link::AcquireWrite(const TransferOp &op, Deadline deadline) {
-  AcquireWriteRequest request;
-  request.cache_id = op.remote->cache_id;
-  request.generation = op.remote->generation;
-  request.first_tensor = op.remote_first_tensor;
-  request.tensor_count = op.tensor_count;
-  for (const Run &run : op.runs) {
-    const auto end = CheckedAdd(run.remote_offset, run.length);
-    if (!end.has_value()) {
-      return Status(llm_datadist::LLM_PARAM_INVALID, "a run ends beyond 2^64");
-    }
-    request.end = std::max(request.end, *end);
-  }
-  request.remaining_ms = RemainingMillis(deadline);
-  const Result<Frame> frame =
-      session_->Call(MessageType::kAcquireWrite, Encode(request), MessageType::kGrant, deadline);
-  if (!frame.ok()) {
-    return frame.status();
-  }
-  const Result<Grant> grant = Decode<Grant>(frame.value().body);
-  if (!grant.ok()) {
-    return grant.status();
-  }
-  return grant.value().status.ok() ? Result<uint64_t>(grant.value().grant) : Result<uint64_t>(grant.value().status);
-}
-
-void Link::ReleaseWrite(uint64_t grant) {
-  session_->Send(MessageType::kReleaseWrite, 0, Encode(ReleaseWriteRequest{grant}));
 }
 
 // ---- unlink ----
