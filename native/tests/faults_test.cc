@@ -129,13 +129,13 @@ TEST_F(Faults, TcpHandshakeCutAtManyBytes) {
   ExpectHealthy();
 }
 
-std::vector<uint8_t> GoodHello(uint64_t cluster_id) {
+std::vector<uint8_t> GoodHello(uint64_t cluster_id, uint32_t remaining_ms = 5000) {
   Hello hello;
   hello.versions = {kProtocolVersion, kProtocolVersion};
   hello.client.cluster_id = cluster_id;
   hello.client.role = 1;
   hello.client.host = {"boot", 1, 1};
-  hello.remaining_ms = 5000;
+  hello.remaining_ms = remaining_ms;
   hello.force_link = true;
   return Encode(hello);
 }
@@ -181,7 +181,7 @@ TEST_F(Faults, VersionMismatchNamesBothVersions) {
   hello[0] = hello[2] = 7;
   const Fd fd = DialPort(server_.port());
   const Deadline deadline = Deadline::In(milliseconds(5000));
-  ASSERT_TRUE(SendFrame(fd.get(), MessageType::kHello, 1, hello, deadline).ok());
+  ASSERT_TRUE(SendFrame(fd.get(), MessageType::kHello, 1, GoodHello(9, 100), deadline).ok());
   const Result<Frame> frame = RecvFrame(fd.get(), TypeSet(MessageType::kReject), deadline);
   ASSERT_TRUE(frame.ok()) << frame.status().text();
   const Result<Reject> reject = Decode<Reject>(frame.value().body);
@@ -206,14 +206,9 @@ TEST_F(Faults, WrongStateAfterHelloClosesTheConnection) {
 }
 
 TEST_F(Faults, HandshakeOfAClientThatStopsEndsAtItsDeadline) {
-  std::vector<uint8_t> hello = GoodHello(9);
-  // remaining_ms stands before force_link and the length of an empty comm name: 100 ms.
-  const size_t at = hello.size() - 7;
-  hello[at] = 100;
-  hello[at + 1] = hello[at + 2] = hello[at + 3] = 0;
   const Fd fd = DialPort(server_.port());
   const Deadline deadline = Deadline::In(milliseconds(5000));
-  ASSERT_TRUE(SendFrame(fd.get(), MessageType::kHello, 1, hello, deadline).ok());
+  ASSERT_TRUE(SendFrame(fd.get(), MessageType::kHello, 1, GoodHello(9, 100), deadline).ok());
   ASSERT_TRUE(RecvFrame(fd.get(), TypeSet(MessageType::kWelcome), deadline).ok());
   const auto start = Clock::now();
   EXPECT_TRUE(IsClosedByPeer(fd.get()));
