@@ -67,7 +67,8 @@ class Arena:
 def view(addrs: Sequence[int], rows: int, row_bytes: int) -> list[Bytes]:
     """Per address the memory of one tensor, [row, byte]."""
     size = rows * row_bytes
-    return [np.frombuffer((ctypes.c_ubyte * size).from_address(a), np.uint8).reshape(rows, row_bytes) for a in addrs]
+    memories = [np.ctypeslib.as_array((ctypes.c_uint8 * size).from_address(addr)) for addr in addrs]
+    return [memory.reshape(rows, row_bytes) for memory in memories]
 
 
 def move_rows(src: Arena, dst: Arena, pairs: Sequence[tuple[int, int]], rows: Sequence[tuple[int, int]]) -> None:

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from support.arenas import OURS, PEER, Arena, link_with_itself, managed, move_rows
@@ -164,3 +167,48 @@ def test_what_does_not_fit_writes_nothing(transport: str) -> None:
         task = caches.transfer_cache_async(src_cache, Computing(), [unlinked])
         assert task.synchronize(60_000) == LLMStatusCode.LLM_NOT_YET_LINK
         assert (src, dst, foreign) == (arena(1), arena(2), arena(3))
+
+
+EXITS_WITH_A_RUNNING_TASK = """
+import atexit, sys, threading
+import numpy as np
+
+src, dst = np.arange(40, dtype=np.uint8).reshape(4, 10), np.zeros((4, 10), np.uint8)
+atexit.register(lambda: print("copied" if (src == dst).all() else "not copied"))  # runs after the package's own
+
+from vllm_datadist_connector.llm_datadist import *
+
+class Held(LayerSynchronizer):
+    def synchronize_layer(self, layer_index, timeout_in_millis):
+        return bool(sys.stdin.readline())
+
+datadist = LLMDataDist(LLMRole.MIX, 1)
+datadist.init({"llm.EnableCacheManager": "1", "ge.exec.deviceId": "0"})
+desc = CacheDesc(4, [1, 10], DataType.DT_UINT8)
+cache = datadist.cache_manager.register_cache(desc, [row.ctypes.data for row in src])
+datadist.cache_manager.register_cache(desc, [row.ctypes.data for row in dst])
+comm = datadist.link("exit", {1: 0, 2: 1}, "{}")
+while datadist.query_register_mem_status(comm) == RegisterMemStatus.PREPARING:
+    threading.Event().wait(0.002)
+config = TransferConfig(2, [row.ctypes.data for row in dst])
+task = datadist.cache_manager.transfer_cache_async(cache, Held(), [config])
+print("main thread ends", flush=True)
+"""
+
+
+def test_the_interpreter_waits_for_a_task_and_then_finalizes(tmp_path: Path) -> None:
+    with subprocess.Popen(
+        [sys.executable, "-c", EXITS_WITH_A_RUNNING_TASK],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,  # not the repository: its package has no extension
+    ) as process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "main thread ends\n"
+        try:
+            out, err = process.communicate("layer 0\nlayer 1\n", timeout=60)
+        finally:
+            process.kill()
+    assert (process.returncode, out, err) == (0, "copied\n", "")
