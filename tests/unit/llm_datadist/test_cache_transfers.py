@@ -96,6 +96,7 @@ def test_pull_blocks(engine: RecordingEngine) -> None:
         (lambda m: m.pull_cache(BY_ID, ROWS, src_layer_range=range(0, 4, 2)), "src_layer_range"),
         (lambda m: m.pull_cache(BY_ID, ROWS, dst_layer_range=range(-1, 2)), "dst_layer_range"),
         (lambda m: m.pull_cache(BY_ID, ROWS, dst_layer_range=range(2, 2)), "dst_layer_range"),
+        (lambda m: m.pull_cache(BY_ID, ROWS, dst_layer_range=range(2**31)), "dst_layer_range"),
         (lambda m: m.pull_cache(BY_ID, ROWS, tensor_num_per_layer=0), "tensor_num_per_layer: 0"),
         (lambda m: m.pull_blocks(BlocksCacheKey(3), ROWS, [1], [1]), "dst_cache: .*a blocks cache"),
         (lambda m: m.pull_blocks(BlocksCacheKey(3), BLOCKS, [], [1]), "src_blocks"),

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -177,6 +178,16 @@ def test_a_running_task_times_out(engine: RecordingEngine) -> None:
     assert task.get_results(60_000) == [SUCCESS, SUCCESS]
 
 
+def test_timeouts_are_milliseconds(engine: RecordingEngine) -> None:
+    gate = Gate()
+    task = start(engine, [to_addresses(5)], gate)
+    began = time.monotonic()
+    assert task.synchronize(50) == LLMStatusCode.LLM_TIMEOUT
+    assert 0.05 <= time.monotonic() - began < 25
+    gate.open()
+    assert task.synchronize() == SUCCESS
+
+
 def test_finalize_waits_for_the_task(engine: RecordingEngine) -> None:
     gate, caches = Gate(), manager(engine)
     task = caches.transfer_cache_async(source(), gate, [to_addresses(5)])
@@ -189,6 +200,22 @@ def test_finalize_waits_for_the_task(engine: RecordingEngine) -> None:
     assert task.get_results(0) == [SUCCESS], "it had ended before finalize did"
     with pytest.raises(RuntimeError, match="not initialized"):
         caches.transfer_cache_async(source(), gate, [to_addresses(5)])
+
+
+def test_no_task_starts_behind_a_finalize(engine: RecordingEngine) -> None:
+    caches = manager(engine)
+
+    class Finalizing(list[TransferConfig]):
+        """Finalizes while it is looked at."""
+
+        def __iter__(self) -> Iterator[TransferConfig]:
+            caches._finalize()
+            return super().__iter__()
+
+    synchronizer = Ready()
+    with pytest.raises(RuntimeError, match="not initialized"):
+        caches.transfer_cache_async(source(), synchronizer, Finalizing([to_addresses(5)]))
+    assert (synchronizer.asked, engine.calls) == ([], [])
 
 
 def test_finalize_from_the_synchronizer_does_not_wait_for_itself(engine: RecordingEngine) -> None:
