@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 
 import pytest
 from support.noted_engine import NotedEngine
@@ -10,6 +11,12 @@ from support.noted_engine import NotedEngine
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.llm_datadist import LLMDataDist, LLMRole
 from vllm_datadist_connector.llm_datadist.v2 import llm_datadist as module
+
+
+@pytest.fixture(autouse=True)
+def away_from_the_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """`python -c` looks in its working directory first: there it must not find the sources, which lack _native."""
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture
