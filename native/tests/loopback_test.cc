@@ -84,6 +84,18 @@ TEST_P(Loopback, UnlinkEndsItAndItCanBeMadeAgain) {
   }
 }
 
+TEST_P(Loopback, ClosingItIsNoLossToItsOtherHalf) {
+  Link(kPeer);
+  const std::shared_ptr<datadist::Link> link = self_.table()->Find(kPeer);
+  ::testing::internal::CaptureStderr();
+  self_.table()->Remove(link.get());
+  link->Close("unlinked by force");
+  for (int turn = 0; turn < 3; ++turn) {
+    self_.endpoint()->loop()->Run([] {});  // what the closing caused has run by then
+  }
+  EXPECT_THAT(::testing::internal::GetCapturedStderr(), Not(HasSubstr("lost")));
+}
+
 TEST_P(Loopback, TransfersRunWhileOtherLinksComeAndGo) {
   const int64_t source = self_.AddCache(1);
   const int64_t sink = self_.AddCache(2);

@@ -4,22 +4,15 @@
 #include <unistd.h>
 
 #include <algorithm>
-#include <chrono>
 #include <thread>
 #include <utility>
 
-#include "base/socket_io.h"
 #include "link/client_handshake.h"
 
 namespace datadist::testing {
-namespace {
 
 using datadist::test::Arena;
 using datadist::test::PatternOf;
-
-constexpr std::chrono::seconds kPatience{20};
-
-}  // namespace
 
 Member::Member(uint64_t cluster_id, const LinkOptions &options, uint32_t max_comms)
     : endpoint_(std::make_shared<LocalEndpoint>(cluster_id, llm_datadist::LlmRole::kMix, options, RegionLimits{},
@@ -123,7 +116,7 @@ Status Member::Transfer(TransferDirection direction, uint64_t peer_id, int64_t r
     op.runs = {run};
     return op;
   };
-  return link->Transfer(direction, CacheRef::Id(remote), planner, Deadline::In(kPatience));
+  return link->Transfer(direction, {{CacheRef::Id(remote), planner}}, Deadline::In(kPatience));
 }
 
 CommTable::Report Member::Settled(int64_t comm_id) {

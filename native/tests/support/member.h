@@ -2,6 +2,7 @@
 #ifndef DATADIST_TESTS_SUPPORT_MEMBER_H_
 #define DATADIST_TESTS_SUPPORT_MEMBER_H_
 
+#include <chrono>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -67,7 +68,9 @@ std::vector<uint8_t> Copied(uint64_t from_seed, uint64_t to_seed, uint64_t from,
 // An address that nobody listens at, in a part of the loopback network that is this process's own.
 SocketAddress FreeAddress();
 
-// Waits, within 20 s, until `holds` says so: for states that can only be asked for.
+constexpr std::chrono::seconds kPatience{20};
+
+// Waits, within kPatience, until `holds` says so: for states that can only be asked for.
 bool Eventually(const std::function<bool()> &holds);
 
 }  // namespace datadist::testing
