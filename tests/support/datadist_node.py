@@ -53,12 +53,12 @@ class TorchMemory(NumpyMemory):
         super().__init__(seed, tensors, rows, row_bytes)
         first = self[0].ctypes.data - self._whole[0].ctypes.data
         guarded = [torch.from_numpy(tensor).clone() for tensor in self._whole]
-        self._tensors = [tensor[first:-first].view(rows, row_bytes) for tensor in guarded]
+        self.tensors = [tensor[first:-first].view(rows, row_bytes) for tensor in guarded]
         self._whole = [tensor.numpy() for tensor in guarded]
 
     @property
     def addrs(self) -> list[int]:
-        return [tensor.data_ptr() for tensor in self._tensors]
+        return [tensor.data_ptr() for tensor in self.tensors]
 
 
 _MEMORIES = {"numpy": NumpyMemory, "torch": TorchMemory}

@@ -243,6 +243,20 @@ def test_unregistered_while_linked(ends: Ends) -> None:
     ends.cluster.check()
 
 
+def test_blocks_of_another_length_are_refused(ends: Ends) -> None:
+    """As rows are in remote-accessible mode; test_two_sided_processes.py has those of the other mode."""
+    src, _ = linked(ends, "blocks")
+    rows = ends.prompt.register("rows", tensors=TENSORS)
+    for row_bytes in (30, 50):
+        blocks = ends.decoder.register(f"blocks of {row_bytes}", layout="blocks", tensors=TENSORS, row_bytes=row_bytes)
+        pull = ends.decoder.manager.pull_blocks
+        assert failure(pull, src.blocks_key, blocks, [1], [2]) == LLMStatusCode.LLM_PARAM_INVALID
+        dst = ends.decoder.register(f"rows of {row_bytes}", tensors=TENSORS, row_bytes=row_bytes)
+        if ends.remote_accessible:
+            assert failure(ends.decoder.manager.pull_cache, rows.row(1), dst, 2, 10) == LLMStatusCode.LLM_PARAM_INVALID
+    ends.cluster.check()
+
+
 def test_blocks_are_not_pulled_as_a_row(ends: Ends) -> None:
     src, dst = linked(ends, "contiguous", {"layout": "blocks"})
     for batch_index in (0, 1):
