@@ -93,6 +93,7 @@ class CacheRace : public CacheRegistryTest {
       EXPECT_TRUE(std::all_of(Words(address), Words(address) + kWordsPerPage,
                               [&offer](uint64_t word) { return word == offer->request; }))
           << "bytes of another cache";
+      std::this_thread::yield();  // so that other threads come between
     }
     const auto status = caches_.Consume(key, cache.generation(), 0, kTensors).code();
     EXPECT_TRUE(status == LLM_SUCCESS || status == LLM_KV_CACHE_NOT_EXIST) << status;

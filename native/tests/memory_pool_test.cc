@@ -102,17 +102,17 @@ TEST(MemoryPool, WhatIsFreedComesBackAsZerosAndNothingElseChanges) {
     const uint64_t page = uint64_t{1} << shift;
     const auto pool = Pool(64 * page, shift);
     const uint64_t before = pool->Allocate(3 * page).value();
-    const uint64_t freed = pool->Allocate(17 * page).value();
+    const uint64_t freed = pool->Allocate(18 * page).value();
     const uint64_t after = pool->Allocate(page).value();
     std::memset(Bytes(before), 0x11, 3 * page);
-    std::memset(Bytes(freed), 0x22, 17 * page);
+    std::memset(Bytes(freed), 0x22, 18 * page);
     std::memset(Bytes(after), 0x33, page);
     pool->Free(freed);
-    EXPECT_EQ(pool->Allocate(17 * page).value(), freed);
+    EXPECT_EQ(pool->Allocate(18 * page).value(), freed);
     const auto all = [](uint64_t address, uint64_t bytes, uint8_t value) {
       return std::all_of(Bytes(address), Bytes(address) + bytes, [value](uint8_t byte) { return byte == value; });
     };
-    EXPECT_TRUE(all(freed, 17 * page, 0)) << shift;
+    EXPECT_TRUE(all(freed, 18 * page, 0)) << shift;
     EXPECT_TRUE(all(before, 3 * page, 0x11)) << shift;
     EXPECT_TRUE(all(after, page, 0x33)) << shift;
   }
