@@ -107,8 +107,9 @@ TEST(Pieces, OfARow) {
   };
   EXPECT_TRUE(check(30, {0, 1, 2, 3}).ok());
   ExpectInvalid(check(30, {0, 1, 2, 3, 4}), "is 4 pieces of 30 bytes");
-  ExpectInvalid(check(0, {0}), "dst_block_memory_size 0");
-  ExpectInvalid(check(200, {0}), "allowed is 1..199");
+  EXPECT_TRUE(check(100, {0}).ok());
+  EXPECT_TRUE(check(200, {0}).ok());
+  ExpectInvalid(check(0, {0}), "blocks of 0 bytes");
   ExpectInvalid(check(30, {}), "0 entries");
   ExpectInvalid(CheckSource(PieceMove{2, 30, {}}, source), "source batch_index 2");
   const std::vector<uint64_t> beyond = {8};
@@ -118,6 +119,16 @@ TEST(Pieces, OfARow) {
   ExpectInvalid(CheckDestination(PieceMove{0, 30, beyond}, source), "contiguous");
   const std::vector<uint64_t> last = {1};  // 50 bytes at 50: a tensor of 90 bytes ends within the piece
   ExpectInvalid(BuildRuns(PieceMove{0, 50, last}, source, Geometry(3, 30), LocalSide::kSource, false).status(), "ends outside");
+}
+
+TEST(Pieces, OfAPushAreShorterThanTheTensor) {
+  const CacheGeometry source = Geometry(2, 100, CacheLayout::kContiguous);
+  const std::vector<uint64_t> blocks = {0};
+  const auto check = [&](uint64_t bytes) { return CheckPushedPieces(PieceMove{0, bytes, blocks}, source); };
+  EXPECT_TRUE(check(199).ok());
+  ExpectInvalid(check(0), "dst_block_memory_size 0");
+  ExpectInvalid(check(200), "allowed is 1..199");
+  EXPECT_TRUE(CheckPushedPieces(RowMove{}, source).ok());
 }
 
 TEST(Address, OffsetsCountFromIt) {

@@ -170,7 +170,7 @@ Status Engine::Pull(const PullTarget &target, Move move) {
     op.runs = PullRuns(runs.value());
     return op;
   };
-  return link.value()->Transfer(TransferDirection::kPull, target.src, plan, deadline);
+  return link.value()->Transfer(TransferDirection::kPull, {{target.src, plan}}, deadline);
 }
 
 // ---- push ----
@@ -242,7 +242,7 @@ Status Engine::PushLayer(const PushTarget &target, const CacheRef &dst, Move mov
                                       CheckPushDestination(target.dst_layer, target.tensors_per_layer, destination),
                                       CheckDestination(move, destination),
                                       CheckPushSource(target.src_layer, target.tensors_per_layer, local),
-                                      CheckSource(move, local)});
+                                      CheckPushedPieces(move, local), CheckSource(move, local)});
         !status.ok()) {
       return status;
     }
@@ -258,7 +258,7 @@ Status Engine::PushLayer(const PushTarget &target, const CacheRef &dst, Move mov
     op.runs = PushRuns(runs.value(), 0);
     return op;
   };
-  const Status status = link.value()->Transfer(TransferDirection::kPush, dst, plan, deadline);
+  const Status status = link.value()->Transfer(TransferDirection::kPush, {{dst, plan}}, deadline);
   return status.ok() ? status
                      : Status(status.code(), "layer " + std::to_string(target.src_layer) + ": " + status.text());
 }
@@ -276,7 +276,7 @@ Status Engine::PushLayerToAddresses(const PushTarget &target, const std::vector<
   }
   const CacheGeometry &local = pin.value().cache().geometry();
   if (Status status = FirstFailure({CheckPushSource(target.src_layer, target.tensors_per_layer, local),
-                                    CheckSource(move, local)});
+                                    CheckPushedPieces(move, local), CheckSource(move, local)});
       !status.ok()) {
     return status;
   }
@@ -292,23 +292,22 @@ Status Engine::PushLayerToAddresses(const PushTarget &target, const std::vector<
   if (!extent.has_value()) {
     return Status(LLM_PARAM_INVALID, "the destination exceeds 64 bits");
   }
+  std::vector<Link::Part> parts;
   for (uint32_t i = 0; i < target.tensors_per_layer; ++i) {
-    const auto plan = [&](const RemoteTarget &remote) -> Result<TransferOp> {
-      TransferOp op;
-      op.local = &pin.value();
-      op.remote_first_tensor = remote.tensor;
-      op.local_first_tensor = static_cast<uint32_t>(target.src_layer) * target.tensors_per_layer + i;
-      op.tensor_count = 1;
-      op.runs = PushRuns(runs.value(), remote.offset);
-      return op;
-    };
-    const CacheRef destination = CacheRef::Address(dst_addrs[i], *extent);
-    if (Status status = link.value()->Transfer(TransferDirection::kPush, destination, plan, deadline); !status.ok()) {
-      return Status(status.code(), "layer " + std::to_string(target.src_layer) + ", dst_addrs[" + std::to_string(i) +
-                                       "]: " + status.text());
-    }
+    const uint32_t tensor = static_cast<uint32_t>(target.src_layer) * target.tensors_per_layer + i;
+    parts.push_back({CacheRef::Address(dst_addrs[i], *extent), [&, tensor](const RemoteTarget &remote) {
+                       TransferOp op;
+                       op.local = &pin.value();
+                       op.remote_first_tensor = remote.tensor;
+                       op.local_first_tensor = tensor;
+                       op.tensor_count = 1;
+                       op.runs = PushRuns(runs.value(), remote.offset);
+                       return Result<TransferOp>(std::move(op));
+                     }});
   }
-  return Status::Ok();
+  const Status status = link.value()->Transfer(TransferDirection::kPush, parts, deadline);
+  return status.ok() ? status
+                     : Status(status.code(), "layer " + std::to_string(target.src_layer) + ": " + status.text());
 }
 
 }  // namespace datadist

@@ -60,6 +60,10 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
  public:
   // Makes the op once the remote cache is known; Link fills in op.remote.
   using Planner = std::function<Result<TransferOp>(const RemoteTarget &)>;
+  struct Part {
+    CacheRef remote;
+    Planner planner;
+  };
 
   static std::shared_ptr<Link> Create(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> table,
                                       LinkParts parts);
@@ -82,9 +86,10 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   // Connecting -> Established; the link must be in the table, because the peer may use it from now on.
   void Establish();
 
+  // Nothing moves before all of the parts are known and planned, so that a wrong one leaves no other half done.
   // LLM_TIMEOUT and LLM_FAILED leave the link lost, except where the call did not get its turn in time.
   // Two-sided, a pull by a request key tells the owner afterwards, which may consume the key.
-  Status Transfer(TransferDirection direction, const CacheRef &remote, const Planner &planner, Deadline deadline);
+  Status Transfer(TransferDirection direction, const std::vector<Part> &parts, Deadline deadline);
 
   // Waits for the running transfer, tells the peer, closes. LLM_TIMEOUT or LLM_UNLINK_FAILED leave the link as it is
   // or lost. A lost link cannot tell the peer itself: see UnlinkByDialling.
@@ -124,7 +129,16 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   Status CheckUsable() const;
   std::string Name() const;
 
-  Status RunTransfer(TransferDirection direction, const CacheRef &remote, const Planner &planner, Deadline deadline);
+  // A part of a transfer whose other side is known.
+  struct PlannedPart {
+    std::shared_ptr<const RemoteTarget> target;  // what op.remote points into
+    bool remembered = false;                     // from an earlier transfer
+    TransferOp op;
+    uint64_t bytes = 0;
+  };
+  Status RunTransfer(TransferDirection direction, const std::vector<Part> &parts, Deadline deadline);
+  Result<PlannedPart> PlanPart(const Part &part, Deadline deadline);
+  Status MovePart(TransferDirection direction, const CacheRef &remote, const PlannedPart &planned, Deadline deadline);
   Result<std::shared_ptr<const RemoteTarget>> DescribeRemote(const CacheRef &ref, Deadline deadline);
   bool MayConsume(const CacheRef &remote) const;
   Status ConsumeKey(const CacheKey &key, const TransferOp &op, Deadline deadline);

@@ -12,8 +12,7 @@ using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
 using llm_datadist::LLM_NOT_YET_LINK;
 using llm_datadist::LLM_TIMEOUT;
 
-Status Link::Transfer(TransferDirection direction, const CacheRef &remote, const Planner &planner,
-                      Deadline deadline) {
+Status Link::Transfer(TransferDirection direction, const std::vector<Part> &parts, Deadline deadline) {
   if (Status status = CheckUsable(); !status.ok()) {
     return status;
   }
@@ -31,7 +30,7 @@ Status Link::Transfer(TransferDirection direction, const CacheRef &remote, const
   if (Status status = CheckUsable(); !status.ok()) {
     return status;  // lost while waiting for the turn
   }
-  const Status status = RunTransfer(direction, remote, planner, deadline);
+  const Status status = RunTransfer(direction, parts, deadline);
   if (status.ok()) {
     return status;
   }
@@ -42,37 +41,61 @@ Status Link::Transfer(TransferDirection direction, const CacheRef &remote, const
   return Status(status.code(), Name() + ": " + status.text());
 }
 
-Status Link::RunTransfer(TransferDirection direction, const CacheRef &remote, const Planner &planner,
-                         Deadline deadline) {
-  Status status;
-  // Twice: what we knew of the cache may be out of date, and the owner is the one who knows.
-  for (int attempt = 0; attempt < 2; ++attempt) {
-    const bool known = remote.by == CacheRef::By::kId && described_.count(remote.cache_id) != 0;
-    const auto target = DescribeRemote(remote, deadline);
-    if (!target.ok()) {
-      return target.status();
+Status Link::RunTransfer(TransferDirection direction, const std::vector<Part> &parts, Deadline deadline) {
+  std::vector<PlannedPart> planned;
+  for (const Part &part : parts) {
+    Result<PlannedPart> made = PlanPart(part, deadline);
+    if (!made.ok()) {
+      return made.status();
     }
-    Result<TransferOp> op = planner(*target.value());
-    if (!op.ok()) {
-      return op.status();
+    planned.push_back(std::move(made).value());
+  }
+  for (size_t i = 0; i < parts.size(); ++i) {
+    Status status = MovePart(direction, parts[i].remote, planned[i], deadline);
+    if (status.code() == LLM_KV_CACHE_NOT_EXIST && planned[i].remembered) {
+      // What we knew of the cache may be out of date, and the owner is the one who knows.
+      described_.erase(parts[i].remote.cache_id);
+      const Result<PlannedPart> anew = PlanPart(parts[i], deadline);
+      status = anew.ok() ? MovePart(direction, parts[i].remote, anew.value(), deadline) : anew.status();
     }
-    op.value().remote = &target.value()->cache;
-    const Result<uint64_t> bytes = TotalBytes(op.value());
-    if (!bytes.ok()) {
-      return bytes.status();
+    if (!status.ok()) {
+      return status;
     }
-    const bool pull = direction == TransferDirection::kPull;
-    status = pull ? path_->Pull(op.value(), deadline) : path_->Push(op.value(), deadline);
-    if (status.ok() && pull && MayConsume(remote)) {
-      status = ConsumeKey(remote.key, op.value(), deadline);
-    }
-    if (status.ok()) {
-      (pull ? bytes_pulled_ : bytes_pushed_).fetch_add(bytes.value(), std::memory_order_relaxed);
-    }
-    if (status.code() != LLM_KV_CACHE_NOT_EXIST || !known) {
-      break;
-    }
-    described_.erase(remote.cache_id);
+  }
+  return Status::Ok();
+}
+
+Result<Link::PlannedPart> Link::PlanPart(const Part &part, Deadline deadline) {
+  PlannedPart planned;
+  planned.remembered = part.remote.by == CacheRef::By::kId && described_.count(part.remote.cache_id) != 0;
+  const auto target = DescribeRemote(part.remote, deadline);
+  if (!target.ok()) {
+    return target.status();
+  }
+  planned.target = target.value();
+  Result<TransferOp> op = part.planner(*planned.target);
+  if (!op.ok()) {
+    return op.status();
+  }
+  planned.op = std::move(op).value();
+  planned.op.remote = &planned.target->cache;
+  const Result<uint64_t> bytes = TotalBytes(planned.op);
+  if (!bytes.ok()) {
+    return bytes.status();
+  }
+  planned.bytes = bytes.value();
+  return planned;
+}
+
+Status Link::MovePart(TransferDirection direction, const CacheRef &remote, const PlannedPart &planned,
+                      Deadline deadline) {
+  const bool pull = direction == TransferDirection::kPull;
+  Status status = pull ? path_->Pull(planned.op, deadline) : path_->Push(planned.op, deadline);
+  if (status.ok() && pull && MayConsume(remote)) {
+    status = ConsumeKey(remote.key, planned.op, deadline);
+  }
+  if (status.ok()) {
+    (pull ? bytes_pulled_ : bytes_pushed_).fetch_add(planned.bytes, std::memory_order_relaxed);
   }
   return status;
 }

@@ -41,9 +41,8 @@ Status CheckPieces(const PieceMove &move, const CacheGeometry &source) {
   if (Status status = CheckRow("source", move.src_row, 0, -1, source); !status.ok()) {
     return status;
   }
-  if (move.piece_bytes == 0 || move.piece_bytes >= source.tensor_bytes) {
-    return Invalid("dst_block_memory_size " + std::to_string(move.piece_bytes) + ": allowed is 1.." +
-                   std::to_string(source.tensor_bytes - 1) + ", below the size of a source tensor");
+  if (move.piece_bytes == 0) {
+    return Invalid("the pieces of a row are blocks of 0 bytes: allowed is above 0");
   }
   const uint64_t pieces = PieceCount(source.stride, move.piece_bytes);
   if (move.dst_blocks.empty() || move.dst_blocks.size() > pieces) {
@@ -147,6 +146,15 @@ Overloaded(Functions...) -> Overloaded<Functions...>;
 Status CheckRowSize(int64_t size) {
   if (size != -1 && size <= 0) {
     return Invalid("size " + std::to_string(size) + ": allowed is above 0, or -1 for a whole row");
+  }
+  return Status::Ok();
+}
+
+Status CheckPushedPieces(const Move &move, const CacheGeometry &source) {
+  const auto *const pieces = std::get_if<PieceMove>(&move);
+  if (pieces != nullptr && (pieces->piece_bytes == 0 || pieces->piece_bytes >= source.tensor_bytes)) {
+    return Invalid("dst_block_memory_size " + std::to_string(pieces->piece_bytes) + ": allowed is 1.." +
+                   std::to_string(source.tensor_bytes - 1) + ", below the size of a source tensor");
   }
   return Status::Ok();
 }

@@ -43,6 +43,10 @@ using Move = std::variant<RowMove, BlockMove, PieceMove>;
 Status CheckSource(const Move &move, const CacheGeometry &source);
 Status CheckDestination(const Move &move, const CacheGeometry &destination);
 
+// Of a push: the caller says how long the pieces are, and the documentation bounds that by the source tensor. A pull's
+// pieces are as long as the blocks of its own cache, which may hold a whole row and more.
+Status CheckPushedPieces(const Move &move, const CacheGeometry &source);
+
 // A row move's size, judged before anything else: -1 or above 0.
 Status CheckRowSize(int64_t size);
 
