@@ -34,8 +34,8 @@ namespace datadist {
 // What dimension 0 of the shape counts: both at the caller's choice (C++), batch rows, or blocks (Python).
 enum class CacheLayout : uint8_t { kMix = 0, kContiguous = 1, kBlocks = 2 };
 
-// Shape of a cache in bytes. `stride` = tensor_bytes / shape[0]: one block, or one batch row, of one tensor. A contiguous
-// cache has no blocks; a blocks cache is one batch row.
+// Shape of a cache in bytes. `stride` = tensor_bytes / shape[0]: one block, or one batch row, of one tensor. A
+// contiguous cache has no blocks; a blocks cache is one batch row.
 struct CacheGeometry {
   llm_datadist::CachePlacement placement = llm_datadist::CachePlacement::kDevice;
   CacheLayout layout = CacheLayout::kMix;
