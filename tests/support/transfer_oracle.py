@@ -1,12 +1,12 @@
 """What transfers move, worked out slowly from the documentation: loops over tensors, rows and blocks, no merging.
 
 A cache is described by where its tensors begin in a memory; the moves of a call are (from, to, length) in the memories
-of its two caches, in the order in which they must appear to happen. A call that is not allowed is a Refusal.
+of its two caches, in the order in which they must appear to happen. A call that is not allowed is a RefusedError.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Literal
@@ -19,13 +19,13 @@ Span = tuple[int, int]
 WHOLE = -1
 
 
-class Refusal(Exception):
+class RefusedError(Exception):
     """LLM_PARAM_INVALID, and no byte moves."""
 
 
 def require(condition: bool, why: str) -> None:
     if not condition:
-        raise Refusal(why)
+        raise RefusedError(why)
 
 
 @dataclass(frozen=True)
@@ -216,6 +216,16 @@ class Pushed:
 def push_layer(src: CacheModel, dst: CacheModel, layers: tuple[int, int], per_layer: int, pushed: Pushed) -> list[Move]:
     """layers: (of the source, of the destination)."""
     return _moves(src, dst, _pushed(src, dst, *layers, per_layer), pushed.runs(src, dst))
+
+
+def push_layers(src: CacheModel, dst: CacheModel, layers: Layers, pushed: Pushed) -> Iterator[list[Move]]:
+    """Layer after layer: those before the one that is refused have been moved. No range: as many as the source has."""
+    require(0 < layers.per_layer <= src.tensors, f"tensor_num_per_layer {layers.per_layer}")
+    every = (0, src.tensors // layers.per_layer)
+    from_layers, to_layers = range(*(layers.src or every)), range(*(layers.dst or every))
+    require(len(from_layers) == len(to_layers), "ranges of different lengths")
+    for pair in zip(from_layers, to_layers, strict=True):
+        yield push_layer(src, dst, pair, layers.per_layer, pushed)
 
 
 def push_layer_to_addrs(

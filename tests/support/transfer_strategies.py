@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 from hypothesis import strategies as st
 
@@ -138,14 +137,14 @@ class PullRows:
 
 
 @st.composite
-def pulls_of_rows(draw: Draw, **pair: Any) -> PullRows:
+def pulls_of_rows(draw: Draw, data_types: tuple[str, ...] = tuple(DATA_TYPES), with_offsets: bool = True) -> PullRows:
     wrong = go_wrong(draw, *GEOMETRY, *LAYERS, "src row", "dst row", "size", "offset")
-    caches = draw(cache_pairs("rows", "rows", wrong, **pair))
+    caches = draw(cache_pairs("rows", "rows", wrong, data_types))
     src, dst = caches.src, caches.dst
     rows = index_below(draw, src.rows, wrong == "src row"), index_below(draw, dst.rows, wrong == "dst row")
     room = min(src.stride, dst.stride)
     allowed = st.integers(0, max(room - 1, 0)) if wrong != "offset" else st.sampled_from([room, room + 1, 2**64 - 1])
-    offsets = (draw(allowed), draw(allowed)) if wrong == "offset" or draw(st.booleans()) else (0, 0)
+    offsets = (draw(allowed), draw(allowed)) if with_offsets and draw(st.booleans()) else (0, 0)
     sizes = st.integers(1, max(room - max(offsets), 1))
     if wrong == "size":
         sizes = st.sampled_from([0, -2, src.stride + 1, dst.stride + 1, 2**63 - 1])
@@ -166,9 +165,9 @@ class PullBlocks:
 
 
 @st.composite
-def pulls_of_blocks(draw: Draw, **pair: Any) -> PullBlocks:
+def pulls_of_blocks(draw: Draw, data_types: tuple[str, ...] = tuple(DATA_TYPES)) -> PullBlocks:
     wrong = go_wrong(draw, *GEOMETRY, *LAYERS, "src", "dst", "length", "long run")
-    caches = draw(cache_pairs("blocks", "blocks", wrong, **pair))
+    caches = draw(cache_pairs("blocks", "blocks", wrong, data_types))
     src = draw(block_lists(caches.src.rows, wrong == "src"))
     dst = draw(block_lists(caches.dst.rows, wrong == "dst", len(src) + (wrong == "length")))
     if wrong == "long run":  # begins within both caches
@@ -179,10 +178,10 @@ def pulls_of_blocks(draw: Draw, **pair: Any) -> PullBlocks:
 
 
 @st.composite
-def pulls_into_blocks(draw: Draw, **pair: Any) -> PullBlocks:
+def pulls_into_blocks(draw: Draw, data_types: tuple[str, ...] = tuple(DATA_TYPES)) -> PullBlocks:
     """A row in pieces."""
     wrong = go_wrong(draw, *GEOMETRY, *LAYERS, "row", "dst", "count")
-    caches = draw(cache_pairs("rows", "blocks", wrong, equal_strides=draw(st.booleans()), **pair))
+    caches = draw(cache_pairs("rows", "blocks", wrong, data_types, draw(st.booleans())))
     pieces = -(-caches.src.stride // max(caches.dst.stride, 1))
     count = pieces + 1 if wrong == "count" else draw(st.integers(1, max(pieces, 1)))
     dst = draw(block_lists(caches.dst.rows, wrong == "dst", count))
@@ -222,10 +221,10 @@ class PushLayer:
 
 
 @st.composite
-def pushes_of_layers(draw: Draw, **pair: Any) -> PushLayer:
+def pushes_of_layers(draw: Draw) -> PushLayer:
     wrong = go_wrong(draw, *GEOMETRY, "src layer", "dst layer", "per layer", "src", "dst", "count", "size")
     layouts = draw(st.sampled_from(PUSHED))
-    caches = draw(cache_pairs(*layouts, wrong, equal_strides=layouts[0] == layouts[1] or draw(st.booleans()), **pair))
+    caches = draw(cache_pairs(*layouts, wrong, equal_strides=layouts[0] == layouts[1] or draw(st.booleans())))
     divisors = [n for n in (1, 2, 3) if caches.src.tensors % n == 0 and n <= caches.dst.tensors]
     per_layer = draw(st.sampled_from(divisors if wrong != "per layer" else [0, 3, 4, 5, 255]))
     layers = (
@@ -245,11 +244,11 @@ class PushToAddrs:
 
 
 @st.composite
-def pushes_to_addrs(draw: Draw, **pair: Any) -> PushToAddrs:
+def pushes_to_addrs(draw: Draw) -> PushToAddrs:
     """To where tensors begin, and to addresses within and beside them. What lies there need not be a like cache."""
     wrong = go_wrong(draw, "src layout", "layer", "addresses", "address", "src", "dst", "count", "size")
     layouts = draw(st.sampled_from(PUSHED))
-    caches = draw(cache_pairs(*layouts, wrong, **pair))
+    caches = draw(cache_pairs(*layouts, wrong))
     counts = [n for n in (1, 2, 3) if caches.src.tensors % n == 0]
     per_layer = draw(st.sampled_from(counts if wrong != "addresses" else [0, 4, 5]))
     layer = index_below(draw, caches.src.tensors // max(per_layer, 1), wrong == "layer", 2**31)
@@ -258,3 +257,35 @@ def pushes_to_addrs(draw: Draw, **pair: Any) -> PushToAddrs:
     if wrong == "address" and starts:
         starts[-1] += draw(st.sampled_from([-1, caches.dst.tensor_bytes, caches.dst.tensor_bytes - 1, 1 << 40]))
     return PushToAddrs(caches, layer, starts, draw(pushed_parts(layouts, caches, wrong)))
+
+
+@dataclass(frozen=True)
+class PushLayers:
+    caches: Caches
+    layers: Layers
+    pushed: Pushed
+
+
+@st.composite
+def pushes_of_ranges(
+    draw: Draw, layouts: tuple[Layout, Layout], data_types: tuple[str, ...], per_layer: int | None = None
+) -> PushLayers:
+    """Layer after layer. per_layer 2 is transfer_cache_async's: an even number of tensors, and ranges are given."""
+    wrong = go_wrong(
+        draw, *GEOMETRY, "src layers", "dst layers", "layer counts", "per layer", "src", "dst", "count", "size"
+    )
+    caches = draw(cache_pairs(*layouts, wrong, data_types, layouts[0] == layouts[1], even=per_layer is not None))
+    tensors = caches.src.tensors
+    if per_layer is None:
+        divisors = [n for n in (1, 2, 3) if tensors % n == 0]
+        chosen = draw(st.sampled_from(divisors if wrong != "per layer" else [3, 4, 5, tensors, tensors + 1]))
+    else:
+        chosen = per_layer
+    layers = Layers(per_layer=chosen)
+    if per_layer is not None or draw(st.booleans()):
+        counts = [cache.tensors // chosen for cache in (caches.src, caches.dst)]
+        length = draw(st.integers(1, max(min(counts), 1)))
+        src = draw(spans(counts[0], length, wrong == "src layers"))
+        dst = draw(spans(counts[1], length + (wrong == "layer counts"), wrong == "dst layers"))
+        layers = Layers(src, dst, chosen)
+    return PushLayers(caches, layers, draw(pushed_parts(layouts, caches, wrong)))

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from support import transfer_oracle as oracle
 from support import transfer_strategies as drawn
 from support.shared_ends import PEER, End, Ends, loopback_ends, process_ends
-from support.transfer_oracle import CacheModel, Move, Refusal
+from support.transfer_oracle import CacheModel, Move, RefusedError
 
 from vllm_datadist_connector import _native
 
@@ -80,8 +80,8 @@ def compare(ends: Ends, seed: int, call: Callable[[], int], moves: Oracle, pull:
     try:
         oracle.apply(moves(), *((theirs, ours) if pull else (ours, theirs)))
         expected, why = _native.LLM_SUCCESS, "it is allowed"
-    except Refusal as refusal:
-        expected, why = _native.LLM_PARAM_INVALID, str(refusal)
+    except RefusedError as refused:
+        expected, why = _native.LLM_PARAM_INVALID, str(refused)
     status = call()
     assert status == expected, f"{_native.status_name(status)}, {_native.last_error()!r}: {why}"
     assert ends.ours.memory.tobytes() == ours
