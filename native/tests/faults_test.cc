@@ -181,7 +181,7 @@ TEST_F(Faults, VersionMismatchNamesBothVersions) {
   hello[0] = hello[2] = 7;
   const Fd fd = DialPort(server_.port());
   const Deadline deadline = Deadline::In(milliseconds(5000));
-  ASSERT_TRUE(SendFrame(fd.get(), MessageType::kHello, 1, GoodHello(9, 100), deadline).ok());
+  ASSERT_TRUE(SendFrame(fd.get(), MessageType::kHello, 1, hello, deadline).ok());
   const Result<Frame> frame = RecvFrame(fd.get(), TypeSet(MessageType::kReject), deadline);
   ASSERT_TRUE(frame.ok()) << frame.status().text();
   const Result<Reject> reject = Decode<Reject>(frame.value().body);

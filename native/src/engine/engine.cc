@@ -66,6 +66,7 @@ Result<std::shared_ptr<Engine>> Engine::Start(uint64_t cluster_id, llm_datadist:
     return status;
   }
   std::shared_ptr<Engine> engine(new Engine(endpoint, options));
+  endpoint->loop()->Run([&engine, loop = endpoint->loop().get()] { engine->statistics_->StartOnLoop(loop); });
   if (listener) {
     if (Status status = engine->StartListening(std::move(listener), *options.listen); !status.ok()) {
       return status;
@@ -77,6 +78,7 @@ Result<std::shared_ptr<Engine>> Engine::Start(uint64_t cluster_id, llm_datadist:
 Engine::Engine(std::shared_ptr<LocalEndpoint> endpoint, const EngineOptions &options)
     : endpoint_(std::move(endpoint)),
       table_(std::make_shared<LinkTable>(endpoint_->cluster_id(), options.link.max_links)),
+      statistics_(std::make_shared<Statistics>(endpoint_->cluster_id())),
       comms_(endpoint_, table_, options.link.max_links),
       comm_res_known_(options.comm_res_given || options.listen.has_value()),
       huge_pages_(options.huge_pages) {}
@@ -94,6 +96,9 @@ void Engine::Stop() {
   endpoint_->loop()->Stop();
   links.clear();
   endpoint_->caches()->Clear();
+  if (!stopped_.exchange(true)) {
+    statistics_->Log();
+  }
 }
 
 // ---- listener and role ----

@@ -14,6 +14,7 @@
 
 #include "base/status.h"
 #include "engine/options.h"
+#include "engine/statistics.h"
 #include "link/acceptor.h"
 #include "link/comm_table.h"
 #include "link/endpoint.h"
@@ -114,15 +115,19 @@ class Engine {
   Status LinkOne(const llm_datadist::ClusterInfo &cluster, Deadline deadline);
   Status UnlinkOne(const llm_datadist::ClusterInfo &cluster, Deadline deadline, bool force);
   Result<std::shared_ptr<Link>> FindLink(uint64_t cluster_id) const;
+  Status PullOnce(const PullTarget &target, Move &move);
+  Status PushLayerOnce(const PushTarget &target, const CacheRef &dst, Move &move);
   Status PushLayers(const llm_datadist::Cache &src_cache, const llm_datadist::CacheIndex &dst, const Move &move,
                     const llm_datadist::KvCacheExtParam &ext);
 
   const std::shared_ptr<LocalEndpoint> endpoint_;
   const std::shared_ptr<LinkTable> table_;
+  const std::shared_ptr<Statistics> statistics_;
   CommTable comms_;
   // The API wants a local ip in the first link of an endpoint that has neither a listener nor a LocalCommRes.
   std::atomic<bool> comm_res_known_;
   const bool huge_pages_;
+  std::atomic<bool> stopped_{false};
 
   std::mutex role_mutex_;  // one SetRole at a time
   mutable std::mutex listener_mutex_;

@@ -92,7 +92,8 @@ Result<std::vector<Status>> Engine::LinkClusters(const Clusters &clusters, int32
     return status;
   }
   return ForEachCluster(clusters, [&](const ClusterInfo &cluster) {
-    return LinkOne(cluster, Deadline::In(std::chrono::milliseconds(timeout_ms)));
+    const Deadline deadline = Deadline::In(std::chrono::milliseconds(timeout_ms));
+    return statistics_->Count(Statistics::Call::kLink, [&] { return LinkOne(cluster, deadline); });
   });
 }
 
@@ -122,7 +123,8 @@ Result<std::vector<Status>> Engine::UnlinkClusters(const Clusters &clusters, int
     return status;
   }
   return ForEachCluster(clusters, [&](const ClusterInfo &cluster) {
-    return UnlinkOne(cluster, Deadline::In(std::chrono::milliseconds(timeout_ms)), force);
+    const Deadline deadline = Deadline::In(std::chrono::milliseconds(timeout_ms));
+    return statistics_->Count(Statistics::Call::kUnlink, [&] { return UnlinkOne(cluster, deadline, force); });
   });
 }
 

@@ -118,6 +118,10 @@ Status Engine::PullKvBlocks(const CacheIndex &src, int64_t dst_cache_id, const s
 }
 
 Status Engine::Pull(const PullTarget &target, Move move) {
+  return statistics_->Count(Statistics::Call::kPull, [&] { return PullOnce(target, move); });
+}
+
+Status Engine::PullOnce(const PullTarget &target, Move &move) {
   const Deadline deadline = Deadline::In(endpoint_->options().transfer_timeout);
   if (target.src_cluster_id == endpoint_->cluster_id()) {
     return Status(LLM_PARAM_INVALID,
@@ -223,6 +227,10 @@ Status Engine::PushLayers(const llm_datadist::Cache &src_cache, const CacheIndex
 }
 
 Status Engine::PushLayer(const PushTarget &target, const CacheRef &dst, Move move) {
+  return statistics_->Count(Statistics::Call::kPush, [&] { return PushLayerOnce(target, dst, move); });
+}
+
+Status Engine::PushLayerOnce(const PushTarget &target, const CacheRef &dst, Move &move) {
   const Deadline deadline = Deadline::In(endpoint_->options().transfer_timeout);
   const Result<CachePin> pin = endpoint_->caches()->Pin(target.src_cache_id);
   if (!pin.ok()) {
