@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import base64
+import gc
 import json
 import os
 import sys
@@ -24,12 +25,15 @@ from vllm_datadist_connector.llm_datadist import (
     CacheDesc,
     CacheTask,
     DataType,
+    KvCache,
+    KvCacheManager,
     LayerSynchronizer,
     LLMConfig,
     LLMDataDist,
     LLMRole,
     Placement,
 )
+from vllm_datadist_connector.llm_datadist.v2.cache_manager import CacheManager
 
 Bytes = npt.NDArray[np.uint8]
 _GATE_DEADLINE_S = 60.0
@@ -76,11 +80,13 @@ class CacheSpec:
     placement: str
     data_type: str
     memory: str
+    devices: int = 1
+    """Of a legacy node: `tensors` are those of all of them, device by device."""
 
     def desc(self) -> CacheDesc:
         itemsize = CacheDesc(1, [1], DataType[self.data_type]).size
         shape = [self.rows, self.row_bytes // itemsize]
-        return CacheDesc(self.tensors, shape, DataType[self.data_type], Placement[self.placement])
+        return CacheDesc(self.tensors // self.devices, shape, DataType[self.data_type], Placement[self.placement])
 
 
 class Layers(LayerSynchronizer):
@@ -115,6 +121,7 @@ class Node:
         config = LLMConfig()
         for name, value in settings.items():
             setattr(config, name, value)
+        self._legacy = not config.enable_cache_manager
         self._datadist = LLMDataDist(LLMRole[role], cluster_id)
         self._datadist.init(config.generate_options())
         self._caches: dict[str, Cache] = {}
@@ -142,17 +149,39 @@ class Node:
 
     def allocate(self, name: str, spec: dict[str, Any], keys: Any) -> list[Any]:
         made = CacheSpec(**spec)
-        manager = self._datadist.cache_manager
+        cache: Cache
         if made.layout == "blocks":
-            cache = manager.allocate_blocks_cache(made.desc(), decode(keys))
+            cache = self._manager.allocate_blocks_cache(made.desc(), decode(keys) or None)
         else:
-            cache = manager.allocate_cache(made.desc(), decode(keys) or ())
+            cache = self._manager.allocate_cache(made.desc(), decode(keys) or ())
         tensors = view(cache.tensor_addrs, made.rows, made.row_bytes)
         contents = Arena(made.seed, made.tensors, made.rows, made.row_bytes)
         for index, tensor in enumerate(tensors):
             tensor[:] = contents[index]
         self._caches[name], self._allocated[name] = cache, tensors
         return [cache.cache_id, cache.tensor_addrs]
+
+    def create_cpu_cache(self, name: str, spec: dict[str, Any]) -> None:
+        """A legacy node's: the same memory on each device."""
+        made = CacheSpec(**spec)
+        arena = NumpyMemory(made.seed, made.tensors, made.rows, made.row_bytes)
+        per_device = made.tensors // made.devices
+        addrs = [arena.addrs[first : first + per_device] for first in range(0, made.tensors, per_device)]
+        self._caches[name], self._arenas[name] = KvCache.create_cpu_cache(made.desc(), addrs), arena
+
+    def tensors(self, name: str, index: int) -> list[list[Any]]:
+        """(type, shape, bytes) of what get_cache_tensors shows on each device."""
+        cache = self._caches[name]
+        if not isinstance(cache, KvCache):
+            raise TypeError(f"cache {name} is not of a legacy node")
+        arrays = [tensor.numpy() for tensor in self._datadist.kv_cache_manager.get_cache_tensors(cache, index)]
+        return [[a.dtype.name, list(a.shape), base64.b64encode(a.tobytes()).decode()] for a in arrays]
+
+    def forget(self, name: str) -> None:
+        """Drops the last reference to a cache that was not deallocated."""
+        del self._caches[name]
+        self._allocated.pop(name, None)
+        gc.collect()
 
     def read(self, name: str) -> str:
         memory = self._arenas[name].whole if name in self._arenas else self._allocated[name]
@@ -172,7 +201,11 @@ class Node:
     def _target(self, on: str) -> Any:
         if on == "datadist":
             return self._datadist
-        return self._datadist.cache_manager if on == "manager" else self._objects[on]
+        return self._manager if on == "manager" else self._objects[on]
+
+    @property
+    def _manager(self) -> CacheManager | KvCacheManager:
+        return self._datadist.kv_cache_manager if self._legacy else self._datadist.cache_manager
 
     def _keep(self, kind: str, made: Any) -> str:
         name = f"{kind} {len(self._objects)}"

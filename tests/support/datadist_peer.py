@@ -171,7 +171,7 @@ class Peer:
         return cache
 
     def allocate(self, name: str, *, keys: Any = None, **shape: Any) -> RemoteCache:
-        """As register, from the node's memory pool and without guards."""
+        """As register, from the node's memory pool and without guards. No key for a blocks cache: keys=()."""
         cache = self._new_cache(name, **shape)
         if keys is None and cache.spec.layout == "blocks":
             keys = cache.blocks_key
@@ -179,6 +179,18 @@ class Peer:
         cache.allocated = True
         self.caches[name] = cache
         return cache
+
+    def create_cpu_cache(self, name: str, **shape: Any) -> RemoteCache:
+        """As register, host memory of a legacy node that its engine does not know."""
+        cache = self._new_cache(name, placement="HOST", layout="blocks", **shape)
+        self.ask("create_cpu_cache", name, asdict(cache.spec))
+        self.caches[name] = cache
+        return cache
+
+    def forget(self, cache: RemoteCache) -> None:
+        """Drops the node's last reference to a cache."""
+        self.ask("forget", cache.name)
+        del self.caches[cache.name]
 
     def _new_cache(self, name: str, **shape: Any) -> RemoteCache:
         defaults: dict[str, Any] = {
