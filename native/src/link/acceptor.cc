@@ -234,8 +234,8 @@ Status Acceptor::OnEstablishedOnLoop(Key key, Incoming &incoming, const Frame &f
     return link.status();
   }
   // The link owns the descriptor and is in the table; the client may use it as soon as it reads the answer.
-  const Status sent = SendNow(fd, EncodeFrame(MessageType::kEstablished, frame.seq, {}));
-  link.value()->Establish();
+  Status sent(LLM_FAILED, "closed before it was established");
+  link.value()->Establish([&] { sent = SendNow(fd, EncodeFrame(MessageType::kEstablished, frame.seq, {})); });
   ExpectedComms &comms = table_->expected_comms();
   const uint64_t peer_id = link.value()->peer_id();
   comms.Linked(link.value()->comm_name(), peer_id);

@@ -112,9 +112,16 @@ bool Link::MoveTo(LinkState next, const std::string &reason) {
   return true;
 }
 
-void Link::Establish() {
-  if (!MoveTo(LinkState::kEstablished, "")) {
-    return;
+void Link::Establish(const std::function<void()> &announce) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (!MayBecome(state_, LinkState::kEstablished)) {
+      return;
+    }
+    state_ = LinkState::kEstablished;
+    if (announce) {
+      announce();
+    }
   }
   const std::string why = outgoing_.reason.empty() ? "" : " (" + outgoing_.reason + ")";
   const bool fallback = outgoing_.kind == TransportKind::kTcp && !endpoint_->options().forced_transport.has_value();
@@ -176,6 +183,7 @@ Status Link::CheckUsable() const {
     case LinkState::kLost:
       return Status(LLM_FAILED, Name() + " lost: " + end_reason_ + "; unlink or relink");
     case LinkState::kConnecting:
+      return Status(LLM_NOT_YET_LINK, Name() + " is just being made");
     case LinkState::kClosed:
       return Status(LLM_NOT_YET_LINK, Name() + " closed: " + end_reason_);
   }

@@ -83,8 +83,10 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   bool alive() const;
   llm_datadist::LinkReport Report() const;
 
-  // Connecting -> Established; the link must be in the table, because the peer may use it from now on.
-  void Establish();
+  // Connecting -> Established; the link must be in the table, because the peer may use it from now on. `announce` tells
+  // it so, straight on the control connection and without blocking: under the lock, so that whoever hears of the link
+  // from the peer finds it established, and nobody's request overtakes the announcement.
+  void Establish(const std::function<void()> &announce = nullptr);
 
   // Nothing moves before all of the parts are known and planned, so that a wrong one leaves no other half done.
   // LLM_TIMEOUT and LLM_FAILED leave the link lost, except where the call did not get its turn in time.

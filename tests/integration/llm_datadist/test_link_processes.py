@@ -82,6 +82,20 @@ def test_links_carry_data_both_ways_until_unlinked(cluster: Cluster) -> None:
     data.moves(server, client)
 
 
+def test_both_ends_have_the_link_once_one_of_them_says_so(cluster: Cluster) -> None:
+    """The server uses it at once, on the client's word; again and again, because it is a matter of microseconds."""
+    server, client = cluster.open(1), cluster.open(2, listen="")
+    data = Data(server, client)
+    mine, theirs = data.of(server), data.of(client)
+    for _ in range(50):
+        client.link(server)
+        server.manager.pull_cache(theirs.row(3), mine, 3)
+        assert client.datadist.unlink_clusters([server.info()], TIMEOUT_MS) == (OK, [OK])
+        assert data.is_cut(server, client)
+    mine.expect_rows(theirs, [(3, 3)])
+    cluster.check()
+
+
 def test_a_link_that_exists(cluster: Cluster) -> None:
     server, client = cluster.open(1), cluster.open(2)
     data = Data(server, client)
