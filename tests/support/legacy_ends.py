@@ -46,7 +46,7 @@ def is_empty(node: Peer, devices: int = 1) -> bool:
 
 
 def await_empty(node: Peer, devices: int = 1) -> None:
-    """Memory is free once nobody reads it: the owner's end of a pull lets go just after the puller has its last byte."""
+    """Memory is free once nobody reads it: the owner lets go just after the puller has its last byte."""
     deadline = time.monotonic() + _DEADLINE_S
     while not is_empty(node, devices):
         assert time.monotonic() < deadline, f"the pool of cluster {node.cluster_id} is still in use"
