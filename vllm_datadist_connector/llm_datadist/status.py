@@ -83,9 +83,14 @@ def to_status_code(native: int) -> LLMStatusCode:
         return LLMStatusCode.LLM_FAILED
 
 
+def failure(status_code: LLMStatusCode, reason: str) -> LLMException:
+    """The LLMException for what is refused before the engine is asked; says the code by name and number as well."""
+    return LLMException(f"{reason}, error code is {status_code} (0x{status_code:08X})", status_code=status_code)
+
+
 def param_invalid(name: str, value: object, allowed: str) -> LLMException:
     """The LLMException (LLM_PARAM_INVALID) for a value that has the right type and is still not allowed."""
-    return LLMException(f"{name}: {value!r}, allowed: {allowed}", status_code=LLMStatusCode.LLM_PARAM_INVALID)
+    return failure(LLMStatusCode.LLM_PARAM_INVALID, f"{name}: {value!r}, allowed: {allowed}")
 
 
 def raise_on_failure(native_status: int, call: str, info: str = "") -> None:

@@ -9,6 +9,7 @@ from vllm_datadist_connector.llm_datadist.status import (
     LLMException,
     LLMStatusCode,
     Status,
+    failure,
     param_invalid,
     raise_on_failure,
     to_status_code,
@@ -85,8 +86,16 @@ def test_exception() -> None:
 
 def test_param_invalid_names_field_value_and_what_is_allowed() -> None:
     error = param_invalid("size", -2, "-1 or above 0")
-    assert str(error) == "size: -2, allowed: -1 or above 0"
+    assert str(error) == (
+        "size: -2, allowed: -1 or above 0, error code is LLMStatusCode.LLM_PARAM_INVALID (0x5010B005)"
+    )
     assert error.status_code is LLMStatusCode.LLM_PARAM_INVALID
+
+
+def test_failure_has_the_code_it_names() -> None:
+    error = failure(LLMStatusCode.LLM_FAILED, "Cannot do it")
+    assert str(error) == "Cannot do it, error code is LLMStatusCode.LLM_FAILED (0xFFFFFFFF)"
+    assert error.status_code is LLMStatusCode.LLM_FAILED
 
 
 def test_status() -> None:

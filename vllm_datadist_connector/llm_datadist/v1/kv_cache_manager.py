@@ -8,8 +8,8 @@ from typing import Any, ClassVar, TypeAlias
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.llm_datadist.configs import LLMRole
 from vllm_datadist_connector.llm_datadist.status import (
-    LLMException,
     LLMStatusCode,
+    failure,
     param_invalid,
     raise_on_failure,
 )
@@ -208,7 +208,7 @@ class KvCacheManager(CacheManagerBase):
         if tensor_index >= desc.num_tensors:
             raise param_invalid("tensor_index", tensor_index, f"[0, {desc.num_tensors - 1}]")
         if not cache.per_device_tensor_addrs:
-            raise LLMException(f"cache: {cache!r} is deallocated", status_code=LLMStatusCode.LLM_KV_CACHE_NOT_EXIST)
+            raise failure(LLMStatusCode.LLM_KV_CACHE_NOT_EXIST, f"cache: {cache!r} is deallocated")
         tensor_desc = TensorDesc(desc.data_type, desc.shape)
         return [Tensor.at_address(addrs[tensor_index], tensor_desc, cache) for addrs in cache.per_device_tensor_addrs]
 

@@ -6,8 +6,8 @@ from collections.abc import Sequence
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.llm_datadist.status import (
-    LLMException,
     LLMStatusCode,
+    failure,
     param_invalid,
     raise_on_failure,
 )
@@ -165,7 +165,7 @@ class CacheManager(CacheTransfers):
         if not regions:
             raise param_invalid("mem_infos", regions, "at least one MemInfo")
         if not engine.has_links():
-            raise LLMException("remap_registered_memory: there is no link", status_code=LLMStatusCode.LLM_NOT_YET_LINK)
+            raise failure(LLMStatusCode.LLM_NOT_YET_LINK, "remap_registered_memory: there is no link")
 
     def set_is_call_linked(self) -> None:
         """Called by LLMDataDist.link: what is registered afterwards is not remotely accessible."""

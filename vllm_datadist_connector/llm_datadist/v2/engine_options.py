@@ -6,7 +6,7 @@ import json
 from collections.abc import Mapping
 from typing import Any, Final
 
-from vllm_datadist_connector.llm_datadist.status import LLMException, LLMStatusCode, param_invalid
+from vllm_datadist_connector.llm_datadist.status import param_invalid
 from vllm_datadist_connector.llm_datadist.utils import log
 from vllm_datadist_connector.llm_datadist.utils.utils import check_isinstance, int_to_ip
 
@@ -141,8 +141,5 @@ def _cluster_listen_addresses(options: Mapping[str, str]) -> list[str]:
         listens = json.loads(options.get(CLUSTER_INFO, "{}")).get("listen_ip_info", [])
         return [f"{int_to_ip(int(listen['ip']))}:{int(listen['port'])}" for listen in listens]
     except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-        raise LLMException(
-            f"{CLUSTER_INFO}: {options[CLUSTER_INFO]!r}, allowed: JSON whose listen_ip_info is a list of "
-            f"{{ip: number, port: number}} ({error!r})",
-            status_code=LLMStatusCode.LLM_PARAM_INVALID,
-        ) from None
+        allowed = f"JSON whose listen_ip_info is a list of {{ip: number, port: number}} ({error!r})"
+        raise param_invalid(CLUSTER_INFO, options[CLUSTER_INFO], allowed) from None

@@ -8,12 +8,7 @@ from typing import ClassVar
 
 from vllm_datadist_connector._native import COMM_FAILED, COMM_OK, COMM_PREPARING, ManagedDataDist
 from vllm_datadist_connector.llm_datadist.configs import LLMClusterInfo, LLMRole
-from vllm_datadist_connector.llm_datadist.status import (
-    LLMException,
-    LLMStatusCode,
-    param_invalid,
-    raise_on_failure,
-)
+from vllm_datadist_connector.llm_datadist.status import LLMStatusCode, failure, param_invalid, raise_on_failure
 from vllm_datadist_connector.llm_datadist.utils import log
 from vllm_datadist_connector.llm_datadist.utils.utils import (
     check_dict,
@@ -74,10 +69,10 @@ class LLMDataDist:
             return
         other = LLMDataDist.llm_engine_instance
         if other is not None:
-            raise LLMException(
+            raise failure(
+                LLMStatusCode.LLM_FAILED,
                 f"Cannot init multiple LLMDataDists: cluster {other.cluster_id} is initialised in this process, "
                 "finalize it first",
-                status_code=LLMStatusCode.LLM_FAILED,
             )
         check_isinstance("options", options, dict, allow_none=False)
         engine_options.check_memory_max(options)
@@ -186,9 +181,9 @@ class LLMDataDist:
         status, report = native.query_link(remote_cluster_id)
         raise_on_failure(status, "check_link_status")
         if report is not None and not report.alive:
-            raise LLMException(
+            raise failure(
+                LLMStatusCode.LLM_LINK_FAILED,
                 f"[check_link_status] the link to cluster {remote_cluster_id} at {report.peer} is lost: link again",
-                status_code=LLMStatusCode.LLM_LINK_FAILED,
             )
 
     # ---- bilateral links ----
@@ -265,9 +260,9 @@ class LLMDataDist:
         if role == LLMRole.PROMPT and engine_options.LISTEN not in options:
             raise param_invalid(f"switch_options[{engine_options.LISTEN!r}]", None, f"'ip:port' for {role}")
         if self._engine_options.get(engine_options.SWITCH_ROLE) != "1":
-            raise LLMException(
+            raise failure(
+                LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
                 f"[switch_role] {engine_options.SWITCH_ROLE}: not set, allowed: '1' (LLMConfig.enable_switch_role)",
-                status_code=LLMStatusCode.LLM_FEATURE_NOT_ENABLED,
             )
 
     @property

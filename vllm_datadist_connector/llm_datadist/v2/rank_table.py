@@ -20,7 +20,7 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any, Final, NamedTuple
 
-from vllm_datadist_connector.llm_datadist.status import LLMException, LLMStatusCode, param_invalid
+from vllm_datadist_connector.llm_datadist.status import LLMException, LLMStatusCode, failure, param_invalid
 
 DEFAULT_PORT_BASE: Final = 16666
 DEFAULT_TOTAL_TIME_S: Final = 120
@@ -70,7 +70,7 @@ def link_total_time_s(configured: int) -> int:
 
 
 def _bad_table(problem: str) -> LLMException:
-    return LLMException(f"rank_table: {problem}", status_code=LLMStatusCode.LLM_PARAM_INVALID)
+    return failure(LLMStatusCode.LLM_PARAM_INVALID, f"rank_table: {problem}")
 
 
 def _to_int(value: object) -> int | None:
