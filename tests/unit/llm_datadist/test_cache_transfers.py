@@ -29,6 +29,7 @@ HOST_DESC = CacheDesc(4, [4, 16], DataType.DT_INT32, Placement.HOST)
 ADDRS = [16, 32, 48, 64]
 ROWS = Cache(7, DEVICE_DESC, ADDRS, is_blocks_cache=False)
 BLOCKS = Cache(8, DEVICE_DESC, ADDRS, is_blocks_cache=True)
+HOST_ROWS = Cache(9, HOST_DESC, ADDRS, is_blocks_cache=False)
 CPU = Cache.create_cpu_cache(HOST_DESC, ADDRS)
 BY_ID = CacheKeyByIdAndIndex(3, 9, 2)
 Do = Callable[[CacheManager], object]
@@ -196,6 +197,7 @@ def test_the_first_layer_that_fails_ends_a_push(engine: RecordingEngine) -> None
     ("do", "named"),
     [
         (lambda m: m.push_cache(BY_ID, BLOCKS), "src_cache: .*a contiguous cache"),
+        (lambda m: m.push_cache(BY_ID, HOST_ROWS), r"src_cache\.cache_desc\.placement: .*HOST.*DEVICE"),
         (lambda m: m.push_cache(BY_ID, ROWS, size=64), "size: 64"),
         (lambda m: m.push_cache(BY_ID, ROWS, size=0), "size: 0"),
         (lambda m: m.push_cache(BY_ID, ROWS, src_layer_range=range(1)), r"dst_layer_range: range\(0, 2\)"),
@@ -205,6 +207,7 @@ def test_the_first_layer_that_fails_ends_a_push(engine: RecordingEngine) -> None
         (lambda m: m.push_cache(BY_ID, ROWS, tensor_num_per_layer=5), "tensor_num_per_layer: 5, allowed: at most 4"),
         (lambda m: m.push_cache(BY_ID, ROWS, tensor_num_per_layer=0), "tensor_num_per_layer: 0"),
         (lambda m: m.push_blocks(BlocksCacheKey(3), ROWS, [1], [1]), "src_cache: .*a blocks cache"),
+        (lambda m: m.push_blocks(BlocksCacheKey(3), CPU, [1], [1]), r"src_cache\.cache_desc\.placement"),
         (lambda m: m.push_blocks(BlocksCacheKey(3), BLOCKS, [1]), "dst_blocks"),
         (lambda m: m.push_blocks(BlocksCacheKey(3), BLOCKS, [1], [1], range(1), range(2)), "dst_layer_range"),
     ],

@@ -20,6 +20,7 @@ from vllm_datadist_connector.llm_datadist.v2.llm_utils import (
     LayerSelection,
     check_block_ids,
     check_layer_range,
+    check_pushed,
     check_size,
     check_tensor_num_per_layer,
     layer_span,
@@ -134,13 +135,13 @@ class CacheTransfers(CacheManagerBase):
     ) -> None:
         """Writes row `src_batch_index` (uint32) of our contiguous cache to a row of the peer's; remote-accessible mode.
 
-        size must be -1. A layer range that is None is all layers of src_cache. Layer by layer: the first that fails
-        raises, those before it stay written. Source: LLM-DataDist Python, CacheManager.push_cache.
+        src_cache: DEVICE. size must be -1. A layer range that is None is all layers of src_cache. Layer by layer: the
+        first that fails raises, those before it stay written. Source: LLM-DataDist Python, CacheManager.push_cache.
         """
         engine = self._pushing_engine("push_cache")
         check_isinstance("dst_cache_key", dst_cache_key, CacheKeyByIdAndIndex, allow_none=False)
         check_isinstance("src_cache", src_cache, Cache, allow_none=False)
-        require_contiguous("src_cache", src_cache)
+        check_pushed("src_cache", require_contiguous("src_cache", src_cache))
         check_uint32("src_batch_index", src_batch_index)
         check_size(size)
         if size != WHOLE:
@@ -170,12 +171,12 @@ class CacheTransfers(CacheManagerBase):
     ) -> None:
         """Writes src_blocks[i] of our blocks cache to dst_blocks[i] of the peer's, in list order.
 
-        Mode, layer ranges and failures as push_cache. Source: LLM-DataDist Python, CacheManager.push_blocks.
+        Mode, placement, layer ranges and failures as push_cache. Source: LLM-DataDist Python, CacheManager.push_blocks.
         """
         engine = self._pushing_engine("push_blocks")
         check_isinstance("dst_cache_key", dst_cache_key, BlocksCacheKey, allow_none=False)
         check_isinstance("src_cache", src_cache, Cache, allow_none=False)
-        require_blocks("src_cache", src_cache)
+        check_pushed("src_cache", require_blocks("src_cache", src_cache))
         check_block_ids("src_blocks", src_blocks, allow_empty=True)
         check_block_ids("dst_blocks", dst_blocks, allow_empty=False)
         dst, _ = cache_reference(dst_cache_key)

@@ -10,8 +10,8 @@ from vllm_datadist_connector import _native
 from vllm_datadist_connector.llm_datadist.status import param_invalid
 from vllm_datadist_connector.llm_datadist.utils.utils import check_isinstance, check_list_element, check_uint64
 from vllm_datadist_connector.llm_datadist.v2.cache_keys import cache_reference
-from vllm_datadist_connector.llm_datadist.v2.caches import Cache, Placement
-from vllm_datadist_connector.llm_datadist.v2.llm_utils import check_block_ids, given
+from vllm_datadist_connector.llm_datadist.v2.caches import Cache
+from vllm_datadist_connector.llm_datadist.v2.llm_utils import check_block_ids, check_pushed, given
 from vllm_datadist_connector.llm_datadist.v2.transfer_configs import (
     LayerSynchronizer,
     TransferConfig,
@@ -136,8 +136,7 @@ class PushToCache:
 def check_source(src_cache: Cache | None, layer_synchronizer: LayerSynchronizer) -> Cache:
     cache = given("src_cache", src_cache, Cache)
     check_isinstance("layer_synchronizer", layer_synchronizer, LayerSynchronizer, allow_none=False)
-    if cache.cache_desc.placement == Placement.HOST:
-        raise param_invalid("src_cache.cache_desc.placement", cache.cache_desc.placement, str(Placement.DEVICE))
+    check_pushed("src_cache", cache)
     if cache.cache_desc.num_tensors % TENSORS_PER_LAYER != 0:
         raise param_invalid("src_cache.cache_desc.num_tensors", cache.cache_desc.num_tensors, "an even number")
     return cache

@@ -15,7 +15,7 @@ from vllm_datadist_connector.llm_datadist.utils.utils import (
     check_uint32,
     is_valid_layer_range,
 )
-from vllm_datadist_connector.llm_datadist.v2.caches import Cache
+from vllm_datadist_connector.llm_datadist.v2.caches import Cache, Placement
 
 WHOLE: Final = -1
 """A size that says: all there is."""
@@ -44,6 +44,12 @@ def require_blocks(name: str, cache: Cache | None) -> Cache:
     if not cache.is_blocks_cache:
         raise param_invalid(name, cache, "a blocks cache (allocate_blocks_cache, register_blocks_cache)")
     return cache
+
+
+def check_pushed(name: str, cache: Cache) -> None:
+    """LLMException (LLM_PARAM_INVALID) unless the placement is DEVICE: there is no push from anywhere else."""
+    if cache.cache_desc.placement != Placement.DEVICE:
+        raise param_invalid(f"{name}.cache_desc.placement", cache.cache_desc.placement, str(Placement.DEVICE))
 
 
 def check_size(size: int) -> None:
