@@ -54,6 +54,7 @@ EMITTED: list[tuple[str, Any, dict[str, str]]] = [
     ("enable_remote_cache_accessible", False, {"llm.EnableRemoteCacheAccessible": "0"}),
     ("link_total_time", 0, {"llm.LinkTotalTime": "0"}),
     ("link_total_time", 2**32 - 1, {"llm.LinkTotalTime": "4294967295"}),
+    ("link_total_time", True, {"llm.LinkTotalTime": "1"}),
     ("link_retry_count", 100, {"llm.LinkRetryCount": "100"}),
     ("rdma_traffic_class", 132, {"llm.RdmaTrafficClass": "132"}),
     ("rdma_service_level", 0, {"llm.RdmaServiceLevel": "0"}),

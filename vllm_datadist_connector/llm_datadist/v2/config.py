@@ -128,8 +128,8 @@ def _emit_devices(value: int | Sequence[int]) -> Emitted:
 
 
 def _emit_given(key: str) -> Callable[[object], Emitted]:
-    """Even an empty text: that it was given says something by itself."""
-    return lambda value: [(key, str(value))]
+    """Even an empty text: that it was given says something by itself. True is the number 1, not a text."""
+    return lambda value: [(key, str(int(value) if isinstance(value, int) else value))]
 
 
 def _emit_text(key: str) -> Callable[[str], Emitted]:
