@@ -64,7 +64,7 @@ TEST(NotInitialized, EveryCallFailsButTheFourThatAreNeverEnabled) {
   EXPECT_EQ(datadist.RegisterKvCache({}, {}, {}, id), LLM_FAILED);
   EXPECT_EQ(id, 55);
   EXPECT_EQ(datadist.UnregisterKvCache(1), LLM_FAILED);
-  EXPECT_THAT(GetLastErrorText(), StrEq("UnregisterKvCache: not initialized"));
+  EXPECT_THAT(GetLastErrorText(), StrEq("UnregisterKvCache: LLM_FAILED (0xFFFFFFFF): not initialized"));
   uint16_t port = 0;
   EXPECT_EQ(QueryListenPort(datadist, port), LLM_FAILED);
 
@@ -87,7 +87,7 @@ TEST_F(TwoEndpoints, InitializeAndFinalizeAreIdempotentAndIdsStartAgain) {
 
 TEST_F(TwoEndpoints, LastErrorIsOfTheThreadsLastCall) {
   EXPECT_EQ(a_.Pull(kB, theirs_, mine_, {0}, {0}), LLM_NOT_YET_LINK);
-  EXPECT_THAT(GetLastErrorText(), StrEq("PullKvBlocks: no link to cluster 2"));
+  EXPECT_THAT(GetLastErrorText(), StrEq("PullKvBlocks: LLM_NOT_YET_LINK (0x5010B007): no link to cluster 2"));
   EXPECT_STREQ(GetStatusName(LLM_NOT_YET_LINK), "LLM_NOT_YET_LINK");
   EXPECT_STREQ(GetStatusName(0x1234), "LLM_UNKNOWN");
   EXPECT_EQ(a_.datadist().UnregisterKvCache(0), LLM_SUCCESS);

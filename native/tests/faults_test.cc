@@ -96,6 +96,27 @@ TEST_F(Faults, PeerThatAcceptsAndNeverAnswersIsATimeout) {
   ExpectHealthy();
 }
 
+TEST_F(Faults, SilentPeersDelayNeitherEachOtherNorTheRest) {
+  const Fd silent = Listen(SocketAddress::FromIp(kLoopback, 0).value()).value();
+  std::vector<ClusterInfo> clusters;
+  for (uint64_t id = 50; id < 58; ++id) {
+    clusters.push_back(Cluster(id, SocketAddress::LocalOf(silent.get()).port()));
+  }
+  clusters.push_back(Cluster(60, 1));
+  clusters.back().remote_ip_infos.clear();
+  clusters.push_back(Cluster(kServer, server_.port()));
+  std::vector<Code> expected(8, LLM_TIMEOUT);
+  expected.insert(expected.end(), {LLM_PARAM_INVALID, LLM_SUCCESS});
+
+  std::vector<Code> rets(3, 77);
+  const auto start = Clock::now();
+  EXPECT_EQ(client_.datadist().LinkLlmClusters(clusters, rets, 500), LLM_PARAM_INVALID) << "the last failure";
+  EXPECT_LT(Clock::now() - start, milliseconds(500) + kSlack) << "one after another they take eight times as long";
+  EXPECT_THAT(GetLastErrorText(), HasSubstr("clusters[8] (remote_cluster_id 60): remote_ip_infos: 0 entries"));
+  EXPECT_EQ(rets, expected) << "cleared first";
+  EXPECT_TRUE(client_.Alive(kServer));
+}
+
 TEST_F(Faults, HandshakeCutAtEveryByte) {
   uint64_t cuts = 0;
   for (uint64_t limit = 1;; ++limit) {

@@ -44,16 +44,20 @@ TEST(JsonObject, DepthIsLimited) {
 }
 
 TEST(LocalCommRes, KnownVersions) {
-  EXPECT_TRUE(CheckLocalCommRes("").ok());
-  for (const char *text : {R"({"version": "1.0"})", R"({"version":"1.2","x":[]})", R"({"version" : "1.3"})"}) {
-    EXPECT_TRUE(CheckLocalCommRes(text).ok()) << text;
+  const std::pair<const char *, const char *> accepted[] = {
+      {"", ""}, {R"({"version": "1.0"})", "1.0"}, {R"({"version":"1.2","x":[]})", "1.2"},
+      {R"({"version" : "1.3"})", "1.3"}};
+  for (const auto &[text, version] : accepted) {
+    const Result<std::string> parsed = ParseLocalCommRes(text);
+    ASSERT_TRUE(parsed.ok()) << text;
+    EXPECT_EQ(parsed.value(), version);
   }
   const std::pair<const char *, const char *> refused[] = {
       {"mock", "not a well-formed JSON object"},  {"{}", "no version"},
       {R"({"version": "1.1"})", R"("1.1")"},      {R"({"version": 1.3})", "version 1.3, allowed"},
       {R"({"x": {"version": "1.3"}})", "no version"}};
   for (const auto &[text, said] : refused) {
-    const Status status = CheckLocalCommRes(text);
+    const Status status = ParseLocalCommRes(text).status();
     EXPECT_EQ(status.code(), LLM_PARAM_INVALID) << text;
     EXPECT_THAT(status.text(), HasSubstr("llm.LocalCommRes"));
     EXPECT_THAT(status.text(), HasSubstr(said));

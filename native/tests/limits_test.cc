@@ -13,6 +13,9 @@ namespace {
 using namespace llm_datadist;  // the codes, which every line here names
 using ::testing::HasSubstr;
 
+// With it, says the documentation, links are not limited.
+constexpr char kCommRes13[] = R"({"version": "1.3"})";
+
 TEST(Limits, LinksOfTheServer) {
   Node server(100);
   ASSERT_EQ(server.Start(ServerOptions({{OPTION_MAX_LINKS, "3"}})), LLM_SUCCESS);
@@ -41,10 +44,13 @@ TEST(Limits, LinksOfTheClient) {
   EXPECT_FALSE(second.Alive(100)) << "a refused link leaves nothing at the peer";
 }
 
-// Upstream's documented number, as it comes without any option.
+// Upstream's documented number, as it comes without any option; and the case in which there is none.
 TEST(Limits, FiveHundredAndTwelveLinksByDefault) {
   Node server(1000);
   ASSERT_EQ(server.Start(ServerOptions({{OPTION_TRANSFER_THREADS, "1"}})), LLM_SUCCESS);
+  Node unlimited(1001);
+  ASSERT_EQ(unlimited.Start(ServerOptions({{OPTION_TRANSFER_THREADS, "1"}, {OPTION_LOCAL_COMM_RES, kCommRes13}})),
+            LLM_SUCCESS);
   std::vector<std::unique_ptr<Node>> clients;
   for (uint64_t id = 1; id <= 513; ++id) {
     clients.push_back(std::make_unique<Node>(id));
@@ -52,6 +58,17 @@ TEST(Limits, FiveHundredAndTwelveLinksByDefault) {
         << id << " " << GetLastErrorText();
     ASSERT_EQ(clients.back()->Link(1000, server.port(), 10000), id <= 512 ? LLM_SUCCESS : LLM_PARAM_INVALID)
         << id << " " << GetLastErrorText();
+    ASSERT_EQ(clients.back()->Link(1001, unlimited.port(), 10000), LLM_SUCCESS) << id << " " << GetLastErrorText();
+  }
+}
+
+TEST(Limits, OptionLimitsLinksAlsoWithCommResOfVersion13) {
+  Node server(100);
+  ASSERT_EQ(server.Start(ServerOptions({{OPTION_MAX_LINKS, "1"}, {OPTION_LOCAL_COMM_RES, kCommRes13}})), LLM_SUCCESS);
+  for (uint64_t id = 1; id <= 2; ++id) {
+    Node client(id);
+    ASSERT_EQ(client.Start(ClientOptions()), LLM_SUCCESS);
+    EXPECT_EQ(client.Link(100, server.port()), id == 1 ? LLM_SUCCESS : LLM_PARAM_INVALID);
   }
 }
 

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <algorithm>
 #include <csignal>
 #include <numeric>
 #include <random>
@@ -163,6 +164,27 @@ TEST_F(OneProcess, MovesBytesByPlainCopies) {
   ASSERT_EQ(client_.Pull(kServer, theirs_, mine_, {5, 0, 5}, {0, 1, 2}), LLM_SUCCESS) << GetLastErrorText();
   EXPECT_EQ(client_.Contents(mine_), expected);
   ASSERT_EQ(server_.Pull(kClient, mine_, theirs_, {0}, {0}), LLM_SUCCESS) << GetLastErrorText();
+}
+
+TEST_F(OneProcess, TwoRegistrationsOfOneMemoryEndEachForItself) {
+  Bytes memory = PatternContents(Shape{1, 16, 4096}, 9);
+  CacheDesc desc{};
+  desc.num_tensors = 1;
+  desc.data_type = DT_UINT8;
+  desc.shape = {16, 4096};
+  const std::vector<uint64_t> addrs = {reinterpret_cast<uint64_t>(memory.data())};
+  int64_t first = 0;
+  int64_t second = 0;
+  ASSERT_EQ(server_.datadist().RegisterKvCache(desc, addrs, {}, first), LLM_SUCCESS);
+  ASSERT_EQ(server_.datadist().RegisterKvCache(desc, addrs, {}, second), LLM_SUCCESS);
+  const int64_t mine = client_.AddCache(Shape{1, 16, 4096}, 7);
+  ASSERT_EQ(client_.Link(kServer, server_.port()), LLM_SUCCESS) << GetLastErrorText();
+  ASSERT_EQ(server_.datadist().UnregisterKvCache(first), LLM_SUCCESS);
+  EXPECT_EQ(client_.Pull(kServer, first, mine, {0}, {0}), LLM_KV_CACHE_NOT_EXIST);
+  ASSERT_EQ(client_.Pull(kServer, second, mine, {1}, {0}), LLM_SUCCESS) << GetLastErrorText();
+  const Bytes pulled = client_.Contents(mine);
+  EXPECT_TRUE(std::equal(pulled.begin(), pulled.begin() + 4096, memory.begin() + 4096));
+  ASSERT_EQ(server_.datadist().UnregisterKvCache(second), LLM_SUCCESS);  // before the memory goes
 }
 
 TEST_F(OneProcess, LiveLinkUnderThePeersIdIsAlreadyLinked) {

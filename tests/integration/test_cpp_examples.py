@@ -7,7 +7,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from support.cpp import EXAMPLES, ROOT, cmake_build, cmake_install, installed, pkg_config_build, run_pair
+from support.cpp import EXAMPLES, ROOT, cmake_build, cmake_install, installed, output_of, pkg_config_build, run_pair
 
 # How often the two processes of a pair compare all of their memory.
 COMPARISONS = {"pull": 4, "push": 4, "switch_role": 5}
@@ -39,8 +39,13 @@ def test_pair_built_with_cmake(example: str, from_cmake: Path, addresses: tuple[
 
 
 def test_pair_built_with_pkg_config(tmp_path: Path, addresses: tuple[str, str]) -> None:
-    program = pkg_config_build("pull", tmp_path / "pull", installed("--pkg-config-path"))
+    program = pkg_config_build(EXAMPLES / "pull.cc", tmp_path / "pull", installed("--pkg-config-path"))
     check_pair(program, addresses)
+
+
+def test_numbers_keys_aggregates_and_defaults_of_the_headers_in_cpp14(tmp_path: Path) -> None:
+    source = Path(__file__).with_name("header_contract.cc")
+    output_of([str(pkg_config_build(source, tmp_path / "contract", installed("--pkg-config-path"), "c++14"))])
 
 
 def test_installation_without_python_can_be_moved(tmp_path: Path, addresses: tuple[str, str]) -> None:
@@ -52,4 +57,4 @@ def test_installation_without_python_can_be_moved(tmp_path: Path, addresses: tup
     examples = cmake_build(EXAMPLES, tmp_path / "examples", f"-DCMAKE_PREFIX_PATH={moved}")
     check_pair(examples / "push", addresses)
     (pkg_config_path,) = moved.glob("**/pkgconfig")
-    check_pair(pkg_config_build("pull", tmp_path / "pull", pkg_config_path), addresses)
+    check_pair(pkg_config_build(EXAMPLES / "pull.cc", tmp_path / "pull", pkg_config_path), addresses)

@@ -51,7 +51,7 @@ def cmake_install(build: Path, prefix: Path) -> None:
     output_of([tool("cmake"), "--install", str(build), "--prefix", str(prefix)])
 
 
-def pkg_config_build(program: str, output: Path, pkg_config_path: Path) -> Path:
+def pkg_config_build(source: Path, output: Path, pkg_config_path: Path, standard: str = "c++17") -> Path:
     """What the README of the examples says: one compiler call with pkg-config's answers."""
 
     def ask(*arguments: str) -> list[str]:
@@ -59,9 +59,8 @@ def pkg_config_build(program: str, output: Path, pkg_config_path: Path) -> Path:
         return shlex.split(output_of(command, PKG_CONFIG_PATH=str(pkg_config_path)))
 
     (library_dir,) = ask("--variable=libdir")
-    source = str(EXAMPLES / f"{program}.cc")
     flags = [*ask("--cflags", "--libs"), f"-Wl,-rpath,{library_dir}"]
-    output_of([*COMPILER, "-std=c++17", source, "-o", str(output), *flags])
+    output_of([*COMPILER, f"-std={standard}", str(source), "-o", str(output), *flags])
     return output
 
 

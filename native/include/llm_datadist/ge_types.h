@@ -1,6 +1,7 @@
 // The few `ge` types that the LLM-DataDist API is spelled in: status word, data types, AscendString.
 //
-// Enumerator values are part of the API (programs store and exchange them) and must not change.
+// Enumerator values are part of the API (programs store and exchange them) and must not change. C++14 is enough for the
+// public headers.
 #ifndef LLM_DATADIST_GE_TYPES_H_
 #define LLM_DATADIST_GE_TYPES_H_
 
@@ -8,7 +9,6 @@
 #include <cstdint>
 #include <memory>
 #include <string>
-#include <string_view>
 
 namespace ge {
 
@@ -72,15 +72,21 @@ class AscendString {
   const char *GetString() const { return text_ == nullptr ? "" : text_->c_str(); }
   size_t GetLength() const { return text_ == nullptr ? 0U : text_->size(); }
 
-  bool operator==(const AscendString &other) const { return Text() == other.Text(); }
+  bool operator==(const AscendString &other) const { return Compare(other) == 0; }
   bool operator!=(const AscendString &other) const { return !(*this == other); }
-  bool operator<(const AscendString &other) const { return Text() < other.Text(); }
+  bool operator<(const AscendString &other) const { return Compare(other) < 0; }
   bool operator>(const AscendString &other) const { return other < *this; }
   bool operator<=(const AscendString &other) const { return !(other < *this); }
   bool operator>=(const AscendString &other) const { return !(*this < other); }
 
  private:
-  std::string_view Text() const { return text_ == nullptr ? std::string_view() : std::string_view(*text_); }
+  // A string without text equals an empty one.
+  int Compare(const AscendString &other) const {
+    if (text_ == nullptr || other.text_ == nullptr) {
+      return static_cast<int>(GetLength() != 0) - static_cast<int>(other.GetLength() != 0);
+    }
+    return text_->compare(*other.text_);
+  }
 
   std::shared_ptr<std::string> text_;
 };

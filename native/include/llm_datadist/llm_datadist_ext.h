@@ -21,8 +21,8 @@ constexpr char OPTION_TCP_STREAMS[] = "datadist.TcpStreams";
 constexpr char OPTION_HEARTBEAT_MS[] = "datadist.HeartbeatMs";
 // "1": ask for huge pages under memory when it is registered, which makes cma two to three times as fast; default "0".
 constexpr char OPTION_HUGE_PAGES[] = "datadist.HugePages";
-// The documented limits, raisable: links (default 512), addresses per registration (240), registered device bytes
-// (50 GB) and host bytes (20 GB), GB = 1024^3.
+// The documented limits, raisable: links (default 512; no limit with OPTION_LOCAL_COMM_RES of version 1.3), addresses
+// per registration (240), registered device bytes (50 GB) and host bytes (20 GB), GB = 1024^3.
 constexpr char OPTION_MAX_LINKS[] = "datadist.MaxLinks";
 constexpr char OPTION_MAX_ADDRS_PER_CACHE[] = "datadist.MaxAddrsPerCache";
 // Addresses in all registrations together: unlimited here, 240 in the Python API, which documents that.
@@ -30,8 +30,8 @@ constexpr char OPTION_MAX_REGISTERED_ADDRS[] = "datadist.MaxRegisteredAddrs";
 constexpr char OPTION_MAX_DEVICE_BYTES[] = "datadist.MaxDeviceBytes";
 constexpr char OPTION_MAX_HOST_BYTES[] = "datadist.MaxHostBytes";
 
-// Why the last call on this thread that returned other than LLM_SUCCESS failed: option or field, value, allowed range,
-// peer. Empty after a success. Valid until the thread's next call.
+// Why the last call on this thread failed: "CALL: LLM_PARAM_INVALID (0x5010B005): " and option or field, value, allowed
+// range, peer. Empty after a success. Valid until the thread's next call.
 LLM_DATADIST_API const char *GetLastErrorText();
 
 // "LLM_PARAM_INVALID" for 0x5010B005 and so on; "LLM_UNKNOWN" for other values.

@@ -233,9 +233,9 @@ Result<JsonMembers> ParseJsonObject(std::string_view text) {
   return scanner.TakeMembers();
 }
 
-Status CheckLocalCommRes(std::string_view text) {
+Result<std::string> ParseLocalCommRes(std::string_view text) {
   if (text.empty()) {
-    return Status::Ok();
+    return std::string();
   }
   const std::string option = llm_datadist::OPTION_LOCAL_COMM_RES;
   const Result<JsonMembers> members = ParseJsonObject(text);
@@ -248,7 +248,7 @@ Status CheckLocalCommRes(std::string_view text) {
     const std::string said = given ? "version " + version->second : std::string("no version");
     return Status(LLM_PARAM_INVALID, option + ": " + said + R"(, allowed: "1.0", "1.2", "1.3")");
   }
-  return Status::Ok();
+  return version->second.substr(1, version->second.size() - 2);
 }
 
 Result<PoolConfig> ParsePoolConfig(const char *option, std::string_view text) {

@@ -19,8 +19,8 @@ using JsonMembers = std::map<std::string, std::string>;
 // that no text can exhaust the stack.
 Result<JsonMembers> ParseJsonObject(std::string_view text);
 
-// OPTION_LOCAL_COMM_RES: empty, or an object of a known version.
-Status CheckLocalCommRes(std::string_view text);
+// The version of OPTION_LOCAL_COMM_RES, which is an object of a known version, or empty and then without one.
+Result<std::string> ParseLocalCommRes(std::string_view text);
 
 // `option` says whose value the text is.
 Result<PoolConfig> ParsePoolConfig(const char *option, std::string_view text);

@@ -1,5 +1,6 @@
 #include "engine/last_error.h"
 
+#include <cstdio>
 #include <string>
 
 #include "llm_datadist/llm_datadist_ext.h"
@@ -8,17 +9,28 @@ namespace datadist {
 namespace {
 
 thread_local std::string last_error;
+thread_local std::string last_reason;
+
+std::string CodeText(llm_datadist::Status code) {
+  char number[16];
+  std::snprintf(number, sizeof(number), "0x%08X", static_cast<unsigned>(code));
+  return std::string(llm_datadist::GetStatusName(code)) + " (" + number + ")";
+}
 
 }  // namespace
 
 llm_datadist::Status Remember(const char *call, const Status &status) {
   if (status.ok()) {
     last_error.clear();
+    last_reason.clear();
   } else {
-    last_error = std::string(call) + ": " + status.text();
+    last_reason = std::string(call) + ": " + status.text();
+    last_error = std::string(call) + ": " + CodeText(status.code()) + ": " + status.text();
   }
   return status.code();
 }
+
+const char *LastReason() { return last_reason.c_str(); }
 
 }  // namespace datadist
 

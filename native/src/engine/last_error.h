@@ -9,6 +9,9 @@ namespace datadist {
 // Remembers the text (none for a success) and returns the code.
 llm_datadist::Status Remember(const char *call, const Status &status);
 
+// As GetLastErrorText() without the code, for those who tell the code themselves.
+const char *LastReason();
+
 }  // namespace datadist
 
 #endif  // DATADIST_ENGINE_LAST_ERROR_H_

@@ -56,6 +56,12 @@ Status CheckOneIp(const char *field, const std::vector<IpInfo> &infos) {
   return Status::Ok();
 }
 
+Status OfCluster(size_t index, const ClusterInfo &cluster, const Status &status) {
+  return status.ok() ? status
+                     : Status(status.code(), "clusters[" + std::to_string(index) + "] (remote_cluster_id " +
+                                                 std::to_string(cluster.remote_cluster_id) + "): " + status.text());
+}
+
 // act(cluster) for each, several at a time: one cluster that does not answer must not delay the others.
 std::vector<Status> ForEachCluster(const Engine::Clusters &clusters,
                                    const std::function<Status(const ClusterInfo &)> &act) {
@@ -64,7 +70,7 @@ std::vector<Status> ForEachCluster(const Engine::Clusters &clusters,
   const auto work = [&] {
     for (size_t i = next.fetch_add(1); i < clusters.size(); i = next.fetch_add(1)) {
       try {
-        results[i] = act(clusters[i]);
+        results[i] = OfCluster(i, clusters[i], act(clusters[i]));
       } catch (const std::exception &error) {
         results[i] = Status(llm_datadist::LLM_FAILED, error.what());
       }

@@ -15,8 +15,6 @@ using llm_datadist::LLM_PARAM_INVALID;
 
 constexpr uint64_t kMaxInt32 = std::numeric_limits<int32_t>::max();
 constexpr uint64_t kMaxUint32 = std::numeric_limits<uint32_t>::max();
-// A cache's description, 8 bytes per address, must fit into one control frame of 1 MiB.
-constexpr uint64_t kMaxAddrsPerCache = 65536;
 constexpr std::string_view kOwnPrefix = "datadist.";
 constexpr char kRemoteAccessible[] = "llm.EnableRemoteCacheAccessible";
 constexpr char kMemPoolConfig[] = "llm.MemPoolConfig";
@@ -121,6 +119,18 @@ Status ReadBackend(const OptionMap &map, EngineOptions &options) {
   return Status::Ok();
 }
 
+// What is wrong with it is told when linking. Of version 1.3 the documentation says that links are not limited.
+void ReadLocalCommRes(const OptionMap &map, EngineOptions &options) {
+  const auto text = Find(map, llm_datadist::OPTION_LOCAL_COMM_RES).value_or("");
+  const Result<std::string> version = ParseLocalCommRes(text);
+  options.comm_res_given = !text.empty();
+  if (!version.ok()) {
+    options.link.local_comm_res = version.status();
+  } else if (version.value() == "1.3") {
+    options.link.max_links = std::numeric_limits<uint32_t>::max();
+  }
+}
+
 // Keys that the Python layer of the API puts into the map. They have no effect here, but nonsense in them is refused.
 Status CheckInternalKeys(const OptionMap &map) {
   struct Bounds {
@@ -222,9 +232,7 @@ Status ParseLateOptions(const OptionMap &map, EngineOptions &options) {
   LinkOptions &link = options.link;
   RegionLimits &limits = options.limits;
   constexpr uint64_t kMaxBytes = std::numeric_limits<uint64_t>::max();
-  const auto comm_res = Find(map, llm_datadist::OPTION_LOCAL_COMM_RES).value_or("");
-  options.comm_res_given = !comm_res.empty();
-  link.local_comm_res = CheckLocalCommRes(comm_res);
+  ReadLocalCommRes(map, options);
   const Status checks[] = {
       ReadMillis(map, llm_datadist::OPTION_SYNC_CACHE_WAIT_TIME, 1, kMaxInt32, link.transfer_timeout),
       ReadPool(map, kMemPoolConfig, options.device_pool),
@@ -237,7 +245,7 @@ Status ParseLateOptions(const OptionMap &map, EngineOptions &options) {
       ReadNumber(map, llm_datadist::OPTION_HUGE_PAGES, 0, 1, options.huge_pages),
       ReadMillis(map, llm_datadist::OPTION_HEARTBEAT_MS, 10, 60000, link.heartbeat_interval),
       ReadNumber(map, llm_datadist::OPTION_MAX_LINKS, 1, kMaxUint32, link.max_links),
-      ReadNumber(map, llm_datadist::OPTION_MAX_ADDRS_PER_CACHE, 1, kMaxAddrsPerCache, limits.max_addrs_per_cache),
+      ReadNumber(map, llm_datadist::OPTION_MAX_ADDRS_PER_CACHE, 1, kMaxTensorsPerCache, limits.max_addrs_per_cache),
       ReadNumber(map, llm_datadist::OPTION_MAX_REGISTERED_ADDRS, 1, kMaxBytes, limits.max_registered_addrs),
       ReadNumber(map, llm_datadist::OPTION_MAX_DEVICE_BYTES, 0, kMaxBytes, limits.max_device_bytes),
       ReadNumber(map, llm_datadist::OPTION_MAX_HOST_BYTES, 0, kMaxBytes, limits.max_host_bytes),

@@ -5,6 +5,8 @@
 #include <utility>
 #include <vector>
 
+#include "engine/last_error.h"
+
 namespace datadist {
 namespace {
 
@@ -12,7 +14,7 @@ using llm_datadist::LlmDataDist;
 
 // Must run on the thread that made the call, before its next one.
 Status WithReason(llm_datadist::Status code) {
-  return code == llm_datadist::LLM_SUCCESS ? Status::Ok() : Status(code, llm_datadist::GetLastErrorText());
+  return code == llm_datadist::LLM_SUCCESS ? Status::Ok() : Status(code, LastReason());
 }
 
 std::map<ge::AscendString, ge::AscendString> ToAscend(const Options &options) {
