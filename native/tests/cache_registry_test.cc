@@ -181,9 +181,8 @@ TEST_F(CacheRegistryTest, AllocationRefusals) {
   const uint64_t used = Used();
   const auto contiguous = CacheLayout::kContiguous;
   refused(Desc(1, 4, CachePlacement::kHost), contiguous, {}, "llm.HostMemPoolConfig");
-  refused(Desc(0, 4), contiguous, {}, "num_tensors is 0, allowed: 1..240");
-  refused(Desc(241, 4), contiguous, {}, "num_tensors is 241, allowed: 1..240");
-  refused(Desc(UINT32_MAX, 4), contiguous, {}, "datadist.MaxAddrsPerCache");
+  refused(Desc(0, 4), contiguous, {}, "num_tensors is 0, allowed: 1..65536");
+  refused(Desc(65537, 4), contiguous, {}, "num_tensors is 65537, allowed: 1..65536");
   refused({CachePlacement::kDevice, 1, ge::DT_INT8, {-1}, {}}, contiguous, {}, "shape[0] = -1");
   refused(Desc(1, 4), contiguous, {5, std::nullopt}, "5 cache keys: at most 4");
   refused(Desc(1, 4), CacheLayout::kBlocks, {2, std::nullopt}, "2 cache keys: at most 1");
@@ -193,6 +192,13 @@ TEST_F(CacheRegistryTest, AllocationRefusals) {
   refused(Desc(1, 4), contiguous, {Blocks(0)}, "key blocks of model 0");
   EXPECT_EQ(Used(), used);
   EXPECT_EQ(FindCode(CacheRef::Key(Request(6))), LLM_KV_CACHE_NOT_EXIST);
+}
+
+TEST_F(CacheRegistryTest, LimitOfAddressesIsNotForPools) {
+  RegionLimits limits;
+  limits.max_addrs_per_cache = 2;
+  CacheRegistry caches(RegionTable::Create(limits), {pool_, nullptr}, true);
+  EXPECT_TRUE(caches.Allocate(Desc(3, 4), CacheLayout::kContiguous, {}).ok());
 }
 
 TEST_F(CacheRegistryTest, ExhaustionTakesNothing) {

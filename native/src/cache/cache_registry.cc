@@ -6,7 +6,6 @@
 #include <utility>
 
 #include "base/checked.h"
-#include "llm_datadist/llm_datadist_ext.h"
 
 namespace datadist {
 namespace {
@@ -96,10 +95,9 @@ Result<CacheRegistry::Memory> CacheRegistry::AllocateMemory(const CacheGeometry 
     return Invalid(std::string("cache_desc.placement: no ") + (host ? "host" : "device") +
                    " memory pool, set option " + (host ? "llm.HostMemPoolConfig" : "llm.MemPoolConfig"));
   }
-  if (geometry.num_tensors == 0 || geometry.num_tensors > regions_->limits().max_addrs_per_cache) {
+  if (geometry.num_tensors == 0 || geometry.num_tensors > kMaxTensorsPerCache) {
     return Invalid("cache_desc.num_tensors is " + std::to_string(geometry.num_tensors) + ", allowed: 1.." +
-                   std::to_string(regions_->limits().max_addrs_per_cache) + " (option " +
-                   llm_datadist::OPTION_MAX_ADDRS_PER_CACHE + " raises it)");
+                   std::to_string(kMaxTensorsPerCache));
   }
   const auto memory = std::make_shared<OwnedMemory>(pool);
   for (uint32_t tensor = 0; tensor < geometry.num_tensors; ++tensor) {

@@ -139,7 +139,7 @@ RegionTable::~RegionTable() = default;
 
 Status RegionTable::CheckLimitsLocked(const CacheGeometry &geometry, const Registration &registration,
                                       uint64_t bytes) const {
-  if (geometry.num_tensors > limits_.max_addrs_per_cache) {
+  if (!registration.owned && geometry.num_tensors > limits_.max_addrs_per_cache) {
     return Invalid("addrs has " + std::to_string(geometry.num_tensors) + " entries: at most " +
                    std::to_string(limits_.max_addrs_per_cache) + " per cache are allowed" +
                    RaisedBy(llm_datadist::OPTION_MAX_ADDRS_PER_CACHE));

@@ -55,8 +55,11 @@ struct alignas(64) CacheStamp {
   std::atomic<uint64_t> generation{0};
 };
 
+// A cache's description, 8 bytes per address, must fit into one control frame of 1 MiB.
+constexpr uint32_t kMaxTensorsPerCache = 65536;
+
 struct RegionLimits {
-  uint32_t max_addrs_per_cache = 240;
+  uint32_t max_addrs_per_cache = 240;            // of a cache whose memory is the caller's
   uint64_t max_registered_addrs = UINT64_MAX;  // over all caches whose memory is the caller's
   uint64_t max_device_bytes = 50ULL << 30;
   uint64_t max_host_bytes = 20ULL << 30;

@@ -209,3 +209,19 @@ def test_roles_switch_what_is_allowed(pair: Pair) -> None:
     pair.decoder._set_role(LLMRole.PROMPT)
     assert failure(lambda: pair.decoder.pull_cache(CacheKey(PEER, 1), cache)) == LLMStatusCode.LLM_PARAM_INVALID
     pair.decoder.remove_cache_key(CacheKey(OURS, 1))
+
+
+def test_devices_may_have_more_tensors_together_than_a_registration(transport: str) -> None:
+    pool = json.dumps({"memory_size": 4 << 20, "page_shift": 10})
+    with managed({"datadist.Transport": transport, "llm.MemPoolConfig": pool}) as engine:
+        link_with_itself(engine)
+        prompt, decoder = (KvCacheManager(engine, OURS, role, 4) for role in (LLMRole.PROMPT, LLMRole.DECODER))
+        desc = CacheDesc(122, [1, 16], DataType.DT_UINT8)
+        src, dst = prompt.allocate_cache(desc, [CacheKey(OURS, 1)]), decoder.allocate_cache(desc)
+        for device, addrs in enumerate(src.per_device_tensor_addrs):
+            for tensor, memory in enumerate(view(addrs, 1, 16)):
+                memory.view(np.uint16)[:] = 1000 * device + tensor
+        decoder.pull_cache(CacheKey(PEER, 1), dst)
+        for device, addrs in enumerate(dst.per_device_tensor_addrs):
+            for tensor, memory in enumerate(view(addrs, 1, 16)):
+                np.testing.assert_array_equal(memory.view(np.uint16), np.uint16(1000 * device + tensor))
