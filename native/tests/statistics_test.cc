@@ -3,10 +3,23 @@
 
 #include <gtest/gtest.h>
 
+#include <cstdlib>
+#include <future>
+#include <memory>
 #include <regex>
+#include <string>
 
 namespace datadist {
 namespace {
+
+// Timers run in order of their times, so the log's have run when one that starts after them has.
+void WaitForIntervals(EventLoop *loop, int count) {
+  std::promise<void> passed;
+  loop->Run([&] {
+    loop->StartTimerOnLoop(EventLoop::Clock::now() + std::chrono::milliseconds(count), [&] { passed.set_value(); });
+  });
+  passed.get_future().wait();
+}
 
 Status Fail() { return Status(llm_datadist::LLM_TIMEOUT, "late"); }
 
@@ -19,6 +32,25 @@ TEST(Statistics, CountsCallsAndFailuresOfEachKind) {
   const std::regex expected(
       R"(links 1 \(0 failed, mean \d+ us, longest \d+ us\), pulls 2 \(1 failed, mean \d+ us, longest \d+ us\))");
   EXPECT_TRUE(std::regex_match(statistics.Text(), expected)) << statistics.Text();
+}
+
+TEST(Statistics, LogsAgainWhereSomethingHappened) {
+  ASSERT_EQ(setenv("ASCEND_GLOBAL_LOG_LEVEL", "1", 1), 0);
+  ::testing::internal::CaptureStderr();
+  {
+    EventLoop loop;
+    ASSERT_TRUE(loop.Start().ok());
+    const auto statistics = std::make_shared<Statistics>(7);
+    loop.Run([&] { statistics->StartOnLoop(&loop, std::chrono::milliseconds(1)); });
+    for (int calls = 1; calls <= 2; ++calls) {
+      EXPECT_TRUE(statistics->Count(Statistics::Call::kPush, [] { return Status::Ok(); }).ok());
+      WaitForIntervals(&loop, 20);
+    }
+  }
+  const std::string log = ::testing::internal::GetCapturedStderr();
+  const std::regex expected(
+      R"(\[datadist\] INFO cluster 7: pushes 1 .*\n\[datadist\] INFO cluster 7: pushes 2 .*\n)");
+  EXPECT_TRUE(std::regex_match(log, expected)) << log;
 }
 
 }  // namespace

@@ -5,7 +5,6 @@
 namespace datadist {
 namespace {
 
-constexpr std::chrono::seconds kInterval{80};
 constexpr std::array<const char *, 4> kNames = {"links", "unlinks", "pulls", "pushes"};
 
 }  // namespace
@@ -43,16 +42,16 @@ std::string Statistics::Text() const {
   return text.empty() ? "no calls" : text;
 }
 
-void Statistics::StartOnLoop(EventLoop *loop) {
+void Statistics::StartOnLoop(EventLoop *loop, std::chrono::milliseconds interval) {
   if (!LogEnabled(LogLevel::kInfo)) {
     return;
   }
-  loop->StartTimerOnLoop(EventLoop::Clock::now() + kInterval, [weak = weak_from_this(), loop] {
+  loop->StartTimerOnLoop(EventLoop::Clock::now() + interval, [weak = weak_from_this(), loop, interval] {
     if (const std::shared_ptr<Statistics> self = weak.lock()) {
       if (self->TotalCalls() != self->logged_calls_) {
         self->Log();
       }
-      self->StartOnLoop(loop);
+      self->StartOnLoop(loop, interval);
     }
   });
 }

@@ -31,7 +31,7 @@ class Statistics : public std::enable_shared_from_this<Statistics> {
   }
 
   // Logs from now on, unless INFO is not logged.
-  void StartOnLoop(EventLoop *loop);
+  void StartOnLoop(EventLoop *loop, std::chrono::milliseconds interval = std::chrono::seconds(80));
   // Logs what there is.
   void Log();
 
