@@ -193,6 +193,7 @@ TEST_F(TwoEndpoints, PullLayerRanges) {
 TEST_F(TwoEndpoints, PullErrorPrecedence) {
   EXPECT_EQ(a_.Pull(kStranger, kNoCache, kNoCache, {}, {}), LLM_PARAM_INVALID) << "arguments before the local cache";
   EXPECT_EQ(a_.Pull(kStranger, kNoCache, kNoCache, {0}, {0}), LLM_KV_CACHE_NOT_EXIST) << "local cache before the link";
+  EXPECT_THAT(GetLastErrorText(), HasSubstr("local cache 1234 is not registered"));
   EXPECT_EQ(a_.Pull(kStranger, kNoCache, mine_, {0}, {0}, Layers(0, 1, 4, 5)), LLM_PARAM_INVALID)
       << "local layers before the link";
   EXPECT_EQ(a_.Pull(kStranger, kNoCache, mine_, {0}, {99}), LLM_NOT_YET_LINK) << "link before local block indices";

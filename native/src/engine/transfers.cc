@@ -47,6 +47,12 @@ Status CheckAccessible(const LinkOptions &options, const RegisteredCache &local)
   return Status::Ok();
 }
 
+// Says which side: the peer uses the same words of its own caches.
+Result<CachePin> PinLocal(CacheRegistry &caches, int64_t id) {
+  Result<CachePin> pin = caches.Pin(id);
+  return pin.ok() ? std::move(pin) : Status(pin.status().code(), "local " + pin.status().text());
+}
+
 // Ids count from 1; the API looks up anything else as the key of request 0, model 0.
 CacheRef ToRef(const CacheIndex &index) {
   return index.cache_id > 0 ? CacheRef::Id(index.cache_id) : CacheRef::Key(CacheKey{KeyKind::kRequest, 0, 0});
@@ -127,7 +133,7 @@ Status Engine::PullOnce(const PullTarget &target, Move &move) {
     return Status(LLM_PARAM_INVALID,
                   "src_cache_index.cluster_id: " + std::to_string(target.src_cluster_id) + " is our own");
   }
-  const Result<CachePin> pin = endpoint_->caches()->Pin(target.dst_cache_id);
+  const Result<CachePin> pin = PinLocal(*endpoint_->caches(), target.dst_cache_id);
   if (!pin.ok()) {
     return pin.status();
   }
@@ -232,7 +238,7 @@ Status Engine::PushLayer(const PushTarget &target, const CacheRef &dst, Move mov
 
 Status Engine::PushLayerOnce(const PushTarget &target, const CacheRef &dst, Move &move) {
   const Deadline deadline = Deadline::In(endpoint_->options().transfer_timeout);
-  const Result<CachePin> pin = endpoint_->caches()->Pin(target.src_cache_id);
+  const Result<CachePin> pin = PinLocal(*endpoint_->caches(), target.src_cache_id);
   if (!pin.ok()) {
     return pin.status();
   }
@@ -274,7 +280,7 @@ Status Engine::PushLayerOnce(const PushTarget &target, const CacheRef &dst, Move
 Status Engine::PushLayerToAddresses(const PushTarget &target, const std::vector<uint64_t> &dst_addrs,
                                     const Move &move) {
   const Deadline deadline = Deadline::In(endpoint_->options().transfer_timeout);
-  const Result<CachePin> pin = endpoint_->caches()->Pin(target.src_cache_id);
+  const Result<CachePin> pin = PinLocal(*endpoint_->caches(), target.src_cache_id);
   if (!pin.ok()) {
     return pin.status();
   }
