@@ -150,6 +150,27 @@ TEST_F(TcpOwner, StalledPushIsCutAndLetsGoOfTheCache) {
   }
 }
 
+// Who has every byte of a pull may free the cache and finds its memory free: nothing holds it for a moment longer.
+TEST_F(TcpOwner, LetsGoOfACacheBeforeThePullIsComplete) {
+  const Fd stream = Connect();
+  for (const uint64_t bytes : {64, 8192, 8193, 20'000, 700'000}) {
+    for (uint64_t seed = 0; seed < 20; ++seed) {
+      const CacheShape shape{2, 1, bytes};
+      const RemoteCache cache = owner_.AddCache(shape, seed);
+      RequestHeader header = GoodHeader(cache);
+      header.total_bytes = 2 * bytes;
+      ASSERT_TRUE(Send(stream, Encoded(header, {{0, bytes}})).ok());
+      ASSERT_TRUE(Response(stream).ok());
+      std::vector<uint8_t> got(2 * bytes);
+      ASSERT_TRUE(RecvAll(stream.get(), got.data(), got.size(), Soon()).ok());
+      bool gone = false;
+      owner_.regions()->UnregisterLater(cache.cache_id, [&gone] { gone = true; });
+      ASSERT_TRUE(gone) << bytes;
+      EXPECT_EQ(got, PatternOf(shape, seed)) << bytes;
+    }
+  }
+}
+
 // ---- the initiator's end against a peer that answers nonsense ----
 
 class TcpInitiator : public testing::Test {

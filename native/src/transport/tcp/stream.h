@@ -18,6 +18,11 @@ enum class StreamDirection { kSend, kRecv };
 Status StreamSpans(int fd, StreamDirection direction, const CachePin &pin, uint32_t first_tensor,
                    uint32_t tensor_count, const std::vector<Span> &spans, Deadline deadline);
 
+// As StreamSpans to kSend, and lets go of the cache before the peer has the last byte: who has been told that a pull is
+// complete may free the cache, and finds its memory free.
+Status SendSpans(int fd, CachePin pin, uint32_t first_tensor, uint32_t tensor_count, const std::vector<Span> &spans,
+                 Deadline deadline);
+
 // No delay for small requests, a bound on unacknowledged bytes, the congestion control that measures best. Each is
 // best effort: a stream without them is slower, not wrong.
 void TuneStream(int fd);

@@ -84,11 +84,13 @@ struct TcpServer::State {
     if (Status status = Respond(Status::Ok(), header, deadline); !status.ok()) {
       return status;
     }
-    const bool pull = header.op == DataOp::kPull;
-    Status moved = StreamSpans(stream.get(), pull ? StreamDirection::kSend : StreamDirection::kRecv, pin,
-                               header.first_tensor, header.tensor_count, spans, deadline);
+    if (header.op == DataOp::kPull) {
+      return SendSpans(stream.get(), std::move(pin), header.first_tensor, header.tensor_count, spans, deadline);
+    }
+    Status moved = StreamSpans(stream.get(), StreamDirection::kRecv, pin, header.first_tensor, header.tensor_count,
+                               spans, deadline);
     pin = CachePin();  // before "done": who was told may unregister at once
-    return moved.ok() && !pull ? Respond(Status::Ok(), header, deadline) : moved;
+    return moved.ok() ? Respond(Status::Ok(), header, deadline) : moved;
   }
 
   Status Respond(const Status &status, const RequestHeader &header, Deadline deadline) {
