@@ -4,6 +4,8 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <thread>
+
 #include "support/node.h"
 
 namespace datadist::testing {
@@ -88,6 +90,14 @@ TEST_F(TwoEndpoints, InitializeAndFinalizeAreIdempotentAndIdsStartAgain) {
 TEST_F(TwoEndpoints, LastErrorIsOfTheThreadsLastCall) {
   EXPECT_EQ(a_.Pull(kB, theirs_, mine_, {0}, {0}), LLM_NOT_YET_LINK);
   EXPECT_THAT(GetLastErrorText(), StrEq("PullKvBlocks: LLM_NOT_YET_LINK (0x5010B007): no link to cluster 2"));
+  std::thread([&] {
+    EXPECT_STREQ(GetLastErrorText(), "") << "another thread's";
+    int64_t id = 55;
+    EXPECT_EQ(a_.datadist().RegisterKvCache({}, {}, {}, id), LLM_PARAM_INVALID);
+    EXPECT_EQ(id, 55) << "written on success only";
+    EXPECT_THAT(GetLastErrorText(), HasSubstr("addrs is empty"));
+  }).join();
+  EXPECT_THAT(GetLastErrorText(), HasSubstr("no link to cluster 2"));
   EXPECT_STREQ(GetStatusName(LLM_NOT_YET_LINK), "LLM_NOT_YET_LINK");
   EXPECT_STREQ(GetStatusName(0x1234), "LLM_UNKNOWN");
   EXPECT_EQ(a_.datadist().UnregisterKvCache(0), LLM_SUCCESS);

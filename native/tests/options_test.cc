@@ -40,6 +40,8 @@ INSTANTIATE_TEST_SUITE_P(
                       Refused{OPTION_SYNC_CACHE_WAIT_TIME, ""}, Refused{OPTION_SYNC_CACHE_WAIT_TIME, "0"},
                       Refused{OPTION_SYNC_CACHE_WAIT_TIME, "1s"}, Refused{OPTION_SYNC_CACHE_WAIT_TIME, "-5"},
                       Refused{"llm.RdmaTrafficClass", "x"}, Refused{"llm.LinkRetryCount", "101"},
+                      Refused{"llm.LinkRetryCount", "0"}, Refused{"llm.RdmaServiceLevel", "-1"},
+                      Refused{"llm.LinkTotalTime", "1s"},
                       Refused{"llm.EnableRemoteCacheAccessible", "2"}, Refused{OPTION_TRANSPORT, "rdma"},
                       Refused{OPTION_TRANSPORT, ""}, Refused{OPTION_TRANSFER_THREADS, "0"},
                       Refused{OPTION_TRANSFER_THREADS, "65"}, Refused{OPTION_TCP_STREAMS, "0"},
