@@ -1,4 +1,4 @@
-// Bytes of caches straight into and out of a data connection: no staging copy.
+// Bytes of caches straight into and out of a data connection: no staging copy, but for the end of a pull.
 #ifndef DATADIST_TRANSPORT_TCP_STREAM_H_
 #define DATADIST_TRANSPORT_TCP_STREAM_H_
 
