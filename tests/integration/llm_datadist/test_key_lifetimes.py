@@ -71,7 +71,9 @@ class KeyLifetimes(RuleBasedStateMachine):
         mode = "1" if self.remote_accessible else "0"
         pool = f'{{"memory_size": {POOL_PAGES << 10}, "page_shift": 10}}'
         options = {"llm.EnableRemoteCacheAccessible": mode, "llm.MemPoolConfig": pool}
-        self.engine = self.stack.enter_context(managed(options | {"datadist.Transport": "local"}))
+        # The limit of registered addresses is no part of the model.
+        options |= {"datadist.Transport": "local", "datadist.MaxRegisteredAddrs": "1000000"}
+        self.engine = self.stack.enter_context(managed(options))
         link_with_itself(self.engine)
         self.manager = CacheManager(
             self.engine, OURS, remote_accessible=self.remote_accessible, pools=frozenset({Placement.DEVICE})

@@ -290,7 +290,7 @@ def test_transfer_to_addresses(two_sided: World, layouts: tuple[Layout, Layout])
                 within_source(push)
                 for index, layer in enumerate(layers):
                     at = starts[2 * index : 2 * index + 2]
-                    yield oracle.push_layer_to_addrs(src, [src, dst], layer, at, pushed)
+                    yield oracle.push_layer_to_addrs(src, [dst], layer, at, pushed)
 
             world.compare(seed, call, steps, pull=False)
 
