@@ -41,7 +41,6 @@ Status Link::Transfer(TransferDirection direction, const std::vector<Part> &part
   return Status(status.code(), Name() + ": " + status.text());
 }
 
-// What we remember of a cache may be out of date, and the owner is the one who knows: no refusal comes from memory.
 Status Link::RunTransfer(TransferDirection direction, const std::vector<Part> &parts, Deadline deadline) {
   std::vector<PlannedPart> planned;
   for (const Part &part : parts) {
@@ -52,11 +51,9 @@ Status Link::RunTransfer(TransferDirection direction, const std::vector<Part> &p
     planned.push_back(std::move(made).value());
   }
   for (size_t i = 0; i < parts.size(); ++i) {
-    Status status = MovePart(direction, parts[i].remote, planned[i], deadline);
-    if (status.code() == LLM_KV_CACHE_NOT_EXIST && planned[i].remembered) {
+    const Status status = MovePart(direction, parts[i].remote, planned[i], deadline);
+    if (status.code() == LLM_KV_CACHE_NOT_EXIST) {
       described_.erase(parts[i].remote.cache_id);
-      const Result<PlannedPart> anew = PlanPart(parts[i], deadline);
-      status = anew.ok() ? MovePart(direction, parts[i].remote, anew.value(), deadline) : anew.status();
     }
     if (!status.ok()) {
       return status;
@@ -75,6 +72,7 @@ Result<Link::PlannedPart> Link::PlanPart(const Part &part, Deadline deadline) {
   planned.target = target.value();
   Result<TransferOp> op = part.planner(*planned.target);
   if (!op.ok() && planned.remembered) {
+    // The cache may be gone by now, which is to be said before that its numbers are wrong.
     described_.erase(part.remote.cache_id);
     return PlanPart(part, deadline);
   }

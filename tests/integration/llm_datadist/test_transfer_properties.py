@@ -170,3 +170,19 @@ def test_push_layer_to_addresses(ends: Ends, examples: settings) -> None:
             compare(ends, seed, call, lambda: oracle.push_layer_to_addrs(*arguments), pull=False)
 
     check()
+
+
+def test_our_own_cache_takes_part_only_if_it_is_remotely_accessible(ends: Ends) -> None:
+    """In remote-accessible mode; two-sided mode knows no difference."""
+    model = oracle.CacheModel("rows", (2, 8), 4, 8, (16, 48))
+    hidden, theirs = ends.ours.register(model, accessible=False), ends.theirs.register(model)
+    try:
+        pull = ends.engine.pull_rows(PEER, theirs, hidden)
+        push = ends.engine.push_layer(hidden, 0, PEER, theirs, 0)
+        if ends.remote_accessible:
+            assert (pull, push) == (_native.LLM_PARAM_INVALID, _native.LLM_PARAM_INVALID)
+        else:
+            assert (pull, push) == (_native.LLM_SUCCESS, _native.LLM_FEATURE_NOT_ENABLED)
+    finally:
+        ends.ours.unregister(hidden)
+        ends.theirs.unregister(theirs)
