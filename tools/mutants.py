@@ -33,6 +33,12 @@ ROOT = Path(__file__).resolve().parent.parent
 MUTATIONS = Path(__file__).resolve().parent / "mutations"
 PYTEST_SUITES = "tests/integration/llm_datadist"
 SUITE_TIMEOUT_S = 300.0
+# That a test fails is all there is to know: finding its smallest example would take minutes.
+NO_SHRINKING = """
+from hypothesis import Phase, settings
+settings.register_profile("mutants", phases=[Phase.explicit, Phase.generate])
+settings.load_profile("mutants")
+"""
 LISTED_FAILURE = re.compile(r"^(?:FAILED (?P<pytest>\S+)|\[  FAILED  \] (?P<gtest>[\w/.]+))", re.MULTILINE)
 
 
@@ -130,6 +136,8 @@ def copy_of_head(python: Path) -> Iterator[Copy]:
         git = ["git", "-C", str(ROOT), "worktree"]
         subprocess.run([*git, "add", "--quiet", "--detach", str(tree), "HEAD"], check=True)
         try:
+            with (tree / "tests" / "conftest.py").open("a", encoding="utf-8") as conftest:
+                conftest.write(NO_SHRINKING)
             yield Copy(tree, top / "build", python, top / "log")
         finally:
             subprocess.run([*git, "remove", "--force", str(tree)], check=True)

@@ -161,14 +161,21 @@ class KeyLifetimes(RuleBasedStateMachine):
 
     # ---- pulls ----
 
-    @rule(key=st.sampled_from(ROW_KEYS), selection=selections, size=st.sampled_from([-1, ROW_BYTES, 5]))
-    def pull_by_key(self, key: Key, selection: tuple[range | None, int], size: int) -> None:
-        if self.remote_accessible:
-            # The Python API pulls by key to blocks only in this mode.
-            self.pull_pieces_by_key(key, selection)
-            return
-        do = lambda: self.manager.pull_cache(key.of_row(PEER), self.into, 0, size, **_layers(selection))  # noqa: E731
-        self._pull(do, key, selection, self.dst, size)
+    @rule(
+        key=st.sampled_from(ROW_KEYS),
+        selection=selections,
+        size=st.sampled_from([-1, ROW_BYTES, 5]),
+        times=st.sampled_from([1, 1, 2]),
+    )
+    def pull_by_key(self, key: Key, selection: tuple[range | None, int], size: int, times: int = 1) -> None:
+        """Also twice: the same layers again are no others."""
+        for _ in range(times):
+            if self.remote_accessible:
+                # The Python API pulls by key to blocks only in this mode.
+                self.pull_pieces_by_key(key, selection)
+                continue
+            pull = partial(self.manager.pull_cache, key.of_row(PEER), self.into, 0, size, **_layers(selection))
+            self._pull(pull, key, selection, self.dst, size)
 
     @rule(key=st.sampled_from(ROW_KEYS), selection=selections)
     def pull_pieces_by_key(self, key: Key, selection: tuple[range | None, int]) -> None:
