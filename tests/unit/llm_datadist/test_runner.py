@@ -119,12 +119,22 @@ def test_an_interrupt_ends_it_as_one(tmp_path: Path) -> None:
     script = tmp_path / "script.py"
     script.write_text("import signal\nprint('ready', flush=True)\nsignal.pause()\n")
     process = subprocess.Popen(
-        [*RUNNER, str(script)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=tmp_path
+        [*RUNNER, str(script)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        cwd=tmp_path,
+        # A shell starts its background jobs with SIGINT ignored, and the tests may be in one.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # noqa: PLW1509 - no threads here
     )
-    assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
-    process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=60)
+    with process:
+        assert process.stdout is not None
+        assert process.stdout.readline() == "ready\n"
+        process.send_signal(signal.SIGINT)
+        try:
+            _, stderr = process.communicate(timeout=60)
+        finally:
+            process.kill()
     assert process.returncode == -signal.SIGINT
     assert stderr.endswith("KeyboardInterrupt\n")
 
