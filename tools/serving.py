@@ -26,6 +26,7 @@ HOST = "127.0.0.1"
 READY_DEADLINE_S = 300.0
 STOP_GRACE_S = 20.0
 POLL_S = 0.25
+PAUSE_POLL_S = 0.002
 # Below the kernel's usual ephemeral range, so that no outgoing connection takes a port between choice and use.
 PORT_RANGE = range(20000, 32000)
 
@@ -59,9 +60,9 @@ def free_port() -> int:
     raise ServingError(f"no free port in {PORT_RANGE.start} to {PORT_RANGE.stop - 1}")
 
 
-def session_members(leader: int) -> list[int]:
-    """Processes of the session `leader` started, itself included if it still runs; zombies are not counted."""
-    members = []
+def session_members(leader: int) -> dict[int, str]:
+    """Process id and state letter of the session that `leader` started, itself included; zombies are not counted."""
+    members = {}
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
@@ -71,7 +72,7 @@ def session_members(leader: int) -> list[int]:
         except (OSError, UnicodeDecodeError):
             continue  # ended while we looked
         if int(fields[3]) == leader and fields[0] != "Z":
-            members.append(int(entry))
+            members[int(entry)] = fields[0]
     return members
 
 
@@ -157,7 +158,15 @@ class Program:
                 continue
 
     def pause(self) -> None:
-        self.signal(signal.SIGSTOP)
+        """SIGSTOP to everything; returns when everything has stopped, which takes a busy machine a while."""
+        if self._process is None:
+            return
+        until = time.monotonic() + STOP_GRACE_S
+        while any(state not in "Tt" for state in session_members(self._process.pid).values()):
+            if time.monotonic() > until:
+                raise ServingError(self.describe("has processes that do not stop"))
+            self.signal(signal.SIGSTOP)
+            time.sleep(PAUSE_POLL_S)
 
     def resume(self) -> None:
         self.signal(signal.SIGCONT)

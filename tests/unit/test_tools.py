@@ -82,7 +82,7 @@ def test_kill_leaves_no_descendant(tmp_path: Path) -> None:
         assert program.alive, program.describe("ended")
     program.pause()
     program.kill()
-    assert serving.session_members(leader) == []
+    assert serving.session_members(leader) == {}
 
 
 def test_free_port_is_free() -> None:
