@@ -4,7 +4,7 @@
 The weights come from a fixed seed, and they are large enough that the next token depends on every token before it: a
 KV cache with one wrong block answers something else.
 
-    tiny_model.py OUT_DIR [--kind qwen3]
+    tiny_model.py OUT_DIR [--kind qwen3]      (the kinds: tiny_kinds.py)
 """
 
 from __future__ import annotations
@@ -17,10 +17,9 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-VOCABULARY = 512
+from tiny_kinds import KINDS, MAX_POSITIONS, VOCABULARY
+
 SEED = 20
-# More tokens than any test or demo sends; the model has rotary positions and needs no table.
-MAX_POSITIONS = 32768
 
 WORDS = """
 a about above after again air all also and animal another answer any are around as ask at away back be because
@@ -72,32 +71,6 @@ def make_tokenizer(out: Path) -> None:
     wrapped.save_pretrained(str(out))
 
 
-def qwen3() -> Any:
-    """Dense attention with 4 KV heads, which TP 1, 2 and 4 share out evenly; 8 KiB of float32 KV per token."""
-    from transformers import Qwen3Config, Qwen3ForCausalLM
-
-    config = Qwen3Config(
-        vocab_size=VOCABULARY,
-        hidden_size=256,
-        intermediate_size=512,
-        num_hidden_layers=4,
-        num_attention_heads=8,
-        num_key_value_heads=4,
-        head_dim=64,
-        max_position_embeddings=MAX_POSITIONS,
-        tie_word_embeddings=False,
-        initializer_range=0.2,
-        pad_token_id=0,
-        bos_token_id=1,
-        eos_token_id=2,
-    )
-    make: Any = Qwen3ForCausalLM
-    return make(config)
-
-
-KINDS = {"qwen3": qwen3}
-
-
 def make_model(out: Path, kind: str) -> None:
     """Writes the model directory whole or not at all: a half-written one would be found by the next run."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -108,7 +81,7 @@ def make_model(out: Path, kind: str) -> None:
     shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     torch.manual_seed(SEED)
-    KINDS[kind]().float().save_pretrained(str(partial))
+    KINDS[kind].make().float().save_pretrained(str(partial))
     make_tokenizer(partial)
     (partial / "origin.json").write_text(json.dumps({"kind": kind, "seed": SEED}), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)

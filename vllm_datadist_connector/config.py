@@ -53,6 +53,15 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     lease_limit_s: Seconds = 600.0
     """P ends a lease so long after it was granted, however often it was renewed."""
 
+    bidirectional: bool = False
+    """D keeps an answered request's blocks, too, and P pulls them when the conversation's next prompt names them."""
+
+    decoder_lease_s: Annotated[float, msgspec.Meta(ge=MIN_LEASE_S, le=3600)] = 480.0
+    """bidirectional: D keeps an answered request's blocks so long for the next turn."""
+
+    recompute_threshold: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 64
+    """bidirectional: fewer tokens than these of an earlier turn are computed again rather than pulled."""
+
     recv_deadline_s: Seconds = 60.0
     """D gives a pull so long, from the scheduling of the request to its confirmation."""
 
@@ -67,6 +76,9 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     peer_backoff_s: Seconds = 1.0
     """After a failed handshake or link, requests for that peer fail at once for so long."""
+
+    peer_ttl_s: Seconds = 3600.0
+    """D drops its links with an instance that nobody has asked it to pull from for so long."""
 
     allowed_peers: Annotated[list[str], msgspec.Meta(max_length=256)] = []
     """IP addresses or networks (CIDR) that kv_transfer_params may send us to; loopback and `host` always are."""

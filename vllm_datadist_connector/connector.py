@@ -7,6 +7,7 @@ which needs the library, is imported when a worker is made.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -14,10 +15,11 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
     KVConnectorHandshakeMetadata,
     KVConnectorMetadata,
     KVConnectorRole,
+    SupportsHMA,
 )
 
 from vllm_datadist_connector import compat
-from vllm_datadist_connector.config import ConfigError, parse_config
+from vllm_datadist_connector.config import parse_config
 from vllm_datadist_connector.metadata import RankHandshake, StepMetadata
 from vllm_datadist_connector.metrics import DataDistPromMetrics, DataDistStats
 from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
@@ -39,7 +41,7 @@ logger = logging.getLogger(__name__)
 compat.share_logging()
 
 
-class DataDistConnector(KVConnectorBase_V1):
+class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
     """Moves KV caches between prefill and decode instances by LLM-DataDist's PullKvBlocks."""
 
     _cache_hit_source = compat.cache_hit_source()
@@ -51,14 +53,8 @@ class DataDistConnector(KVConnectorBase_V1):
             OSError: the side channel's address cannot be bound.
         """
         super().__init__(vllm_config, role, kv_cache_config)
+        config = parse_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
         groups = compat.transfer_groups(kv_cache_config)
-        if len(groups) != 1:
-            raise ConfigError(
-                f"the model has {len(groups)} KV cache groups; DataDistConnector carries one (dense attention). "
-                "Models whose groups vLLM can unify work with --disable-hybrid-kv-cache-manager"
-            )
-        transfer = vllm_config.kv_transfer_config
-        config = parse_config(transfer.kv_connector_extra_config)
         self._scheduler: ConnectorScheduler | None = None
         self._worker: ConnectorWorker | None = None
         self._load_errors: set[int] = set()
@@ -105,7 +101,7 @@ class DataDistConnector(KVConnectorBase_V1):
         return count, count > 0
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        self._scheduling.after_alloc(request, blocks.get_block_ids(), num_external_tokens)
+        self._scheduling.after_alloc(request, self._transferred(blocks.get_block_ids()), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         return self._scheduling.build_step()
@@ -115,6 +111,11 @@ class DataDistConnector(KVConnectorBase_V1):
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._scheduling.request_finished(request, (block_ids,))
+
+    def request_finished_all_groups(
+        self, request: Request, block_ids: tuple[list[int], ...]
+    ) -> tuple[bool, dict[str, Any] | None]:
+        return self._scheduling.request_finished(request, self._transferred(block_ids))
 
     def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
         # All that we write into: vLLM would zero the others' blocks while the pull fills them.
@@ -137,9 +138,7 @@ class DataDistConnector(KVConnectorBase_V1):
     # ---- worker side ----
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
-        groups = compat.transfer_groups(self._kv_cache_config)
-        group_of_layer = {layer: index for index, group in enumerate(groups) for layer in group.layer_names}
-        self._working.register_kv_caches(kv_caches, group_of_layer, self._kv_cache_config.num_blocks)
+        self._working.register_kv_caches(kv_caches, self._kv_cache_config.num_blocks)
 
     def get_handshake_metadata(self) -> RankHandshake | None:
         geometry = self._working.handshake()
@@ -190,6 +189,10 @@ class DataDistConnector(KVConnectorBase_V1):
 
     def get_kv_connector_stats(self) -> DataDistStats | None:
         return self._scheduler.take_stats() if self._scheduler is not None else self._working.meter.take()
+
+    def _transferred(self, tables: Sequence[list[int]]) -> list[list[int]]:
+        """The block tables of the KV cache groups that cross instances."""
+        return [tables[group] for group in compat.transfer_group_ids(self._kv_cache_config)]
 
     def _poll(self) -> tuple[set[str], FinishedPulls]:
         return self._working.take_sent(), self._working.take_received()

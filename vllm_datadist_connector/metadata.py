@@ -11,12 +11,16 @@ from vllm_datadist_connector.protocol.params import BlockIds, RemotePrefill
 
 @dataclass(frozen=True, slots=True)
 class PullJob:
-    """One request's KV cache to be pulled: block remote_blocks[g][i] of P into local_blocks[g][i]."""
+    """Tokens [first_token, end_token) of one request, to be pulled from P's blocks (in `remote`) into ours.
+
+    local_blocks[g] begins with the block that holds first_token; of a group of states it is the one block of the state.
+    """
 
     request_id: str
     remote: RemotePrefill
-    remote_blocks: BlockIds
     local_blocks: BlockIds
+    first_token: int
+    end_token: int
     prompt_digest: str
     deadline_s: float
     """Remaining time; rebased by the receiver, because clocks of different processes are never compared."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 
 def prompt_digest(token_ids: Sequence[int], lora_name: str | None = None, mm_hashes: Sequence[str] = ()) -> str:
-    """32 hex digits of the prompt's token ids, LoRA adapter and multi-modal content hashes (in prompt order)."""
+    """32 hex digits of token ids, LoRA adapter and multi-modal content hashes (in prompt order)."""
     tokens = array("q", token_ids)
     if sys.byteorder == "big":
         tokens.byteswap()

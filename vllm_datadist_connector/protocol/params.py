@@ -27,7 +27,6 @@ Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 MIN_LEASE_S: Final = 1.0
 """Renewals come several times per lease: a forged ticket with a shorter one would make D flood P."""
 _MAX_ERROR_CHARS: Final = 300
-_RankCount = Annotated[int, msgspec.Meta(ge=1, le=4096)]
 
 
 class ParamsError(ValueError):
@@ -45,7 +44,9 @@ class LeaseTicket(msgspec.Struct, frozen=True, kw_only=True):
     generation: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
     lease_s: Annotated[float, msgspec.Meta(ge=MIN_LEASE_S, le=3600)]
     prompt_digest: Token
-    """Of the prompt that P prefilled, see digest.py: D pulls only for the same prompt."""
+    """Of the tokens whose KV P holds, see digest.py: D pulls only for a prompt that begins with them."""
+    block_sizes: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=2**24)], ...], msgspec.Meta(max_length=64)]
+    """Tokens per block of each of P's KV cache groups; 0 for a group of states, which has one block per request."""
 
 
 class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
@@ -57,9 +58,8 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     remote_block_ids: Annotated[tuple[_Group, ...], msgspec.Meta(min_length=1, max_length=64)]
     remote_num_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
+    """Tokens whose KV the blocks hold, from the first one on."""
     ticket: LeaseTicket = msgspec.field(name=EXTRA_KEY)
-    tp_size: _RankCount = 1
-    pp_size: _RankCount = 1
 
 
 def wants_remote_prefill(params: object) -> bool:
@@ -70,6 +70,16 @@ def wants_remote_prefill(params: object) -> bool:
 def wants_remote_decode(params: object) -> bool:
     """Whether a request asks to be a P request: its blocks shall be kept for a D."""
     return isinstance(params, dict) and params.get("do_remote_decode") is True
+
+
+def names_earlier_turn(params: object) -> bool:
+    """Whether a P request brings blocks of its own past: an earlier turn's D still holds the KV of its first tokens."""
+    return isinstance(params, dict) and wants_remote_decode(params) and bool(params.get("remote_block_ids"))
+
+
+def was_remote_prefill(params: object) -> bool:
+    """Whether a request came as a D request, also after the flag was cleared because its pull was taken up."""
+    return isinstance(params, dict) and "do_remote_prefill" in params and not wants_remote_decode(params)
 
 
 def parse_remote_prefill(params: dict[str, Any]) -> RemotePrefill:
@@ -106,14 +116,16 @@ def build_params(
     pp_size: int,
     dcp_size: int,
     ticket: LeaseTicket | None,
+    for_next_turn: bool = False,
 ) -> dict[str, Any]:
-    """The params that P returns with a finished request: every field of the NIXL flavour, ours under EXTRA_KEY.
+    """The params that come back with a finished request: every field of the NIXL flavour, ours under EXTRA_KEY.
 
-    Without a ticket nothing is held and `block_ids` is empty: D then prefills locally.
+    They go to a D or, `for_next_turn`, with the conversation's next prompt to a P. Without a ticket nothing is held and
+    `block_ids` is empty: whoever gets them prefills locally.
     """
     params: dict[str, Any] = {
-        "do_remote_prefill": True,
-        "do_remote_decode": False,
+        "do_remote_prefill": not for_next_turn,
+        "do_remote_decode": for_next_turn,
         "remote_block_ids": [list(group) for group in block_ids],
         "remote_engine_id": engine_id,
         "remote_request_id": request_id,

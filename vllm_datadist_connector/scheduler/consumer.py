@@ -1,5 +1,7 @@
 """D's side of requests: which tokens come from P, into which blocks, and when P may forget them.
 
+"P" is whoever holds the blocks and "D" we who pull them: the D of an earlier turn is the P of the next one's prefill.
+
     NEW ──alloc, tokens to load──> PULLING ──finished_recving──> (gone; lease released)
      │ lease renewed                  └──request_finished (abort)──> worker drains ──finished_recving──> (gone)
      ├──alloc, nothing to load or refused──> (gone; lease released)
@@ -17,10 +19,12 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.params import (
     ParamsError,
     RemotePrefill,
+    names_earlier_turn,
     parse_remote_prefill,
     wants_remote_prefill,
 )
@@ -44,6 +48,8 @@ class _Tracked:
     remote: RemotePrefill
     prompt_digest: str
     loadable_tokens: int
+    least_tokens: int = 1
+    """Fewer than these are not worth a pull."""
     refusal: str = ""
     """Why nothing of it may be loaded. The request is tracked all the same, because P waits to hear of its lease: vLLM
     announces a request that its API server rejected with a prompt of its own making, only to abort it."""
@@ -53,12 +59,19 @@ class _Tracked:
 class ConsumerScheduler:
     def __init__(
         self,
-        block_sizes: tuple[int, ...],
+        groups: tuple[KVGroup, ...],
         allows_peer: Callable[[str], bool],
         recv_deadline_s: float,
         answer_timeout_s: float,
+        recompute_threshold: int | None,
     ) -> None:
-        self._block_sizes = block_sizes
+        """
+        Args:
+            recompute_threshold: of a P request that names an earlier turn's blocks, so many tokens at least are pulled
+                at once; None: such blocks are not pulled.
+        """
+        self._groups = groups
+        self._recompute_threshold = recompute_threshold
         self._allows_peer = allows_peer
         self._recv_deadline_s = recv_deadline_s
         self._keeper = LeaseKeeper(answer_timeout_s)
@@ -68,10 +81,14 @@ class ConsumerScheduler:
         self._releases = 0
 
     def on_new_request(self, request: Request) -> None:
-        if not wants_remote_prefill(request.kv_transfer_params) or request.request_id in self._requests:
+        params = request.kv_transfer_params
+        earlier_turn = self._recompute_threshold is not None and names_earlier_turn(params)
+        if not (wants_remote_prefill(params) or earlier_turn) or request.request_id in self._requests:
             return
         try:
             tracked = self._track(request)
+            if earlier_turn and self._recompute_threshold is not None:
+                tracked.least_tokens = max(1, self._recompute_threshold)
         except ParamsError as error:
             logger.warning("request %s is prefilled here: kv_transfer_params: %s", request.request_id, error)
             return
@@ -84,15 +101,16 @@ class ConsumerScheduler:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.state is not _State.NEW or not self._keeper.holds(tracked.remote.ticket):
             return 0
-        return max(0, tracked.loadable_tokens - num_computed_tokens)
+        count = tracked.loadable_tokens - num_computed_tokens
+        return count if count >= tracked.least_tokens else 0
 
-    def after_alloc(self, request: Request, blocks: tuple[list[int], ...], num_external_tokens: int) -> None:
-        """Blocks were allocated: all of the request's, those of its local prefix hit included."""
+    def after_alloc(self, request: Request, tables: Sequence[Sequence[int]], num_external_tokens: int) -> None:
+        """Blocks were allocated. `tables`: the request's whole block table of every KV cache group."""
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.state is not _State.NEW:
             return
         # The flag is what the rest of vLLM sees of "not loaded yet"; a requeued request must not find it set.
-        if request.kv_transfer_params is not None:
+        if wants_remote_prefill(request.kv_transfer_params) and request.kv_transfer_params is not None:
             request.kv_transfer_params["do_remote_prefill"] = False
         if num_external_tokens <= 0:
             if tracked.refusal:
@@ -100,16 +118,15 @@ class ConsumerScheduler:
             self._forget(request.request_id)
             return
         tracked.state = _State.PULLING
-        wanted = [
-            _block_range(tracked.loadable_tokens - num_external_tokens, tracked.loadable_tokens, size)
-            for size in self._block_sizes
-        ]
+        first, end = tracked.loadable_tokens - num_external_tokens, tracked.loadable_tokens
+        grouped = zip(self._groups, tables, strict=True)
         self._pulls.append(
             PullJob(
                 request_id=request.request_id,
                 remote=tracked.remote,
-                remote_blocks=_slices(tracked.remote.remote_block_ids, wanted),
-                local_blocks=_slices(blocks, wanted),
+                local_blocks=tuple(group.covering(table, first, end) for group, table in grouped),
+                first_token=first,
+                end_token=end,
                 prompt_digest=tracked.prompt_digest,
                 deadline_s=self._recv_deadline_s,
             )
@@ -151,24 +168,34 @@ class ConsumerScheduler:
         remote = parse_remote_prefill(params if params is not None else {})
         if not self._allows_peer(remote.remote_host):
             raise ParamsError(f"remote_host: {remote.remote_host!r:.80} is not among allowed_peers")
-        refusal = self._refusal(request, remote)
-        if refusal:
-            return _Tracked(remote, prompt_digest="", loadable_tokens=0, refusal=refusal)
-        covered = min(len(group) * size for group, size in zip(remote.remote_block_ids, self._block_sizes, strict=True))
-        loadable = min(len(request.prompt_token_ids or ()), remote.remote_num_tokens, covered)
-        return _Tracked(remote, remote.ticket.prompt_digest, loadable)
+        loadable = self._loadable(request, remote)
+        refusal = self._refusal(request, remote, loadable)
+        return _Tracked(remote, remote.ticket.prompt_digest, 0 if refusal else loadable, refusal=refusal)
 
-    def _refusal(self, request: Request, remote: RemotePrefill) -> str:
+    def _loadable(self, request: Request, remote: RemotePrefill) -> int:
+        """Tokens of the prompt, from the first one on, that P's blocks can give."""
+        tables = zip(remote.remote_block_ids, remote.ticket.block_sizes, strict=False)
+        covered = min((len(table) * size for table, size in tables if size), default=remote.remote_num_tokens)
+        return min(len(request.prompt_token_ids or ()), remote.remote_num_tokens, covered)
+
+    def _refusal(self, request: Request, remote: RemotePrefill, loadable: int) -> str:
         """Why P's blocks would be wrong for this request; empty if they fit."""
-        if len(remote.remote_block_ids) != len(self._block_sizes):
+        if len(remote.remote_block_ids) != len(remote.ticket.block_sizes):
             return (
-                f"remote_block_ids: {len(remote.remote_block_ids)} KV cache groups, this instance has "
-                f"{len(self._block_sizes)}"
+                f"remote_block_ids: {len(remote.remote_block_ids)} KV cache groups, the lease is for "
+                f"{len(remote.ticket.block_sizes)}"
             )
         if not is_token_prompt(request):
             return "a prompt of embeddings cannot be compared with P's"
-        if remote.ticket.prompt_digest != digest_of(request):
-            return f"the prompt of P's request {remote.remote_request_id!r:.80} is not this prompt"
+        if remote.ticket.prompt_digest != digest_of(request, remote.remote_num_tokens):
+            return f"the tokens of P's request {remote.remote_request_id!r:.80} are not how this prompt begins"
+        if any(group.is_state for group in self._groups) and not (
+            loadable == remote.remote_num_tokens < len(request.prompt_token_ids or ())
+        ):
+            # The state after the last token of the prompt has no use: the token that yields the first logits is fed
+            # once more, to the state before it.
+            have = request.num_prompt_tokens
+            return f"P's state is that after {remote.remote_num_tokens} tokens; of {have} it can give {loadable}"
         return ""
 
     def _forget(self, request_id: str) -> None:
@@ -176,12 +203,3 @@ class ConsumerScheduler:
         if tracked is not None:
             self._releases += 1
             self._keeper.release(tracked.remote.ticket)
-
-
-def _block_range(first_token: int, end_token: int, block_size: int) -> range:
-    """Indices into a block table that cover tokens [first_token, end_token)."""
-    return range(first_token // block_size, -(-end_token // block_size))
-
-
-def _slices(groups: Sequence[Sequence[int]], wanted: list[range]) -> tuple[tuple[int, ...], ...]:
-    return tuple(tuple(group[r.start : r.stop]) for group, r in zip(groups, wanted, strict=True))

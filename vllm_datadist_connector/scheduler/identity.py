@@ -6,6 +6,7 @@ import secrets
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.protocol.digest import prompt_digest
 
 if TYPE_CHECKING:
@@ -20,8 +21,7 @@ class InstanceIdentity:
     tp_size: int
     pp_size: int
     dcp_size: int
-    block_sizes: tuple[int, ...]
-    """Tokens per block, per KV cache group."""
+    groups: tuple[KVGroup, ...]
     incarnation: str = field(default_factory=lambda: secrets.token_hex(16))
     """Tells a restarted instance from the one that granted a lease, even at the same address with the same id."""
 
@@ -31,11 +31,11 @@ def is_token_prompt(request: Request) -> bool:
     return bool(request.prompt_token_ids) and request.prompt_embeds is None
 
 
-def digest_of(request: Request) -> str:
-    """The prompt digest of a vLLM request."""
+def digest_of(request: Request, num_tokens: int) -> str:
+    """The digest of a vLLM request's first `num_tokens` tokens, generated ones included."""
     lora = request.lora_request
     return prompt_digest(
-        request.prompt_token_ids or (),
+        request.all_token_ids[:num_tokens],
         lora.lora_name if lora is not None else None,
-        [feature.identifier for feature in request.mm_features or ()],
+        [feature.identifier for feature in request.mm_features or () if feature.mm_position.offset < num_tokens],
     )

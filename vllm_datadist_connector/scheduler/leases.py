@@ -1,7 +1,7 @@
 """LeaseTable: P's promises to keep finished requests' blocks, the only place that knows which still stand.
 
     grant ──> held ──┬── release (D is done, or will never come)
-                     └── expiry (no renewal for lease_s, or lease_limit_s after the grant)
+                     └── expiry (no renewal for its duration, or lease_limit_s after the grant)
 
 A lease leaves the table *before* its blocks go back to vLLM, so a confirmation that succeeds proves that the blocks
 were the request's own until then. Called by the scheduler thread and by the side channel's.
@@ -33,6 +33,7 @@ class _Lease:
     generation: int
     blocks: BlockIds
     prompt_digest: str
+    lease_s: float
     expires: float
     limit: float
 
@@ -41,10 +42,14 @@ class LeaseTable:
     """Leases by their random token."""
 
     def __init__(
-        self, incarnation: str, lease_s: float, limit_s: float, clock: Callable[[], float] = time.monotonic
+        self,
+        incarnation: str,
+        block_sizes: tuple[int, ...],
+        limit_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._incarnation = incarnation
-        self._lease_s = lease_s
+        self._block_sizes = block_sizes
         self._limit_s = limit_s
         self._clock = clock
         self._lock = threading.Lock()
@@ -55,7 +60,8 @@ class LeaseTable:
         self._next_expiry = math.inf
         """No lease expires before it; a lower bound, because take_ended() runs in every step."""
 
-    def grant(self, request_id: str, blocks: BlockIds, prompt_digest: str) -> LeaseTicket:
+    def grant(self, request_id: str, blocks: BlockIds, prompt_digest: str, lease_s: float) -> LeaseTicket:
+        """Keeps a request's blocks until `lease_s` pass without a renewal."""
         now = self._clock()
         token = secrets.token_hex(16)
         with self._lock:
@@ -65,17 +71,19 @@ class LeaseTable:
                 generation=self._generation,
                 blocks=blocks,
                 prompt_digest=prompt_digest,
-                expires=now + self._lease_s,
-                limit=now + self._limit_s,
+                lease_s=lease_s,
+                expires=now + lease_s,
+                limit=now + max(lease_s, self._limit_s),
             )
-            self._next_expiry = min(self._next_expiry, now + self._lease_s)
+            self._next_expiry = min(self._next_expiry, now + lease_s)
             return LeaseTicket(
                 version=PROTOCOL_VERSION,
                 incarnation=self._incarnation,
                 token=token,
                 generation=self._generation,
-                lease_s=self._lease_s,
+                lease_s=lease_s,
                 prompt_digest=prompt_digest,
+                block_sizes=self._block_sizes,
             )
 
     def confirm(self, token: str, generation: int, prompt_digest: str, blocks: BlockIds) -> str:
@@ -95,7 +103,7 @@ class LeaseTable:
             return reason
 
     def renew(self, tokens: Iterable[str]) -> tuple[str, ...]:
-        """Extends leases by lease_s from now, within their limit; returns the tokens that name none."""
+        """Extends leases by their duration from now, within their limit; returns the tokens that name none."""
         now = self._clock()
         gone = []
         with self._lock:
@@ -105,7 +113,7 @@ class LeaseTable:
                 if lease is None:
                     gone.append(token)
                 else:
-                    lease.expires = min(now + self._lease_s, lease.limit)
+                    lease.expires = min(now + lease.lease_s, lease.limit)
         return tuple(gone)
 
     def release(self, tokens: Iterable[str]) -> None:
@@ -130,7 +138,8 @@ class LeaseTable:
     def held(self) -> tuple[int, int]:
         """(leases, blocks) that are held now."""
         with self._lock:
-            return len(self._leases), sum(len(group) for lease in self._leases.values() for group in lease.blocks)
+            blocks = (group for lease in self._leases.values() for group in lease.blocks)
+            return len(self._leases), sum(sum(1 for block in group if block) for group in blocks)
 
     def _expire(self, now: float) -> None:
         if now < self._next_expiry:

@@ -22,7 +22,7 @@ from vllm_datadist_connector.protocol.messages import (
     Request,
     Response,
 )
-from vllm_datadist_connector.protocol.params import BlockIds, build_params, wants_remote_decode
+from vllm_datadist_connector.protocol.params import build_params
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity, digest_of, is_token_prompt
 from vllm_datadist_connector.scheduler.leases import EndedLease, LeaseTable
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
@@ -44,9 +44,10 @@ request with n > 1 (it returns the params of whichever ended last), and all prom
 class ProducerScheduler:
     """Owns the lease table and the side channel's listener."""
 
-    def __init__(self, identity: InstanceIdentity, endpoint: Endpoint, lease_s: float, limit_s: float) -> None:
+    def __init__(self, identity: InstanceIdentity, endpoint: Endpoint, limit_s: float) -> None:
         self._identity = identity
-        self._leases = LeaseTable(identity.incarnation, lease_s, limit_s)
+        block_sizes = tuple(group.block_size for group in identity.groups)
+        self._leases = LeaseTable(identity.incarnation, block_sizes, limit_s)
         self._geometries: dict[tuple[int, int], bytes] = {}
         self._ended: list[EndedLease] = []
         self._server = SideChannelServer(endpoint)
@@ -57,23 +58,34 @@ class ProducerScheduler:
         """Geometry of every worker rank by (pp rank, tp rank), each a RankGeometry in msgpack."""
         self._geometries = dict(geometries)
 
-    def request_finished(self, request: VllmRequest, blocks: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any]]:
-        """Whether vLLM shall keep the blocks, and the params for the router."""
-        held = self._held_blocks(request, blocks)
+    def request_finished(
+        self, request: VllmRequest, tables: Sequence[Sequence[int]], lease_s: float, for_next_turn: bool = False
+    ) -> tuple[bool, dict[str, Any]]:
+        """Whether vLLM shall keep the blocks, and the params for the router.
+
+        Args:
+            tables: the request's block table of every KV cache group.
+            for_next_turn: the request was decoded here, and the blocks are kept for whoever prefills the conversation's
+                next prompt; otherwise it was prefilled here for a D.
+        """
+        num_tokens = self._held_tokens(request, for_next_turn)
+        groups = self._identity.groups
+        held = tuple(group.holding(table, num_tokens) for group, table in zip(groups, tables, strict=True))
         ticket = None
-        if any(held):
-            ticket = self._leases.grant(request.request_id, held, digest_of(request))
+        if num_tokens and any(any(group) for group in held):
+            ticket = self._leases.grant(request.request_id, held, digest_of(request, num_tokens), lease_s)
         return ticket is not None, build_params(
             engine_id=self._identity.engine_id,
             request_id=request.request_id,
             host=self.endpoint.host,
             port=self.endpoint.port,
             block_ids=held if ticket is not None else tuple(() for _ in held),
-            num_tokens=request.num_computed_tokens if ticket is not None else 0,
+            num_tokens=num_tokens if ticket is not None else 0,
             tp_size=self._identity.tp_size,
             pp_size=self._identity.pp_size,
             dcp_size=self._identity.dcp_size,
             ticket=ticket,
+            for_next_turn=for_next_turn,
         )
 
     def take_ended(self) -> tuple[str, ...]:
@@ -100,17 +112,20 @@ class ProducerScheduler:
     def close(self) -> None:
         self._server.close()
 
-    def _held_blocks(self, request: VllmRequest, blocks: Sequence[Sequence[int]]) -> BlockIds:
-        if request.status not in _HELD_STATUSES or not wants_remote_decode(request.kv_transfer_params):
-            return tuple(() for _ in blocks)
-        if _UNCLAIMED.match(request.request_id) or not is_token_prompt(request):
-            return tuple(() for _ in blocks)
-        held = []
-        for group, block_size in zip(blocks, self._identity.block_sizes, strict=True):
-            # Blocks beyond the computed tokens (speculative look-ahead, which vLLM 0.23 hands over too) hold nothing.
-            count = -(-request.num_computed_tokens // block_size)
-            held.append(tuple(group[:count]))
-        return tuple(held)
+    def _held_tokens(self, request: VllmRequest, for_next_turn: bool) -> int:
+        """How many of its first tokens the request's blocks hold for others; 0: none."""
+        if request.status not in _HELD_STATUSES or _UNCLAIMED.match(request.request_id) or not is_token_prompt(request):
+            return 0
+        # The KV of the last token is computed when it is fed back, never if it ended the request.
+        last = request.num_tokens - 1 if for_next_turn else request.num_prompt_tokens
+        num_tokens = int(min(request.num_computed_tokens, last))
+        if any(group.is_state for group in self._identity.groups):
+            # A state cannot be taken back to an earlier token. A request that stopped by itself may have been fed a
+            # token too many by a step that was under way.
+            exact = request.num_computed_tokens == num_tokens
+            capped = request.status == RequestStatus.FINISHED_LENGTH_CAPPED or not for_next_turn
+            return num_tokens if exact and capped else 0
+        return num_tokens
 
     def _answer(self, request: Request) -> Response:
         """Runs on the side channel's thread."""

@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_datadist_connector import compat
 from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.kv_groups import describe_groups
 from vllm_datadist_connector.metadata import StepMetadata
 from vllm_datadist_connector.metrics import DataDistStats, SchedulerMeter
-from vllm_datadist_connector.protocol.params import wants_remote_decode
+from vllm_datadist_connector.protocol.params import wants_remote_decode, was_remote_prefill
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
@@ -30,20 +31,25 @@ class ConnectorScheduler:
             tp_size=parallel.tensor_parallel_size,
             pp_size=parallel.pipeline_parallel_size,
             dcp_size=parallel.decode_context_parallel_size,
-            block_sizes=tuple(group.kv_cache_spec.block_size for group in groups),
+            groups=describe_groups(groups),
         )
+        self._lease_s, self._decoder_lease_s = config.lease_s, config.decoder_lease_s
+        self._bidirectional = config.bidirectional
+        self._has_states = any(group.is_state for group in identity.groups)
         self._meter = SchedulerMeter("scheduler")
         self._producer: ProducerScheduler | None = None
         self._consumer: ConsumerScheduler | None = None
-        if transfer.is_kv_producer:
+        if transfer.is_kv_producer or config.bidirectional:
             port = config.side_channel_port
             port += compat.data_parallel_index(parallel) if port else 0
-            self._producer = ProducerScheduler(
-                identity, Endpoint(config.host, port), config.lease_s, config.lease_limit_s
-            )
-        if transfer.is_kv_consumer:
+            self._producer = ProducerScheduler(identity, Endpoint(config.host, port), config.lease_limit_s)
+        if transfer.is_kv_consumer or config.bidirectional:
             self._consumer = ConsumerScheduler(
-                identity.block_sizes, config.allows_peer, config.recv_deadline_s, config.handshake_timeout_s
+                identity.groups,
+                config.allows_peer,
+                config.recv_deadline_s,
+                config.handshake_timeout_s,
+                config.recompute_threshold if config.bidirectional else None,
             )
 
     def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
@@ -51,21 +57,28 @@ class ConnectorScheduler:
             self._producer.set_geometries(geometries)
 
     def on_new_request(self, request: Request) -> None:
+        if self._producer is not None and self._has_states and wants_remote_decode(request.kv_transfer_params):
+            # D needs the state before the prompt's last token, which it computes itself.
+            compat.drop_last_prompt_token(request)
         if self._consumer is not None:
             self._consumer.on_new_request(request)
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> int:
         return self._consumer.matched_tokens(request, num_computed_tokens) if self._consumer is not None else 0
 
-    def after_alloc(self, request: Request, blocks: tuple[list[int], ...], num_external_tokens: int) -> None:
+    def after_alloc(self, request: Request, tables: Sequence[Sequence[int]], num_external_tokens: int) -> None:
         if self._consumer is not None:
-            self._consumer.after_alloc(request, blocks, num_external_tokens)
+            self._consumer.after_alloc(request, tables, num_external_tokens)
 
-    def request_finished(self, request: Request, blocks: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
+    def request_finished(self, request: Request, tables: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
         if self._consumer is not None:
             self._consumer.request_finished(request.request_id)
-        if self._producer is not None and wants_remote_decode(request.kv_transfer_params):
-            return self._producer.request_finished(request, blocks)
+        if self._producer is None:
+            return False, None
+        if wants_remote_decode(request.kv_transfer_params):
+            return self._producer.request_finished(request, tables, self._lease_s)
+        if self._bidirectional and was_remote_prefill(request.kv_transfer_params):
+            return self._producer.request_finished(request, tables, self._decoder_lease_s, for_next_turn=True)
         return False, None
 
     def received(self, request_ids: Iterable[str]) -> None:

@@ -24,8 +24,9 @@ from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.protocol.messages import Confirm, Confirmed
 from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
 from vllm_datadist_connector.wakeup import Wakeup
-from vllm_datadist_connector.worker.peers import Peer, PeerState, PeerTable
-from vllm_datadist_connector.worker.plan import PlanError, plan_pull
+from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
+from vllm_datadist_connector.worker.peers import Instance, InstanceState, InstanceTable, Peer
+from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
 from vllm_datadist_connector.worker.transfers import Failure, FinishedPulls, Outbox, Phase, Transfer, TransferTable
 
 logger = logging.getLogger(__name__)
@@ -54,9 +55,15 @@ class PullDriver:
     """submit(), cancel() and take_finished() never block; close() waits for running native calls."""
 
     def __init__(
-        self, datadist: _native.LlmDataDist, ours: RankGeometry, config: ConnectorConfig, observer: TransferObserver
+        self,
+        datadist: _native.LlmDataDist,
+        ours: RankGeometry,
+        caches: RegisteredCaches,
+        config: ConnectorConfig,
+        observer: TransferObserver,
     ) -> None:
         self._ours = ours
+        self._caches = caches
         self._config = config
         self._observer = observer
         self._inbox: deque[PullJob | str] = deque()
@@ -67,7 +74,7 @@ class PullDriver:
         self._transfers = TransferTable()
         self._queue = _native.TransferQueue(datadist, threads=config.queue_threads)
         self._client = SideChannelClient()
-        self._peers = PeerTable(
+        self._instances = InstanceTable(
             ours,
             self._client,
             self._queue,
@@ -76,6 +83,7 @@ class PullDriver:
             handshake_timeout_s=config.handshake_timeout_s,
             link_timeout_s=config.link_timeout_s,
             backoff_s=config.peer_backoff_s,
+            ttl_s=config.peer_ttl_s,
         )
         self._thread = threading.Thread(target=self._run, name="datadist-pull-driver", daemon=True)
         self._thread.start()
@@ -115,14 +123,18 @@ class PullDriver:
 
     def _round(self) -> None:
         fds = [self._wakeup.fileno(), self._queue.fileno()]
-        answers, ready = self._client.wait(fds, self._transfers.next_deadline(time.monotonic()))
+        wakes = (self._transfers.next_deadline(time.monotonic()), self._instances.next_idle())
+        answers, ready = self._client.wait(fds, min((at for at in wakes if at is not None), default=None))
         if self._wakeup.fileno() in ready:
             self._wakeup.clear()
         self._each(self._take, self._taken_from_inbox())
         self._each(self._on_completion, self._queue.poll())
         self._each(self._on_answer, answers)
-        self._each(self._on_deadline, self._transfers.overdue(time.monotonic()))
-        self._linked = self._peers.linked()
+        self._each(self._settle, self._instances.take_changed())
+        now = time.monotonic()
+        self._each(self._on_deadline, self._transfers.overdue(now))
+        self._instances.evict_idle(now, self._transfers.instances())
+        self._linked = self._instances.linked()
 
     def _each(self, handle: Callable[[T], None], events: Iterable[T]) -> None:
         for event in events:
@@ -143,57 +155,58 @@ class PullDriver:
 
     def _start(self, job: PullJob) -> None:
         try:
-            peer = self._peers.meet(job.remote)
+            instance = self._instances.meet(job.remote)
         except Exception:
             # No deadline watches over this request yet: it would wait for ever.
             logger.exception("request %s: pull failed (internal)", job.request_id)
             self._observer.failed(Failure.INTERNAL)
             self._outbox.put(job, failed=True)
             return
-        transfer = self._transfers.add(job, peer)
-        if peer.state is PeerState.READY:
+        transfer = self._transfers.add(job, instance)
+        if instance.state is InstanceState.READY:
             self._pull(transfer)
-        elif peer.state is PeerState.BROKEN:
-            self._fail(transfer, Failure(peer.failed_step), peer.reason)
+        elif instance.state is InstanceState.BROKEN:
+            self._fail(transfer, Failure(instance.failed_step), instance.reason)
         else:
-            peer.waiting.append(job.request_id)
+            instance.waiting.append(job.request_id)
 
     def _pull(self, transfer: Transfer) -> None:
-        job, their = transfer.job, transfer.peer.geometry
+        """Submits one call per pair of caches and rank of P; those of different ranks run side by side."""
+        job = transfer.job
+        tokens = TokenRange(job.first_token, job.end_token, job.remote.remote_block_ids, job.local_blocks)
         transfer.phase = Phase.PULLING
-        if their is None:
-            self._fail(transfer, Failure.INTERNAL, "a linked peer without geometry")
-            return
         try:
-            pulls = plan_pull(self._ours, their, job.remote_blocks, job.local_blocks)
-        except PlanError as error:
+            for peer, geometry in transfer.instance.givers:
+                self._pull_from(transfer, peer, geometry, tokens)
+        except (PlanError, EngineError) as error:
             self._fail(transfer, Failure.PLAN, str(error))
-            return
-        remaining_ms = max(1, int((transfer.deadline - time.monotonic()) * 1000))
-        for pull in pulls:
-            try:
-                call = self._queue.submit_pull_blocks(
-                    their.cluster_id,
-                    pull.src_cache_id,
-                    pull.dst_cache_id,
-                    pull.src_blocks,
-                    pull.dst_blocks,
-                    deadline_ms=remaining_ms,
-                    tensor_num_per_layer=_TENSORS_PER_LAYER,
-                )
-            except RuntimeError as error:
-                # The queue is full, or closing.
-                self._fail(transfer, Failure.TRANSFER, str(error))
-                return
+        except RuntimeError as error:
+            # The queue is full, or closing.
+            self._fail(transfer, Failure.TRANSFER, str(error))
+        else:
+            if not transfer.calls:
+                self._confirm(transfer)
+
+    def _pull_from(self, transfer: Transfer, peer: Peer, theirs: RankGeometry, tokens: TokenRange) -> None:
+        for pull in plan_pull(self._ours, theirs, peer.pairings, tokens):
+            call = self._queue.submit_pull_blocks(
+                theirs.cluster_id,
+                pull.src_cache_id,
+                self._caches.view(pull.dst_index, pull.granule),
+                pull.src_blocks,
+                pull.dst_blocks,
+                deadline_ms=max(1, int((transfer.deadline - time.monotonic()) * 1000)),
+                src_layer_range=pull.src_layers,
+                dst_layer_range=pull.dst_layers,
+                tensor_num_per_layer=_TENSORS_PER_LAYER,
+            )
             self._transfers.add_call(transfer, call)
             transfer.num_bytes += pull.num_bytes
-        if not transfer.calls:
-            self._confirm(transfer)
 
     def _on_completion(self, completion: _native.Completion) -> None:
         transfer = self._transfers.take_call(completion.id)
         if transfer is None:
-            self._settle(self._peers.on_completion(completion))
+            self._instances.on_completion(completion)
             return
         transfer.queued_s = max(transfer.queued_s, completion.queued_s)
         transfer.run_s = max(transfer.run_s, completion.run_s)
@@ -201,17 +214,17 @@ class PullDriver:
             reason = f"{_native.status_name(completion.status)}: {completion.error}"
             self._fail(transfer, Failure.TRANSFER, reason)
             if completion.status in _LINK_LOST:
-                self._lose_link(transfer.peer, f"pull from {transfer.peer.key.endpoint}: {reason}")
+                self._lose_link(transfer.instance, f"pull from {transfer.instance.key.endpoint}: {reason}")
         elif not transfer.calls:
             if transfer.cancelled or transfer.failure is not None:
                 self._end(transfer)
             else:
                 self._confirm(transfer)
 
-    def _lose_link(self, peer: Peer, reason: str) -> None:
+    def _lose_link(self, instance: Instance, reason: str) -> None:
         """Fails whatever is queued behind a pull that broke the link, or each would wait for its own time-out."""
-        self._peers.broke(peer, reason, "link")
-        for transfer in self._transfers.pulling_from(peer):
+        self._instances.broke(instance, reason, "link")
+        for transfer in self._transfers.pulling_from(instance):
             self._fail(transfer, Failure.TRANSFER, reason)
 
     def _confirm(self, transfer: Transfer) -> None:
@@ -229,17 +242,15 @@ class PullDriver:
             )
 
         timeout_s = min(self._config.handshake_timeout_s, max(0.001, transfer.deadline - time.monotonic()))
-        self._transfers.add_confirm(transfer, self._client.send(transfer.peer.key.endpoint, confirm, timeout_s))
+        self._transfers.add_confirm(transfer, self._client.send(transfer.instance.key.endpoint, confirm, timeout_s))
 
     def _on_answer(self, answer: Answer) -> None:
-        peer = self._peers.on_answer(answer)
-        if peer is not None:
-            self._settle(peer)
+        if self._instances.on_answer(answer):
             return
         transfer = self._transfers.take_confirm(answer.id)
         if transfer is None:
             return
-        if answer.timed_out and self._peers.is_linked(transfer.peer):
+        if answer.timed_out and self._instances.is_linked(transfer.instance):
             # P lives but is busy: to ask again costs less than to throw the bytes away. The deadline bounds it.
             self._confirm(transfer)
         elif isinstance(answer.response, Confirmed) and answer.response.held:
@@ -250,20 +261,19 @@ class PullDriver:
             reason = answer.response.reason if isinstance(answer.response, Confirmed) else answer.error
             self._fail(transfer, Failure.LEASE, f"not confirmed by P: {reason}")
 
-    def _settle(self, peer: Peer | None) -> None:
-        """A peer has become READY or BROKEN: starts or fails whoever waits for it."""
-        if peer is None or peer.state not in (PeerState.READY, PeerState.BROKEN):
-            return
-        if peer.state is PeerState.READY:
-            self._observer.handshake(time.monotonic() - peer.met_at)
-        for request_id in self._peers.take_waiting(peer):
+    def _settle(self, instance: Instance) -> None:
+        """An instance has become READY or BROKEN: starts or fails whoever waits for it."""
+        ready = instance.state is InstanceState.READY
+        if ready:
+            self._observer.handshake(time.monotonic() - instance.met_at)
+        for request_id in self._instances.take_waiting(instance):
             transfer = self._transfers.get(request_id)
-            if transfer is None or transfer.peer is not peer:
+            if transfer is None or transfer.instance is not instance:
                 continue
-            if peer.state is PeerState.READY:
+            if ready:
                 self._pull(transfer)
             else:
-                self._fail(transfer, Failure(peer.failed_step), peer.reason)
+                self._fail(transfer, Failure(instance.failed_step), instance.reason)
 
     def _cancel(self, request_id: str) -> None:
         transfer = self._transfers.get(request_id)

@@ -1,23 +1,32 @@
 """KV cache tensors -> caches to register. The only module that looks into torch tensors.
 
-A cache holds tensors of one stride class: same KV cache group, same number of blocks, same bytes per block. Layers are
+A cache holds tensors of one stride class: same KV cache group, same blocks, same segments inside a block. Layers are
 ordered by their names' numbers, never by dict order, and layers that share memory are taken once, so that two instances
 of one model always describe the same caches.
+
+A layer may come as one tensor, or as several: K and V each by itself, or the parts of a state. Parts that lie in the
+same blocks are one; parts that were allocated apart are tensors of their own, called LAYER:0, LAYER:1 and so on.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TypeAlias
+
+from vllm_datadist_connector.protocol.handshake import K_TRANSPOSED, PLAIN, CacheLayout, Segment, segment_end
+from vllm_datadist_connector.worker.kv_spec import LayerKV, Shards, StateKV, TokenKV
 
 if TYPE_CHECKING:
     import torch
 
 MAX_TENSORS_PER_CACHE = 240
 """LLM-DataDist's documented limit of addresses per registration."""
+
+KVCaches: TypeAlias = "Mapping[str, torch.Tensor | Sequence[torch.Tensor]]"
 
 
 class LayoutError(ValueError):
@@ -26,57 +35,241 @@ class LayoutError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class CacheSpec:
-    """One cache to register: tensor i, at addrs[i], holds layers[i]; each has num_blocks blocks of block_bytes."""
+    """One cache to register: tensor i, at addrs[i], holds layout.layers[i]."""
 
-    group: int
-    num_blocks: int
-    block_bytes: int
-    layers: tuple[str, ...]
+    layout: CacheLayout
     addrs: tuple[int, ...]
 
 
-def describe_caches(
-    kv_caches: Mapping[str, torch.Tensor], group_of_layer: Mapping[str, int], num_blocks: int
-) -> list[CacheSpec]:
+class _StrideClass(NamedTuple):
+    group: int
+    num_blocks: int
+    block_tokens: int
+    block_stride: int
+    segments: tuple[Segment, ...]
+
+
+def describe_caches(kv_caches: KVCaches, layers: Mapping[str, LayerKV], num_blocks: int) -> list[CacheSpec]:
     """Caches that cover every KV cache tensor.
 
     Args:
-        kv_caches: vLLM's register_kv_caches argument: layer name -> tensor whose first dimension counts blocks.
-        group_of_layer: KV cache group of each layer.
-        num_blocks: blocks of the block table. A tensor may count finer (kernel) blocks, a whole multiple of it.
+        kv_caches: vLLM's register_kv_caches argument: layer name -> tensor (or parts) whose first dimension counts
+            blocks.
+        layers: what each layer holds; of layers that are not in it the KV stays on this instance.
+        num_blocks: blocks of the block tables. A tensor may count finer (kernel) blocks, a whole multiple of it.
 
     Raises:
         LayoutError: names the layer, its shape and strides, and what is needed.
     """
-    classes: defaultdict[tuple[int, int], list[tuple[str, int]]] = defaultdict(list)
-    seen: set[int] = set()
+    classes: defaultdict[_StrideClass, list[tuple[str, int]]] = defaultdict(list)
+    seen: set[tuple[int, int]] = set()
     for layer in sorted(kv_caches, key=_natural_order):
-        tensor = kv_caches[layer]
-        block_bytes = _block_bytes(layer, tensor, num_blocks)
-        addr = tensor.data_ptr()
-        if addr in seen:
+        kv = layers.get(layer)
+        if kv is None:
             continue
-        seen.add(addr)
-        if layer not in group_of_layer:
-            raise LayoutError(f"layer {layer!r} belongs to no KV cache group; groups know {sorted(group_of_layer)}")
-        classes[group_of_layer[layer], block_bytes].append((layer, addr))
-    specs = []
-    for (group, block_bytes), members in sorted(classes.items()):
-        for start in range(0, len(members), MAX_TENSORS_PER_CACHE):
-            layers, addrs = zip(*members[start : start + MAX_TENSORS_PER_CACHE], strict=True)
-            specs.append(CacheSpec(group, num_blocks, block_bytes, layers, addrs))
-    return specs
+        for name, addr, stride_class in _tensors(layer, kv_caches[layer], kv, num_blocks):
+            # Layers of different groups may lie in the same memory: a block id belongs to one group at a time.
+            if (kv.group, addr) not in seen:
+                seen.add((kv.group, addr))
+                classes[stride_class].append((name, addr))
+    missing = sorted(layers.keys() - kv_caches.keys())
+    if missing:
+        raise LayoutError(f"layer {missing[0]!r} has no KV cache tensor; there are {sorted(kv_caches)}")
+    return [spec for key, members in classes.items() for spec in _specs(key, members)]
 
 
-def _block_bytes(layer: str, tensor: torch.Tensor, num_blocks: int) -> int:
-    where = f"layer {layer!r}: KV cache tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()}"
+def _specs(key: _StrideClass, members: list[tuple[str, int]]) -> Iterator[CacheSpec]:
+    for start in range(0, len(members), MAX_TENSORS_PER_CACHE):
+        names, addrs = zip(*members[start : start + MAX_TENSORS_PER_CACHE], strict=True)
+        layout = CacheLayout(
+            group=key.group,
+            num_blocks=key.num_blocks,
+            block_tokens=key.block_tokens,
+            block_stride=key.block_stride,
+            block_bytes=max(map(segment_end, key.segments)),
+            segments=key.segments,
+            layers=names,
+        )
+        yield CacheSpec(layout, addrs)
+
+
+def _tensors(
+    layer: str, value: torch.Tensor | Sequence[torch.Tensor], kv: LayerKV, num_blocks: int
+) -> Iterator[tuple[str, int, _StrideClass]]:
+    """(name, address, stride class) of what has to be registered for one layer."""
+    several = isinstance(value, (list, tuple))
+    tensors: Sequence[torch.Tensor] = value if isinstance(value, (list, tuple)) else [value]
+    if not tensors:
+        raise LayoutError(f"layer {layer!r}: no KV cache tensor")
+    for tensor in tensors:
+        _check_tensor(layer, tensor, num_blocks)
+    if isinstance(kv, StateKV):
+        described = [_state_segments(layer, tensors, kv)] if len(tensors) == 1 else _state_parts(layer, tensors, kv)
+        block_tokens = 0
+    else:
+        block_tokens = kv.block_size * num_blocks // tensors[0].shape[0]
+        described = [_token_segments(layer, tensor, kv, block_tokens, several) for tensor in tensors]
+    strides = [_stride(tensor, segments) for tensor, segments in zip(tensors, described, strict=True)]
+    offsets = [tensor.data_ptr() - tensors[0].data_ptr() for tensor in tensors]
+    together = all(0 <= offset < strides[0] for offset in offsets) and len(set(strides)) == 1
+    if together:
+        moved = tuple(_moved(each, offset) for part, offset in zip(described, offsets, strict=True) for each in part)
+        yield layer, tensors[0].data_ptr(), _StrideClass(kv.group, tensors[0].shape[0], block_tokens, strides[0], moved)
+        return
+    for index, (tensor, segments, stride) in enumerate(zip(tensors, described, strides, strict=True)):
+        stride_class = _StrideClass(kv.group, tensor.shape[0], block_tokens, stride, segments)
+        yield f"{layer}:{index}", tensor.data_ptr(), stride_class
+
+
+def _moved(segment: Segment, offset: int) -> Segment:
+    fields = {name: getattr(segment, name) for name in segment.__struct_fields__}
+    return Segment(**(fields | {"offset": segment.offset + offset}))
+
+
+def _stride(tensor: torch.Tensor, segments: Sequence[Segment]) -> int:
+    """Bytes between blocks; of a single block torch may say anything."""
+    stride = int(tensor.stride(0) * tensor.element_size())
+    return stride if tensor.shape[0] > 1 else max(stride, *map(segment_end, segments))
+
+
+def _check_tensor(layer: str, tensor: torch.Tensor, num_blocks: int) -> None:
+    where = _where(layer, tensor)
     if tensor.device.type != "cpu":
         raise LayoutError(f"{where} is on {tensor.device}; this provider moves host memory only (the CPU platform)")
     if tensor.dim() < 2 or tensor.shape[0] == 0 or tensor.shape[0] % num_blocks:
         raise LayoutError(f"{where}: the first dimension must be {num_blocks} blocks or a whole multiple")
-    if tensor.stride(0) != tensor[0].numel() or not _dense(tensor[0]):
-        raise LayoutError(f"{where}: a block is not one run of bytes")
-    return int(tensor.stride(0) * tensor.element_size() * (tensor.shape[0] // num_blocks))
+    if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:
+        raise LayoutError(f"{where}: the last dimension is not one run of bytes")
+
+
+# ---- attention ----
+
+
+def _token_segments(
+    layer: str, tensor: torch.Tensor, kv: TokenKV, block_tokens: int, split: bool
+) -> tuple[Segment, ...]:
+    """Segments of one block of [blocks, (2,) heads, tokens, content], in whatever order these lie.
+
+    vLLM hands over [heads, tokens] for one tensor and, on Ascend, [tokens, heads] where K and V are tensors of their
+    own; without a head dimension (MLA) or with one that does not count the heads, a block has one shard.
+    """
+    item, block = tensor.element_size(), tensor[0]
+    halves = [0]
+    if block.dim() == 4 and block.shape[0] == 2:
+        halves = [0, int(block.stride(0) * item)]
+        block, split = block[0], True
+    if block.dim() == 2:
+        block = block.unsqueeze(0)
+        split = False
+    if block.dim() != 3:
+        raise LayoutError(f"{_where(layer, tensor)}: a block must be [heads, tokens, content] or [tokens, content]")
+    heads_at, rows_at = (1, 0) if split else (0, 1)
+    if block.shape[heads_at] != kv.heads.count and block.shape[rows_at] == kv.heads.count:
+        heads_at, rows_at = rows_at, heads_at
+    heads, rows = int(block.shape[heads_at]), int(block.shape[rows_at])
+    if heads != kv.heads.count:
+        return (_whole_block(layer, tensor, kv, block_tokens),)
+    if not rows or block_tokens % rows:
+        raise LayoutError(f"{_where(layer, tensor)}: {rows} rows do not divide blocks of {block_tokens} tokens")
+    row_bytes = int(block.shape[2] * item)
+    strides = int(block.stride(heads_at) * item), int(block.stride(rows_at) * item)
+    row_tokens = block_tokens // rows
+    if kv.packing != PLAIN:
+        if strides[1] != row_bytes and rows > 1:
+            raise LayoutError(f"{_where(layer, tensor)}: packed tokens of a head are not one run of bytes")
+        return _packed_segments(kv, heads, strides[0], rows, row_bytes, item)
+    return tuple(
+        Segment(
+            offset=offset,
+            total=kv.heads.total,
+            first=kv.heads.first,
+            count=heads,
+            shard_stride=strides[0] if heads > 1 else 0,
+            rows=rows,
+            row_stride=strides[1] if rows > 1 else 0,
+            row_bytes=row_bytes,
+            row_tokens=row_tokens,
+        )
+        for offset in halves
+    )
+
+
+def _packed_segments(
+    kv: TokenKV, heads: int, head_stride: int, tokens: int, token_bytes: int, item: int
+) -> tuple[Segment, ...]:
+    """Of [heads, tokens, K and V] where each head's bytes are in the platform's order, K before V."""
+    shared = {"total": kv.heads.total, "first": kv.heads.first, "count": heads}
+    shared["shard_stride"] = head_stride if heads > 1 else 0
+    if kv.packing != K_TRANSPOSED:
+        return (Segment(**shared, row_bytes=tokens * token_bytes, row_tokens=tokens),)
+    half, size = token_bytes // 2, token_bytes // 2 // item
+    keys = Segment(
+        **shared, lanes=size, lane_stride=tokens * item, rows=tokens, row_stride=item, row_bytes=item, row_tokens=1
+    )
+    values = Segment(**shared, offset=tokens * half, rows=tokens, row_stride=half, row_bytes=half, row_tokens=1)
+    return keys, values
+
+
+def _whole_block(layer: str, tensor: torch.Tensor, kv: TokenKV, block_tokens: int) -> Segment:
+    """Of a block whose inside is not known: it moves whole, between ranks that hold the same part of the model."""
+    block = tensor[0]
+    if not _dense(block):
+        raise LayoutError(f"{_where(layer, tensor)}: no dimension counts {kv.heads.count} heads, and it is not one run")
+    size = block.numel() * block.element_size()
+    rank = kv.rank
+    return Segment(total=rank.total, first=rank.first, count=rank.count, row_bytes=size, row_tokens=block_tokens)
+
+
+# ---- states ----
+
+
+def _state_segments(layer: str, tensors: Sequence[torch.Tensor], kv: StateKV) -> tuple[Segment, ...]:
+    """Of a state whose parts follow one another in a block of bytes."""
+    block = tensors[0][0]
+    content = block.numel() * block.element_size()
+    offset = 0
+    segments: list[Segment] = []
+    for part in kv.parts:
+        segments += _part_segments(part.shape, part.item_bytes, part.axis, part.cuts, offset)
+        offset += math.prod(part.shape) * part.item_bytes
+    if offset > content or not block.is_contiguous():
+        raise LayoutError(f"{_where(layer, tensors[0])}: not {offset} bytes of states in one run")
+    return tuple(segments)
+
+
+def _state_parts(layer: str, tensors: Sequence[torch.Tensor], kv: StateKV) -> list[tuple[Segment, ...]]:
+    """Of a state that comes as a tensor for each part."""
+    if len(tensors) != len(kv.parts):
+        raise LayoutError(f"layer {layer!r}: {len(tensors)} state tensors, expected {len(kv.parts)}")
+    segments = []
+    for tensor, part in zip(tensors, kv.parts, strict=True):
+        if tensor[0].numel() != math.prod(part.shape) or not tensor[0].is_contiguous():
+            raise LayoutError(f"{_where(layer, tensor)}: not a dense state of shape {part.shape}")
+        segments.append(tuple(_part_segments(part.shape, part.item_bytes, part.axis, part.cuts, 0)))
+    return segments
+
+
+def _part_segments(
+    shape: tuple[int, ...], item: int, axis: int, cuts: tuple[Shards, ...], offset: int
+) -> Iterator[Segment]:
+    shard_bytes = math.prod(shape[axis + 1 :]) * item
+    rows, row_stride, row_bytes = math.prod(shape[:axis]), math.prod(shape[axis:]) * item, shard_bytes
+    if axis == 0 and len(shape) == 2:
+        # As if the other dimension came first, so that (channels, tokens) and (tokens, channels) fit each other.
+        rows, row_stride, row_bytes = shape[1], item, item
+    for cut in cuts:
+        yield Segment(
+            offset=offset,
+            total=cut.total,
+            first=cut.first,
+            count=cut.count,
+            shard_stride=shard_bytes if cut.count > 1 else 0,
+            rows=rows,
+            row_stride=row_stride if rows > 1 else 0,
+            row_bytes=row_bytes,
+            row_tokens=0,
+        )
+        offset += cut.count * shard_bytes
 
 
 def _dense(block: torch.Tensor) -> bool:
@@ -89,6 +282,10 @@ def _dense(block: torch.Tensor) -> bool:
             return False
         expected *= size
     return True
+
+
+def _where(layer: str, tensor: torch.Tensor) -> str:
+    return f"layer {layer!r}: KV cache tensor of shape {tuple(tensor.shape)} and strides {tensor.stride()}"
 
 
 def _natural_order(name: str) -> list[tuple[int, str]]:

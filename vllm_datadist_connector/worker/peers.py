@@ -1,8 +1,12 @@
-"""Peers: one object per remote worker rank holds all that is known of it; dropping the object drops it all.
+"""Instances and peers: what is known of the engine cores that we pull from, and of each of their worker ranks.
 
-    GREETING ──Meta, compatible──> LINKING ──linked──> READY
-        └──────────┬──────────────────┴───────────────────┘ any failure
-                   └──> BROKEN (new requests fail at once until retry_at, then the peer is met anew)
+    MEETING ── every rank that has KV of ours: greeted, paired, linked ──> READY ── unused for peer_ttl_s ──> (gone)
+       └───────────────────────────────┬──────────────────────────────────────┘
+                                       └─ any failure ─> BROKEN (requests fail at once until retry_at, then met anew)
+
+An instance is met with its rank (0, 0), whose geometry tells how many ranks there are; nothing about the other side is
+configured, and nothing that a router said decides whom we greet. One object per instance and one per rank hold all that
+is known of them; dropping the instance drops it all.
 
 Belongs to the driver thread. Side channel and transfer queue are asked, never waited for.
 """
@@ -13,33 +17,40 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
 
 from vllm_datadist_connector import _native
-from vllm_datadist_connector.protocol.handshake import RankGeometry, find_mismatches
+from vllm_datadist_connector.protocol.handshake import RankGeometry, decode_geometry, find_mismatches
 from vllm_datadist_connector.protocol.messages import Hello, Meta, Refused
 from vllm_datadist_connector.protocol.params import RemotePrefill
 from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.worker.pairing import MismatchError, Pairing, Rank, find_gaps, pair, sources
 
 logger = logging.getLogger(__name__)
 
-MAX_PEERS = 1024
+MAX_INSTANCES = 1024
+MAX_RANKS = 512
+"""Of one instance that we would link with: an instance says itself how many it has."""
+
+_FIRST = Rank(0, 0)
+_UNLINK_TIMEOUT_MS = 1000
+_QUEUED_MS = 60_000
+"""A link or unlink call may wait so long for its turn behind pulls."""
 
 
-class PeerState(enum.Enum):
-    GREETING = enum.auto()
-    LINKING = enum.auto()
+class InstanceState(enum.Enum):
+    MEETING = enum.auto()
     READY = enum.auto()
     BROKEN = enum.auto()
 
 
-class PeerKey(NamedTuple):
-    """One life of one P; our own rank decides which of its workers is meant."""
+class InstanceKey(NamedTuple):
+    """One life of one engine core of P."""
 
     endpoint: Endpoint
     engine_id: str
@@ -48,10 +59,26 @@ class PeerKey(NamedTuple):
 
 @dataclass(slots=True)
 class Peer:
-    key: PeerKey
-    met_at: float
-    state: PeerState = PeerState.GREETING
+    """One worker rank of P."""
+
+    rank: Rank
     geometry: RankGeometry | None = None
+    pairings: list[Pairing] = field(default_factory=list)
+    """What it gives us; a rank that gives nothing is not linked."""
+    linked: bool = False
+
+    @property
+    def settled(self) -> bool:
+        return self.geometry is not None and (self.linked or not self.pairings)
+
+
+@dataclass(slots=True, eq=False)
+class Instance:
+    key: InstanceKey
+    met_at: float
+    last_used: float
+    state: InstanceState = InstanceState.MEETING
+    peers: dict[Rank, Peer] = field(default_factory=dict)
     reason: str = ""
     """Why it is BROKEN."""
     failed_step: str = ""
@@ -60,8 +87,13 @@ class Peer:
     waiting: list[str] = field(default_factory=list)
     """Requests to start once READY, to fail once BROKEN."""
 
+    @property
+    def givers(self) -> list[tuple[Peer, RankGeometry]]:
+        """The ranks that hold KV of ours, with their geometries."""
+        return [(p, p.geometry) for p in self.peers.values() if p.pairings and p.geometry is not None]
 
-class PeerTable:
+
+class InstanceTable:
     def __init__(
         self,
         ours: RankGeometry,
@@ -72,6 +104,7 @@ class PeerTable:
         handshake_timeout_s: float,
         link_timeout_s: float,
         backoff_s: float,
+        ttl_s: float,
     ) -> None:
         self._ours = ours
         self._client = client
@@ -81,125 +114,209 @@ class PeerTable:
         self._handshake_timeout_s = handshake_timeout_s
         self._link_timeout_s = link_timeout_s
         self._backoff_s = backoff_s
-        self._peers: dict[PeerKey, Peer] = {}
-        self._greetings: dict[int, Peer] = {}
-        self._links: dict[int, Peer] = {}
-        self._unlinks: set[int] = set()
+        self._ttl_s = ttl_s
+        self._instances: dict[InstanceKey, Instance] = {}
+        self._greetings: dict[int, tuple[Instance, Peer]] = {}
+        self._links: dict[int, tuple[Instance, Peer]] = {}
+        self._changed: list[Instance] = []
 
     def linked(self) -> int:
-        return sum(peer.state is PeerState.READY for peer in self._peers.values())
+        """Worker ranks that we are linked with."""
+        return sum(peer.linked for each in self._instances.values() for peer in each.peers.values())
 
-    def meet(self, remote: RemotePrefill) -> Peer:
-        """The peer that granted a lease; an unknown one is greeted."""
-        key = PeerKey(
+    def meet(self, remote: RemotePrefill) -> Instance:
+        """The instance that granted a lease; an unknown one is greeted."""
+        key = InstanceKey(
             Endpoint(remote.remote_host, remote.remote_port), remote.remote_engine_id, remote.ticket.incarnation
         )
         now = time.monotonic()
         self._forget_broken(now)
-        peer = self._peers.get(key)
-        if peer is not None and peer.state is PeerState.READY and not self.is_linked(peer):
+        instance = self._instances.get(key)
+        if instance is not None and instance.state is InstanceState.READY and not self.is_linked(instance):
             # Lost while nobody used it: worth a new link, not a failed request.
-            self.broke(peer, f"link with {key.endpoint} was lost; linking again", "link")
-            peer = None
-        if peer is None:
+            self.broke(instance, f"link with {key.endpoint} was lost; linking again", "link")
+            instance = None
+        if instance is None:
             self._forget_dead()
-            peer = Peer(key, met_at=now)
-            if len(self._peers) >= MAX_PEERS:
-                peer.state, peer.reason = PeerState.BROKEN, f"more than {MAX_PEERS} peers"
-                peer.failed_step = "handshake"
-                return peer
-            self._peers[key] = peer
-            self._greet(peer)
-        return peer
+            instance = Instance(key, met_at=now, last_used=now)
+            if len(self._instances) >= MAX_INSTANCES:
+                instance.state, instance.reason = InstanceState.BROKEN, f"more than {MAX_INSTANCES} instances"
+                instance.failed_step = "handshake"
+                return instance
+            self._instances[key] = instance
+            self._greet(instance, _FIRST)
+        instance.last_used = now
+        return instance
 
-    def on_answer(self, answer: Answer) -> Peer | None:
-        """Takes the answer to a greeting; None if it is somebody else's."""
-        peer = self._greetings.pop(answer.id, None)
-        if peer is None or peer.state is not PeerState.GREETING:
-            return peer
+    def on_answer(self, answer: Answer) -> bool:
+        """Takes the answer to a greeting; False if it is somebody else's."""
+        greeted = self._greetings.pop(answer.id, None)
+        if greeted is None:
+            return False
+        instance, peer = greeted
+        if instance.state is not InstanceState.MEETING:
+            return True
         if isinstance(answer.response, Meta):
-            self._on_meta(peer, answer.response)
+            self._on_meta(instance, peer, answer.response)
         else:
             reason = answer.response.reason if isinstance(answer.response, Refused) else answer.error
-            self.broke(peer, f"handshake with {peer.key.endpoint}: {reason}", "handshake")
-        return peer
+            self.broke(instance, f"handshake with {instance.key.endpoint}: {reason}", "handshake")
+        return True
 
-    def on_completion(self, completion: _native.Completion) -> Peer | None:
-        """Takes the end of a link or unlink call; None if it is somebody else's."""
-        if completion.id in self._unlinks:
-            self._unlinks.discard(completion.id)
-            return None
-        peer = self._links.pop(completion.id, None)
-        if peer is None or peer.state is not PeerState.LINKING:
-            return peer
+    def on_completion(self, completion: _native.Completion) -> None:
+        """Takes the end of a link or unlink call."""
+        linking = self._links.pop(completion.id, None)
+        if linking is None:
+            return
+        instance, peer = linking
+        if instance.state is not InstanceState.MEETING:
+            return
         if completion.status in (_native.LLM_SUCCESS, _native.LLM_ALREADY_LINK):
-            peer.state = PeerState.READY
-            self._log_link(peer)
+            peer.linked = True
+            self._log_link(instance, peer)
+            self._settle(instance)
         else:
             name = _native.status_name(completion.status)
-            self.broke(peer, f"link with {peer.key.endpoint}: {name}: {completion.error}", "link")
-        return peer
+            self.broke(instance, f"link with {instance.key.endpoint}: {name}: {completion.error}", "link")
 
-    def broke(self, peer: Peer, reason: str, step: str) -> None:
-        """Drops the peer's link; whoever asks for it before retry_at is told `reason`."""
-        if peer.state is PeerState.BROKEN:
+    def take_changed(self) -> list[Instance]:
+        """Instances that have become READY or BROKEN since the last call."""
+        changed, self._changed = self._changed, []
+        return changed
+
+    def broke(self, instance: Instance, reason: str, step: str) -> None:
+        """Drops the instance's links; whoever asks for it before retry_at is told `reason`."""
+        if instance.state is InstanceState.BROKEN:
             return
         logger.warning("%s", reason)
-        if peer.geometry is not None and peer.state in (PeerState.LINKING, PeerState.READY):
-            # The link must be gone before the next one to the same cluster is made.
-            with contextlib.suppress(_native.QueueFullError):
-                self._unlinks.add(self._queue.submit_unlink(self._cluster(peer.geometry), 1000, 60_000, True))
-        peer.state, peer.reason, peer.failed_step = PeerState.BROKEN, reason, step
-        peer.retry_at = time.monotonic() + self._backoff_s
+        self._unlink(instance)
+        instance.state, instance.reason, instance.failed_step = InstanceState.BROKEN, reason, step
+        instance.retry_at = time.monotonic() + self._backoff_s
+        self._changed.append(instance)
 
-    def take_waiting(self, peer: Peer) -> list[str]:
-        waiting, peer.waiting = peer.waiting, []
+    def take_waiting(self, instance: Instance) -> list[str]:
+        waiting, instance.waiting = instance.waiting, []
         return waiting
 
-    def _greet(self, peer: Peer) -> None:
+    def is_linked(self, instance: Instance) -> bool:
+        reports = [self._link_report(geometry.cluster_id) for _, geometry in instance.givers]
+        return all(report is not None and report.alive for report in reports)
+
+    def evict_idle(self, now: float, busy: Collection[Instance]) -> None:
+        """Unlinks instances that nobody has asked for in a while: P's that left the service would add up."""
+        for key, instance in list(self._instances.items()):
+            if instance in busy:
+                instance.last_used = now
+            elif instance.state is InstanceState.READY and instance.last_used + self._ttl_s <= now:
+                logger.info("unlinked from %s: unused for %.0f s", key.endpoint, now - instance.last_used)
+                self._unlink(instance)
+                del self._instances[key]
+
+    def next_idle(self) -> float | None:
+        """When the next instance may be idle for too long."""
+        ready = (each.last_used for each in self._instances.values() if each.state is InstanceState.READY)
+        oldest = min(ready, default=None)
+        return None if oldest is None else oldest + self._ttl_s
+
+    def _greet(self, instance: Instance, rank: Rank) -> None:
         def hello(request_id: int) -> Hello:
             return Hello(
                 id=request_id,
-                engine_id=peer.key.engine_id,
-                incarnation=peer.key.incarnation,
-                pp_rank=self._ours.pp_rank,
-                tp_rank=self._ours.tp_rank,
+                engine_id=instance.key.engine_id,
+                incarnation=instance.key.incarnation,
+                pp_rank=rank.pp_rank,
+                tp_rank=rank.tp_rank,
             )
 
-        self._greetings[self._client.send(peer.key.endpoint, hello, self._handshake_timeout_s)] = peer
+        peer = instance.peers[rank] = Peer(rank)
+        sent = self._client.send(instance.key.endpoint, hello, self._handshake_timeout_s)
+        self._greetings[sent] = (instance, peer)
 
-    def _on_meta(self, peer: Peer, meta: Meta) -> None:
+    def _on_meta(self, instance: Instance, peer: Peer, meta: Meta) -> None:
         try:
-            geometry = msgspec.msgpack.decode(meta.geometry, type=RankGeometry)
+            geometry = decode_geometry(meta.geometry)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
-            self.broke(peer, f"handshake with {peer.key.endpoint}: geometry: {error}", "handshake")
+            self.broke(instance, f"handshake with {instance.key.endpoint}: geometry: {error}", "handshake")
             return
-        mismatches = find_mismatches(self._ours, geometry)
-        if not geometry.port:
-            mismatches.append("P's engine does not listen: its kv_role is kv_consumer")
-        if not self._allows_peer(geometry.host):
-            mismatches.append(f"host of P's engine: {geometry.host!r} is not among allowed_peers")
+        mismatches = self._mismatches(instance, peer, geometry)
+        if not mismatches:
+            try:
+                peer.pairings = pair(self._ours, geometry)
+            except MismatchError as error:
+                mismatches.append(str(error))
         if mismatches:
-            self.broke(peer, f"{peer.key.endpoint} is not compatible: {'; '.join(mismatches)}", "handshake")
+            self._refuse(instance, mismatches)
             return
         peer.geometry = geometry
-        peer.state = PeerState.LINKING
+        if peer.rank == _FIRST:
+            for rank in sources(self._ours, geometry.tp_size, geometry.pp_size):
+                if rank not in instance.peers:
+                    self._greet(instance, rank)
+        if peer.pairings:
+            self._link(instance, peer, geometry)
+        if instance.state is InstanceState.MEETING:
+            self._settle(instance)
+
+    def _mismatches(self, instance: Instance, peer: Peer, theirs: RankGeometry) -> list[str]:
+        found = find_mismatches(self._ours, theirs)
+        if (theirs.pp_rank, theirs.tp_rank) != peer.rank:
+            found.append(f"(pp, tp) rank: asked for {tuple(peer.rank)}, got {(theirs.pp_rank, theirs.tp_rank)}")
+        if not theirs.port:
+            found.append("P's engine does not listen: its kv_role is kv_consumer")
+        if not self._allows_peer(theirs.host):
+            found.append(f"host of P's engine: {theirs.host!r} is not among allowed_peers")
+        first = instance.peers[_FIRST].geometry or theirs
+        sizes, first_sizes = (theirs.pp_size, theirs.tp_size), (first.pp_size, first.tp_size)
+        if sizes != first_sizes:
+            found.append(f"(pp, tp) size: rank (0, 0) says {first_sizes}, {tuple(peer.rank)} says {sizes}")
+        elif peer.rank == _FIRST and sizes[0] * sizes[1] > MAX_RANKS:
+            found.append(f"(pp, tp) size: {sizes}, at most {MAX_RANKS} ranks are met")
+        return found
+
+    def _refuse(self, instance: Instance, mismatches: list[str]) -> None:
+        self.broke(instance, f"{instance.key.endpoint} is not compatible: {'; '.join(mismatches)}", "handshake")
+
+    def _link(self, instance: Instance, peer: Peer, geometry: RankGeometry) -> None:
         timeout_ms = int(self._link_timeout_s * 1000)
         try:
-            self._links[self._queue.submit_link(self._cluster(geometry), timeout_ms, timeout_ms + 60_000)] = peer
+            call = self._queue.submit_link(self._cluster(geometry), timeout_ms, timeout_ms + _QUEUED_MS)
         except _native.QueueFullError as error:
-            self.broke(peer, f"link with {peer.key.endpoint}: {error}", "link")
+            self.broke(instance, f"link with {instance.key.endpoint}: {error}", "link")
+        else:
+            self._links[call] = (instance, peer)
 
-    def is_linked(self, peer: Peer) -> bool:
-        report = self._link_report(peer.geometry.cluster_id) if peer.geometry is not None else None
-        return report is not None and report.alive
+    def _settle(self, instance: Instance) -> None:
+        """READY once every rank is known and linked, if together they have all that is ours."""
+        if not all(peer.settled for peer in instance.peers.values()):
+            return
+        gaps = find_gaps(self._ours, [each for peer in instance.peers.values() for each in peer.pairings])
+        if gaps:
+            more = f", and {len(gaps) - 1} more" if len(gaps) > 1 else ""
+            self._refuse(instance, [f"{gaps[0]}{more}"])
+            return
+        instance.state = InstanceState.READY
+        self._changed.append(instance)
+        # Only now is it proven that the address has a new tenant: a client could have made up the incarnation.
+        for other in self._instances.values():
+            if other.key.endpoint == instance.key.endpoint and other is not instance:
+                self.broke(other, f"{other.key.endpoint}: another instance lives there now", "handshake")
 
-    def _log_link(self, peer: Peer) -> None:
+    def _unlink(self, instance: Instance) -> None:
+        """The links must be gone before the next ones to the same clusters are made."""
+        linking = {id(peer) for _, peer in self._links.values()}
+        for peer, geometry in instance.givers:
+            if peer.linked or id(peer) in linking:
+                with contextlib.suppress(_native.QueueFullError):
+                    self._queue.submit_unlink(self._cluster(geometry), _UNLINK_TIMEOUT_MS, _QUEUED_MS, True)
+            peer.linked = False
+
+    def _log_link(self, instance: Instance, peer: Peer) -> None:
         report = self._link_report(peer.geometry.cluster_id) if peer.geometry is not None else None
         how = report.transport if report is not None else "?"
         why = f" ({report.transport_reason})" if report is not None and report.transport_reason else ""
-        milliseconds = (time.monotonic() - peer.met_at) * 1000
-        logger.info("linked with %s by %s%s in %.0f ms", peer.key.endpoint, how, why, milliseconds)
+        milliseconds = (time.monotonic() - instance.met_at) * 1000
+        rank = f"rank (pp {peer.rank.pp_rank}, tp {peer.rank.tp_rank}) of {instance.key.endpoint}"
+        logger.info("linked with %s by %s%s in %.0f ms", rank, how, why, milliseconds)
 
     def _cluster(self, geometry: RankGeometry) -> _native.ClusterInfo:
         return _native.ClusterInfo(
@@ -209,12 +326,12 @@ class PeerTable:
         )
 
     def _forget_dead(self) -> None:
-        """Breaks peers whose link is gone: a P that restarts is a new peer each time, and they would add up."""
-        for peer in self._peers.values():
-            if peer.state is PeerState.READY and not self.is_linked(peer):
-                self.broke(peer, f"link with {peer.key.endpoint} was lost", "link")
+        """Breaks instances whose links are gone: a P that restarts is a new one each time, and they would add up."""
+        for instance in self._instances.values():
+            if instance.state is InstanceState.READY and not self.is_linked(instance):
+                self.broke(instance, f"link with {instance.key.endpoint} was lost", "link")
 
     def _forget_broken(self, now: float) -> None:
-        for key, peer in list(self._peers.items()):
-            if peer.state is PeerState.BROKEN and peer.retry_at <= now and not peer.waiting:
-                del self._peers[key]
+        for key, instance in list(self._instances.items()):
+            if instance.state is InstanceState.BROKEN and instance.retry_at <= now and not instance.waiting:
+                del self._instances[key]

@@ -1,6 +1,6 @@
 """Transfers: the pulls of this rank that are under way, and what they ended in.
 
-    WAITING (for its peer) ──> PULLING ──all calls succeeded──> CONFIRMING ──held──> done
+    WAITING (for its instance) ──> PULLING ──all calls succeeded──> CONFIRMING ──held──> done
         └──────────────────────┴── failure, cancel, deadline ──┴──> failed or cancelled
 
 A transfer ends only when no native call of it is queued or running: from then on nothing writes into its blocks.
@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vllm_datadist_connector.metadata import PullJob
-from vllm_datadist_connector.worker.peers import Peer
+from vllm_datadist_connector.worker.peers import Instance
+from vllm_datadist_connector.worker.plan import NULL_BLOCK
 
 
 class Failure(enum.Enum):
@@ -39,7 +40,7 @@ class Phase(enum.Enum):
 @dataclass(slots=True)
 class Transfer:
     job: PullJob
-    peer: Peer
+    instance: Instance
     accepted_at: float
     deadline: float
     phase: Phase = Phase.WAITING
@@ -54,7 +55,7 @@ class Transfer:
 
     @property
     def num_blocks(self) -> int:
-        return sum(len(group) for group in self.job.local_blocks)
+        return sum(block != NULL_BLOCK for group in self.job.local_blocks for block in group)
 
 
 class FinishedPulls(NamedTuple):
@@ -81,7 +82,8 @@ class Outbox:
             if failed:
                 self._finished.failed.add(job.request_id)
                 for group in job.local_blocks:
-                    self._finished.invalid_blocks.update(group)
+                    # The null block is in the tables of other requests, too: they would all be recomputed.
+                    self._finished.invalid_blocks.update(block for block in group if block != NULL_BLOCK)
 
     def take(self) -> FinishedPulls:
         with self._lock:
@@ -100,9 +102,9 @@ class TransferTable:
     def __len__(self) -> int:
         return len(self._by_request)
 
-    def add(self, job: PullJob, peer: Peer) -> Transfer:
+    def add(self, job: PullJob, instance: Instance) -> Transfer:
         now = time.monotonic()
-        transfer = Transfer(job, peer, accepted_at=now, deadline=now + job.deadline_s)
+        transfer = Transfer(job, instance, accepted_at=now, deadline=now + job.deadline_s)
         self._by_request[job.request_id] = transfer
         return transfer
 
@@ -132,8 +134,12 @@ class TransferTable:
     def remove(self, transfer: Transfer) -> None:
         del self._by_request[transfer.job.request_id]
 
-    def pulling_from(self, peer: Peer) -> list[Transfer]:
-        return [t for t in self._by_request.values() if t.peer is peer and t.phase is Phase.PULLING]
+    def pulling_from(self, instance: Instance) -> list[Transfer]:
+        return [t for t in self._by_request.values() if t.instance is instance and t.phase is Phase.PULLING]
+
+    def instances(self) -> set[Instance]:
+        """Those that some transfer needs."""
+        return {transfer.instance for transfer in self._by_request.values()}
 
     def overdue(self, now: float) -> list[Transfer]:
         return [transfer for transfer in self._by_request.values() if transfer.deadline <= now]

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import secrets
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
 
 import msgspec
 
@@ -13,24 +13,29 @@ from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.metadata import StepMetadata
 from vllm_datadist_connector.metrics import WorkerMeter
-from vllm_datadist_connector.protocol.handshake import CacheLayout, LayoutContract, RankGeometry
+from vllm_datadist_connector.protocol.handshake import MAX_BYTES, LayoutContract, RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.worker.caches import RegisteredCaches, check
 from vllm_datadist_connector.worker.driver import PullDriver
-from vllm_datadist_connector.worker.kv_layout import CacheSpec, describe_caches
+from vllm_datadist_connector.worker.kv_layout import KVCaches, describe_caches
+from vllm_datadist_connector.worker.kv_spec import LayerKV
 from vllm_datadist_connector.worker.transfers import FinishedPulls
-
-if TYPE_CHECKING:
-    import torch
 
 logger = logging.getLogger(__name__)
 
 _ROLE_PROMPT, _ROLE_DECODER, _ROLE_MIX = 1, 2, 3
-_DT_UINT8 = 4
-_DEFAULT_DEVICE_BYTES = 50 << 30
 
 
-class EngineError(RuntimeError):
-    """The engine refused at start-up; carries its code's name and reason."""
+@dataclass(frozen=True, slots=True)
+class RankPlace:
+    """Where a worker rank stands in its instance."""
+
+    tp_rank: int
+    pp_rank: int
+    tp_size: int
+    pp_size: int
+    index: int
+    """Of the rank among all of the instance's, over data, pipeline and tensor parallelism: offset of its ports."""
 
 
 class ConnectorWorker:
@@ -40,60 +45,66 @@ class ConnectorWorker:
         self,
         config: ConnectorConfig,
         contract: LayoutContract,
-        tp_rank: int,
-        pp_rank: int,
-        rank_index: int,
+        place: RankPlace,
+        layers: Mapping[str, LayerKV],
+        block_sizes: tuple[int, ...],
         is_producer: bool,
         is_consumer: bool,
     ) -> None:
+        """
+        Args:
+            layers: what each layer's KV cache holds.
+            block_sizes: tokens per block of each KV cache group; 0 for a group of states.
+        """
         self._config = config
         self._contract = contract
-        self._tp_rank = tp_rank
-        self._pp_rank = pp_rank
-        self._rank_index = rank_index
+        self._place = place
+        self._layers = layers
+        self._block_sizes = block_sizes
         self._is_producer = is_producer
         self._is_consumer = is_consumer
         self._cluster_id = secrets.randbits(62) + 1
         role = _ROLE_MIX if is_producer and is_consumer else _ROLE_PROMPT if is_producer else _ROLE_DECODER
         self._datadist = _native.LlmDataDist(self._cluster_id, role, config.provider)
-        self._meter = WorkerMeter(source=f"pp{pp_rank}tp{tp_rank}")
+        self._meter = WorkerMeter(source=f"pp{place.pp_rank}tp{place.tp_rank}")
         self._driver: PullDriver | None = None
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
 
-    def register_kv_caches(
-        self, kv_caches: Mapping[str, torch.Tensor], group_of_layer: Mapping[str, int], num_blocks: int
-    ) -> None:
+    def register_kv_caches(self, kv_caches: KVCaches, num_blocks: int) -> None:
         """Starts the engine and makes the KV cache transferable.
 
         Raises:
             LayoutError: a tensor cannot be moved block by block.
             EngineError: the engine refused.
         """
-        specs = describe_caches(kv_caches, group_of_layer, num_blocks)
-        total = sum(len(spec.addrs) * spec.num_blocks * spec.block_bytes for spec in specs)
-        self._check(self._datadist.initialize(self._options(total)), "Initialize")
-        layouts = tuple(self._register(spec) for spec in specs)
+        specs = describe_caches(kv_caches, self._layers, num_blocks)
+        check(self._datadist.initialize(self._options()), "Initialize")
+        caches = RegisteredCaches(self._datadist, specs)
+        layouts = caches.layouts(shared=self._is_producer)
         port = 0
         if self._is_producer:
             status, port = self._datadist.listen_port()
-            self._check(status, "listening")
+            check(status, "listening")
         self._geometry = RankGeometry(
-            tp_rank=self._tp_rank,
-            pp_rank=self._pp_rank,
+            tp_rank=self._place.tp_rank,
+            pp_rank=self._place.pp_rank,
+            tp_size=self._place.tp_size,
+            pp_size=self._place.pp_size,
             cluster_id=self._cluster_id,
             host=self._config.host,
             port=port,
             contract=self._contract,
+            block_sizes=self._block_sizes,
             caches=layouts,
         )
         if self._is_consumer:
-            self._driver = PullDriver(self._datadist, self._geometry, self._config, self._meter)
+            self._driver = PullDriver(self._datadist, self._geometry, caches, self._config, self._meter)
         logger.info(
-            "registered %d KV caches of %d blocks, %.1f MiB, cluster %d%s",
+            "registered %d tensors in %d KV caches of %d blocks, cluster %d%s",
+            sum(len(layout.layers) for layout in layouts),
             len(layouts),
             num_blocks,
-            total / 2**20,
             self._cluster_id,
             f", listening on {Endpoint(self._config.host, port)}" if port else "",
         )
@@ -132,7 +143,7 @@ class ConnectorWorker:
             self._driver = None
         self._datadist.finalize()
 
-    def _options(self, total_bytes: int) -> dict[str, str]:
+    def _options(self) -> dict[str, str]:
         config = self._config
         options = {
             "llm.DeviceId": "0",
@@ -141,27 +152,10 @@ class ConnectorWorker:
             "datadist.TransferThreads": str(config.transfer_threads),
             "datadist.TcpStreams": str(config.tcp_streams),
             "datadist.HugePages": str(int(config.huge_pages)),
-            # vLLM sized its KV cache already; the documented default limit would only refuse large hosts.
-            "datadist.MaxDeviceBytes": str(max(_DEFAULT_DEVICE_BYTES, total_bytes)),
+            # vLLM sized its KV cache already, and each view of it counts anew: the documented limit would only refuse.
+            "datadist.MaxDeviceBytes": str(MAX_BYTES),
         }
         if self._is_producer:
-            port = config.engine_port + self._rank_index if config.engine_port else 0
+            port = config.engine_port + self._place.index if config.engine_port else 0
             options["llm.ListenIpInfo"] = str(Endpoint(config.host, port))
         return options
-
-    def _register(self, spec: CacheSpec) -> CacheLayout:
-        status, cache_id = self._datadist.register_kv_cache(
-            [spec.num_blocks, spec.block_bytes], _DT_UINT8, list(spec.addrs)
-        )
-        self._check(status, f"RegisterKvCache of {len(spec.addrs)} tensors")
-        return CacheLayout(
-            cache_id=cache_id,
-            group=spec.group,
-            num_blocks=spec.num_blocks,
-            block_bytes=spec.block_bytes,
-            layers=spec.layers,
-        )
-
-    def _check(self, status: int, what: str) -> None:
-        if status != _native.LLM_SUCCESS:
-            raise EngineError(f"{what}: {_native.status_name(status)} (0x{status:08X}): {_native.last_error()}")

@@ -1,0 +1,148 @@
+"""What vLLM's configuration says about each layer's KV cache, in plain values: how heads and states are dealt out to TP
+ranks. How they lie in memory is the tensors' to tell, see kv_layout.py.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+from vllm.v1.kv_cache_interface import MambaSpec, MLAAttentionSpec
+
+from vllm_datadist_connector import compat
+from vllm_datadist_connector.protocol.handshake import PLAIN
+
+if TYPE_CHECKING:
+    from vllm.config import VllmConfig
+
+_GROUP_COUNT_NAMES = ("n_groups", "mamba_n_groups", "num_groups")
+"""What models with Mamba 2 layers call the number of their B/C groups."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shards:
+    """Shards [first, first + count) of the model's `total` are on this TP rank."""
+
+    total: int
+    first: int
+    count: int
+
+    @classmethod
+    def of(cls, local: int, tp_rank: int, tp_size: int, distinct: int | None = None) -> Shards:
+        """`local` shards on each rank; of the ranks only `distinct` hold different ones, the others copies."""
+        different = min(distinct or tp_size, tp_size)
+        return cls(local * different, tp_rank * different // tp_size * local, local)
+
+
+@dataclass(frozen=True, slots=True)
+class TokenKV:
+    """A layer of attention: KV by token and head."""
+
+    group: int
+    block_size: int
+    """Tokens per block of the group's block table."""
+    heads: Shards
+    rank: Shards
+    """The rank's share as one shard, for blocks whose inside is not known."""
+    packing: str = PLAIN
+    """How the platform orders the bytes of a head's tokens in a block."""
+
+
+@dataclass(frozen=True, slots=True)
+class StatePart:
+    """One tensor of a layer's state: `shape` on this rank, and how its dimension `axis` is cut into shards."""
+
+    shape: tuple[int, ...]
+    item_bytes: int
+    axis: int
+    cuts: tuple[Shards, ...]
+    """In memory order along the axis; their counts add up to it."""
+
+
+@dataclass(frozen=True, slots=True)
+class StateKV:
+    """A layer of linear attention: a state per request, overwritten token by token."""
+
+    group: int
+    parts: tuple[StatePart, ...]
+
+
+LayerKV: TypeAlias = TokenKV | StateKV
+
+
+def describe_layers(
+    vllm_config: VllmConfig, groups: Sequence[Any], tp_rank: int, tp_size: int
+) -> Mapping[str, LayerKV]:
+    """Every layer of the KV cache groups that cross instances, by name."""
+    layers: dict[str, LayerKV] = {}
+    for index, group in enumerate(groups):
+        for name in group.layer_names:
+            spec = compat.layer_spec(group.kv_cache_spec, name)
+            if isinstance(spec, MambaSpec):
+                parts = _state_parts(vllm_config, spec, tp_rank, tp_size)
+                layers[name] = StateKV(index, parts)
+            else:
+                distinct = _distinct_ranks(vllm_config, spec)
+                heads, rank = (Shards.of(count, tp_rank, tp_size, distinct) for count in (spec.num_kv_heads, 1))
+                layers[name] = TokenKV(
+                    index, group.kv_cache_spec.block_size, heads, rank, compat.kv_packing(vllm_config, spec)
+                )
+    return layers
+
+
+def _distinct_ranks(vllm_config: VllmConfig, spec: Any) -> int:
+    """How many TP ranks hold different heads of a layer; the others hold copies."""
+    if isinstance(spec, MLAAttentionSpec):
+        return 1
+    told: int | None = getattr(spec, "max_tp_shards", None)
+    return told or int(vllm_config.model_config.get_total_num_kv_heads())
+
+
+def _state_parts(vllm_config: VllmConfig, spec: Any, tp_rank: int, tp_size: int) -> tuple[StatePart, ...]:
+    distinct = 1 if getattr(spec, "tp_replicated", False) else None
+    cuts_of_first, axis = _convolution_cuts(vllm_config, spec, tp_rank, tp_size)
+    parts = []
+    for index, (shape, dtype) in enumerate(zip(spec.shapes, spec.dtypes, strict=True)):
+        if distinct is None and cuts_of_first and index == 0:
+            part = StatePart(tuple(shape), dtype.itemsize, axis, cuts_of_first)
+        elif distinct is None and cuts_of_first and index == 1:
+            part = StatePart(tuple(shape), dtype.itemsize, 0, (Shards.of(shape[0], tp_rank, tp_size),))
+        else:
+            # How such a state is dealt out is not known here: ranks exchange it whole, with equal TP only.
+            whole = Shards.of(1, tp_rank, tp_size, distinct)
+            part = StatePart((1, *shape), dtype.itemsize, 0, (whole,))
+        parts.append(part)
+    return tuple(parts)
+
+
+def _convolution_cuts(vllm_config: VllmConfig, spec: Any, tp_rank: int, tp_size: int) -> tuple[tuple[Shards, ...], int]:
+    """How the channels of the first state are dealt out, and its channel axis; no cuts for kinds that are not known.
+
+    The convolution runs over concatenated projections, each dealt out by itself: x of Mamba 1; x, B, C of Mamba 2;
+    Q, K, V of gated delta nets, where Q and K are equally wide.
+    """
+    if len(spec.shapes) < 2 or len(spec.shapes[0]) != 2:
+        return (), 0
+    axis = 0 if compat.is_conv_state_dim_first() else 1
+    channels, temporal = spec.shapes[0][axis], spec.shapes[1]
+    kind = str(getattr(spec.mamba_type, "name", spec.mamba_type)).lower()
+
+    def cut(width: int, distinct: int | None = None) -> Shards:
+        return Shards.of(width, tp_rank, tp_size, distinct)
+
+    if kind == "mamba1":
+        return (cut(channels),), axis
+    if kind == "mamba2":
+        inner = temporal[0] * temporal[1]
+        side = (channels - inner) // 2
+        names = [name for name in _GROUP_COUNT_NAMES if getattr(vllm_config.model_config.hf_text_config, name, None)]
+        groups = int(getattr(vllm_config.model_config.hf_text_config, names[0])) if names else tp_size
+        if groups % tp_size and groups != 1:
+            return (), 0
+        return (cut(inner), cut(side, groups), cut(side, groups)), axis
+    if kind.startswith("gdn"):
+        values = temporal[0] * temporal[1]
+        keys = (channels - values) // 2
+        return (cut(keys), cut(keys), cut(values)), axis
+    return (), 0
