@@ -43,6 +43,10 @@ SERVER_VARIABLES = {
 }
 
 
+WARM_UP = {"VLLM_CPU_CI_ENV": "0", "TORCHDYNAMO_DISABLE": "0"}
+"""For servers whose engine warms up before it serves."""
+
+
 class ServingError(RuntimeError):
     """A server did not do what it should have; the message holds the end of its log."""
 
@@ -206,11 +210,14 @@ class ServerSpec:
     model: Path
     kv_transfer: Mapping[str, object] | None = None
     tensor_parallel: int = 1
+    pipeline_parallel: int = 1
+    data_parallel: int = 1
     dtype: str = "float32"
     max_model_len: int = 8192
     max_num_batched_tokens: int = 8192
     max_num_seqs: int = 16
     kv_cache_bytes: int = 512 << 20
+    block_size: int | None = None
     arguments: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
 
@@ -219,15 +226,31 @@ def vllm_server(spec: ServerSpec, bin_dir: Path, logs: Path, env: Mapping[str, s
     """A `vllm serve` that is ready to be started."""
     port = free_port()
     command = [str(bin_dir / "vllm"), "serve", str(spec.model), "--host", HOST, "--port", str(port)]
-    command += ["--served-model-name", "tiny", "--dtype", spec.dtype, "--enforce-eager", "--seed", "0"]
+    command += ["--served-model-name", "tiny", "--dtype", spec.dtype, "--seed", "0"]
     command += ["--max-model-len", str(spec.max_model_len), "--max-num-seqs", str(spec.max_num_seqs)]
     command += ["--max-num-batched-tokens", str(spec.max_num_batched_tokens)]
-    command += ["--kv-cache-memory-bytes", str(spec.kv_cache_bytes), "-tp", str(spec.tensor_parallel)]
+    command += ["-tp", str(spec.tensor_parallel)]
+    if spec.block_size is not None:
+        command += ["--block-size", str(spec.block_size)]
+    if spec.data_parallel > 1:
+        command += ["--data-parallel-size", str(spec.data_parallel)]
+    command += _pipeline(spec) if spec.pipeline_parallel > 1 else _eager(spec)
     if spec.kv_transfer is not None:
         command += ["--kv-transfer-config", json.dumps(spec.kv_transfer)]
     command += spec.arguments
-    variables = {**env, **SERVER_VARIABLES, **spec.variables}
+    variables = {**env, **SERVER_VARIABLES, **(WARM_UP if spec.pipeline_parallel > 1 else {}), **spec.variables}
     return Program(spec.name, command, port, logs / f"{spec.name}.log", variables)
+
+
+def _eager(spec: ServerSpec) -> list[str]:
+    return ["--enforce-eager", "--kv-cache-memory-bytes", str(spec.kv_cache_bytes)]
+
+
+def _pipeline(spec: ServerSpec) -> list[str]:
+    """vLLM's CPU build dies on the first request to a pipeline unless a warm-up has run, which it skips in eager mode
+    and for a KV cache of a given size."""
+    share = ["--gpu-memory-utilization", "0.08"]
+    return ["-pp", str(spec.pipeline_parallel), "-cc.mode=2", "-cc.backend=eager", *share]
 
 
 def pd_router(

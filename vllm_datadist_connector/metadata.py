@@ -22,6 +22,8 @@ class PullJob:
     first_token: int
     end_token: int
     prompt_digest: str
+    from_ourselves: bool
+    """P is this very engine core: each rank copies inside its own memory."""
     deadline_s: float
     """Remaining time; rebased by the receiver, because clocks of different processes are never compared."""
 

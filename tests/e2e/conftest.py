@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import signal
-import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,10 +18,7 @@ for folder in (ROOT / "tools", ROOT / "tests"):
 import equality  # noqa: E402
 from serving import Program, ServerSpec  # noqa: E402
 from support.reference import Reference  # noqa: E402
-from support.servers import ENVIRONMENT, Pair, kv_transfer, make_router, make_server, running  # noqa: E402
-
-# Small enough that the long prompts are prefilled in chunks.
-CHUNK_TOKENS = 512
+from support.servers import CHUNK_TOKENS, Pair, kv_transfer, make_router, make_server, model_of, running  # noqa: E402
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -39,11 +35,7 @@ def terminable() -> None:
 @pytest.fixture(scope="session")
 def tiny_model() -> Path:
     """The demo's model, made on this machine if the demo has not run before."""
-    directory = ROOT / "models" / "tiny-qwen3"
-    if not (directory / "origin.json").is_file():
-        command = [str(ENVIRONMENT.python), str(ROOT / "tools" / "tiny_model.py"), str(directory)]
-        subprocess.run(command, check=True, env=ENVIRONMENT.variables())
-    return directory
+    return model_of("qwen3")
 
 
 @pytest.fixture(scope="session")

@@ -13,8 +13,6 @@ from support.client import Request, new_salt, prompt_tokens
 from support.reference import Reference
 from support.servers import Pair, kv_transfer, make_router, make_server, running
 
-CALM_POLLING = Path(__file__).parents[1] / "support" / "calm_polling"
-
 pytestmark = pytest.mark.usefixtures("nothing_held_afterwards")
 
 
@@ -27,7 +25,6 @@ def pair(tiny_model: Path) -> Iterator[Pair]:
             kv_transfer(name),
             tensor_parallel=2,
             max_num_batched_tokens=512,
-            variables={"PYTHONPATH": str(CALM_POLLING)},
         )
         for name in ("prefill", "decode")
     ]

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, closing
+from collections.abc import Callable
+from contextlib import closing
 from typing import Any
 
 import numpy as np
 import pytest
 from support.consumer import Consumer
+from support.kv_ranks import BLOCKS
 from support.pd import LOOPBACK, WAIT_S, wait_until
-from support.producer_process import BLOCKS, ProducerProcess
+from support.producer_process import ProducerProcess
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.metadata import PullJob
@@ -23,37 +24,6 @@ from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.transfers import Failure
 
 P_CLUSTER = 100
-
-
-@pytest.fixture
-def stack() -> Iterator[ExitStack]:
-    with ExitStack() as stack:
-        yield stack
-
-
-@pytest.fixture
-def start_producer(stack: ExitStack) -> Callable[..., ProducerProcess]:
-    def start(cluster_id: int = P_CLUSTER, **settings: Any) -> ProducerProcess:
-        producer = ProducerProcess(cluster_id, **settings)
-        stack.callback(producer.kill)
-        return producer
-
-    return start
-
-
-@pytest.fixture
-def start_consumer(stack: ExitStack) -> Callable[..., Consumer]:
-    return lambda **settings: stack.enter_context(closing(Consumer(**settings)))
-
-
-@pytest.fixture
-def producer(start_producer: Callable[..., ProducerProcess]) -> ProducerProcess:
-    return start_producer()
-
-
-@pytest.fixture
-def consumer(start_consumer: Callable[..., Consumer]) -> Consumer:
-    return start_consumer()
 
 
 def release(remote: RemotePrefill) -> None:
@@ -69,7 +39,7 @@ def test_bytes_are_the_owners(
     start_producer: Callable[..., ProducerProcess], start_consumer: Callable[..., Consumer], transport: str
 ) -> None:
     producer, consumer = start_producer(transport=transport), start_consumer(transport=transport)
-    remote = producer.prefill("r", [5, 63, 0, 17, 18])
+    remote = producer.prefill("r", [5, 63, 511, 17, 18])
     consumer.expect(producer, remote, [9, 2, 60, 3, 4])
     consumer.pull("r", remote, [9, 2, 60, 3, 4])
     consumer.wait(1)
@@ -82,7 +52,7 @@ def test_bytes_are_the_owners(
 
 def test_nothing_to_read_is_confirmed_too(producer: ProducerProcess, consumer: Consumer) -> None:
     remote = producer.prefill("r", [1])
-    consumer.driver.submit(PullJob("r", remote, ((),), ((),), remote.ticket.prompt_digest, WAIT_S))
+    consumer.driver.submit(PullJob("r", remote, ((),), 16, 16, remote.ticket.prompt_digest, WAIT_S))
     consumer.wait(1)
     assert consumer.failed == set()
     consumer.check_bytes()
@@ -113,12 +83,12 @@ def test_blocks_in_another_order_are_not_confirmed(producer: ProducerProcess, co
 
 def test_hundreds_of_pulls_at_once(start_producer: Callable[..., ProducerProcess], consumer: Consumer) -> None:
     producers = [start_producer(P_CLUSTER + i) for i in range(2)]
-    sources = np.random.default_rng(5).permutation(BLOCKS)
+    sources = 1 + np.random.default_rng(5).permutation(BLOCKS - 1)
     for i in range(300):
         producer = producers[i % 2]
         remote = producer.prefill(f"r{i}", [int(sources[i])])
-        consumer.expect(producer, remote, [i])
-        consumer.pull(f"r{i}", remote, [i])
+        consumer.expect(producer, remote, [1 + i])
+        consumer.pull(f"r{i}", remote, [1 + i])
     consumer.wait(300)
     assert consumer.failed == set()
     consumer.check_bytes()
@@ -141,8 +111,11 @@ def test_p_is_killed(start_producer: Callable[..., ProducerProcess], consumer: C
     consumer.check_bytes()
 
 
-def test_p_restarts_on_the_same_address(start_producer: Callable[..., ProducerProcess], consumer: Consumer) -> None:
-    first = start_producer(P_CLUSTER)
+def test_p_restarts_on_the_same_address(
+    start_producer: Callable[..., ProducerProcess], start_consumer: Callable[..., Consumer]
+) -> None:
+    # A restart takes so long that the side channel tries its address every two seconds only.
+    first, consumer = start_producer(P_CLUSTER), start_consumer(handshake_timeout_s=5.0)
     remote, stale = first.prefill("a", [1]), first.prefill("stale", [2])
     consumer.expect(first, remote, [1])
     consumer.pull("a", remote, [1])
@@ -160,19 +133,21 @@ def test_p_restarts_on_the_same_address(start_producer: Callable[..., ProducerPr
     wait_until(lambda: consumer.driver.linked_peers() == 1, "the end of the dead peer")
 
 
-def test_incompatible_layouts_name_the_field_and_fail_fast(
+def test_incompatible_models_name_the_field_and_fail_fast(
     start_producer: Callable[..., ProducerProcess],
     start_consumer: Callable[..., Consumer],
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    producer, consumer = start_producer(block_size=32), start_consumer(peer_backoff_s=60.0)
+    producer = start_producer(lies={"0": {"contract": {"kv_cache_dtype": "fp8"}}})
+    consumer = start_consumer(peer_backoff_s=60.0)
     for index in range(2):
-        consumer.pull(str(index), producer.prefill(str(index), [1]), [index])
+        consumer.pull(str(index), producer.prefill(str(index), [1]), [1 + index])
         consumer.wait(index + 1)
     assert consumer.failed == {"0", "1"}
     assert consumer.observer.failures == [Failure.HANDSHAKE] * 2
     assert consumer.observer.handshakes == 0
-    assert f"{LOOPBACK}:{producer.port} is not compatible: block_sizes: ours (16,), theirs (32,)" in caplog.text
+    refusal = f"{LOOPBACK}:{producer.port} is not compatible: kv_cache_dtype: ours 'torch.bfloat16', theirs 'fp8'"
+    assert refusal in caplog.text
     consumer.check_bytes()
 
 
@@ -263,7 +238,7 @@ def test_a_stopped_p_fails_what_is_queued_behind_the_first_timeout(
 ) -> None:
     producer, consumer = start_producer(transport="tcp"), start_consumer(transport="tcp", pull_timeout_s=0.7)
     warm = producer.prefill("warm", [1])
-    remotes = [producer.prefill(f"r{i}", [i]) for i in range(8)]
+    remotes = [producer.prefill(f"r{i}", [1 + i]) for i in range(8)]
     consumer.expect(producer, warm, [1])
     consumer.pull("warm", warm, [1])
     consumer.wait(1)
@@ -294,7 +269,7 @@ def test_the_deadline_ends_a_pull_from_a_stopped_p(
 
 def test_an_idle_link_that_was_lost_is_made_anew(producer: ProducerProcess, consumer: Consumer) -> None:
     for index in range(2):
-        remote = producer.prefill(str(index), [index])
+        remote = producer.prefill(str(index), [1 + index])
         consumer.expect(producer, remote, [20 + index])
         consumer.pull(str(index), remote, [20 + index])
         consumer.wait(index + 1)
@@ -315,7 +290,7 @@ def test_a_fault_of_ours_fails_the_request_and_not_the_next(
 
     remote = producer.prefill("r", [1])
     with monkeypatch.context() as patch:
-        patch.setattr(consumer.driver._peers, "meet", fail)
+        patch.setattr(consumer.driver._instances, "meet", fail)
         consumer.pull("broken", remote, [1])
         consumer.wait(1)
     assert consumer.failed == {"broken"}
@@ -343,7 +318,7 @@ def test_measurements_may_be_read_from_another_thread(
     reader.start()
     producers = [start_producer(P_CLUSTER + i) for i in range(3)]
     for i, producer in enumerate(producers):
-        consumer.pull(str(i), producer.prefill(str(i), [i]), [i])
+        consumer.pull(str(i), producer.prefill(str(i), [1 + i]), [1 + i])
     consumer.wait(3)
     stop.set()
     reader.join()

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
+import pytest
 from support.endpoints import UINT8, Endpoint, check, copy_blocks
 
 from vllm_datadist_connector import _native
@@ -31,3 +33,26 @@ def test_memory_registered_twice_is_served_until_the_last_is_unregistered(
     check(owner.datadist.unregister_kv_cache(second))
     gone = reader.datadist.pull_kv_blocks(owner.cluster_id, second, reader.cache_id, SRC, DST)
     assert gone == _native.LLM_KV_CACHE_NOT_EXIST
+
+
+@pytest.mark.parametrize(("src_parts", "dst_parts"), [(1, 4), (4, 1), (4, 4), (2, 8)])
+def test_one_memory_in_blocks_of_several_sizes(
+    transport: str, make_endpoint: Callable[..., Endpoint], src_parts: int, dst_parts: int
+) -> None:
+    """What connectors of unlike block sizes do: each addresses its memory in blocks of the size that both can."""
+    block_bytes, options = 1024, {"datadist.Transport": transport}
+    owner = make_endpoint(cluster_id=1, blocks=8 * src_parts, block_bytes=block_bytes // src_parts, options=options)
+    reader = make_endpoint(cluster_id=2, blocks=8 * dst_parts, block_bytes=block_bytes // dst_parts, options=options)
+    granule = block_bytes // max(src_parts, dst_parts)
+    views = []
+    for end in (owner, reader):
+        shape = [8 * block_bytes // granule, granule]
+        status, view = end.datadist.register_kv_cache(shape, UINT8, [tensor.ctypes.data for tensor in end.memory])
+        check(status)
+        views.append(view)
+    reader.link(owner)
+    source, expected = (end.read_memory().reshape(len(end.memory), -1, granule) for end in (owner, reader))
+    src, dst = [1, 2, 9, 13], [15, 0, 7, 6]
+    copy_blocks(source, expected, src, dst)
+    check(reader.datadist.pull_kv_blocks(owner.cluster_id, views[0], views[1], src, dst))
+    np.testing.assert_array_equal(reader.memory.reshape(expected.shape), expected)

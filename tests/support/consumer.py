@@ -5,19 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import msgspec
 import numpy as np
 
-from support.endpoints import copy_blocks
+from support.kv_ranks import DECODER_ROLE, KV, MIX_ROLE, Place, RankEngine, copy_tokens, make_kv
 from support.pd import WAIT_S, wait_until
-from support.producer_process import ProducerProcess, geometry_of, make_memory, start_engine
+from support.producer_process import ProducerProcess, prefill, start_scheduler
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.metadata import PullJob
-from vllm_datadist_connector.protocol.params import RemotePrefill
+from vllm_datadist_connector.protocol.params import RemotePrefill, parse_remote_prefill
+from vllm_datadist_connector.scheduler.producer import ProducerScheduler
 from vllm_datadist_connector.worker.driver import PullDriver
 from vllm_datadist_connector.worker.transfers import Failure, Transfer
 
 D_CLUSTER = 900
-_DECODER_ROLE = 2
 
 
 class Observer:
@@ -39,36 +40,66 @@ class Observer:
 
 
 class Consumer:
-    """As configured; `transport` is that of its engine."""
+    """As configured; `transport` is that of its engine. `serves`: it is a P, too, and may pull from itself."""
 
-    def __init__(self, transport: str = "auto", **config: Any) -> None:
-        self.memory = make_memory(D_CLUSTER)
+    def __init__(
+        self, transport: str = "auto", place: Place | None = None, serves: bool = False, **config: Any
+    ) -> None:
+        self.place = place or Place()
+        cluster_id = D_CLUSTER + self.place.tp_rank
+        self.memory = self.place.part_of(make_kv(cluster_id, self.place.block_size))
         self.expected = self.memory.copy()
         settings = ConnectorConfig(
             **({"pull_timeout_s": 1.0, "handshake_timeout_s": 1.0, "peer_backoff_s": 0.3} | config)
         )
         timeout = {"llm.SyncKvCacheWaitTime": str(int(settings.pull_timeout_s * 1000))}
-        self.datadist, cache_id = start_engine(D_CLUSTER, _DECODER_ROLE, self.memory, transport, **timeout)
+        role = MIX_ROLE if serves else DECODER_ROLE
+        engine = RankEngine(cluster_id, role, self.place, self.memory, transport, **timeout)
+        self.datadist = engine.datadist
+        geometry = engine.geometry()
+        self._scheduler: ProducerScheduler | None = None
+        if serves:
+            self._scheduler = start_scheduler(block_size=self.place.block_size)
+            self._scheduler.set_geometries({(0, 0): msgspec.msgpack.encode(geometry)})
         self.observer = Observer()
-        self.driver = PullDriver(self.datadist, geometry_of(D_CLUSTER, cache_id, 0), settings, self.observer)
+        self.driver = PullDriver(self.datadist, geometry, engine.caches, settings, self.observer)
         self.received: list[str] = []
         self.failed: set[str] = set()
         self.invalid: set[int] = set()
 
-    def pull(self, request_id: str, remote: RemotePrefill, local: Sequence[int], deadline_s: float = WAIT_S) -> None:
+    def prefill(self, request_id: str, blocks: list[int]) -> RemotePrefill:
+        """As P: a lease on our own blocks."""
+        if self._scheduler is None:
+            raise RuntimeError("this consumer does not serve")
+        return parse_remote_prefill(prefill(self._scheduler, request_id, blocks, self.place.block_size))
+
+    def pull(
+        self,
+        request_id: str,
+        remote: RemotePrefill,
+        local: Sequence[int],
+        deadline_s: float = WAIT_S,
+        first_token: int = 0,
+    ) -> None:
+        """All of P's tokens from `first_token` on, into local[0] and so on."""
         self.driver.submit(
             PullJob(
                 request_id=request_id,
                 remote=remote,
-                remote_blocks=remote.remote_block_ids,
                 local_blocks=(tuple(local),),
+                first_token=first_token,
+                end_token=remote.remote_num_tokens,
                 prompt_digest=remote.ticket.prompt_digest,
                 deadline_s=deadline_s,
             )
         )
 
-    def expect(self, producer: ProducerProcess, remote: RemotePrefill, local: Sequence[int]) -> None:
-        copy_blocks(producer.memory, self.expected, remote.remote_block_ids[0], local)
+    def expect(
+        self, producer: ProducerProcess | KV, remote: RemotePrefill, local: Sequence[int], first_token: int = 0
+    ) -> None:
+        """`producer`: whose bytes, or an instance's bytes."""
+        kv = producer.kv if isinstance(producer, ProducerProcess) else producer
+        copy_tokens(kv, remote.remote_block_ids[0], self.expected, local, self.place, first_token)
 
     def wait(self, count: int) -> None:
         def arrived() -> bool:
@@ -87,4 +118,6 @@ class Consumer:
 
     def close(self) -> None:
         self.driver.close()
+        if self._scheduler is not None:
+            self._scheduler.close()
         self.datadist.finalize()

@@ -10,7 +10,14 @@ from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
 from vllm_datadist_connector.protocol.digest import prompt_digest
-from vllm_datadist_connector.protocol.handshake import CacheLayout, LayoutContract, RankGeometry
+from vllm_datadist_connector.protocol.handshake import (
+    PLAIN,
+    CacheLayout,
+    LayoutContract,
+    RankGeometry,
+    Segment,
+    View,
+)
 from vllm_datadist_connector.protocol.params import BlockIds, LeaseTicket, build_params
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 
@@ -33,6 +40,7 @@ def make_ticket(**changes: Any) -> LeaseTicket:
         "generation": 1,
         "lease_s": 30.0,
         "prompt_digest": prompt_digest(()),
+        "block_sizes": (BLOCK_SIZE,),
     }
     return LeaseTicket(**(values | changes))
 
@@ -45,7 +53,7 @@ def make_params(block_ids: BlockIds = ((3, 1, 2),), **changes: Any) -> dict[str,
         "host": LOOPBACK,
         "port": 40000,
         "block_ids": block_ids,
-        "num_tokens": sum(map(len, block_ids)) * BLOCK_SIZE,
+        "num_tokens": max(map(len, block_ids), default=0) * BLOCK_SIZE,
         "tp_size": 1,
         "pp_size": 1,
         "dcp_size": 1,
@@ -74,25 +82,41 @@ def finish(request: Request, status: RequestStatus = RequestStatus.FINISHED_LENG
     return request
 
 
+def decode(
+    request: Request, output: Sequence[int], status: RequestStatus = RequestStatus.FINISHED_LENGTH_CAPPED
+) -> Request:
+    """The request as vLLM leaves it after its last token: that one was not fed back."""
+    request.append_output_token_ids(list(output))
+    request.status = status
+    request.num_computed_tokens = request.num_tokens - 1
+    return request
+
+
 def make_contract(**changes: Any) -> LayoutContract:
     values: dict[str, Any] = {
         "model": "TinyForCausalLM hidden_size=64",
         "kv_cache_dtype": "torch.bfloat16",
-        "kv_layout": "HND/plain",
-        "block_sizes": (BLOCK_SIZE,),
-        "tp_size": 1,
-        "pp_size": 1,
+        "kv_packing": PLAIN,
     }
     return LayoutContract(**(values | changes))
 
 
+def make_segment(**changes: Any) -> Segment:
+    """One head of blocks of BLOCK_SIZE tokens, 4 bytes each."""
+    values: dict[str, Any] = {"rows": BLOCK_SIZE, "row_stride": 4, "row_bytes": 4, "row_tokens": 1}
+    return Segment(**(values | changes))
+
+
 def make_cache(**changes: Any) -> CacheLayout:
     values: dict[str, Any] = {
-        "cache_id": 1,
         "group": 0,
         "num_blocks": 8,
+        "block_tokens": BLOCK_SIZE,
+        "block_stride": 64,
         "block_bytes": 64,
+        "segments": (make_segment(),),
         "layers": ("layers.0", "layers.1"),
+        "views": (View(granule=64, cache_id=1),),
     }
     return CacheLayout(**(values | changes))
 
@@ -101,10 +125,13 @@ def make_geometry(**changes: Any) -> RankGeometry:
     values: dict[str, Any] = {
         "tp_rank": 0,
         "pp_rank": 0,
+        "tp_size": 1,
+        "pp_size": 1,
         "cluster_id": 7,
         "host": LOOPBACK,
         "port": 50000,
         "contract": make_contract(),
+        "block_sizes": (BLOCK_SIZE,),
         "caches": (make_cache(),),
     }
     return RankGeometry(**(values | changes))

@@ -13,9 +13,8 @@ from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
-import numpy as np
 
-from vllm_datadist_connector import _native
+from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.protocol.params import RemotePrefill, parse_remote_prefill
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity
@@ -23,49 +22,62 @@ from vllm_datadist_connector.scheduler.producer import ProducerScheduler
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
 from . import pd
-from .endpoints import UINT8, Memory, check
+from .kv_ranks import PROMPT_ROLE, Place, RankEngine, make_kv
 
-TENSORS, BLOCKS, BLOCK_BYTES = 3, 512, 4096
-_PROMPT_ROLE = 1
+LEASE_S, LIMIT_S = 30.0, 600.0
+_RANKS_APART = 1000
+"""Cluster ids of an instance's ranks: the first one's, plus multiples of it."""
 
 _processes = multiprocessing.get_context("forkserver")
 # Only vLLM: the fork server looks into the current directory first and would find our package there, not built.
 _processes.set_forkserver_preload(["vllm.sampling_params", "vllm.v1.request"])
 
 
-def make_memory(seed: int) -> Memory:
-    return np.random.default_rng(seed).integers(0, 256, (TENSORS, BLOCKS, BLOCK_BYTES), dtype=np.uint8)
+def start_scheduler(
+    port: int = 0, tp_size: int = 1, pp_size: int = 1, block_size: int = pd.BLOCK_SIZE
+) -> ProducerScheduler:
+    """P's scheduler side."""
+    identity = InstanceIdentity("engine-p", tp_size, pp_size, dcp_size=1, groups=(KVGroup(block_size),))
+    return ProducerScheduler(identity, Endpoint(pd.LOOPBACK, port), LIMIT_S)
 
 
-def start_engine(cluster_id: int, role: int, memory: Memory, transport: str, **options: str) -> Any:
-    """(LlmDataDist, cache id)"""
-    datadist = _native.LlmDataDist(cluster_id, role)
-    check(datadist.initialize({"llm.DeviceId": "0", "datadist.Transport": transport, **options}))
-    status, cache_id = datadist.register_kv_cache(
-        [BLOCKS, BLOCK_BYTES], UINT8, [tensor.ctypes.data for tensor in memory]
-    )
-    check(status)
-    return datadist, cache_id
-
-
-def geometry_of(cluster_id: int, cache_id: int, port: int, block_size: int = pd.BLOCK_SIZE) -> RankGeometry:
-    cache = pd.make_cache(
-        cache_id=cache_id,
-        num_blocks=BLOCKS,
-        block_bytes=BLOCK_BYTES,
-        layers=tuple(f"layers.{index}" for index in range(TENSORS)),
-    )
-    contract = pd.make_contract(block_sizes=(block_size,))
-    return pd.make_geometry(cluster_id=cluster_id, port=port, caches=(cache,), contract=contract)
+def prefill(producer: ProducerScheduler, request_id: str, blocks: list[int], block_size: int = pd.BLOCK_SIZE) -> Any:
+    """The params of a finished prefill that filled `blocks`."""
+    request = pd.finish(pd.make_request(range(len(blocks) * block_size), pd.TO_P, request_id))
+    return producer.request_finished(request, (blocks,), LEASE_S)[1]
 
 
 class ProducerProcess:
-    """The test's handle on one P."""
+    """The test's handle on one P, with as many ranks as it is told."""
 
-    def __init__(self, cluster_id: int, transport: str = "auto", port: int = 0, **settings: Any) -> None:
-        self.memory = make_memory(cluster_id)
+    def __init__(
+        self,
+        cluster_id: int,
+        transport: str = "auto",
+        port: int = 0,
+        tp_size: int = 1,
+        pp_size: int = 1,
+        block_size: int = pd.BLOCK_SIZE,
+        lies: dict[str, dict[str, Any]] | None = None,
+        silent_layers: int = 0,
+    ) -> None:
+        """
+        Args:
+            lies: what the geometry of a rank, by its number over both kinds of parallelism, says instead of the truth.
+            silent_layers: so many of its last layers no rank tells of.
+        """
+        self.kv = make_kv(cluster_id, block_size)
         self._pipe, theirs = _processes.Pipe()
-        values = {"cluster_id": cluster_id, "transport": transport, "port": port, **settings}
+        values = {
+            "cluster_id": cluster_id,
+            "transport": transport,
+            "port": port,
+            "tp_size": tp_size,
+            "pp_size": pp_size,
+            "block_size": block_size,
+            "lies": lies or {},
+            "silent_layers": silent_layers,
+        }
         self._process = _processes.Process(target=_run, args=(theirs, json.dumps(values)), daemon=True)
         self._process.start()
         theirs.close()
@@ -78,6 +90,10 @@ class ProducerProcess:
     def take_ended(self) -> list[str]:
         ended: list[str] = self._ask({"do": "take_ended"})
         return ended
+
+    def stop_serving(self) -> None:
+        """Its side channel's address is free for others; its engines live on."""
+        self._ask({"do": "stop_serving"})
 
     def stop(self) -> None:
         """Returns once the process has stopped."""
@@ -112,17 +128,19 @@ class ProducerProcess:
 
 def _run(pipe: Connection, settings: str) -> None:
     values = json.loads(settings)
-    memory = make_memory(values["cluster_id"])
-    datadist, cache_id = start_engine(
-        values["cluster_id"], _PROMPT_ROLE, memory, values["transport"], **{"llm.ListenIpInfo": f"{pd.LOOPBACK}:0"}
-    )
-    status, engine_port = datadist.listen_port()
-    check(status)
-    block_size = values.get("block_size", pd.BLOCK_SIZE)
-    identity = InstanceIdentity("engine-p", tp_size=1, pp_size=1, dcp_size=1, block_sizes=(pd.BLOCK_SIZE,))
-    producer = ProducerScheduler(identity, Endpoint(pd.LOOPBACK, values["port"]), lease_s=30.0, limit_s=600.0)
-    geometry = geometry_of(values["cluster_id"], cache_id, engine_port, block_size)
-    producer.set_geometries({(0, 0): msgspec.msgpack.encode(geometry)})
+    tp_size, pp_size, block_size = values["tp_size"], values["pp_size"], values["block_size"]
+    producer = start_scheduler(values["port"], tp_size, pp_size, block_size)
+    kv = make_kv(values["cluster_id"], block_size)
+    places = [Place(tp, pp, tp_size, pp_size, block_size) for pp in range(pp_size) for tp in range(tp_size)]
+    memories = [place.part_of(kv) for place in places]
+    geometries, engines = {}, []
+    for index, (place, memory) in enumerate(zip(places, memories, strict=True)):
+        cluster_id = values["cluster_id"] + _RANKS_APART * index
+        engine = RankEngine(cluster_id, PROMPT_ROLE, place, memory, values["transport"])
+        engines.append(engine)
+        geometry = _told(engine.geometry(), values["lies"].get(str(index), {}), values["silent_layers"])
+        geometries[place.pp_rank, place.tp_rank] = msgspec.msgpack.encode(geometry)
+    producer.set_geometries(geometries)
     pipe.send_bytes(json.dumps(producer.endpoint.port).encode())
     while True:
         try:
@@ -130,9 +148,19 @@ def _run(pipe: Connection, settings: str) -> None:
         except EOFError:
             return
         if command["do"] == "prefill":
-            prompt = range(len(command["blocks"]) * pd.BLOCK_SIZE)
-            request = pd.finish(pd.make_request(prompt, pd.TO_P, command["request_id"]))
-            answer: Any = producer.request_finished(request, (command["blocks"],))[1]
+            answer: Any = prefill(producer, command["request_id"], command["blocks"], block_size)
+        elif command["do"] == "stop_serving":
+            producer.close()
+            answer = None
         else:
             answer = producer.take_ended()
         pipe.send_bytes(json.dumps(answer).encode())
+
+
+def _told(geometry: RankGeometry, lies: dict[str, Any], silent_layers: int) -> RankGeometry:
+    caches = tuple(
+        msgspec.structs.replace(cache, layers=cache.layers[: len(cache.layers) - silent_layers])
+        for cache in geometry.caches
+    )
+    contract = pd.make_contract(**lies.pop("contract", {}))
+    return msgspec.structs.replace(geometry, caches=caches, contract=contract, **lies)

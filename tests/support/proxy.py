@@ -102,7 +102,9 @@ class PDProxy:
             await asyncio.gather(*copies)
 
     async def _prefill(self, body: Params, headers: dict[str, str]) -> tuple[int, Params]:
-        leg = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": ASK_PREFILL}
+        # A client that goes on with a conversation brings what the last turn's D returned.
+        asked = {**ASK_PREFILL, **(body.get("kv_transfer_params") or {})}
+        leg = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": asked}
         leg.pop("stream_options", None)
         async with self._session.post(f"{self.prefill_url}/v1/completions", json=leg, headers=headers) as answer:
             return answer.status, await answer.json(content_type=None)

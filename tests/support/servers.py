@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from bootstrap import Environment
 from serving import Program, ServerSpec, pd_router, read_config, vllm_server
+from tiny_kinds import KINDS
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
+CALM_POLLING = ROOT / "tests" / "support" / "calm_polling"
+CHUNK_TOKENS = 512
 LOGS = ROOT / "logs" / "e2e"
 ENVIRONMENT = Environment(Path(sys.prefix))
 
@@ -26,6 +31,8 @@ def kv_transfer(config: str, fields: Mapping[str, object] | None = None, **extra
 
 
 def make_server(spec: ServerSpec) -> Program:
+    if spec.tensor_parallel * spec.pipeline_parallel * spec.data_parallel > 1:
+        spec = replace(spec, variables={"PYTHONPATH": str(CALM_POLLING), **spec.variables})
     program = vllm_server(spec, ENVIRONMENT.directory / "bin", LOGS, ENVIRONMENT.variables())
     program.log.unlink(missing_ok=True)
     return program
@@ -41,6 +48,24 @@ def make_router(prefill: Sequence[Program], decode: Sequence[Program]) -> Progra
     )
     program.log.unlink(missing_ok=True)
     return program
+
+
+def model_of(kind: str) -> Path:
+    """The directory of a tiny model, made on this machine if no run before has made it."""
+    directory = ROOT / "models" / f"tiny-{kind}"
+    if not (directory / "origin.json").is_file():
+        command = [str(ENVIRONMENT.python), str(ROOT / "tools" / "tiny_model.py"), str(directory), "--kind", kind]
+        subprocess.run(command, check=True, env=ENVIRONMENT.variables())
+    return directory
+
+
+def spec_of(name: str, kind: str, config: Mapping[str, object] | None, **settings: Any) -> ServerSpec:
+    """A server of a tiny model, told what that kind of model needs."""
+    model = KINDS[kind]
+    arguments = (*model.arguments, *settings.pop("arguments", ()))
+    # Small enough that the long prompts are prefilled in chunks, where the platform lets them.
+    chunk = {"max_num_batched_tokens": CHUNK_TOKENS, **settings}
+    return ServerSpec(name, model_of(kind), config, dtype=model.dtype, arguments=arguments, **chunk)
 
 
 @contextmanager

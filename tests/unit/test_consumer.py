@@ -3,66 +3,46 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.counting_keeper import CountingKeeper
 from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, make_params, make_request, make_ticket
 
+from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.digest import prompt_digest
-from vllm_datadist_connector.protocol.params import EXTRA_KEY, LeaseTicket, parse_remote_prefill
+from vllm_datadist_connector.protocol.params import EXTRA_KEY, parse_remote_prefill
 from vllm_datadist_connector.scheduler import consumer as consumer_module
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
 PROMPT = list(range(100, 100 + 5 * BLOCK_SIZE - 3))
 REMOTE = (11, 4, 9, 2, 30)
 LOCAL = [50, 51, 52, 53, 54]
 
 
-class Keeper:
-    """Counts holds and releases in place of the thread that would tell P."""
-
-    def __init__(self) -> None:
-        self.users: Counter[str] = Counter()
-        self.endpoints: list[Endpoint] = []
-        self.gone: set[str] = set()
-        self.full = False
-
-    def hold(self, endpoint: Endpoint, ticket: LeaseTicket) -> bool:
-        if self.full:
-            return False
-        self.endpoints.append(endpoint)
-        self.users[ticket.token] += 1
-        return True
-
-    def holds(self, ticket: LeaseTicket) -> bool:
-        return ticket.token not in self.gone
-
-    def release(self, ticket: LeaseTicket) -> None:
-        self.users[ticket.token] -= 1
-        assert self.users[ticket.token] >= 0
-
-    def close(self) -> None:
-        pass
-
-
 @pytest.fixture
-def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[Keeper]:
-    keeper = Keeper()
+def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingKeeper]:
+    keeper = CountingKeeper()
     monkeypatch.setattr(consumer_module, "LeaseKeeper", lambda _: keeper)
     yield keeper
     assert not +keeper.users, "a lease was not released"
 
 
 @pytest.fixture
-def consumer(keeper: Keeper) -> ConsumerScheduler:
+def consumer(keeper: CountingKeeper) -> ConsumerScheduler:
     del keeper
-    return ConsumerScheduler((BLOCK_SIZE,), lambda host: host == LOOPBACK, recv_deadline_s=60.0, answer_timeout_s=5.0)
+    return make_consumer()
+
+
+def make_consumer(allows_peer: Callable[[str], bool] = lambda host: host == LOOPBACK) -> ConsumerScheduler:
+    return ConsumerScheduler(
+        (KVGroup(BLOCK_SIZE),), allows_peer, recv_deadline_s=60.0, answer_timeout_s=5.0, recompute_threshold=None
+    )
 
 
 def params_for(prompt: list[int], blocks: tuple[int, ...] = REMOTE, **changes: Any) -> dict[str, Any]:
@@ -81,7 +61,7 @@ def job_of(consumer: ConsumerScheduler) -> PullJob:
     return job
 
 
-def test_pulled(consumer: ConsumerScheduler, keeper: Keeper) -> None:
+def test_pulled(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     request = d_request()
     params = params_for(PROMPT)
     consumer.on_new_request(request)
@@ -92,8 +72,9 @@ def test_pulled(consumer: ConsumerScheduler, keeper: Keeper) -> None:
     assert job_of(consumer) == PullJob(
         request_id=request.request_id,
         remote=parse_remote_prefill(params),
-        remote_blocks=(REMOTE,),
         local_blocks=(tuple(LOCAL),),
+        first_token=0,
+        end_token=len(PROMPT),
         prompt_digest=prompt_digest(PROMPT),
         deadline_s=60.0,
     )
@@ -117,7 +98,8 @@ def test_only_what_the_prefix_cache_lacks_is_pulled(consumer: ConsumerScheduler,
     assert lacking == len(PROMPT) - local_hit_blocks * BLOCK_SIZE
     consumer.after_alloc(request, (LOCAL,), lacking)
     job = job_of(consumer)
-    assert job.remote_blocks == (REMOTE[local_hit_blocks:],)
+    assert job.remote.remote_block_ids == (REMOTE,), "the confirmation is for all of them"
+    assert (job.first_token, job.end_token) == (local_hit_blocks * BLOCK_SIZE, len(PROMPT))
     assert job.local_blocks == (tuple(LOCAL[local_hit_blocks:]),)
     consumer.received([request.request_id])
 
@@ -133,23 +115,59 @@ def test_nothing_lacks(consumer: ConsumerScheduler, computed: int) -> None:
 
 
 def test_p_computed_less_than_the_prompt(consumer: ConsumerScheduler) -> None:
-    request = d_request(params_for(PROMPT, REMOTE[:2], num_tokens=2 * BLOCK_SIZE))
+    request = d_request(params_for(PROMPT[: 2 * BLOCK_SIZE], REMOTE[:2]))
     consumer.on_new_request(request)
     assert consumer.matched_tokens(request, BLOCK_SIZE) == BLOCK_SIZE
     consumer.after_alloc(request, (LOCAL,), BLOCK_SIZE)
-    assert job_of(consumer).local_blocks == ((51,),)
+    job = job_of(consumer)
+    assert job.local_blocks == ((51,),)
+    assert (job.first_token, job.end_token) == (BLOCK_SIZE, 2 * BLOCK_SIZE)
     consumer.received([request.request_id])
 
 
-@pytest.mark.parametrize("num_tokens", [10**6, len(PROMPT)])
-def test_p_cannot_give_more_than_its_blocks_or_the_prompt(consumer: ConsumerScheduler, num_tokens: int) -> None:
-    request = d_request(params_for(PROMPT, REMOTE[:3], num_tokens=num_tokens))
+@pytest.mark.parametrize("held", [1, BLOCK_SIZE - 1, BLOCK_SIZE + 5, len(PROMPT) - 1])
+def test_a_prompt_that_only_begins_with_what_p_holds(consumer: ConsumerScheduler, held: int) -> None:
+    blocks = REMOTE[: -(-held // BLOCK_SIZE)]
+    request = d_request(params_for(PROMPT[:held], blocks))
+    consumer.on_new_request(request)
+    assert consumer.matched_tokens(request, 0) == held
+    consumer.after_alloc(request, (LOCAL,), held)
+    job = job_of(consumer)
+    assert job.local_blocks == (tuple(LOCAL[: len(blocks)]),)
+    assert (job.first_token, job.end_token) == (0, held)
+    assert job.prompt_digest == prompt_digest(PROMPT[:held])
+    consumer.received([request.request_id])
+
+
+@pytest.mark.parametrize("held", [len(PROMPT) + 1, 10**6])
+def test_p_cannot_give_more_than_the_prompt(consumer: ConsumerScheduler, held: int) -> None:
+    """The digest is that of as many tokens as P claims to hold, of which this prompt has fewer."""
+    request = d_request(params_for(PROMPT, num_tokens=held))
+    consumer.on_new_request(request)
+    assert consumer.matched_tokens(request, 0) == len(PROMPT)
+    consumer.request_finished(request.request_id)
+
+
+def test_p_cannot_give_more_than_its_blocks(consumer: ConsumerScheduler) -> None:
+    request = d_request(params_for(PROMPT, REMOTE[:3]))
     consumer.on_new_request(request)
     assert consumer.matched_tokens(request, 0) == 3 * BLOCK_SIZE
     consumer.request_finished(request.request_id)
 
 
-def test_aborted_before_it_was_scheduled(consumer: ConsumerScheduler, keeper: Keeper) -> None:
+@pytest.mark.parametrize(("size", "given"), [(32, len(PROMPT)), (8, 2 * 8)])
+def test_p_counts_in_blocks_of_its_own_size(consumer: ConsumerScheduler, size: int, given: int) -> None:
+    ticket = make_ticket(prompt_digest=prompt_digest(PROMPT), block_sizes=(size,))
+    blocks = REMOTE[: -(-len(PROMPT) // size)] if size > BLOCK_SIZE else REMOTE[:2]
+    request = d_request(params_for(PROMPT, blocks, ticket=ticket))
+    consumer.on_new_request(request)
+    assert consumer.matched_tokens(request, 0) == given
+    consumer.after_alloc(request, (LOCAL,), given)
+    assert job_of(consumer).local_blocks == (tuple(LOCAL[: -(-given // BLOCK_SIZE)]),)
+    consumer.received([request.request_id])
+
+
+def test_aborted_before_it_was_scheduled(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     request = d_request()
     consumer.on_new_request(request)
     consumer.matched_tokens(request, 0)
@@ -158,7 +176,7 @@ def test_aborted_before_it_was_scheduled(consumer: ConsumerScheduler, keeper: Ke
     assert consumer.take_jobs() == ((), ())
 
 
-def test_aborted_while_it_is_pulled(consumer: ConsumerScheduler, keeper: Keeper) -> None:
+def test_aborted_while_it_is_pulled(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     request = d_request()
     consumer.on_new_request(request)
     consumer.after_alloc(request, (LOCAL,), len(PROMPT))
@@ -181,7 +199,7 @@ def test_a_failed_pull_is_recomputed_here(consumer: ConsumerScheduler) -> None:
     assert consumer.take_jobs() == ((), ())
 
 
-def test_a_lease_known_to_be_gone_is_not_pulled(consumer: ConsumerScheduler, keeper: Keeper) -> None:
+def test_a_lease_known_to_be_gone_is_not_pulled(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     request = d_request()
     consumer.on_new_request(request)
     keeper.gone.add(request.kv_transfer_params[EXTRA_KEY]["token"])
@@ -189,14 +207,14 @@ def test_a_lease_known_to_be_gone_is_not_pulled(consumer: ConsumerScheduler, kee
     consumer.after_alloc(request, (LOCAL,), 0)
 
 
-def test_more_leases_than_can_be_kept(consumer: ConsumerScheduler, keeper: Keeper) -> None:
+def test_more_leases_than_can_be_kept(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     keeper.full = True
     request = d_request()
     consumer.on_new_request(request)
     assert consumer.matched_tokens(request, 0) == 0
 
 
-def test_children_that_share_a_lease(consumer: ConsumerScheduler, keeper: Keeper) -> None:
+def test_children_that_share_a_lease(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     children = [d_request(params_for(PROMPT), request_id=f"{i}_cmpl-x") for i in range(3)]
     for child in children:
         consumer.on_new_request(child)
@@ -210,7 +228,10 @@ def test_children_that_share_a_lease(consumer: ConsumerScheduler, keeper: Keeper
 HOSTILE: dict[str, dict[str, Any]] = {
     "nothing but the flag": {"do_remote_prefill": True},
     "another connector's": {**make_params(ticket=None)},
-    "another prompt's": params_for([*PROMPT, 1]),
+    "a longer prompt's": params_for([*PROMPT, 1]),
+    "another prompt's": params_for([*PROMPT[:-1], 1]),
+    "not how it begins": params_for(PROMPT[1 : 2 * BLOCK_SIZE]),
+    "fewer tokens than the digest's": params_for(PROMPT, num_tokens=BLOCK_SIZE),
     "forged digest": params_for(PROMPT, ticket=make_ticket(prompt_digest=OTHER_TOKEN)),
     "host": params_for(PROMPT, host="169.254.169.254"),
     "host name": params_for(PROMPT, host="localhost"),
@@ -222,7 +243,7 @@ HOSTILE: dict[str, dict[str, Any]] = {
 
 @pytest.mark.parametrize("params", HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_params_are_prefilled_here(
-    consumer: ConsumerScheduler, keeper: Keeper, params: dict[str, Any], caplog: pytest.LogCaptureFixture
+    consumer: ConsumerScheduler, keeper: CountingKeeper, params: dict[str, Any], caplog: pytest.LogCaptureFixture
 ) -> None:
     request = d_request(dict(params))
     consumer.on_new_request(request)
@@ -234,7 +255,7 @@ def test_hostile_params_are_prefilled_here(
     assert [request.request_id in record.message for record in caplog.records] == [True]
 
 
-def test_embeddings_are_prefilled_here(consumer: ConsumerScheduler, keeper: Keeper) -> None:
+def test_embeddings_are_prefilled_here(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     zeros = [0] * len(PROMPT)
     request = make_request(zeros, params_for(zeros), prompt_embeds=torch.zeros(len(PROMPT), 4))
     consumer.on_new_request(request)
@@ -244,7 +265,7 @@ def test_embeddings_are_prefilled_here(consumer: ConsumerScheduler, keeper: Keep
 
 
 def test_rejected_by_the_api_server_gives_the_lease_back(
-    consumer: ConsumerScheduler, keeper: Keeper, caplog: pytest.LogCaptureFixture
+    consumer: ConsumerScheduler, keeper: CountingKeeper, caplog: pytest.LogCaptureFixture
 ) -> None:
     """vLLM announces a rejected request with a prompt of its own making and aborts it at once."""
     request = make_request([0], params_for(PROMPT))
@@ -256,7 +277,7 @@ def test_rejected_by_the_api_server_gives_the_lease_back(
     assert not caplog.records
 
 
-def test_ordinary_requests_are_none_of_ours(consumer: ConsumerScheduler, keeper: Keeper) -> None:
+def test_ordinary_requests_are_none_of_ours(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     request = make_request(PROMPT)
     consumer.on_new_request(request)
     assert consumer.matched_tokens(request, 0) == 0
@@ -274,9 +295,9 @@ CALLS = st.sampled_from(["new", "match", "alloc", "alloc nothing", "step", "rece
 def test_any_sequence_of_calls(calls: list[tuple[str, int]]) -> None:
     """vLLM may call in any order about any request: no exception, and each lease is released exactly once."""
     with pytest.MonkeyPatch.context() as patch:
-        keeper = Keeper()
+        keeper = CountingKeeper()
         patch.setattr(consumer_module, "LeaseKeeper", lambda _: keeper)
-        consumer = ConsumerScheduler((BLOCK_SIZE,), lambda _: True, recv_deadline_s=1.0, answer_timeout_s=1.0)
+        consumer = make_consumer()
         requests = [d_request(params_for(PROMPT), request_id=str(i)) for i in range(3)]
         pulled: Counter[str] = Counter()
 

@@ -26,7 +26,7 @@ class Producer:
     """A lease table behind a side channel that can be told not to hear."""
 
     def __init__(self, endpoint: Endpoint | None = None) -> None:
-        self.leases = LeaseTable(TOKEN, LEASE_S, 600.0)
+        self.leases = LeaseTable(TOKEN, (16,), 600.0)
         self.seen: list[Request] = []
         self.deaf_to_releases = 0
         self.ended: list[EndedLease] = []
@@ -35,7 +35,8 @@ class Producer:
         self._server.start(self._answer)
 
     def grant(self, request_id: str = "r") -> LeaseTicket:
-        return msgspec.structs.replace(self.leases.grant(request_id, ((1,),), OTHER_TOKEN), lease_s=TOLD_LEASE_S)
+        ticket = self.leases.grant(request_id, ((1,),), OTHER_TOKEN, LEASE_S)
+        return msgspec.structs.replace(ticket, lease_s=TOLD_LEASE_S)
 
     def count(self, kind: type[Request]) -> int:
         return sum(isinstance(request, kind) for request in self.seen)

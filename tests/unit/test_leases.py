@@ -14,7 +14,9 @@ from support.pd import OTHER_TOKEN, TOKEN
 from vllm_datadist_connector.protocol.params import BlockIds, LeaseTicket
 from vllm_datadist_connector.scheduler.leases import EndedLease, LeaseTable
 
-LEASE_S, LIMIT_S = 10.0, 35.0
+LEASE_S, LONG_LEASE_S, LIMIT_S = 10.0, 50.0, 35.0
+"""A lease may outlast the limit of renewals: one for a conversation's next turn is never renewed."""
+BLOCK_SIZES = (16,)
 BLOCKS: BlockIds = ((4, 2, 9),)
 
 
@@ -33,7 +35,7 @@ def clock() -> Clock:
 
 @pytest.fixture
 def table(clock: Clock) -> LeaseTable:
-    return LeaseTable(TOKEN, LEASE_S, LIMIT_S, clock)
+    return LeaseTable(TOKEN, BLOCK_SIZES, LIMIT_S, clock)
 
 
 def confirm(table: LeaseTable, ticket: LeaseTicket, blocks: BlockIds = BLOCKS, **changes: object) -> str:
@@ -42,8 +44,10 @@ def confirm(table: LeaseTable, ticket: LeaseTicket, blocks: BlockIds = BLOCKS, *
 
 
 def test_ticket_tells_what_d_needs(table: LeaseTable) -> None:
-    first, second = table.grant("a", BLOCKS, OTHER_TOKEN), table.grant("b", BLOCKS, OTHER_TOKEN)
-    assert (first.incarnation, first.lease_s, first.prompt_digest) == (TOKEN, LEASE_S, OTHER_TOKEN)
+    first = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
+    second = table.grant("b", BLOCKS, OTHER_TOKEN, LONG_LEASE_S)
+    assert (first.incarnation, first.prompt_digest, first.block_sizes) == (TOKEN, OTHER_TOKEN, BLOCK_SIZES)
+    assert (first.lease_s, second.lease_s) == (LEASE_S, LONG_LEASE_S)
     assert first.token != second.token
     assert first.generation != second.generation
     assert confirm(table, first) == ""
@@ -53,7 +57,7 @@ def test_ticket_tells_what_d_needs(table: LeaseTable) -> None:
     "changes", [{"token": TOKEN}, {"generation": 2}, {"generation": 0}, {"prompt_digest": "0" * 32}]
 )
 def test_confirmation_of_something_else_is_refused(table: LeaseTable, changes: dict[str, object]) -> None:
-    ticket = table.grant("a", BLOCKS, OTHER_TOKEN)
+    ticket = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
     assert confirm(table, ticket, **changes) != ""
     assert confirm(table, ticket) == ""
     assert table.take_refused_confirms() == 1
@@ -63,12 +67,12 @@ def test_confirmation_of_something_else_is_refused(table: LeaseTable, changes: d
 @pytest.mark.parametrize("blocks", [((4, 2),), ((2, 4, 9),), ((4, 2, 9, 9),), ((4, 2, 8),), ((4, 2, 9), ()), ((),), ()])
 def test_only_exactly_the_granted_blocks_are_confirmed(table: LeaseTable, blocks: BlockIds) -> None:
     """Params pass through clients: other blocks, or the same in another order, are another prompt's KV to D."""
-    ticket = table.grant("a", BLOCKS, OTHER_TOKEN)
+    ticket = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
     assert "blocks" in confirm(table, ticket, blocks)
 
 
 def test_expires_at_its_time_and_not_before(table: LeaseTable, clock: Clock) -> None:
-    ticket = table.grant("a", BLOCKS, OTHER_TOKEN)
+    ticket = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
     clock.now += LEASE_S - 0.001
     assert confirm(table, ticket) == ""
     assert table.take_ended() == []
@@ -78,14 +82,14 @@ def test_expires_at_its_time_and_not_before(table: LeaseTable, clock: Clock) -> 
 
 
 def test_a_lease_that_ran_out_cannot_be_renewed(table: LeaseTable, clock: Clock) -> None:
-    ticket = table.grant("a", BLOCKS, OTHER_TOKEN)
+    ticket = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
     clock.now += LEASE_S
     assert table.renew([ticket.token]) == (ticket.token,)
     assert table.take_ended() == [EndedLease("a", "expired")]
 
 
 def test_renewals_end_at_the_limit(table: LeaseTable, clock: Clock) -> None:
-    ticket = table.grant("a", BLOCKS, OTHER_TOKEN)
+    ticket = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
     granted = clock.now
     while table.renew([ticket.token]) == ():
         clock.now += LEASE_S / 4
@@ -94,7 +98,8 @@ def test_renewals_end_at_the_limit(table: LeaseTable, clock: Clock) -> None:
 
 
 def test_one_that_is_renewed_does_not_keep_another_alive(table: LeaseTable, clock: Clock) -> None:
-    renewed, left = table.grant("renewed", BLOCKS, OTHER_TOKEN), table.grant("left", BLOCKS, OTHER_TOKEN)
+    renewed = table.grant("renewed", BLOCKS, OTHER_TOKEN, LEASE_S)
+    left = table.grant("left", BLOCKS, OTHER_TOKEN, LEASE_S)
     clock.now += LEASE_S / 2
     assert table.renew([renewed.token, TOKEN]) == (TOKEN,)
     clock.now += LEASE_S / 2
@@ -104,8 +109,42 @@ def test_one_that_is_renewed_does_not_keep_another_alive(table: LeaseTable, cloc
     assert table.held() == (1, 3)
 
 
+def test_each_lease_lasts_its_own_time(table: LeaseTable, clock: Clock) -> None:
+    long, short = (table.grant(str(s), BLOCKS, OTHER_TOKEN, s) for s in (LONG_LEASE_S, LEASE_S))
+    clock.now += LEASE_S
+    assert table.take_ended() == [EndedLease(str(LEASE_S), "expired")]
+    assert "ended" in confirm(table, short)
+    clock.now += LONG_LEASE_S - LEASE_S - 0.001
+    assert confirm(table, long) == ""
+    clock.now += 0.001
+    assert table.take_ended() == [EndedLease(str(LONG_LEASE_S), "expired")]
+
+
+def test_a_renewal_lasts_as_long_as_the_lease_and_shortens_none(table: LeaseTable, clock: Clock) -> None:
+    short = table.grant("short", BLOCKS, OTHER_TOKEN, LEASE_S)
+    long = table.grant("long", BLOCKS, OTHER_TOKEN, LONG_LEASE_S)
+    clock.now += LEASE_S / 2
+    assert table.renew([long.token, short.token]) == ()
+    clock.now += LEASE_S
+    assert table.take_ended() == [EndedLease("short", "expired")]
+    # Renewed or not, the long lease ends at its limit, which is its own duration here.
+    clock.now += LONG_LEASE_S - 1.5 * LEASE_S - 0.001
+    assert confirm(table, long) == ""
+    clock.now += 0.001
+    assert table.renew([long.token]) == (long.token,)
+
+
+def test_null_blocks_are_confirmed_but_not_counted(table: LeaseTable) -> None:
+    blocks = ((0, 0, 7, 8), (3,))
+    ticket = table.grant("a", blocks, OTHER_TOKEN, LEASE_S)
+    assert confirm(table, ticket, blocks) == ""
+    for others in (((7, 8), (3,)), ((0, 7, 0, 8), (3,)), ((3,), (0, 0, 7, 8))):
+        assert "blocks" in confirm(table, ticket, others)
+    assert table.held() == (1, 3)
+
+
 def test_released_twice_ends_once(table: LeaseTable) -> None:
-    ticket = table.grant("a", BLOCKS, OTHER_TOKEN)
+    ticket = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
     table.release([ticket.token, ticket.token, TOKEN])
     table.release([ticket.token])
     assert table.take_ended() == [EndedLease("a", "released")]
@@ -129,18 +168,18 @@ class LeaseModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = Clock()
-        self.table = LeaseTable(TOKEN, LEASE_S, LIMIT_S, self.clock)
+        self.table = LeaseTable(TOKEN, BLOCK_SIZES, LIMIT_S, self.clock)
         self.held: dict[str, Expected] = {}
         self.to_end: list[EndedLease] = []
         self.granted = 0
 
-    @rule(target=tickets)
-    def grant(self) -> LeaseTicket:
+    @rule(target=tickets, lease_s=st.sampled_from([1.0, LEASE_S, LONG_LEASE_S]))
+    def grant(self, lease_s: float) -> LeaseTicket:
         self.granted += 1
         request_id = str(self.granted)
-        ticket = self.table.grant(request_id, BLOCKS, OTHER_TOKEN)
+        ticket = self.table.grant(request_id, BLOCKS, OTHER_TOKEN, lease_s)
         now = self.clock.now
-        self.held[ticket.token] = Expected(request_id, ticket, now + LEASE_S, now + LIMIT_S)
+        self.held[ticket.token] = Expected(request_id, ticket, now + lease_s, now + max(LIMIT_S, lease_s))
         return ticket
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 2.5, 5.0, 9.999, 10.0, 40.0]))
@@ -158,7 +197,7 @@ class LeaseModel(RuleBasedStateMachine):
         for ticket in tickets:
             lease = self.held.get(ticket.token)
             if lease is not None:
-                lease.expires = min(self.clock.now + LEASE_S, lease.limit)
+                lease.expires = min(self.clock.now + lease.ticket.lease_s, lease.limit)
 
     @rule(ticket=tickets)
     def release(self, ticket: LeaseTicket) -> None:
@@ -188,8 +227,8 @@ TestLeaseModel = LeaseModel.TestCase
 
 
 def test_threads_that_race_end_each_lease_once() -> None:
-    table = LeaseTable(TOKEN, LEASE_S, LIMIT_S)
-    tickets = [table.grant(str(i), BLOCKS, OTHER_TOKEN) for i in range(400)]
+    table = LeaseTable(TOKEN, BLOCK_SIZES, LIMIT_S)
+    tickets = [table.grant(str(i), BLOCKS, OTHER_TOKEN, LEASE_S) for i in range(400)]
     start = threading.Barrier(5)
     ended: list[EndedLease] = []
 

@@ -29,6 +29,7 @@ from vllm_datadist_connector.protocol.messages import (
     decode_response,
     encode,
 )
+from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 
 REQUESTS: list[messages.Request] = [
     Hello(id=1, engine_id="p", incarnation=TOKEN, pp_rank=0, tp_rank=4095),
@@ -45,7 +46,7 @@ RESPONSES: list[messages.Response] = [
 ]
 
 
-def frame(body: bytes, magic: bytes = b"DDSC", version: int = 1) -> bytes:
+def frame(body: bytes, magic: bytes = b"DDSC", version: int = PROTOCOL_VERSION) -> bytes:
     return struct.pack("<4sH", magic, version) + body
 
 
@@ -68,8 +69,8 @@ def test_responses_round_trip(message: messages.Response) -> None:
 
 
 def test_foreign_version_is_named_before_the_body_is_read() -> None:
-    with pytest.raises(ProtocolError, match="protocol version 2; this instance speaks 1"):
-        decode_request(frame(b"\xc1", version=2))
+    with pytest.raises(ProtocolError, match=f"protocol version 9; this instance speaks {PROTOCOL_VERSION}"):
+        decode_request(frame(b"\xc1", version=9))
 
 
 MALFORMED = {

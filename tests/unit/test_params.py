@@ -14,10 +14,13 @@ from vllm_datadist_connector.protocol.params import (
     EXTRA_KEY,
     ParamsError,
     RemotePrefill,
+    names_earlier_turn,
     parse_remote_prefill,
     wants_remote_decode,
     wants_remote_prefill,
+    was_remote_prefill,
 )
+from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 
 NIXL_FIELDS = {
     "do_remote_prefill": bool,
@@ -52,8 +55,6 @@ def test_round_trip_through_json() -> None:
         remote_block_ids=((3, 1, 2),),
         remote_num_tokens=40,
         ticket=ticket,
-        tp_size=2,
-        pp_size=1,
     )
 
 
@@ -111,9 +112,6 @@ def test_unknown_fields_are_tolerated() -> None:
         ("remote_num_tokens", -1),
         ("remote_num_tokens", 10**40),
         ("remote_num_tokens", float("inf")),
-        ("tp_size", 0),
-        ("tp_size", 2**40),
-        ("pp_size", None),
         (EXTRA_KEY, None),
         (EXTRA_KEY, []),
     ],
@@ -134,8 +132,8 @@ def test_missing_field(field: str) -> None:
 @pytest.mark.parametrize(
     ("field", "value"),
     [
-        ("version", 2),
-        ("version", "1"),
+        ("version", PROTOCOL_VERSION + 1),
+        ("version", str(PROTOCOL_VERSION)),
         ("version", None),
         ("incarnation", OTHER_TOKEN.upper()),
         ("incarnation", OTHER_TOKEN + "\n"),
@@ -149,6 +147,11 @@ def test_missing_field(field: str) -> None:
         ("lease_s", 3601),
         ("lease_s", float("nan")),
         ("prompt_digest", "g" * 32),
+        ("block_sizes", None),
+        ("block_sizes", [-1]),
+        ("block_sizes", [2**24 + 1]),
+        ("block_sizes", [16] * 65),
+        ("block_sizes", 16),
     ],
 )
 def test_bad_ticket_is_refused_by_name(field: str, value: object) -> None:
@@ -159,8 +162,8 @@ def test_bad_ticket_is_refused_by_name(field: str, value: object) -> None:
 
 
 def test_version_is_compared_before_anything_else() -> None:
-    with pytest.raises(ParamsError, match="P speaks 2, we speak 1"):
-        parse_remote_prefill({EXTRA_KEY: {"version": 2}})
+    with pytest.raises(ParamsError, match=f"P speaks 9, we speak {PROTOCOL_VERSION}"):
+        parse_remote_prefill({EXTRA_KEY: {"version": 9}})
 
 
 def test_error_text_is_bounded() -> None:
@@ -179,6 +182,35 @@ def test_only_true_is_a_wish(flag: object) -> None:
 def test_params_of_any_type(params: object) -> None:
     assert not wants_remote_prefill(params)
     assert not wants_remote_decode(params)
+    assert not names_earlier_turn(params)
+    assert not was_remote_prefill(params)
+
+
+def test_params_for_the_next_turn_are_those_of_a_p_request() -> None:
+    """They come back from D, and go to P with the conversation's next prompt as they are."""
+    params = json.loads(json.dumps(make_params(((3, 1),), num_tokens=20, for_next_turn=True)))
+    assert (params["do_remote_prefill"], params["do_remote_decode"]) == (False, True)
+    assert wants_remote_decode(params)
+    assert names_earlier_turn(params)
+    assert not wants_remote_prefill(params)
+    remote = parse_remote_prefill(params)
+    assert (remote.remote_block_ids, remote.remote_num_tokens) == (((3, 1),), 20)
+
+
+@pytest.mark.parametrize("blocks", [None, [], [[]], [[], []], 5, "1", {"0": [1]}, ...])
+def test_a_first_turn_names_no_earlier_one(blocks: object) -> None:
+    params = {"do_remote_decode": True, "do_remote_prefill": False}
+    assert not names_earlier_turn(params if blocks is ... else params | {"remote_block_ids": blocks})
+
+
+def test_a_d_request_is_known_after_its_pull_was_taken_up() -> None:
+    params = make_params()
+    assert was_remote_prefill(params)
+    params["do_remote_prefill"] = False
+    assert was_remote_prefill(params)
+    assert not names_earlier_turn(params)
+    assert not was_remote_prefill(make_params(for_next_turn=True))
+    assert not was_remote_prefill({"remote_block_ids": [[1]]})
 
 
 def _parses_or_refuses(params: dict[str, Any]) -> None:

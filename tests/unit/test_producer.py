@@ -12,6 +12,8 @@ import torch
 from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TO_P, TOKEN, WAIT_S, finish, make_request
 from vllm.v1.request import RequestStatus
 
+from vllm_datadist_connector.kv_groups import KVGroup
+from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.messages import (
     Confirm,
     Confirmed,
@@ -31,14 +33,15 @@ from vllm_datadist_connector.scheduler.producer import ProducerScheduler
 from vllm_datadist_connector.side_channel.client import SideChannelClient
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
-IDENTITY = InstanceIdentity("engine-p", tp_size=2, pp_size=1, dcp_size=1, block_sizes=(BLOCK_SIZE,))
+IDENTITY = InstanceIdentity("engine-p", tp_size=2, pp_size=1, dcp_size=1, groups=(KVGroup(BLOCK_SIZE),))
 BLOCKS = [7, 3, 5, 9]
+LEASE_S = 30.0
 PROMPT = list(range(3 * BLOCK_SIZE - 5))
 
 
 @pytest.fixture
 def producer() -> Iterator[ProducerScheduler]:
-    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), lease_s=30.0, limit_s=600.0)
+    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), limit_s=600.0)
     yield producer
     producer.close()
 
@@ -58,7 +61,7 @@ def ask(client: SideChannelClient, producer: ProducerScheduler, kind: type[Messa
 
 
 def hold(producer: ProducerScheduler, request_id: str = "cmpl-a-0-00000000") -> RemotePrefill:
-    held, params = producer.request_finished(finish(make_request(PROMPT, TO_P, request_id)), (BLOCKS,))
+    held, params = producer.request_finished(finish(make_request(PROMPT, TO_P, request_id)), (BLOCKS,), LEASE_S)
     assert held
     return parse_remote_prefill(params)
 
@@ -76,7 +79,7 @@ def confirmation(remote: RemotePrefill, **changes: Any) -> dict[str, Any]:
 
 def test_params_of_a_held_request(producer: ProducerScheduler) -> None:
     request = finish(make_request(PROMPT, TO_P))
-    held, params = producer.request_finished(request, (BLOCKS,))
+    held, params = producer.request_finished(request, (BLOCKS,), LEASE_S)
     assert held
     remote = parse_remote_prefill(params)
     # Blocks past the computed tokens, which 0.23 hands over, hold nothing.
@@ -84,8 +87,9 @@ def test_params_of_a_held_request(producer: ProducerScheduler) -> None:
     assert remote.remote_num_tokens == len(PROMPT)
     assert (remote.remote_engine_id, remote.remote_request_id) == ("engine-p", request.request_id)
     assert (remote.remote_host, remote.remote_port) == producer.endpoint
-    assert remote.ticket.incarnation == IDENTITY.incarnation
-    assert remote.ticket.prompt_digest == digest_of(request)
+    assert (remote.ticket.incarnation, remote.ticket.lease_s) == (IDENTITY.incarnation, LEASE_S)
+    assert remote.ticket.block_sizes == (BLOCK_SIZE,)
+    assert remote.ticket.prompt_digest == digest_of(request, len(PROMPT)) == prompt_digest(PROMPT)
     assert (params["tp_size"], params["pp_size"], params["dcp_size"]) == (2, 1, 1)
     assert producer.held() == (1, 3)
 
@@ -95,7 +99,7 @@ HELD = {RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED}
 
 @pytest.mark.parametrize("status", [status for status in RequestStatus if RequestStatus.is_finished(status)])
 def test_held_by_how_it_ended(producer: ProducerScheduler, status: RequestStatus) -> None:
-    held, params = producer.request_finished(finish(make_request(PROMPT, TO_P), status), (BLOCKS,))
+    held, params = producer.request_finished(finish(make_request(PROMPT, TO_P), status), (BLOCKS,), LEASE_S)
     assert held is (status in HELD)
     assert (EXTRA_KEY in params) is held
     assert params["remote_block_ids"] == ([[7, 3, 5]] if held else [[]])
@@ -119,18 +123,33 @@ def test_held_by_how_it_ended(producer: ProducerScheduler, status: RequestStatus
 def test_requests_whose_params_reach_nobody_are_not_held(
     producer: ProducerScheduler, request_id: str, held: bool
 ) -> None:
-    assert producer.request_finished(finish(make_request(PROMPT, TO_P, request_id)), (BLOCKS,))[0] is held
+    assert producer.request_finished(finish(make_request(PROMPT, TO_P, request_id)), (BLOCKS,), LEASE_S)[0] is held
 
 
 def test_embeddings_are_not_held(producer: ProducerScheduler) -> None:
     request = make_request([0] * len(PROMPT), TO_P, prompt_embeds=torch.zeros(len(PROMPT), 4))
-    assert producer.request_finished(finish(request), (BLOCKS,))[0] is False
+    assert producer.request_finished(finish(request), (BLOCKS,), LEASE_S)[0] is False
 
 
 def test_nothing_computed_is_not_held(producer: ProducerScheduler) -> None:
     request = finish(make_request(PROMPT, TO_P))
     request.num_computed_tokens = 0
-    assert producer.request_finished(request, (BLOCKS,))[0] is False
+    assert producer.request_finished(request, (BLOCKS,), LEASE_S)[0] is False
+
+
+def test_each_lease_lasts_as_long_as_asked(producer: ProducerScheduler) -> None:
+    """A request's D comes at once, a conversation's next turn when its user has read the answer."""
+    for index, lease_s in enumerate((0.01, 480.0)):
+        request = finish(make_request(PROMPT, TO_P, f"cmpl-{index}-0-00000000"))
+        held, params = producer.request_finished(request, (BLOCKS,), lease_s)
+        assert held
+        assert params[EXTRA_KEY]["lease_s"] == lease_s
+    ended: tuple[str, ...] = ()
+    end = time.monotonic() + WAIT_S
+    while not ended and time.monotonic() < end:
+        ended = producer.take_ended()
+    assert ended == ("cmpl-0-0-00000000",)
+    assert producer.held() == (1, 3)
 
 
 def test_release_gives_back_once(producer: ProducerScheduler, client: SideChannelClient) -> None:
@@ -145,10 +164,10 @@ def test_release_gives_back_once(producer: ProducerScheduler, client: SideChanne
 
 
 def test_expiry_gives_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), lease_s=0.01, limit_s=600.0)
+    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), limit_s=600.0)
     try:
         remote_id = "cmpl-late-0-00000000"
-        assert producer.request_finished(finish(make_request(PROMPT, TO_P, remote_id)), (BLOCKS,))[0]
+        assert producer.request_finished(finish(make_request(PROMPT, TO_P, remote_id)), (BLOCKS,), 0.01)[0]
         ended: tuple[str, ...] = ()
         end = time.monotonic() + WAIT_S
         while not ended and time.monotonic() < end:

@@ -28,6 +28,7 @@ from vllm_datadist_connector.protocol.messages import (
     decode_response,
     encode,
 )
+from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.side_channel import client as client_module
 from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, zmq_url
@@ -139,12 +140,15 @@ def test_address_in_use_is_named(server: SideChannelServer) -> None:
         SideChannelServer(server.endpoint)
 
 
+OUR_ENVELOPE = encode(Released(id=1))[:6]
+OTHER_VERSION = b"DDSC\x09\x00\x80"
+
 GARBAGE = {
     "empty": b"",
     "text": b"GET / HTTP/1.1\r\n\r\n",
-    "other version": b"DDSC\x02\x00\x80",
-    "not UTF-8": b"DDSC\x01\x00\x81\xa4type\xa4\xff\xff\xff\xff",
-    "nesting": b"DDSC\x01\x00" + b"\x91" * 100_000,
+    "other version": OTHER_VERSION,
+    "not UTF-8": OUR_ENVELOPE + b"\x81\xa4type\xa4\xff\xff\xff\xff",
+    "nesting": OUR_ENVELOPE + b"\x91" * 100_000,
     "a response": encode(Released(id=1)),
     "as large as allowed": b"\0" * MAX_BODY_BYTES,
 }
@@ -169,8 +173,9 @@ def test_server_refuses_garbage_and_lives(
 def test_foreign_version_is_told_both(server: SideChannelServer, raw: Callable[[int], zmq.Socket[bytes]]) -> None:
     dealer = raw(zmq.DEALER)
     dealer.connect(zmq_url(server.endpoint))
-    dealer.send(GARBAGE["other version"])
-    assert decode_response(dealer.recv()) == Refused(id=0, reason="protocol version 2; this instance speaks 1")
+    dealer.send(OTHER_VERSION)
+    reason = f"protocol version 9; this instance speaks {PROTOCOL_VERSION}"
+    assert decode_response(dealer.recv()) == Refused(id=0, reason=reason)
 
 
 def test_server_ignores_several_frames_and_cuts_oversize_ones(
@@ -249,7 +254,7 @@ def test_a_restarted_server_on_the_same_port_gets_nothing_meant_for_its_predeces
 
 @pytest.mark.parametrize(
     "reply",
-    [b"garbage", b"DDSC\x02\x00\x80", encode(Refused(id=0, reason="too new")), encode(renew(1))],
+    [b"garbage", OTHER_VERSION, encode(Refused(id=0, reason="too new")), encode(renew(1))],
     ids=["garbage", "version", "refused", "request"],
 )
 def test_a_server_that_breaks_the_protocol_fails_what_is_outstanding(

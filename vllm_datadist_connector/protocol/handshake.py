@@ -146,6 +146,8 @@ def _inconsistency(cache: CacheLayout, groups: int) -> str:
             return f"shards {segment.first}..{segment.first + segment.count - 1} of {segment.total}"
         if segment_end(segment) > cache.block_bytes:
             return f"a segment ends at byte {segment_end(segment)} of a block of {cache.block_bytes}"
+        if not segment.row_tokens and cache.block_tokens:
+            return f"a state in blocks of {cache.block_tokens} tokens"
         if segment.row_tokens * segment.rows != cache.block_tokens and segment.row_tokens:
             return f"{segment.rows} rows of {segment.row_tokens} tokens in blocks of {cache.block_tokens} tokens"
     return ""

@@ -74,7 +74,11 @@ def wants_remote_decode(params: object) -> bool:
 
 def names_earlier_turn(params: object) -> bool:
     """Whether a P request brings blocks of its own past: an earlier turn's D still holds the KV of its first tokens."""
-    return isinstance(params, dict) and wants_remote_decode(params) and bool(params.get("remote_block_ids"))
+    if not isinstance(params, dict) or not wants_remote_decode(params):
+        return False
+    blocks = params.get("remote_block_ids")
+    # An earlier turn that is not held comes with groups of no blocks.
+    return isinstance(blocks, (list, tuple)) and any(blocks)
 
 
 def was_remote_prefill(params: object) -> bool:

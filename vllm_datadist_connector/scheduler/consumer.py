@@ -64,14 +64,17 @@ class ConsumerScheduler:
         recv_deadline_s: float,
         answer_timeout_s: float,
         recompute_threshold: int | None,
+        ourselves: tuple[Endpoint, str] | None = None,
     ) -> None:
         """
         Args:
+            ourselves: our own side channel and incarnation, where we may be the P of our own requests.
             recompute_threshold: of a P request that names an earlier turn's blocks, so many tokens at least are pulled
                 at once; None: such blocks are not pulled.
         """
         self._groups = groups
         self._recompute_threshold = recompute_threshold
+        self._ourselves = ourselves
         self._allows_peer = allows_peer
         self._recv_deadline_s = recv_deadline_s
         self._keeper = LeaseKeeper(answer_timeout_s)
@@ -119,15 +122,18 @@ class ConsumerScheduler:
             return
         tracked.state = _State.PULLING
         first, end = tracked.loadable_tokens - num_external_tokens, tracked.loadable_tokens
+        remote = tracked.remote
+        p = Endpoint(remote.remote_host, remote.remote_port), remote.ticket.incarnation
         grouped = zip(self._groups, tables, strict=True)
         self._pulls.append(
             PullJob(
                 request_id=request.request_id,
-                remote=tracked.remote,
+                remote=remote,
                 local_blocks=tuple(group.covering(table, first, end) for group, table in grouped),
                 first_token=first,
                 end_token=end,
                 prompt_digest=tracked.prompt_digest,
+                from_ourselves=p == self._ourselves,
                 deadline_s=self._recv_deadline_s,
             )
         )

@@ -50,6 +50,7 @@ class ConnectorScheduler:
                 config.recv_deadline_s,
                 config.handshake_timeout_s,
                 config.recompute_threshold if config.bidirectional else None,
+                (self._producer.endpoint, identity.incarnation) if self._producer is not None else None,
             )
 
     def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:

@@ -6,12 +6,16 @@ block of vLLM's is addressed through a *view*, the same tensors registered as bl
 
 from __future__ import annotations
 
+import ctypes
 from collections.abc import Sequence
+
+import numpy as np
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.protocol.handshake import CacheLayout, View
 from vllm_datadist_connector.worker.kv_layout import CacheSpec
 from vllm_datadist_connector.worker.pairing import granules_of
+from vllm_datadist_connector.worker.plan import BlockPull
 
 _DT_UINT8 = 4
 
@@ -51,6 +55,17 @@ class RegisteredCaches:
         check(status, f"RegisterKvCache of {len(spec.addrs)} tensors in blocks of {granule} bytes")
         self._views[index, granule] = cache_id
         return cache_id
+
+    def copy(self, pull: BlockPull) -> None:
+        """Carries out a planned pull from our own blocks, in this thread; PullKvBlocks refuses the own cluster."""
+        src, dst = pull.src_blocks, pull.dst_blocks
+        starts = np.flatnonzero(np.concatenate(([True], (np.diff(src) != 1) | (np.diff(dst) != 1))))
+        lengths = np.diff(np.append(starts, len(src)))
+        runs = (np.stack((src[starts], dst[starts], lengths), axis=1) * pull.granule).tolist()
+        for addr in self._specs[pull.dst_index].addrs[pull.dst_layers[0] : pull.dst_layers[1] + 1]:
+            for src_offset, dst_offset, length in runs:
+                # Lets other threads run meanwhile, unlike an assignment of numpy's.
+                ctypes.memmove(addr + dst_offset, addr + src_offset, length)
 
     def layouts(self, shared: bool) -> tuple[CacheLayout, ...]:
         """What peers are told. `shared`: with a view of every granule that one of them may need to pull from us."""

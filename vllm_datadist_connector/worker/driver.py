@@ -155,7 +155,7 @@ class PullDriver:
 
     def _start(self, job: PullJob) -> None:
         try:
-            instance = self._instances.meet(job.remote)
+            instance = self._instances.meet(job.remote, job.from_ourselves)
         except Exception:
             # No deadline watches over this request yet: it would wait for ever.
             logger.exception("request %s: pull failed (internal)", job.request_id)
@@ -189,6 +189,10 @@ class PullDriver:
 
     def _pull_from(self, transfer: Transfer, peer: Peer, theirs: RankGeometry, tokens: TokenRange) -> None:
         for pull in plan_pull(self._ours, theirs, peer.pairings, tokens):
+            transfer.num_bytes += pull.num_bytes
+            if transfer.instance.is_ourselves:
+                self._caches.copy(pull)
+                continue
             call = self._queue.submit_pull_blocks(
                 theirs.cluster_id,
                 pull.src_cache_id,
@@ -201,7 +205,6 @@ class PullDriver:
                 tensor_num_per_layer=_TENSORS_PER_LAYER,
             )
             self._transfers.add_call(transfer, call)
-            transfer.num_bytes += pull.num_bytes
 
     def _on_completion(self, completion: _native.Completion) -> None:
         transfer = self._transfers.take_call(completion.id)

@@ -86,6 +86,7 @@ class Instance:
     retry_at: float = 0.0
     waiting: list[str] = field(default_factory=list)
     """Requests to start once READY, to fail once BROKEN."""
+    is_ourselves: bool = False
 
     @property
     def givers(self) -> list[tuple[Peer, RankGeometry]]:
@@ -124,8 +125,8 @@ class InstanceTable:
         """Worker ranks that we are linked with."""
         return sum(peer.linked for each in self._instances.values() for peer in each.peers.values())
 
-    def meet(self, remote: RemotePrefill) -> Instance:
-        """The instance that granted a lease; an unknown one is greeted."""
+    def meet(self, remote: RemotePrefill, is_ourselves: bool = False) -> Instance:
+        """The instance that granted a lease; an unknown one is greeted, unless it is our own."""
         key = InstanceKey(
             Endpoint(remote.remote_host, remote.remote_port), remote.remote_engine_id, remote.ticket.incarnation
         )
@@ -144,7 +145,10 @@ class InstanceTable:
                 instance.failed_step = "handshake"
                 return instance
             self._instances[key] = instance
-            self._greet(instance, _FIRST)
+            if is_ourselves:
+                self._know_ourselves(instance)
+            else:
+                self._greet(instance, _FIRST)
         instance.last_used = now
         return instance
 
@@ -199,6 +203,8 @@ class InstanceTable:
         return waiting
 
     def is_linked(self, instance: Instance) -> bool:
+        if instance.is_ourselves:
+            return True
         reports = [self._link_report(geometry.cluster_id) for _, geometry in instance.givers]
         return all(report is not None and report.alive for report in reports)
 
@@ -217,6 +223,12 @@ class InstanceTable:
         ready = (each.last_used for each in self._instances.values() if each.state is InstanceState.READY)
         oldest = min(ready, default=None)
         return None if oldest is None else oldest + self._ttl_s
+
+    def _know_ourselves(self, instance: Instance) -> None:
+        """Every rank has all that it needs itself: nobody to greet, nothing to link."""
+        rank = Rank(self._ours.pp_rank, self._ours.tp_rank)
+        instance.peers[rank] = Peer(rank, self._ours, pair(self._ours, self._ours))
+        instance.state, instance.is_ourselves = InstanceState.READY, True
 
     def _greet(self, instance: Instance, rank: Rank) -> None:
         def hello(request_id: int) -> Hello:

@@ -1,0 +1,134 @@
+"""Models whose KV cache is not one tensor of heads per layer: latent, sliding, mixed and recurrent, across unequal TP.
+
+D is its own oracle: without params it is a plain instance. Every request has a cache_salt of its own, so that nothing
+it answers comes from its prefix cache, and the tests count the tokens that came from outside.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import equality
+import pytest
+from support.client import Request, new_salt, prompt_tokens
+from support.metrics import BYTES, EXTERNAL_HITS, FAILED, Change
+from support.proxy import PDProxy
+from support.reference import Reference
+from support.servers import Pair, kv_transfer, make_server, running, spec_of
+
+LENGTHS = (1, 2, 33, 129, 257, 700, 1500)
+
+
+@dataclass(frozen=True)
+class Case:
+    kind: str
+    p_tp: int = 1
+    d_tp: int = 1
+    caches_prefixes: bool = True
+    states: bool = False
+    """P stops before the last token, which D computes."""
+
+    def __str__(self) -> str:
+        return f"{self.kind}-tp{self.p_tp}-to-tp{self.d_tp}"
+
+
+CASES = [
+    Case("deepseek", p_tp=2, caches_prefixes=False),
+    Case("gemma3"),
+    Case("gemma4", d_tp=2),
+    Case("gpt-oss"),
+    Case("granite-hybrid", p_tp=2, caches_prefixes=False, states=True),
+    Case("falcon-h1", d_tp=2, caches_prefixes=False, states=True),
+]
+
+
+class Served(NamedTuple):
+    case: Case
+    pair: Pair
+    reference: Reference
+
+    def loaded(self, length: int) -> int:
+        """Tokens of a prompt that come from P, less the last one that vLLM computes again."""
+        return length - 1
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def served(request: pytest.FixtureRequest) -> Iterator[Served]:
+    case: Case = request.param
+    fail = kv_transfer("decode", {"kv_load_failure_policy": "fail"})
+    pair = Pair(
+        make_server(spec_of(f"{case}-p", case.kind, kv_transfer("prefill"), tensor_parallel=case.p_tp)),
+        make_server(spec_of(f"{case}-d", case.kind, fail, tensor_parallel=case.d_tp)),
+    )
+    with running(*pair.both):
+        yield Served(case, pair, Reference(pair.decode.url))
+
+
+@pytest.fixture(autouse=True)
+def nothing_held(served: Served) -> Iterator[None]:
+    yield
+    asyncio.run(equality.check_nothing_held(served.pair))
+
+
+async def check(served: Served, *requests: Request) -> Change:
+    """Right answers, all of whose prompts came from P. Returns what D's counters grew by."""
+    for request in requests:
+        await served.reference.answer(request)
+    change = Change(served.pair.decode.url)
+    async with PDProxy(served.pair.prefill.url, served.pair.decode.url) as proxy:
+        answers = await equality.send(proxy.url, *requests)
+    for request, answer in zip(requests, answers, strict=True):
+        await served.reference.check(request, answer)
+    return change
+
+
+def new_request(length: int, seed: int, stream: bool = False) -> Request:
+    return Request(prompt_tokens(length, seed), cache_salt=new_salt(), stream=stream)
+
+
+@pytest.mark.parametrize("length", LENGTHS)
+def test_length(served: Served, length: int) -> None:
+    async def scenario() -> None:
+        change = await check(served, new_request(length, seed=1))
+        if length > 1:
+            await change.reaches(EXTERNAL_HITS, served.loaded(length))
+            await change.reaches(BYTES, 1)
+        assert change.now(FAILED) == 0
+
+    asyncio.run(scenario())
+
+
+def test_sixteen_at_once(served: Served) -> None:
+    requests = [new_request(2 + (i * 97) % 900, seed=50 + i, stream=i % 2 == 1) for i in range(16)]
+
+    async def scenario() -> None:
+        change = await check(served, *requests)
+        await change.reaches(EXTERNAL_HITS, sum(served.loaded(len(request.prompt)) for request in requests))
+        assert change.now(FAILED) == 0
+
+    asyncio.run(scenario())
+
+
+def test_what_the_prefix_cache_has_is_not_moved(served: Served) -> None:
+    """A longer prompt that begins like one that D has seen: windows and block sizes of each group, at any offset."""
+    salt = new_salt()
+    prompt = prompt_tokens(1300, seed=7)
+    requests = [Request(prompt[:length], cache_salt=salt) for length in (600, 600, 1300)]
+
+    async def scenario() -> list[float]:
+        moved = []
+        for request in requests:
+            change = await check(served, request)
+            await change.reaches(BYTES, 1)
+            moved.append(change.now(BYTES))
+        return moved
+
+    first, again, longer = asyncio.run(scenario())
+    if served.case.caches_prefixes:
+        assert again < first
+        assert longer < 2 * first
+    else:
+        assert again == first

@@ -1,0 +1,47 @@
+"""Fixtures of the pull driver's tests: P's and D's that end with the test that asked for them.
+
+Imported only where they are used: P's side needs vLLM, which takes longer to import than the engine's own tests to run.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextlib import ExitStack, closing
+from typing import TYPE_CHECKING, Any
+
+import pytest
+
+if TYPE_CHECKING:
+    from support.consumer import Consumer
+    from support.producer_process import ProducerProcess
+
+P_CLUSTER = 100
+
+
+@pytest.fixture
+def start_producer(resources: ExitStack) -> Callable[..., ProducerProcess]:
+    from support.producer_process import ProducerProcess
+
+    def start(cluster_id: int = P_CLUSTER, **settings: Any) -> ProducerProcess:
+        producer = ProducerProcess(cluster_id, **settings)
+        resources.callback(producer.kill)
+        return producer
+
+    return start
+
+
+@pytest.fixture
+def start_consumer(resources: ExitStack) -> Callable[..., Consumer]:
+    from support.consumer import Consumer
+
+    return lambda **settings: resources.enter_context(closing(Consumer(**settings)))
+
+
+@pytest.fixture
+def producer(start_producer: Callable[..., ProducerProcess]) -> ProducerProcess:
+    return start_producer()
+
+
+@pytest.fixture
+def consumer(start_consumer: Callable[..., Consumer]) -> Consumer:
+    return start_consumer()
