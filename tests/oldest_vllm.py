@@ -21,6 +21,7 @@ from console import StepError, run_shown  # noqa: E402
 
 # What depends on vLLM's version.
 SELECTION = (
+    "tests/oldest",
     "tests/e2e/test_loading.py",
     "tests/e2e/test_pd_equality.py",
     "tests/e2e/test_pd_tp2.py",
