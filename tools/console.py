@@ -1,4 +1,4 @@
-"""Runs one long command behind one line of progress; its output goes to a log whose tail is shown when it fails.
+"""Runs one long command: behind a line of progress, its output in a log whose tail is shown if it fails, or in sight.
 
 Standard library only: it works before the virtual environment exists.
 """
@@ -16,6 +16,7 @@ from pathlib import Path
 
 TAIL_LINES = 40
 STOP_GRACE_S = 10.0
+SHOWN_GRACE_S = 60.0  # a pytest that is terminated ends its servers first
 # A log that is not a terminal gets a line now and then, enough for a CI system to see that the step is alive.
 PLAIN_INTERVAL_S = 15.0
 
@@ -115,3 +116,14 @@ def run_step(
                 stop_group(process)
         if process.returncode != 0:
             raise StepError(f"{title}: exit status {process.returncode}; the end of {log}:\n{tail(log)}")
+
+
+def run_shown(command: Sequence[str], env: Mapping[str, str], cwd: Path) -> int:
+    """Runs a command whose output is the user's to see; returns its exit status."""
+    print(f"$ {' '.join(command)}", flush=True)
+    process = subprocess.Popen(command, cwd=cwd, env=env, stdin=subprocess.DEVNULL, start_new_session=True)
+    try:
+        return process.wait()
+    finally:
+        if process.poll() is None:
+            stop_group(process, SHOWN_GRACE_S)

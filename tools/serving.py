@@ -23,7 +23,7 @@ from pathlib import Path
 from console import Progress, tail
 
 HOST = "127.0.0.1"
-READY_DEADLINE_S = 300.0
+READY_DEADLINE_S = 600.0  # of a machine whose cores others use, too
 STOP_GRACE_S = 20.0
 POLL_S = 0.25
 PAUSE_POLL_S = 0.002

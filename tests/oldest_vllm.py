@@ -1,0 +1,50 @@
+#!/usr/bin/env python3
+"""Runs the core of the end-to-end tests with the oldest vLLM that the connector supports.
+
+    tests/oldest_vllm.py [PYTEST_ARGUMENTS]
+
+Sets up .venv-oldest, which takes more than 5 GB, and ends with pytest's exit status. Arguments are pytest's, before
+our selection: `-k router`, say, or `-x`.
+"""
+
+from __future__ import annotations
+
+import signal
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from bootstrap import OLDEST, ensure_environment  # noqa: E402
+from console import StepError, run_shown  # noqa: E402
+
+# What depends on vLLM's version.
+SELECTION = (
+    "tests/oldest",
+    "tests/e2e/test_loading.py",
+    "tests/e2e/test_pd_equality.py",
+    "tests/e2e/test_pd_tp2.py",
+)
+
+
+def main() -> int:
+    # A terminated run ends its servers, as an interrupted one does.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        print(f"== set-up, vLLM {OLDEST.vllm}", flush=True)
+        environment = ensure_environment(OLDEST)
+        print("\n== tests", flush=True)
+        # Not `python -m pytest`, which would put the sources before the installed package on the path.
+        command = [str(environment.tool("pytest")), *sys.argv[1:], *SELECTION]
+        return run_shown(command, environment.variables(), ROOT)
+    except StepError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

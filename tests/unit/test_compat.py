@@ -1,0 +1,106 @@
+"""What compat.py does to vLLM, seen without an old vLLM: tests/oldest does the same with one."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.request import RequestStatus
+
+from vllm_datadist_connector import compat
+from vllm_datadist_connector.connector import DataDistConnector
+
+NULL_BLOCK = 0
+BLOCKS = {"bad": ([1, 2], [NULL_BLOCK, 3]), "good": ([4, 5], [NULL_BLOCK, 6]), "running": ([7], [8])}
+
+
+def vllms_answer(self: Any, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]) -> set[str]:
+    """Stands in for vLLM's own."""
+    del self, invalid_block_ids, num_scheduled_tokens
+    return {"vLLM's answer"}
+
+
+@pytest.fixture
+def old_vllm(monkeypatch: pytest.MonkeyPatch) -> Callable[..., set[str]]:
+    """The scheduler's method as guarded in a vLLM without results by request."""
+    monkeypatch.setattr(Scheduler, "_handle_invalid_blocks", vllms_answer)
+    monkeypatch.setattr(compat, "TransferResults", None)
+    compat.guard_failed_loads()
+    guarded = Scheduler._handle_invalid_blocks
+    assert guarded is not vllms_answer
+    return guarded
+
+
+def make_scheduler(recompute: bool, num_groups: int = 2, connector: type = DataDistConnector) -> Any:
+    waiting = RequestStatus.WAITING_FOR_REMOTE_KVS
+    status = {"bad": waiting, "good": waiting, "running": RequestStatus.RUNNING}
+    return SimpleNamespace(
+        connector=connector.__new__(connector),
+        recompute_kv_load_failures=recompute,
+        failed_recving_kv_req_ids=set(),
+        kv_cache_config=SimpleNamespace(kv_cache_groups=[None] * num_groups),
+        kv_cache_manager=SimpleNamespace(
+            block_pool=SimpleNamespace(null_block=SimpleNamespace(block_id=NULL_BLOCK)), get_block_ids=BLOCKS.get
+        ),
+        requests={
+            name: SimpleNamespace(request_id=name, status=status[name], num_computed_tokens=32) for name in BLOCKS
+        },
+    )
+
+
+def computed(scheduler: Any) -> dict[str, int]:
+    return {name: request.num_computed_tokens for name, request in scheduler.requests.items()}
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_fail_names_the_request_whose_load_failed(old_vllm: Callable[..., set[str]], block: int) -> None:
+    scheduler = make_scheduler(recompute=False)
+    assert old_vllm(scheduler, {NULL_BLOCK, block}, {}) == {"bad"}
+    assert scheduler.failed_recving_kv_req_ids == set()
+
+
+@pytest.mark.parametrize("block", [1, 2, 3])
+def test_recompute_starts_that_request_from_nothing(old_vllm: Callable[..., set[str]], block: int) -> None:
+    scheduler = make_scheduler(recompute=True)
+    assert old_vllm(scheduler, {NULL_BLOCK, block}, {}) == set()
+    assert scheduler.failed_recving_kv_req_ids == {"bad"}
+    assert computed(scheduler) == {"bad": 0, "good": 32, "running": 32}
+
+
+def test_blocks_of_no_load_fail_nobody(old_vllm: Callable[..., set[str]]) -> None:
+    scheduler = make_scheduler(recompute=False)
+    assert old_vllm(scheduler, {NULL_BLOCK, 7, 8, 99}, {}) == set()
+    assert set(computed(scheduler).values()) == {32}
+
+
+@pytest.mark.parametrize("changes", [{"num_groups": 1}, {"connector": SimpleNamespace}])
+def test_the_rest_is_left_to_vllm(old_vllm: Callable[..., set[str]], changes: dict[str, Any]) -> None:
+    assert old_vllm(make_scheduler(recompute=False, **changes), {1}, {}) == {"vLLM's answer"}
+
+
+def test_guarding_twice_guards_once(old_vllm: Callable[..., set[str]]) -> None:
+    compat.guard_failed_loads()
+    assert Scheduler._handle_invalid_blocks is old_vllm
+
+
+def test_a_vllm_with_results_by_request_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduler, "_handle_invalid_blocks", vllms_answer)
+    monkeypatch.setattr(compat, "TransferResults", tuple)
+    compat.guard_failed_loads()
+    assert Scheduler._handle_invalid_blocks is vllms_answer
+
+
+def test_an_unknown_scheduler_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def changed(self: Any, report: object) -> None:
+        del self, report
+
+    said: list[tuple[object, ...]] = []
+    monkeypatch.setattr(Scheduler, "_handle_invalid_blocks", changed)
+    monkeypatch.setattr(compat, "TransferResults", None)
+    monkeypatch.setattr(compat.logger, "critical", lambda *line: said.append(line))
+    compat.guard_failed_loads()
+    assert Scheduler._handle_invalid_blocks is changed
+    assert said
