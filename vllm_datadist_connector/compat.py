@@ -123,17 +123,27 @@ def is_conv_state_dim_first() -> bool:
     return bool(dim_first())
 
 
-def drop_last_prompt_token(request: Any) -> None:
-    """Shortens a P request so that a hybrid model's state ends before the prompt's last token.
+def prompt_tail(vllm_config: Any, has_states: bool) -> int:
+    """How many of a prompt's last tokens P must not compute, because D computes them itself from what precedes them.
 
-    vLLM has no notion of it: NixlConnector shortens requests in the same way. Goes when vLLM lets a connector ask for
-    the state before the last token.
+    One where a state is overwritten by each token, and as many as the modules of a multi-token predictor read ahead:
+    on P they would read tokens that were never verified. Before vLLM 0.31 there is no such margin; the default goes
+    with it.
     """
-    if request.num_prompt_tokens < 2 or not request.prompt_token_ids or len(request.all_token_ids) < 2:
+    return max(int(has_states), int(getattr(vllm_config, "num_prefill_lookahead_tokens", 0)) - 1)
+
+
+def drop_prompt_tail(request: Any, count: int) -> None:
+    """Shortens the prompt of a P request.
+
+    vLLM has no notion of it: NixlConnector shortens requests in the same way. Goes when vLLM lets a connector say where
+    a prefill ends.
+    """
+    if request.num_prompt_tokens <= count or not request.prompt_token_ids:
         return
-    del request.prompt_token_ids[-1:]
-    del request._all_token_ids[-1:]
-    request.num_prompt_tokens -= 1
+    del request.prompt_token_ids[-count:]
+    del request._all_token_ids[-count:]
+    request.num_prompt_tokens -= count
     request.max_tokens = 1
 
 

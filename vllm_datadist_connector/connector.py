@@ -59,6 +59,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         self._worker: ConnectorWorker | None = None
         self._load_errors: set[int] = set()
         if role == KVConnectorRole.SCHEDULER:
+            compat.guard_failed_loads()
             self._scheduler = ConnectorScheduler(config, vllm_config, groups)
         else:
             from vllm_datadist_connector.worker.build import build_worker

@@ -20,5 +20,4 @@ def register() -> None:
     if NAME not in KVConnectorFactory._registry:
         KVConnectorFactory.register_connector(NAME, MODULE, NAME)
     compat.share_logging()
-    compat.guard_failed_loads()
     compat.prepare_process()

@@ -5,33 +5,21 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from contextlib import closing
 from typing import Any
 
 import numpy as np
 import pytest
-from support.consumer import Consumer
+from support.consumer import Consumer, release
 from support.kv_ranks import BLOCKS
 from support.pd import LOOPBACK, WAIT_S, wait_until
 from support.producer_process import ProducerProcess
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.metadata import PullJob
-from vllm_datadist_connector.protocol.messages import Release
 from vllm_datadist_connector.protocol.params import RemotePrefill
-from vllm_datadist_connector.side_channel.client import SideChannelClient
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.transfers import Failure
 
 P_CLUSTER = 100
-
-
-def release(remote: RemotePrefill) -> None:
-    with closing(SideChannelClient()) as client:
-        endpoint = Endpoint(remote.remote_host, remote.remote_port)
-        client.send(endpoint, lambda i: Release(id=i, tokens=(remote.ticket.token,)), WAIT_S)
-        ((answer,), _) = client.wait([], time.monotonic() + WAIT_S)
-        assert answer.response is not None, answer.error
 
 
 @pytest.mark.parametrize("transport", ["cma", "tcp"])
@@ -52,7 +40,7 @@ def test_bytes_are_the_owners(
 
 def test_nothing_to_read_is_confirmed_too(producer: ProducerProcess, consumer: Consumer) -> None:
     remote = producer.prefill("r", [1])
-    consumer.driver.submit(PullJob("r", remote, ((),), 16, 16, remote.ticket.prompt_digest, WAIT_S))
+    consumer.driver.submit(PullJob("r", remote, ((),), 16, 16, remote.ticket.prompt_digest, False, WAIT_S))
     consumer.wait(1)
     assert consumer.failed == set()
     consumer.check_bytes()
@@ -284,8 +272,8 @@ def test_an_idle_link_that_was_lost_is_made_anew(producer: ProducerProcess, cons
 def test_a_fault_of_ours_fails_the_request_and_not_the_next(
     producer: ProducerProcess, consumer: Consumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(remote: RemotePrefill) -> None:
-        del remote
+    def fail(remote: RemotePrefill, is_ourselves: bool) -> None:
+        del remote, is_ourselves
         raise KeyError("bug")
 
     remote = producer.prefill("r", [1])

@@ -6,8 +6,8 @@ import time
 from collections.abc import Callable
 
 import pytest
-from support.consumer import D_CLUSTER, Consumer
-from support.kv_ranks import make_kv
+from support.consumer import D_CLUSTER, Consumer, release
+from support.kv_ranks import BLOCKS, KV, Place, make_kv
 from support.pd import BLOCK_SIZE, wait_until
 from support.producer_process import ProducerProcess
 
@@ -105,44 +105,152 @@ def test_a_new_incarnation_retires_the_old_one_at_once(
     pull(consumer, second, "after", [5], [5])
 
 
-OWN_CLUSTER = pytest.mark.xfail(
-    reason="PullKvBlocks refuses the own cluster id, as documented: the driver must copy such blocks by itself, or the "
-    "scheduler not ask for them",
-    strict=True,
-)
+class TestOurselves:
+    """The D of an earlier turn prefills the next one: its blocks are copied, for no engine links with itself."""
 
+    @pytest.fixture
+    def own(self) -> KV:
+        return make_kv(D_CLUSTER, BLOCK_SIZE)
 
-@OWN_CLUSTER
-@pytest.mark.parametrize("transport", ["local", "auto"])
-def test_pulls_from_itself(start_consumer: StartConsumer, transport: str) -> None:
-    """The D of an earlier turn prefills the next one: its blocks come over a link of the engine with itself."""
-    consumer = start_consumer(transport=transport, serves=True)
-    own = make_kv(D_CLUSTER, BLOCK_SIZE)
-    for round_ in range(2):
-        remote = consumer.prefill(str(round_), [5, 6, 7])
-        dst = [20 + 3 * round_ + i for i in range(3)]
-        consumer.expect(own, remote, dst)
-        consumer.pull(str(round_), remote, dst)
-        consumer.wait(round_ + 1)
+    @staticmethod
+    def met_nobody(consumer: Consumer) -> bool:
+        return consumer.observer.handshakes == consumer.driver.linked_peers() == 0 and no_link(consumer, D_CLUSTER)
+
+    @pytest.mark.parametrize("transport", ["local", "auto"])
+    @pytest.mark.parametrize(
+        ("src", "dst"),
+        [([5, 6, 7], [20, 21, 22]), ([5, 6, 7], [22, 21, 20]), ([5, 6, 9, 10, 7], [20, 21, 22, 23, 500]), ([511], [1])],
+        ids=["one run", "backwards", "several runs", "the last block"],
+    )
+    def test_blocks_are_copied(
+        self, start_consumer: StartConsumer, own: KV, transport: str, src: list[int], dst: list[int]
+    ) -> None:
+        consumer = start_consumer(transport=transport, serves=True)
+        for round_ in range(2):
+            remote = consumer.prefill(str(round_), src)
+            consumer.expect(own, remote, dst)
+            consumer.pull(str(round_), remote, dst)
+            consumer.wait(round_ + 1)
+            assert consumer.failed == set()
+            consumer.check_bytes()
+        moved = {transfer.num_bytes for transfer in consumer.observer.pulls}
+        assert moved == {len(src) * consumer.memory[:, 0].nbytes}
+        assert self.met_nobody(consumer)
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_each_rank_copies_its_own_heads(self, start_consumer: StartConsumer, rank: int) -> None:
+        place = Place(tp_rank=rank, tp_size=2)
+        consumer = start_consumer(place=place, serves=True)
+        remote = consumer.prefill("r", [5, 9])
+        consumer.expected[:, [20, 30]] = consumer.memory[:, [5, 9]]
+        consumer.pull("r", remote, [20, 30])
+        consumer.wait(1)
         assert consumer.failed == set()
         consumer.check_bytes()
-    report = consumer.datadist.query_link(D_CLUSTER)[1]
-    assert report is not None
-    assert report.transport == "local"
-    assert consumer.observer.handshakes == 1
+        assert self.met_nobody(consumer)
+
+    def test_only_the_tokens_that_are_missing(self, start_consumer: StartConsumer, own: KV) -> None:
+        consumer = start_consumer(serves=True)
+        remote = consumer.prefill("r", [0, 6, 7, 8])
+        consumer.expect(own, remote, [0, 21, 22], first_token=BLOCK_SIZE)
+        consumer.pull("r", remote, [0, 21, 22], first_token=BLOCK_SIZE)
+        consumer.wait(1)
+        assert consumer.failed == set()
+        consumer.check_bytes()
+
+    def test_a_lease_that_has_ended_fails_the_copy(self, start_consumer: StartConsumer) -> None:
+        consumer = start_consumer(serves=True)
+        remote = consumer.prefill("r", [5])
+        release(remote)
+        consumer.pull("r", remote, [20])
+        consumer.wait(1)
+        assert (consumer.failed, consumer.invalid) == ({"r"}, {20})
+        assert consumer.observer.failures == [Failure.LEASE]
+
+    def test_blocks_that_are_not_there_fail_the_copy(self, start_consumer: StartConsumer) -> None:
+        consumer = start_consumer(serves=True)
+        consumer.pull("r", consumer.prefill("r", [BLOCKS]), [20])
+        consumer.wait(1)
+        assert consumer.observer.failures == [Failure.PLAN]
+        consumer.check_bytes()
+
+    def test_unused_for_a_while(self, start_consumer: StartConsumer, own: KV) -> None:
+        consumer = start_consumer(serves=True, peer_ttl_s=0.05)
+        for round_ in range(2):
+            remote = consumer.prefill(str(round_), [5])
+            consumer.expect(own, remote, [20 + round_])
+            consumer.pull(str(round_), remote, [20 + round_])
+            consumer.wait(round_ + 1)
+            wait_until(lambda: consumer.driver._instances.next_idle() is None, "the eviction")
+        assert consumer.failed == set()
+        assert self.met_nobody(consumer)
+        consumer.check_bytes()
+
+    def test_beside_another_instance(
+        self, start_producer: StartProducer, start_consumer: StartConsumer, own: KV
+    ) -> None:
+        producer, consumer = start_producer(), start_consumer(serves=True)
+        pull(consumer, producer, "theirs", [1, 2], [30, 31])
+        remote = consumer.prefill("ours", [5])
+        consumer.expect(own, remote, [20])
+        consumer.pull("ours", remote, [20])
+        consumer.wait(2)
+        pull(consumer, producer, "theirs again", [3], [32])
+        assert consumer.observer.handshakes == consumer.driver.linked_peers() == 1
+        assert no_link(consumer, D_CLUSTER)
 
 
-@OWN_CLUSTER
-def test_a_link_with_itself_that_was_lost_is_made_anew(start_consumer: StartConsumer) -> None:
-    consumer = start_consumer(transport="local", serves=True, peer_ttl_s=0.2)
-    own = make_kv(D_CLUSTER, BLOCK_SIZE)
-    for round_ in range(2):
-        remote = consumer.prefill(str(round_), [5])
-        consumer.expect(own, remote, [20 + round_])
-        consumer.pull(str(round_), remote, [20 + round_])
-        consumer.wait(round_ + 1)
-        wait_until(lambda: consumer.driver.linked_peers() == 0, "the eviction")
-        wait_until(lambda: no_link(consumer, D_CLUSTER), "the end of the link")
-    assert consumer.failed == set()
-    assert consumer.observer.handshakes == 2
-    consumer.check_bytes()
+class TestClusterIds:
+    """An engine knows others by their cluster ids alone: a second owner of one would be taken for the first."""
+
+    def refused(self, consumer: Consumer, producer: ProducerProcess, request_id: str) -> None:
+        consumer.pull(request_id, producer.prefill(request_id, [1]), [1])
+        consumer.wait(len(consumer.received) + 1)
+        assert request_id in consumer.failed
+        assert consumer.observer.failures[-1] is Failure.HANDSHAKE
+        consumer.check_bytes()
+
+    @pytest.mark.parametrize("serves", [False, True])
+    def test_ours_is_refused(
+        self,
+        start_producer: StartProducer,
+        start_consumer: StartConsumer,
+        caplog: pytest.LogCaptureFixture,
+        serves: bool,
+    ) -> None:
+        producer = start_producer(lies={"0": {"cluster_id": D_CLUSTER}})
+        consumer = start_consumer(serves=serves)
+        self.refused(consumer, producer, "r")
+        assert f"cluster id {D_CLUSTER} is that of another instance's rank" in caplog.text
+        assert no_link(consumer, D_CLUSTER)
+        assert consumer.driver.linked_peers() == 0
+
+    @pytest.mark.parametrize("rank", [0, 1])
+    def test_that_of_a_linked_instance_is_refused(
+        self,
+        start_producer: StartProducer,
+        start_consumer: StartConsumer,
+        caplog: pytest.LogCaptureFixture,
+        rank: int,
+    ) -> None:
+        first = start_producer(100, tp_size=2)
+        second = start_producer(101, tp_size=2, lies={str(rank): {"cluster_id": 1100}})
+        consumer = start_consumer()
+        pull(consumer, first, "first", [1], [2])
+        self.refused(consumer, second, "second")
+        assert "cluster id 1100 is that of another instance's rank" in caplog.text
+        pull(consumer, first, "first again", [3], [4])
+        assert consumer.observer.handshakes == 1, "the first one's links are not touched"
+
+    def test_is_free_once_its_owner_has_gone(self, start_producer: StartProducer, start_consumer: StartConsumer) -> None:
+        first, consumer = start_producer(100), start_consumer()
+        pull(consumer, first, "first", [1], [2])
+        first.kill()
+
+        def lost() -> bool:
+            report = consumer.datadist.query_link(100)[1]
+            return report is None or not report.alive
+
+        wait_until(lost, "the loss of the link")
+        pull(consumer, start_producer(100), "second", [3], [4])
+        assert consumer.observer.handshakes == 2

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
+from contextlib import closing
 from typing import Any
 
-import msgspec
 import numpy as np
 
 from support.kv_ranks import DECODER_ROLE, KV, MIX_ROLE, Place, RankEngine, copy_tokens, make_kv
@@ -13,12 +14,24 @@ from support.pd import WAIT_S, wait_until
 from support.producer_process import ProducerProcess, prefill, start_scheduler
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.protocol.messages import Release
 from vllm_datadist_connector.protocol.params import RemotePrefill, parse_remote_prefill
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
+from vllm_datadist_connector.side_channel.client import SideChannelClient
+from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.driver import PullDriver
 from vllm_datadist_connector.worker.transfers import Failure, Transfer
 
 D_CLUSTER = 900
+
+
+def release(remote: RemotePrefill) -> None:
+    """Returns once P has ended the lease."""
+    with closing(SideChannelClient()) as client:
+        endpoint = Endpoint(remote.remote_host, remote.remote_port)
+        client.send(endpoint, lambda i: Release(id=i, tokens=(remote.ticket.token,)), WAIT_S)
+        ((answer,), _) = client.wait([], time.monotonic() + WAIT_S)
+        assert answer.response is not None, answer.error
 
 
 class Observer:
@@ -59,8 +72,8 @@ class Consumer:
         geometry = engine.geometry()
         self._scheduler: ProducerScheduler | None = None
         if serves:
+            # It is told of no ranks, so whoever greets us is refused.
             self._scheduler = start_scheduler(block_size=self.place.block_size)
-            self._scheduler.set_geometries({(0, 0): msgspec.msgpack.encode(geometry)})
         self.observer = Observer()
         self.driver = PullDriver(self.datadist, geometry, engine.caches, settings, self.observer)
         self.received: list[str] = []
@@ -81,7 +94,7 @@ class Consumer:
         deadline_s: float = WAIT_S,
         first_token: int = 0,
     ) -> None:
-        """All of P's tokens from `first_token` on, into local[0] and so on."""
+        """All of P's tokens from `first_token` on, into local[0] and so on. From ourselves if we granted the lease."""
         self.driver.submit(
             PullJob(
                 request_id=request_id,
@@ -90,6 +103,7 @@ class Consumer:
                 first_token=first_token,
                 end_token=remote.remote_num_tokens,
                 prompt_digest=remote.ticket.prompt_digest,
+                from_ourselves=self._is_ours(remote),
                 deadline_s=deadline_s,
             )
         )
@@ -115,6 +129,11 @@ class Consumer:
 
     def check_bytes(self) -> None:
         np.testing.assert_array_equal(self.memory, self.expected)
+
+    def _is_ours(self, remote: RemotePrefill) -> bool:
+        """By its address: each P of a test has one of its own."""
+        ours = self._scheduler.endpoint if self._scheduler is not None else None
+        return ours == (remote.remote_host, remote.remote_port)
 
     def close(self) -> None:
         self.driver.close()

@@ -268,4 +268,4 @@ def _length(spec: CacheSpec) -> int:
 
 def _memory(spec: CacheSpec, tensor: int) -> np.ndarray[tuple[int], np.dtype[np.uint8]]:
     length = _length(spec)
-    return np.frombuffer((ctypes.c_uint8 * length).from_address(spec.addrs[tensor]), np.uint8)
+    return np.ctypeslib.as_array((ctypes.c_uint8 * length).from_address(spec.addrs[tensor]))

@@ -16,6 +16,7 @@ SETTLE_DEADLINE_S = 15.0
 EXTERNAL_HITS = "vllm:external_prefix_cache_hits"
 KV_USAGE = "vllm:kv_cache_usage_perc"
 BYTES = "vllm:datadist_bytes_transferred_sum"
+LINKED_PEERS = "vllm:datadist_linked_peers"
 PULLING = "vllm:datadist_pulling_requests"
 LEASES_ENDED = "vllm:datadist_leases_ended"
 FAILED = "vllm:datadist_failed_transfers"

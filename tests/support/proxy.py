@@ -59,9 +59,25 @@ class Interference:
 
 
 @dataclass
+class RoundRobin:
+    """Instances that take turns; `urls` may change at any time."""
+
+    urls: list[str]
+    _turn: int = 0
+
+    def next(self) -> str:
+        self._turn += 1
+        return self.urls[self._turn % len(self.urls)]
+
+
+def completions(url: str | RoundRobin) -> str:
+    return f"{url if isinstance(url, str) else url.next()}/v1/completions"
+
+
+@dataclass
 class PDProxy:
-    prefill_url: str
-    decode_url: str
+    prefill_url: str | RoundRobin
+    decode_url: str | RoundRobin
     interference: Interference = field(default_factory=Interference)
 
     async def __aenter__(self) -> PDProxy:
@@ -106,11 +122,11 @@ class PDProxy:
         asked = {**ASK_PREFILL, **(body.get("kv_transfer_params") or {})}
         leg = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": asked}
         leg.pop("stream_options", None)
-        async with self._session.post(f"{self.prefill_url}/v1/completions", json=leg, headers=headers) as answer:
+        async with self._session.post(completions(self.prefill_url), json=leg, headers=headers) as answer:
             return answer.status, await answer.json(content_type=None)
 
     async def _decode(self, request: web.Request, body: Params, headers: dict[str, str]) -> web.StreamResponse:
-        async with self._session.post(f"{self.decode_url}/v1/completions", json=body, headers=headers) as answer:
+        async with self._session.post(completions(self.decode_url), json=body, headers=headers) as answer:
             response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
             await response.prepare(request)
             async for chunk in answer.content.iter_any():
@@ -120,7 +136,7 @@ class PDProxy:
 
     async def _swallow(self, body: Params, headers: dict[str, str]) -> None:
         try:
-            async with self._session.post(f"{self.decode_url}/v1/completions", json=body, headers=headers) as answer:
+            async with self._session.post(completions(self.decode_url), json=body, headers=headers) as answer:
                 await answer.read()
         except aiohttp.ClientError:
             return  # the copy's own fate is not the client's

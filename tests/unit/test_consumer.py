@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.counting_keeper import CountingKeeper
-from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, make_params, make_request, make_ticket
+from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TOKEN, make_params, make_request, make_ticket
 
 from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.metadata import PullJob
@@ -19,10 +19,13 @@ from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, parse_remote_prefill
 from vllm_datadist_connector.scheduler import consumer as consumer_module
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
+from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
 PROMPT = list(range(100, 100 + 5 * BLOCK_SIZE - 3))
 REMOTE = (11, 4, 9, 2, 30)
 LOCAL = [50, 51, 52, 53, 54]
+LOADED = len(PROMPT) - 1
+"""All but the last token, which vLLM feeds in any case."""
 
 
 @pytest.fixture
@@ -39,9 +42,14 @@ def consumer(keeper: CountingKeeper) -> ConsumerScheduler:
     return make_consumer()
 
 
-def make_consumer(allows_peer: Callable[[str], bool] = lambda host: host == LOOPBACK) -> ConsumerScheduler:
+def make_consumer(ourselves: tuple[Endpoint, str] | None = None) -> ConsumerScheduler:
     return ConsumerScheduler(
-        (KVGroup(BLOCK_SIZE),), allows_peer, recv_deadline_s=60.0, answer_timeout_s=5.0, recompute_threshold=None
+        (KVGroup(BLOCK_SIZE),),
+        allows_peer=lambda host: host == LOOPBACK,
+        recv_deadline_s=60.0,
+        answer_timeout_s=5.0,
+        recompute_threshold=None,
+        ourselves=ourselves,
     )
 
 
@@ -66,16 +74,17 @@ def test_pulled(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     params = params_for(PROMPT)
     consumer.on_new_request(request)
     assert keeper.endpoints == [(LOOPBACK, 40000)]
-    assert consumer.matched_tokens(request, 0) == consumer.matched_tokens(request, 0) == len(PROMPT)
-    consumer.after_alloc(request, (LOCAL,), len(PROMPT))
+    assert consumer.matched_tokens(request, 0) == consumer.matched_tokens(request, 0) == LOADED
+    consumer.after_alloc(request, (LOCAL,), LOADED)
     assert request.kv_transfer_params["do_remote_prefill"] is False
     assert job_of(consumer) == PullJob(
         request_id=request.request_id,
         remote=parse_remote_prefill(params),
         local_blocks=(tuple(LOCAL),),
         first_token=0,
-        end_token=len(PROMPT),
+        end_token=LOADED,
         prompt_digest=prompt_digest(PROMPT),
+        from_ourselves=False,
         deadline_s=60.0,
     )
     assert consumer.pulling() == 1
@@ -95,16 +104,16 @@ def test_only_what_the_prefix_cache_lacks_is_pulled(consumer: ConsumerScheduler,
     request = d_request()
     consumer.on_new_request(request)
     lacking = consumer.matched_tokens(request, local_hit_blocks * BLOCK_SIZE)
-    assert lacking == len(PROMPT) - local_hit_blocks * BLOCK_SIZE
+    assert lacking == LOADED - local_hit_blocks * BLOCK_SIZE
     consumer.after_alloc(request, (LOCAL,), lacking)
     job = job_of(consumer)
     assert job.remote.remote_block_ids == (REMOTE,), "the confirmation is for all of them"
-    assert (job.first_token, job.end_token) == (local_hit_blocks * BLOCK_SIZE, len(PROMPT))
+    assert (job.first_token, job.end_token) == (local_hit_blocks * BLOCK_SIZE, LOADED)
     assert job.local_blocks == (tuple(LOCAL[local_hit_blocks:]),)
     consumer.received([request.request_id])
 
 
-@pytest.mark.parametrize("computed", [len(PROMPT), len(PROMPT) + 1])
+@pytest.mark.parametrize("computed", [LOADED, len(PROMPT)])
 def test_nothing_lacks(consumer: ConsumerScheduler, computed: int) -> None:
     request = d_request()
     consumer.on_new_request(request)
@@ -144,7 +153,7 @@ def test_p_cannot_give_more_than_the_prompt(consumer: ConsumerScheduler, held: i
     """The digest is that of as many tokens as P claims to hold, of which this prompt has fewer."""
     request = d_request(params_for(PROMPT, num_tokens=held))
     consumer.on_new_request(request)
-    assert consumer.matched_tokens(request, 0) == len(PROMPT)
+    assert consumer.matched_tokens(request, 0) == LOADED
     consumer.request_finished(request.request_id)
 
 
@@ -155,7 +164,7 @@ def test_p_cannot_give_more_than_its_blocks(consumer: ConsumerScheduler) -> None
     consumer.request_finished(request.request_id)
 
 
-@pytest.mark.parametrize(("size", "given"), [(32, len(PROMPT)), (8, 2 * 8)])
+@pytest.mark.parametrize(("size", "given"), [(32, LOADED), (8, 2 * 8)])
 def test_p_counts_in_blocks_of_its_own_size(consumer: ConsumerScheduler, size: int, given: int) -> None:
     ticket = make_ticket(prompt_digest=prompt_digest(PROMPT), block_sizes=(size,))
     blocks = REMOTE[: -(-len(PROMPT) // size)] if size > BLOCK_SIZE else REMOTE[:2]
@@ -164,6 +173,46 @@ def test_p_counts_in_blocks_of_its_own_size(consumer: ConsumerScheduler, size: i
     assert consumer.matched_tokens(request, 0) == given
     consumer.after_alloc(request, (LOCAL,), given)
     assert job_of(consumer).local_blocks == (tuple(LOCAL[: -(-given // BLOCK_SIZE)]),)
+    consumer.received([request.request_id])
+
+
+@pytest.mark.parametrize("length", [1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE])
+def test_all_but_the_last_token(consumer: ConsumerScheduler, length: int) -> None:
+    """Also where the last one stands alone in its block, whose number D then does not pull into."""
+    prompt = PROMPT[:length]
+    blocks = REMOTE[: -(-length // BLOCK_SIZE)]
+    request = make_request(prompt, params_for(prompt, blocks))
+    consumer.on_new_request(request)
+    count = consumer.matched_tokens(request, 0)
+    assert count == length - 1
+    consumer.after_alloc(request, (LOCAL,), count)
+    pulls, _ = consumer.take_jobs()
+    assert [job.local_blocks for job in pulls] == [(tuple(LOCAL[: -(-count // BLOCK_SIZE)]),)][: length - 1]
+    assert all(job.remote.remote_block_ids == (blocks,) for job in pulls)
+    consumer.received([request.request_id])
+    assert consumer.take_releases() == 1, "also of a prompt of one token, of which nothing is loaded"
+
+
+@pytest.mark.parametrize(
+    ("ourselves", "ours"),
+    [
+        (None, False),
+        ((Endpoint(LOOPBACK, 40000), TOKEN), True),
+        ((Endpoint(LOOPBACK, 40000), OTHER_TOKEN), False),
+        ((Endpoint(LOOPBACK, 40001), TOKEN), False),
+        ((Endpoint("127.0.0.2", 40000), TOKEN), False),
+    ],
+    ids=["no P", "we", "who lived here before", "another port", "another host"],
+)
+def test_blocks_of_ours_are_known_as_such(
+    keeper: CountingKeeper, ourselves: tuple[Endpoint, str] | None, ours: bool
+) -> None:
+    del keeper
+    consumer = make_consumer(ourselves=ourselves)
+    request = d_request()
+    consumer.on_new_request(request)
+    consumer.after_alloc(request, (LOCAL,), LOADED)
+    assert job_of(consumer).from_ourselves is ours
     consumer.received([request.request_id])
 
 
@@ -179,7 +228,7 @@ def test_aborted_before_it_was_scheduled(consumer: ConsumerScheduler, keeper: Co
 def test_aborted_while_it_is_pulled(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     request = d_request()
     consumer.on_new_request(request)
-    consumer.after_alloc(request, (LOCAL,), len(PROMPT))
+    consumer.after_alloc(request, (LOCAL,), LOADED)
     consumer.take_jobs()
     consumer.request_finished(request.request_id)
     assert consumer.take_jobs() == ((), (request.request_id,))
@@ -191,7 +240,7 @@ def test_aborted_while_it_is_pulled(consumer: ConsumerScheduler, keeper: Countin
 def test_a_failed_pull_is_recomputed_here(consumer: ConsumerScheduler) -> None:
     request = d_request()
     consumer.on_new_request(request)
-    consumer.after_alloc(request, (LOCAL,), len(PROMPT))
+    consumer.after_alloc(request, (LOCAL,), LOADED)
     consumer.take_jobs()
     consumer.received([request.request_id])
     assert consumer.matched_tokens(request, 0) == 0
@@ -218,7 +267,7 @@ def test_children_that_share_a_lease(consumer: ConsumerScheduler, keeper: Counti
     children = [d_request(params_for(PROMPT), request_id=f"{i}_cmpl-x") for i in range(3)]
     for child in children:
         consumer.on_new_request(child)
-        consumer.after_alloc(child, (LOCAL,), len(PROMPT))
+        consumer.after_alloc(child, (LOCAL,), LOADED)
     assert len(consumer.take_jobs()[0]) == 3
     consumer.received([child.request_id for child in children[:2]])
     assert +keeper.users
@@ -310,9 +359,9 @@ def test_any_sequence_of_calls(calls: list[tuple[str, int]]) -> None:
             if call == "new":
                 consumer.on_new_request(request)
             elif call == "match":
-                assert 0 <= consumer.matched_tokens(request, BLOCK_SIZE) <= len(PROMPT) - BLOCK_SIZE
+                assert 0 <= consumer.matched_tokens(request, BLOCK_SIZE) <= LOADED - BLOCK_SIZE
             elif call == "alloc":
-                consumer.after_alloc(request, (LOCAL,), len(PROMPT))
+                consumer.after_alloc(request, (LOCAL,), LOADED)
             elif call == "alloc nothing":
                 consumer.after_alloc(request, (LOCAL,), 0)
             elif call == "step":

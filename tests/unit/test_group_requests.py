@@ -134,11 +134,11 @@ class TestConsumer:
         assert consumer.take_jobs() == ((), ())
         assert "P's state is that after" in caplog.text
 
-    def test_without_states_the_whole_prompt_may_come(self, make_consumer: MakeConsumer) -> None:
+    def test_without_states_the_last_token_is_left_out(self, make_consumer: MakeConsumer) -> None:
         consumer = make_consumer(ATTENTION)
         request = make_request(PROMPT, params_for(len(PROMPT), REMOTE[:2], SIZES[:2]))
         consumer.on_new_request(request)
-        assert consumer.matched_tokens(request, 0) == len(PROMPT)
+        assert consumer.matched_tokens(request, 0) == len(PROMPT) - 1
         consumer.request_finished(request.request_id)
 
     def test_the_group_with_the_fewest_tokens_counts(self, make_consumer: MakeConsumer) -> None:
@@ -153,8 +153,8 @@ class TestConsumer:
         consumer = make_consumer(ATTENTION)
         request = make_request(PROMPT, params_for(len(PROMPT), REMOTE[:1], (BLOCK_SIZE,)))
         consumer.on_new_request(request)
-        assert consumer.matched_tokens(request, 0) == len(PROMPT)
-        consumer.after_alloc(request, LOCAL[:2], len(PROMPT))
+        assert consumer.matched_tokens(request, 0) == len(PROMPT) - 1
+        consumer.after_alloc(request, LOCAL[:2], len(PROMPT) - 1)
         ((job,), _) = consumer.take_jobs()
         assert [len(group) for group in job.local_blocks] == [4, 4]
         assert len(job.remote.remote_block_ids) == 1

@@ -218,6 +218,7 @@ class TestGrant:
             ("kv_producer", False, "d", None),
             ("kv_consumer", True, "ordinary", None),
             ("kv_both", True, "ordinary", None),
+            ("kv_both", True, "another connector's", None),
             ("kv_both", True, "empty", None),
             ("kv_both", True, "p", False),
             ("kv_both", False, "p", False),
@@ -230,7 +231,13 @@ class TestGrant:
     ) -> None:
         """None: nothing is held, and no params are returned."""
         scheduler = make_scheduler(role, bidirectional=bidirectional)
-        params = {"ordinary": None, "empty": {}, "p": dict(TO_P), "d": d_request().kv_transfer_params}[kind]
+        params = {
+            "ordinary": None,
+            "empty": {},
+            "another connector's": make_params((BLOCKS[:3],), ticket=None),
+            "p": dict(TO_P),
+            "d": d_request().kv_transfer_params,
+        }[kind]
         request = make_request(FIRST_TURN, params)
         scheduler.on_new_request(request)
         scheduler.after_alloc(request, (TABLE,), 0)

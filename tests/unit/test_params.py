@@ -210,7 +210,23 @@ def test_a_d_request_is_known_after_its_pull_was_taken_up() -> None:
     assert was_remote_prefill(params)
     assert not names_earlier_turn(params)
     assert not was_remote_prefill(make_params(for_next_turn=True))
-    assert not was_remote_prefill({"remote_block_ids": [[1]]})
+
+
+@pytest.mark.parametrize(
+    "params",
+    [
+        make_params(ticket=None),
+        make_params() | {EXTRA_KEY: None},
+        make_params() | {EXTRA_KEY: "lease"},
+        {"do_remote_prefill": True},
+        {"do_remote_prefill": False},
+        {"remote_block_ids": [[1]]},
+        {},
+    ],
+)
+def test_a_d_request_without_a_lease_of_ours_is_none(params: dict[str, Any]) -> None:
+    """Another connector's, or one whose P kept nothing: whoever sent it knows nothing of ours to come back for."""
+    assert not was_remote_prefill(params)
 
 
 def _parses_or_refuses(params: dict[str, Any]) -> None:

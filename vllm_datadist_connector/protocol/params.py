@@ -82,8 +82,8 @@ def names_earlier_turn(params: object) -> bool:
 
 
 def was_remote_prefill(params: object) -> bool:
-    """Whether a request came as a D request, also after the flag was cleared because its pull was taken up."""
-    return isinstance(params, dict) and "do_remote_prefill" in params and not wants_remote_decode(params)
+    """Whether a request came with a lease as a D request, also after its flag was cleared."""
+    return isinstance(params, dict) and isinstance(params.get(EXTRA_KEY), dict) and not wants_remote_decode(params)
 
 
 def parse_remote_prefill(params: dict[str, Any]) -> RemotePrefill:

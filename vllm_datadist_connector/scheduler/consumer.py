@@ -64,15 +64,18 @@ class ConsumerScheduler:
         recv_deadline_s: float,
         answer_timeout_s: float,
         recompute_threshold: int | None,
+        prompt_tail: int = 1,
         ourselves: tuple[Endpoint, str] | None = None,
     ) -> None:
         """
         Args:
-            ourselves: our own side channel and incarnation, where we may be the P of our own requests.
             recompute_threshold: of a P request that names an earlier turn's blocks, so many tokens at least are pulled
                 at once; None: such blocks are not pulled.
+            prompt_tail: so many of a prompt's last tokens at least are computed here.
+            ourselves: our own side channel and incarnation, where we may be the P of our own requests.
         """
         self._groups = groups
+        self._prompt_tail = max(1, prompt_tail)
         self._recompute_threshold = recompute_threshold
         self._ourselves = ourselves
         self._allows_peer = allows_peer
@@ -179,10 +182,14 @@ class ConsumerScheduler:
         return _Tracked(remote, remote.ticket.prompt_digest, 0 if refusal else loadable, refusal=refusal)
 
     def _loadable(self, request: Request, remote: RemotePrefill) -> int:
-        """Tokens of the prompt, from the first one on, that P's blocks can give."""
+        """Tokens of the prompt, from the first one on, that P's blocks can give and that are worth having.
+
+        The last one is not: vLLM feeds it once more for the first logits. Were it loaded, vLLM would feed it with a
+        sliding window that has moved on by one token, and may have lost a block that it still needs.
+        """
         tables = zip(remote.remote_block_ids, remote.ticket.block_sizes, strict=False)
         covered = min((len(table) * size for table, size in tables if size), default=remote.remote_num_tokens)
-        return min(len(request.prompt_token_ids or ()), remote.remote_num_tokens, covered)
+        return min(len(request.prompt_token_ids or ()) - self._prompt_tail, remote.remote_num_tokens, covered)
 
     def _refusal(self, request: Request, remote: RemotePrefill, loadable: int) -> str:
         """Why P's blocks would be wrong for this request; empty if they fit."""
@@ -195,11 +202,8 @@ class ConsumerScheduler:
             return "a prompt of embeddings cannot be compared with P's"
         if remote.ticket.prompt_digest != digest_of(request, remote.remote_num_tokens):
             return f"the tokens of P's request {remote.remote_request_id!r:.80} are not how this prompt begins"
-        if any(group.is_state for group in self._groups) and not (
-            loadable == remote.remote_num_tokens < len(request.prompt_token_ids or ())
-        ):
-            # The state after the last token of the prompt has no use: the token that yields the first logits is fed
-            # once more, to the state before it.
+        if any(group.is_state for group in self._groups) and loadable != remote.remote_num_tokens:
+            # A state cannot be taken back to an earlier token.
             have = request.num_prompt_tokens
             return f"P's state is that after {remote.remote_num_tokens} tokens; of {have} it can give {loadable}"
         return ""

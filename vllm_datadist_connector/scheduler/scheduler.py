@@ -35,7 +35,7 @@ class ConnectorScheduler:
         )
         self._lease_s, self._decoder_lease_s = config.lease_s, config.decoder_lease_s
         self._bidirectional = config.bidirectional
-        self._has_states = any(group.is_state for group in identity.groups)
+        self._prompt_tail = compat.prompt_tail(vllm_config, any(group.is_state for group in identity.groups))
         self._meter = SchedulerMeter("scheduler")
         self._producer: ProducerScheduler | None = None
         self._consumer: ConsumerScheduler | None = None
@@ -50,6 +50,7 @@ class ConnectorScheduler:
                 config.recv_deadline_s,
                 config.handshake_timeout_s,
                 config.recompute_threshold if config.bidirectional else None,
+                self._prompt_tail,
                 (self._producer.endpoint, identity.incarnation) if self._producer is not None else None,
             )
 
@@ -58,9 +59,8 @@ class ConnectorScheduler:
             self._producer.set_geometries(geometries)
 
     def on_new_request(self, request: Request) -> None:
-        if self._producer is not None and self._has_states and wants_remote_decode(request.kv_transfer_params):
-            # D needs the state before the prompt's last token, which it computes itself.
-            compat.drop_last_prompt_token(request)
+        if self._producer is not None and self._prompt_tail and wants_remote_decode(request.kv_transfer_params):
+            compat.drop_prompt_tail(request, self._prompt_tail)
         if self._consumer is not None:
             self._consumer.on_new_request(request)
 

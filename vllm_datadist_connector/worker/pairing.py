@@ -27,6 +27,9 @@ Int64s: TypeAlias = "NDArray[np.int64]"
 VIEW_TOKENS = (128, 64, 32, 16)
 """Tokens of the finer views that P registers for peers with smaller blocks: usual block sizes."""
 
+MAX_GRANULES = 1 << 20
+"""Of one chunk. A peer chooses offsets and views: such that would cut a block into more are refused."""
+
 LINE_BYTES = 64
 """Of the finest view, for a peer whose blocks lie at distances that P's rows do not divide."""
 
@@ -213,6 +216,8 @@ def _pair_caches(
         raise MismatchError(f"{_what(dst)}: P registered blocks of {granules} bytes, none of which divides {common}")
     granule = view.granule
     repeats = lengths // granule
+    if int(repeats.sum()) > MAX_GRANULES:
+        raise MismatchError(f"{_what(dst)}: {int(repeats.sum())} blocks of {granule} bytes, allowed: {MAX_GRANULES}")
     within = np.arange(int(repeats.sum())) - np.repeat(np.cumsum(repeats) - repeats, repeats)
     return Pairing(
         src=src,

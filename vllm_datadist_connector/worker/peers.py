@@ -17,7 +17,7 @@ import contextlib
 import enum
 import logging
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -277,6 +277,9 @@ class InstanceTable:
             found.append("P's engine does not listen: its kv_role is kv_consumer")
         if not self._allows_peer(theirs.host):
             found.append(f"host of P's engine: {theirs.host!r} is not among allowed_peers")
+        if any(theirs.cluster_id == geometry.cluster_id for geometry in self._others(instance)):
+            # LinkLlmClusters would say that it is linked already: with another P.
+            found.append(f"cluster id {theirs.cluster_id} is that of another instance's rank")
         first = instance.peers[_FIRST].geometry or theirs
         sizes, first_sizes = (theirs.pp_size, theirs.tp_size), (first.pp_size, first.tp_size)
         if sizes != first_sizes:
@@ -284,6 +287,13 @@ class InstanceTable:
         elif peer.rank == _FIRST and sizes[0] * sizes[1] > MAX_RANKS:
             found.append(f"(pp, tp) size: {sizes}, at most {MAX_RANKS} ranks are met")
         return found
+
+    def _others(self, instance: Instance) -> Iterator[RankGeometry]:
+        """Geometries of every rank that we are, or that is about to be, linked with, but for those of `instance`."""
+        yield self._ours
+        for other in self._instances.values():
+            if other is not instance and other.state is not InstanceState.BROKEN:
+                yield from (geometry for _, geometry in other.givers)
 
     def _refuse(self, instance: Instance, mismatches: list[str]) -> None:
         self.broke(instance, f"{instance.key.endpoint} is not compatible: {'; '.join(mismatches)}", "handshake")
