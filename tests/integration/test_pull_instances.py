@@ -242,7 +242,9 @@ class TestClusterIds:
         pull(consumer, first, "first again", [3], [4])
         assert consumer.observer.handshakes == 1, "the first one's links are not touched"
 
-    def test_is_free_once_its_owner_has_gone(self, start_producer: StartProducer, start_consumer: StartConsumer) -> None:
+    def test_is_free_once_its_owner_has_gone(
+        self, start_producer: StartProducer, start_consumer: StartConsumer
+    ) -> None:
         first, consumer = start_producer(100), start_consumer()
         pull(consumer, first, "first", [1], [2])
         first.kill()

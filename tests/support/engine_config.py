@@ -26,6 +26,7 @@ def vllm_config(role: str) -> Any:
             engine_id=f"engine-{role}",
             is_kv_producer=role in ("kv_producer", "kv_both"),
             is_kv_consumer=role in ("kv_consumer", "kv_both"),
+            kv_connector_extra_config={},
         ),
         parallel_config=SimpleNamespace(
             tensor_parallel_size=1,

@@ -28,6 +28,8 @@ from vllm_datadist_connector.worker.pairing import granules_of
 from vllm_datadist_connector.worker.plan import BlockPull
 
 CONTRACT = LayoutContract(model="Model", kv_cache_dtype="torch.uint8", kv_packing=PLAIN)
+_VIEWS = 1 << 24
+"""Cache ids tell which cache, and in blocks of how many bytes."""
 FORMS = ("one tensor", "K and V", "K and V in one")
 
 
@@ -93,7 +95,7 @@ class Rank:
     def geometry(self, num_groups: int) -> RankGeometry:
         caches = []
         for index, spec in enumerate(self.specs):
-            views = tuple(View(granule=g, cache_id=1000 * index + g) for g in granules_of(spec.layout))
+            views = tuple(View(granule=g, cache_id=_VIEWS * index + g) for g in granules_of(spec.layout))
             values = {name: getattr(spec.layout, name) for name in CacheLayout.__struct_fields__}
             caches.append(CacheLayout(**(values | {"views": views})))
         return RankGeometry(
@@ -244,7 +246,7 @@ class Engine:
         self.writes = {addr: np.zeros(_length(spec), np.uint8) for spec in dst.specs for addr in spec.addrs}
 
     def pull(self, src: Rank, pull: BlockPull) -> None:
-        index, granule = divmod(pull.src_cache_id, 1000)
+        index, granule = divmod(pull.src_cache_id, _VIEWS)
         assert granule == pull.granule
         src_spec, dst_spec = src.specs[index], self.dst.specs[pull.dst_index]
         for src_at, dst_at in zip(_inclusive(pull.src_layers), _inclusive(pull.dst_layers), strict=True):

@@ -7,11 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from support.engine_config import FULL, group_of, vllm_config
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
-from vllm_datadist_connector import compat
+from vllm_datadist_connector import compat, plugin
 from vllm_datadist_connector.connector import DataDistConnector
+from vllm_datadist_connector.worker import build
 
 NULL_BLOCK = 0
 BLOCKS = {"bad": ([1, 2], [NULL_BLOCK, 3]), "good": ([4, 5], [NULL_BLOCK, 6]), "running": ([7], [8])}
@@ -84,6 +87,20 @@ def test_the_rest_is_left_to_vllm(old_vllm: Callable[..., set[str]], changes: di
 def test_guarding_twice_guards_once(old_vllm: Callable[..., set[str]]) -> None:
     compat.guard_failed_loads()
     assert Scheduler._handle_invalid_blocks is old_vllm
+
+
+def test_only_schedulers_that_load_with_us_are_guarded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """vLLM registers every plugin in all of its processes, also of instances that have no use for this connector."""
+    guarded: list[str] = []
+    monkeypatch.setattr(compat, "guard_failed_loads", lambda: guarded.append("guarded"))
+    monkeypatch.setattr(build, "build_worker", lambda *arguments: SimpleNamespace(arguments=arguments))
+    groups = SimpleNamespace(kv_cache_groups=[group_of(FULL, "layers.0")])
+    plugin.register()
+    DataDistConnector(vllm_config("kv_consumer"), KVConnectorRole.WORKER, groups)
+    assert guarded == []
+    connector = DataDistConnector(vllm_config("kv_consumer"), KVConnectorRole.SCHEDULER, groups)
+    connector.shutdown()
+    assert guarded == ["guarded"]
 
 
 def test_a_vllm_with_results_by_request_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -54,9 +54,8 @@ def build_worker(config: ConnectorConfig, vllm_config: VllmConfig, groups: Seque
 
 def _contract(vllm_config: VllmConfig, groups: Sequence[Any]) -> LayoutContract:
     hf_config = vllm_config.model_config.hf_text_config
-    sizes = [
-        f"{name}={getattr(hf_config, name)}" for name in _MODEL_SIZES if getattr(hf_config, name, None) is not None
-    ]
+    known = {name: _model_size(hf_config, name) for name in _MODEL_SIZES}
+    sizes = [f"{name}={value}" for name, value in known.items() if value is not None]
     specs = [compat.layer_spec(group.kv_cache_spec, name) for group in groups for name in group.layer_names]
     dtypes = sorted({str(dtype) for spec in specs for dtype in getattr(spec, "dtypes", None) or (spec.dtype,)})
     packings = sorted({compat.kv_packing(vllm_config, spec) for spec in specs})
@@ -65,3 +64,10 @@ def _contract(vllm_config: VllmConfig, groups: Sequence[Any]) -> LayoutContract:
         kv_cache_dtype=f"{vllm_config.cache_config.cache_dtype} ({', '.join(dtypes)})",
         kv_packing=" ".join(packings),
     )
+
+
+def _model_size(hf_config: Any, name: str) -> Any:
+    try:
+        return getattr(hf_config, name, None)
+    except Exception:  # transformers raises for a size that differs by layer (heads of Gemma 4)
+        return None

@@ -110,6 +110,10 @@ def _tensors(
         block_tokens = kv.block_size * num_blocks // tensors[0].shape[0]
         described = [_token_segments(layer, tensor, kv, block_tokens, several) for tensor in tensors]
     strides = [_stride(tensor, segments) for tensor, segments in zip(tensors, described, strict=True)]
+    for tensor, segments, stride in zip(tensors, described, strides, strict=True):
+        if max(map(segment_end, segments)) > stride:
+            # Heads outside of blocks, as in vLLM's layout LHBNC. No peer would take such a geometry.
+            raise LayoutError(f"{_where(layer, tensor)}: the parts of a block lie farther apart than its blocks")
     offsets = [tensor.data_ptr() - tensors[0].data_ptr() for tensor in tensors]
     together = all(0 <= offset < strides[0] for offset in offsets) and len(set(strides)) == 1
     if together:
@@ -161,6 +165,8 @@ def _token_segments(
     if block.dim() == 2:
         block = block.unsqueeze(0)
         split = False
+    if kv.heads is None:
+        return (_whole_block(layer, tensor, kv, block_tokens),)
     if block.dim() != 3:
         raise LayoutError(f"{_where(layer, tensor)}: a block must be [heads, tokens, content] or [tokens, content]")
     heads_at, rows_at = (1, 0) if split else (0, 1)
@@ -177,7 +183,7 @@ def _token_segments(
     if kv.packing != PLAIN:
         if strides[1] != row_bytes and rows > 1:
             raise LayoutError(f"{_where(layer, tensor)}: packed tokens of a head are not one run of bytes")
-        return _packed_segments(kv, heads, strides[0], rows, row_bytes, item)
+        return _packed_segments(kv.heads, kv.packing, strides[0], rows, row_bytes, item)
     return tuple(
         Segment(
             offset=offset,
@@ -195,12 +201,12 @@ def _token_segments(
 
 
 def _packed_segments(
-    kv: TokenKV, heads: int, head_stride: int, tokens: int, token_bytes: int, item: int
+    heads: Shards, packing: str, head_stride: int, tokens: int, token_bytes: int, item: int
 ) -> tuple[Segment, ...]:
     """Of [heads, tokens, K and V] where each head's bytes are in the platform's order, K before V."""
-    shared = {"total": kv.heads.total, "first": kv.heads.first, "count": heads}
-    shared["shard_stride"] = head_stride if heads > 1 else 0
-    if kv.packing != K_TRANSPOSED:
+    shared = {"total": heads.total, "first": heads.first, "count": heads.count}
+    shared["shard_stride"] = head_stride if heads.count > 1 else 0
+    if packing != K_TRANSPOSED:
         return (Segment(**shared, row_bytes=tokens * token_bytes, row_tokens=tokens),)
     half, size = token_bytes // 2, token_bytes // 2 // item
     keys = Segment(
@@ -214,7 +220,8 @@ def _whole_block(layer: str, tensor: torch.Tensor, kv: TokenKV, block_tokens: in
     """Of a block whose inside is not known: it moves whole, between ranks that hold the same part of the model."""
     block = tensor[0]
     if not _dense(block):
-        raise LayoutError(f"{_where(layer, tensor)}: no dimension counts {kv.heads.count} heads, and it is not one run")
+        heads = f"{kv.heads.count} heads" if kv.heads is not None else "heads"
+        raise LayoutError(f"{_where(layer, tensor)}: no dimension counts {heads}, and it is not one run")
     size = block.numel() * block.element_size()
     rank = kv.rank
     return Segment(total=rank.total, first=rank.first, count=rank.count, row_bytes=size, row_tokens=block_tokens)

@@ -42,7 +42,8 @@ class TokenKV:
     group: int
     block_size: int
     """Tokens per block of the group's block table."""
-    heads: Shards
+    heads: Shards | None
+    """None: the attention backend packs heads in its own way, and the block's inside is not known."""
     rank: Shards
     """The rank's share as one shard, for blocks whose inside is not known."""
     packing: str = PLAIN
@@ -85,8 +86,13 @@ def describe_layers(
             else:
                 distinct = _distinct_ranks(vllm_config, spec)
                 heads, rank = (Shards.of(count, tp_rank, tp_size, distinct) for count in (spec.num_kv_heads, 1))
+                is_packed = getattr(spec, "num_head_slots", None) not in (None, spec.num_kv_heads)
                 layers[name] = TokenKV(
-                    index, group.kv_cache_spec.block_size, heads, rank, compat.kv_packing(vllm_config, spec)
+                    index,
+                    group.kv_cache_spec.block_size,
+                    None if is_packed else heads,
+                    rank,
+                    compat.kv_packing(vllm_config, spec),
                 )
     return layers
 

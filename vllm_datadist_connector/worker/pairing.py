@@ -17,6 +17,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeAlias
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -109,6 +110,11 @@ def pair(ours: RankGeometry, theirs: RankGeometry) -> list[Pairing]:
             if pairing is not None:
                 pairings.append(pairing)
     return pairings
+
+
+def pair_with_itself(ours: RankGeometry) -> list[Pairing]:
+    """What a rank gives itself: all that it has, also shards of which another rank holds the copy that peers take."""
+    return pair(ours, msgspec.structs.replace(ours, tp_rank=0, tp_size=1))
 
 
 def find_gaps(ours: RankGeometry, pairings: Iterable[Pairing]) -> list[str]:

@@ -29,7 +29,15 @@ from vllm_datadist_connector.protocol.messages import Hello, Meta, Refused
 from vllm_datadist_connector.protocol.params import RemotePrefill
 from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
-from vllm_datadist_connector.worker.pairing import MismatchError, Pairing, Rank, find_gaps, pair, sources
+from vllm_datadist_connector.worker.pairing import (
+    MismatchError,
+    Pairing,
+    Rank,
+    find_gaps,
+    pair,
+    pair_with_itself,
+    sources,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -227,7 +235,7 @@ class InstanceTable:
     def _know_ourselves(self, instance: Instance) -> None:
         """Every rank has all that it needs itself: nobody to greet, nothing to link."""
         rank = Rank(self._ours.pp_rank, self._ours.tp_rank)
-        instance.peers[rank] = Peer(rank, self._ours, pair(self._ours, self._ours))
+        instance.peers[rank] = Peer(rank, self._ours, pair_with_itself(self._ours))
         instance.state, instance.is_ourselves = InstanceState.READY, True
 
     def _greet(self, instance: Instance, rank: Rank) -> None:

@@ -1,0 +1,107 @@
+"""Pairing beyond test_plan.py: a rank with itself, copies of shards, and bounds on what a peer may make of it."""
+
+from __future__ import annotations
+
+import pytest
+from support.kv_model import Attention, Side, make_ranks
+from support.pd import make_cache, make_geometry, make_segment
+
+from vllm_datadist_connector.protocol.handshake import RankGeometry, Segment, View
+from vllm_datadist_connector.worker import pairing as pairing_module
+from vllm_datadist_connector.worker.pairing import (
+    MAX_GRANULES,
+    MismatchError,
+    find_gaps,
+    pair,
+    pair_with_itself,
+    sources,
+)
+
+
+def state_rank(tp_rank: int, tp_size: int, *segments: Segment) -> RankGeometry:
+    """A rank with one layer of states."""
+    end = max(each.offset + each.count * each.row_bytes for each in segments)
+    cache = make_cache(
+        block_tokens=0,
+        block_stride=end,
+        block_bytes=end,
+        segments=segments,
+        layers=("layers.0",),
+        views=(View(granule=4, cache_id=1),),
+    )
+    return make_geometry(tp_rank=tp_rank, tp_size=tp_size, block_sizes=(0,), caches=(cache,))
+
+
+def state(total: int, first: int, count: int, offset: int) -> Segment:
+    return Segment(
+        offset=offset, total=total, first=first, count=count, shard_stride=4, rows=1, row_bytes=4, row_tokens=0
+    )
+
+
+def mamba2_rank(tp_rank: int, tp_size: int) -> RankGeometry:
+    """x is dealt out; of B and C, of one group, every rank has all eight channels."""
+    count = 8 // tp_size
+    x = state(8, tp_rank * count, count, 0)
+    return state_rank(tp_rank, tp_size, x, state(8, 0, 8, count * 4), state(8, 0, 8, count * 4 + 32))
+
+
+@pytest.mark.parametrize("tp_size", [1, 2, 4])
+def test_copies_of_many_shards_come_from_several_ranks(tp_size: int) -> None:
+    ours = mamba2_rank(0, 1)
+    pairings = [pair(ours, mamba2_rank(rank.tp_rank, tp_size)) for rank in sources(ours, tp_size, 1)]
+    assert len(pairings) == tp_size
+    assert find_gaps(ours, [each for found in pairings for each in found]) == []
+
+
+ATTENTION = [Attention(f"layers.{i}", 0, 2, 8) for i in range(3)]
+LATENT = [Attention(f"layers.{i}", 0, 1, 8) for i in range(3)]
+
+
+def attention_ranks(layers: list[Attention], tp_size: int) -> list[RankGeometry]:
+    side = Side(tp=tp_size, pp=1, block_sizes=(16,), num_blocks=8)
+    return [rank.geometry(1) for rank in make_ranks(layers, side)]
+
+
+ITSELF: dict[str, list[RankGeometry]] = {
+    "TP 1": attention_ranks(ATTENTION, 1),
+    "a head each": attention_ranks(ATTENTION, 2),
+    "copies of heads": attention_ranks(ATTENTION, 4),
+    "copies of a latent": attention_ranks(LATENT, 2),
+    "copies of many shards": [mamba2_rank(rank, 2) for rank in range(2)],
+}
+
+
+@pytest.mark.parametrize("ranks", ITSELF.values(), ids=ITSELF.keys())
+def test_a_rank_has_all_that_it_needs_itself(ranks: list[RankGeometry]) -> None:
+    for rank in ranks:
+        pairings = pair_with_itself(rank)
+        assert find_gaps(rank, pairings) == []
+        for pairing in pairings:
+            assert (pairing.src, pairing.src_first) == (rank.caches[pairing.dst_index], pairing.dst_first)
+            assert pairing.src_offsets.tolist() == pairing.dst_offsets.tolist()
+            assert len(pairing.src_offsets) * pairing.granule == pairing.dst.block_bytes
+
+
+@pytest.mark.parametrize("over", [0, 1])
+def test_a_chunk_of_too_many_blocks_is_refused(monkeypatch: pytest.MonkeyPatch, over: int) -> None:
+    """P says which views it has: one of single bytes would have us list a gigabyte's worth of offsets."""
+    assert MAX_GRANULES == 1 << 20
+    monkeypatch.setattr(pairing_module, "MAX_GRANULES", 64 - over)
+    ours, theirs = make_geometry(), make_geometry(caches=(make_cache(views=(View(granule=1, cache_id=1),)),))
+    if over:
+        with pytest.raises(MismatchError, match=r"layer 'layers\.0' and 1 more: 64 blocks of 1 bytes, allowed: 63"):
+            pair(ours, theirs)
+    else:
+        (pairing,) = pair(ours, theirs)
+        assert pairing.src_offsets.tolist() == list(range(64))
+
+
+def test_blocks_as_large_as_a_peer_may_claim_are_refused_before_their_offsets_are_listed() -> None:
+    large = make_cache(
+        block_stride=2**40,
+        block_bytes=2**40,
+        segments=(make_segment(rows=1, row_bytes=2**40, row_tokens=16),),
+        views=(View(granule=1, cache_id=1),),
+    )
+    with pytest.raises(MismatchError, match=f"{2**40} blocks of 1 bytes, allowed: {MAX_GRANULES}"):
+        pair(make_geometry(caches=(large,)), make_geometry(caches=(large,)))
