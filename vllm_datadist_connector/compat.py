@@ -95,6 +95,16 @@ def cache_hit_source() -> Any:
     return CacheHitSource.P2P
 
 
+def heads_first_layout() -> str:
+    """vLLM's name of the layout in which each head of a block keeps its tokens together. MultiConnector compares names:
+    with another than the other connectors use it ends the engine. Goes when 0.23's "HND" is no longer supported."""
+    try:
+        from vllm.v1.kv_cache_layout import KVCacheLayout
+    except ImportError:
+        return "HND"
+    return str(KVCacheLayout.LBHNC.name)
+
+
 def transfer_groups(kv_cache_config: Any) -> Sequence[Any]:
     """KV cache groups that cross instances. 0.29+ says which; before, all. Goes with 0.28."""
     groups: Sequence[Any] = getattr(kv_cache_config, "transfer_groups", None) or kv_cache_config.kv_cache_groups
@@ -123,14 +133,15 @@ def is_conv_state_dim_first() -> bool:
     return bool(dim_first())
 
 
-def prompt_tail(vllm_config: Any, has_states: bool) -> int:
+def prompt_tail(vllm_config: Any, forgets: bool) -> int:
     """How many of a prompt's last tokens P must not compute, because D computes them itself from what precedes them.
 
-    One where a state is overwritten by each token, and as many as the modules of a multi-token predictor read ahead:
-    on P they would read tokens that were never verified. Before vLLM 0.31 there is no such margin; the default goes
-    with it.
+    One if the model `forgets`: where a state is overwritten by each token, or a block is given back once a window has
+    left it, which after the last token may be one that the last token itself looks back on. And as many as the modules
+    of a multi-token predictor read ahead: on P they would read tokens that were never verified. Before vLLM 0.31 there
+    is no such margin; the default goes with it.
     """
-    return max(int(has_states), int(getattr(vllm_config, "num_prefill_lookahead_tokens", 0)) - 1)
+    return max(int(forgets), int(getattr(vllm_config, "num_prefill_lookahead_tokens", 0)) - 1)
 
 
 def drop_prompt_tail(request: Any, count: int) -> None:

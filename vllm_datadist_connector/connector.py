@@ -70,8 +70,8 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def get_required_kvcache_layout(cls, vllm_config: VllmConfig) -> str | None:
-        # HND keeps each head's tokens of a block together; MLA has no heads to order.
-        return None if vllm_config.model_config.use_mla else "HND"
+        # Such blocks are cut between heads for other numbers of ranks; MLA has no heads to order.
+        return None if vllm_config.model_config.use_mla else compat.heads_first_layout()
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:

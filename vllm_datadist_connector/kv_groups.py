@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from vllm.v1.kv_cache_interface import AttentionSpec, MambaSpec
+from vllm.v1.kv_cache_interface import AttentionSpec, ChunkedLocalAttentionSpec, MambaSpec, SlidingWindowSpec
 
 from vllm_datadist_connector import compat
 from vllm_datadist_connector.config import ConfigError
@@ -20,6 +20,8 @@ class KVGroup:
     """Tokens per block; 0: a group of states (Mamba, linear attention), with one block that holds the latest state."""
     scratch_blocks: int = 0
     """Blocks at the end of a state's table that belong to speculative tokens."""
+    has_window: bool = False
+    """Blocks of tokens that the next one does not look back on any more are given back."""
 
     @property
     def is_state(self) -> bool:
@@ -54,7 +56,8 @@ def describe_groups(groups: Sequence[Any]) -> tuple[KVGroup, ...]:
         if isinstance(spec, MambaSpec):
             described.append(KVGroup(0, int(getattr(spec, "num_speculative_blocks", 0))))
         elif isinstance(spec, AttentionSpec):
-            described.append(KVGroup(int(group.kv_cache_spec.block_size)))
+            has_window = isinstance(spec, (SlidingWindowSpec, ChunkedLocalAttentionSpec))
+            described.append(KVGroup(int(group.kv_cache_spec.block_size), has_window=has_window))
         else:
             raise ConfigError(
                 f"KV cache of layer {first!r}: {type(spec).__name__} is not supported; "

@@ -66,6 +66,8 @@ class States:
     state_len: int = 3
     channels_first: bool = False
     page_size: int | None = None
+    config: Mapping[str, Any] | None = None
+    """What the model's configuration says of it."""
 
     def spec(self, tp_size: int, block_size: int) -> KVCacheSpec:
         width = sum(width if everywhere else width // tp_size for _, width, everywhere in self.channels)
@@ -91,8 +93,6 @@ class Side:
     pp: int = 1
     layout: KVCacheLayout = KVCacheLayout.LBHNC
     kernel_block_sizes: tuple[int, ...] | None = None
-    config: Mapping[str, Any] | None = None
-    """What else the model's configuration says."""
     allocate: Callable[[Side, Mapping[str, KVCacheSpec]], KVCaches] | None = None
     """In place of vLLM's, by the layers' specs."""
 
@@ -111,7 +111,8 @@ class Rank:
         """All bytes, by storage."""
         storages: dict[int, torch.Tensor] = {}
         for value in self.tensors.values():
-            for tensor in value if isinstance(value, (list, tuple)) else [value]:
+            tensors: Sequence[torch.Tensor] = value if isinstance(value, (list, tuple)) else [value]
+            for tensor in tensors:
                 storage = tensor.untyped_storage()
                 storages[storage.data_ptr()] = torch.empty(0, dtype=torch.uint8).set_(storage)
         return list(storages.values())
@@ -127,10 +128,13 @@ class Rank:
             # Kernel blocks of a block follow one another; [heads, rows, content] or, in parts, [rows, heads, content].
             grouped = tensor.unflatten(0, (NUM_BLOCKS, -1))[block]
             by_head = grouped if isinstance(value, torch.Tensor) else grouped.transpose(1, 2)
-            ratio, _, rows, _ = by_head.shape
-            for at, head in enumerate(heads):
+            ratio, slots, rows, _ = by_head.shape
+            for slot in range(slots):
+                # A backend may keep K and V, or what else it packs, in slots of their own.
+                kind, at = divmod(slot, len(heads))
                 for row in range(ratio * rows):
-                    yield ("part", part, "head", head, row), by_head[row // rows, at, row % rows].view(torch.uint8)
+                    bytes_ = by_head[row // rows, slot, row % rows].view(torch.uint8)
+                    yield ("part", part, kind, "head", heads[at], row), bytes_
 
     def _states(self, layer: States, value: Any, block: int) -> Cells:
         spec = self.specs[layer.name]
@@ -153,8 +157,8 @@ class Rank:
 def _unpacked(spec: MambaSpec, page: torch.Tensor) -> Sequence[torch.Tensor]:
     """As vLLM's Mamba layers take a page apart."""
     layer = SimpleNamespace(get_state_shape=lambda: spec.shapes, get_state_dtype=lambda: spec.dtypes, kv_cache=())
-    MambaBase.bind_kv_cache(layer, page)  # type: ignore[arg-type]
-    return layer.kv_cache
+    MambaBase.bind_kv_cache(layer, page)
+    return tuple(layer.kv_cache)
 
 
 def start(layers: Sequence[Layer], side: Side) -> list[Rank]:
@@ -204,6 +208,7 @@ def _start_rank(model_layers: Sequence[Layer], stage: range, side: Side, tp_rank
 def _vllm_config(layers: Sequence[Layer], side: Side) -> Any:
     """vLLM's configuration as far as its allocation and ours read it."""
     heads = max((layer.heads for layer in layers if isinstance(layer, Heads)), default=1)
+    told = next((layer.config for layer in layers if isinstance(layer, States)), None)
     return SimpleNamespace(
         attention_config=SimpleNamespace(hisparse_config=None),
         cache_config=SimpleNamespace(
@@ -213,7 +218,7 @@ def _vllm_config(layers: Sequence[Layer], side: Side) -> Any:
             get_resolved_kv_cache_layout=lambda: side.layout,
         ),
         model_config=SimpleNamespace(
-            get_total_num_kv_heads=lambda: heads, hf_text_config=SimpleNamespace(**(side.config or {}))
+            get_total_num_kv_heads=lambda: heads, hf_text_config=SimpleNamespace(**(told or {}))
         ),
     )
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 from support.counting_keeper import CountingKeeper
-from support.engine_config import FULL, STATE, group_of, vllm_config
+from support.engine_config import FULL, STATE, WINDOW, group_of, vllm_config
 from support.pd import (
     BLOCK_SIZE,
     LOOPBACK,
@@ -232,7 +232,7 @@ class TestProducer:
 
 
 class TestShortenedPrompt:
-    """P computes the state before the prompt's last token, which D feeds to it."""
+    """P computes the state before the prompt's last token, which D feeds to it; and keeps the window before it."""
 
     GROUPS = (group_of(FULL, "a"), group_of(STATE, "b"))
 
@@ -246,8 +246,9 @@ class TestShortenedPrompt:
     def lengths(request: Any) -> set[int]:
         return {request.num_prompt_tokens, request.num_tokens, len(request.prompt_token_ids)}
 
-    def test_by_one_token(self) -> None:
-        request = self.announced(make_request(PROMPT, TO_P), self.GROUPS)
+    @pytest.mark.parametrize("spec", [STATE, WINDOW])
+    def test_by_one_token(self, spec: Any) -> None:
+        request = self.announced(make_request(PROMPT, TO_P), (group_of(FULL, "a"), group_of(spec, "b")))
         assert self.lengths(request) == {len(PROMPT) - 1}
         assert request.prompt_token_ids == list(request.all_token_ids) == PROMPT[:-1]
         assert request.max_tokens == 1
@@ -267,7 +268,7 @@ class TestShortenedPrompt:
         assert consumer.matched_tokens(at_d, 0) == len(PROMPT) - 1
         consumer.request_finished(at_d.request_id)
 
-    def test_not_without_states(self) -> None:
+    def test_not_without_states_and_windows(self) -> None:
         request = self.announced(make_request(PROMPT, TO_P), (group_of(FULL, "a"),))
         assert self.lengths(request) == {len(PROMPT)}
 

@@ -6,13 +6,17 @@ import pytest
 import torch
 from support.engine_config import FULL, WINDOW, group_of
 from support.engine_config import STATE as STATE_SPEC
-from vllm.v1.kv_cache_interface import FullAttentionSpec, KVCacheSpec, MambaSpec
+from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, KVCacheSpec, MambaSpec
 
 from vllm_datadist_connector.config import ConfigError
 from vllm_datadist_connector.kv_groups import KVGroup, describe_groups
 
 TABLE = (7, 3, 5, 9, 8)
 TOKENS, STATE, SPECULATIVE = KVGroup(16), KVGroup(0), KVGroup(0, scratch_blocks=2)
+
+CHUNKED = ChunkedLocalAttentionSpec(
+    block_size=16, num_kv_heads=2, head_size=8, dtype=torch.float16, attention_chunk_size=64
+)
 
 
 @pytest.mark.parametrize(
@@ -59,8 +63,20 @@ def test_an_empty_table_holds_nothing(group: KVGroup) -> None:
 def test_groups_of_vllm() -> None:
     speculative = MambaSpec(block_size=512, shapes=((4, 3),), dtypes=(torch.float16,), num_speculative_blocks=3)
     large = FullAttentionSpec(block_size=32, num_kv_heads=2, head_size=8, dtype=torch.float16)
-    groups = [group_of(large, "a", "b"), group_of(WINDOW, "c"), group_of(STATE_SPEC, "d"), group_of(speculative, "e")]
-    assert describe_groups(groups) == (KVGroup(32), KVGroup(16), KVGroup(0), KVGroup(0, scratch_blocks=3))
+    groups = [
+        group_of(large, "a", "b"),
+        group_of(WINDOW, "c"),
+        group_of(STATE_SPEC, "d"),
+        group_of(speculative, "e"),
+        group_of(CHUNKED, "f"),
+    ]
+    assert describe_groups(groups) == (
+        KVGroup(32),
+        KVGroup(16, has_window=True),
+        KVGroup(0),
+        KVGroup(0, scratch_blocks=3),
+        KVGroup(16, has_window=True),
+    )
 
 
 def test_a_stage_without_a_layer_keeps_the_group() -> None:

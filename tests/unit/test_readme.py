@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -42,3 +44,28 @@ def test_shipped_configuration_is_valid(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     assert config["kv_connector"] == "DataDistConnector"
     parse_config(config["kv_connector_extra_config"])
+
+
+def named_tests() -> list[str]:
+    """Test ids in the support matrix, with the shorthand `[id]` for another case of the test before it."""
+    section = README.partition("## What it carries\n")[2].partition("\n### ")[0]
+    names: list[str] = []
+    for token in re.findall(r"`([^`]+)`", section):
+        if re.match(r"(e2e|integration|unit)/", token):
+            names.append(token)
+        elif re.match(r"(\*|\[)", token) and names:
+            names.append(names[-1].partition("::")[0] + "::" + (token if token[0] == "*" else f"*{token}"))
+    return names
+
+
+def test_every_row_of_the_support_matrix_names_tests_that_exist() -> None:
+    names = named_tests()
+    assert len(names) > 25
+    files = sorted({name.partition("::")[0] for name in names})
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *(f"tests/{file}" for file in files)]
+    listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300).stdout
+    collected = [line.partition("tests/")[2] for line in listed.splitlines() if "::" in line]
+    for name in names:
+        # `*` stands for anything, brackets for themselves.
+        pattern = re.escape(name).replace(r"\*", ".*") + ("" if name.endswith("]") else r"(\[.*|::.*)?")
+        assert any(re.fullmatch(pattern, each) or each.startswith(f"{name}::") for each in collected), name

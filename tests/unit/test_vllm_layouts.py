@@ -41,6 +41,9 @@ PARALLEL = {
     "1 > PP 2 x TP 2": ({}, {"pp": 2, "tp": 2}),
 }
 parallel = pytest.mark.parametrize(("p_ranks", "d_ranks"), PARALLEL.values(), ids=PARALLEL.keys())
+some_parallel = pytest.mark.parametrize(
+    ("p_ranks", "d_ranks"), [({}, {"tp": 2}), ({"tp": 2}, {}), ({"pp": 2}, {"tp": 2})]
+)
 MakeSpec = Callable[[int, int], KVCacheSpec]
 
 
@@ -92,7 +95,7 @@ def test_heads_outside_of_blocks_are_refused_at_start() -> None:
         start(model(), replace(BASE, layout=KVCacheLayout.LHBNC))
 
 
-@parallel
+@some_parallel
 @pytest.mark.parametrize(("p_kernel", "d_kernel"), [(32, 32), (32, None), (None, 32), (64, 32)])
 def test_kernel_blocks(
     p_kernel: int | None, d_kernel: int | None, p_ranks: dict[str, int], d_ranks: dict[str, int]
@@ -142,7 +145,7 @@ QUANTISED: dict[str, MakeSpec] = {
 
 @pytest.mark.parametrize("make_spec", QUANTISED.values(), ids=QUANTISED.keys())
 @pytest.mark.parametrize("layout", [KVCacheLayout.LBHNC, KVCacheLayout.LBNHC], ids=lambda layout: layout.name)
-@parallel
+@some_parallel
 def test_quantised(
     make_spec: MakeSpec, layout: KVCacheLayout, p_ranks: dict[str, int], d_ranks: dict[str, int]
 ) -> None:
@@ -197,7 +200,7 @@ LATENTS: dict[str, MakeSpec] = {
 
 @pytest.mark.parametrize("make_spec", LATENTS.values(), ids=LATENTS.keys())
 @pytest.mark.parametrize("layout", [KVCacheLayout.LBNHC, KVCacheLayout.BLNHC], ids=lambda layout: layout.name)
-@parallel
+@some_parallel
 def test_latents(make_spec: MakeSpec, layout: KVCacheLayout, p_ranks: dict[str, int], d_ranks: dict[str, int]) -> None:
     """The CPU platform serves MLA in bfloat16 and float32, in unpadded pages and with a state for each token."""
     side = replace(BASE, layout=layout)
@@ -222,7 +225,7 @@ def sparse_model() -> list[Layer]:
 
 
 @pytest.mark.parametrize("layout", [KVCacheLayout.LBNHC, KVCacheLayout.BLNHC], ids=lambda layout: layout.name)
-@parallel
+@some_parallel
 def test_unlike_layers_of_a_group(layout: KVCacheLayout, p_ranks: dict[str, int], d_ranks: dict[str, int]) -> None:
     """Sparse attention needs a GPU: a group with a spec for each layer."""
     side = replace(BASE, layout=layout)
@@ -252,7 +255,7 @@ MIXES: dict[str, tuple[MakeSpec, tuple[int, int, int]]] = {
 @pytest.mark.parametrize(
     "layout", [KVCacheLayout.LBHNC, KVCacheLayout.LBNHC, KVCacheLayout.BLHNC], ids=lambda x: x.name
 )
-@parallel
+@some_parallel
 def test_groups_in_the_same_memory(
     make_window: MakeSpec,
     sizes: tuple[int, int, int],
@@ -282,7 +285,7 @@ def window_latent(heads: int, block_size: int) -> KVCacheSpec:
     )
 
 
-@parallel
+@some_parallel
 def test_windows_of_latents(p_ranks: dict[str, int], d_ranks: dict[str, int]) -> None:
     """DeepSeek-V4 needs a GPU; its padded pages have no head dimension that tensor parallelism would deal out."""
     layers: list[Layer] = [

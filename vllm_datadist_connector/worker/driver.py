@@ -133,7 +133,7 @@ class PullDriver:
         self._each(self._settle, self._instances.take_changed())
         now = time.monotonic()
         self._each(self._on_deadline, self._transfers.overdue(now))
-        self._instances.evict_idle(now, self._transfers.instances())
+        self._instances.drop_unused(now, self._transfers.instances())
         self._linked = self._instances.linked()
 
     def _each(self, handle: Callable[[T], None], events: Iterable[T]) -> None:

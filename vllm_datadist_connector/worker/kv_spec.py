@@ -97,12 +97,30 @@ def describe_layers(
     return layers
 
 
-def _distinct_ranks(vllm_config: VllmConfig, spec: Any) -> int:
-    """How many TP ranks hold different heads of a layer; the others hold copies."""
+def _distinct_ranks(vllm_config: VllmConfig, spec: Any) -> int | None:
+    """How many TP ranks hold different heads of a layer, the others hold copies; None: all, as far as is known."""
     if isinstance(spec, MLAAttentionSpec):
         return 1
     told: int | None = getattr(spec, "max_tp_shards", None)
-    return told or int(vllm_config.model_config.get_total_num_kv_heads())
+    if told or spec.num_kv_heads > 1:
+        # Heads are copied only where there are too few for all ranks, and then each rank has one.
+        return told
+    # Which of its numbers of heads a layer has, the model's configuration does not say. To take copies for different
+    # heads means that other numbers of ranks are refused; the other way round they would exchange wrong heads.
+    counts = _head_counts(vllm_config)
+    return counts.pop() if len(counts) == 1 else None
+
+
+def _head_counts(vllm_config: VllmConfig) -> set[int]:
+    """Numbers of KV heads that layers of the model may have: of windows, of full attention, of a draft model."""
+    speculative = getattr(vllm_config, "speculative_config", None)
+    draft = getattr(speculative, "draft_model_config", None)
+    models = [vllm_config.model_config, *([draft] if draft is not None else [])]
+    counts = {int(model.get_total_num_kv_heads()) for model in models}
+    for name, value in vars(vllm_config.model_config.hf_text_config).items():
+        if name.endswith("key_value_heads") and isinstance(value, int):
+            counts.add(value)
+    return counts
 
 
 def _state_parts(vllm_config: VllmConfig, spec: Any, tp_rank: int, tp_size: int) -> tuple[StatePart, ...]:

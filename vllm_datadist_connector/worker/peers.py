@@ -146,7 +146,6 @@ class InstanceTable:
             self.broke(instance, f"link with {key.endpoint} was lost; linking again", "link")
             instance = None
         if instance is None:
-            self._forget_dead()
             instance = Instance(key, met_at=now, last_used=now)
             if len(self._instances) >= MAX_INSTANCES:
                 instance.state, instance.reason = InstanceState.BROKEN, f"more than {MAX_INSTANCES} instances"
@@ -216,15 +215,20 @@ class InstanceTable:
         reports = [self._link_report(geometry.cluster_id) for _, geometry in instance.givers]
         return all(report is not None and report.alive for report in reports)
 
-    def evict_idle(self, now: float, busy: Collection[Instance]) -> None:
-        """Unlinks instances that nobody has asked for in a while: P's that left the service would add up."""
+    def drop_unused(self, now: float, busy: Collection[Instance]) -> None:
+        """Unlinks instances that nobody has asked for in a while, or that are gone: they would add up."""
         for key, instance in list(self._instances.items()):
             if instance in busy:
                 instance.last_used = now
-            elif instance.state is InstanceState.READY and instance.last_used + self._ttl_s <= now:
-                logger.info("unlinked from %s: unused for %.0f s", key.endpoint, now - instance.last_used)
-                self._unlink(instance)
-                del self._instances[key]
+            elif instance.state is InstanceState.READY:
+                idle_s = now - instance.last_used
+                lost = not self.is_linked(instance)
+                if lost or idle_s >= self._ttl_s:
+                    logger.info(
+                        "unlinked from %s: %s", key.endpoint, "it is gone" if lost else f"unused for {idle_s:.0f} s"
+                    )
+                    self._unlink(instance)
+                    del self._instances[key]
 
     def next_idle(self) -> float | None:
         """When the next instance may be idle for too long."""
@@ -354,12 +358,6 @@ class InstanceTable:
             remote_ip_infos=[(geometry.host, geometry.port)],
             local_ip_infos=[(self._ours.host, 0)],
         )
-
-    def _forget_dead(self) -> None:
-        """Breaks instances whose links are gone: a P that restarts is a new one each time, and they would add up."""
-        for instance in self._instances.values():
-            if instance.state is InstanceState.READY and not self.is_linked(instance):
-                self.broke(instance, f"link with {instance.key.endpoint} was lost", "link")
 
     def _forget_broken(self, now: float) -> None:
         for key, instance in list(self._instances.items()):
