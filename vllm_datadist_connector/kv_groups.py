@@ -27,6 +27,11 @@ class KVGroup:
     def is_state(self) -> bool:
         return self.block_size == 0
 
+    @property
+    def forgets(self) -> bool:
+        """What was computed up to one token cannot serve a request that goes on from an earlier one."""
+        return self.is_state or self.has_window
+
     def holding(self, table: Sequence[int], num_tokens: int) -> tuple[int, ...]:
         """The blocks of a request's table that hold the KV of its first `num_tokens` tokens.
 

@@ -35,6 +35,7 @@ from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
 PROMPT = list(range(100, 100 + 4 * BLOCK_SIZE - 3))
 ATTENTION = (KVGroup(BLOCK_SIZE), KVGroup(BLOCK_SIZE))
+WINDOWED = (KVGroup(BLOCK_SIZE), KVGroup(BLOCK_SIZE, has_window=True))
 HYBRID = (*ATTENTION, KVGroup(0, scratch_blocks=1))
 SIZES = (BLOCK_SIZE, BLOCK_SIZE, 0)
 LEASE_S = 30.0
@@ -132,7 +133,15 @@ class TestConsumer:
         assert consumer.matched_tokens(request, 0) == 0
         consumer.after_alloc(request, LOCAL, 0)
         assert consumer.take_jobs() == ((), ())
-        assert "P's state is that after" in caplog.text
+        assert "P's blocks are those after" in caplog.text
+
+    def test_a_window_of_another_token_has_lost_what_this_one_needs(self, make_consumer: MakeConsumer) -> None:
+        for held, loadable in ((len(PROMPT) - 1, len(PROMPT) - 1), (len(PROMPT), 0)):
+            consumer = make_consumer(WINDOWED)
+            request = make_request(PROMPT, params_for(held, REMOTE[:2], SIZES[:2]))
+            consumer.on_new_request(request)
+            assert consumer.matched_tokens(request, 0) == loadable
+            consumer.request_finished(request.request_id)
 
     def test_without_states_the_last_token_is_left_out(self, make_consumer: MakeConsumer) -> None:
         consumer = make_consumer(ATTENTION)
@@ -209,7 +218,7 @@ class TestProducer:
     def test_a_state_is_held_for_the_tokens_that_it_has_seen(
         self, make_producer: MakeProducer, computed: int, with_state: bool
     ) -> None:
-        for groups, expected in ((HYBRID, with_state), (ATTENTION, True)):
+        for groups, expected in ((HYBRID, with_state), (WINDOWED, with_state), (ATTENTION, True)):
             request = finish(make_request(PROMPT, TO_P))
             request.num_computed_tokens += computed
             tables = self.TABLES[: len(groups)]
@@ -224,7 +233,7 @@ class TestProducer:
     def test_a_decoded_request_that_stopped_by_itself_may_have_a_later_state(
         self, make_producer: MakeProducer, status: RequestStatus, with_state: bool
     ) -> None:
-        for groups, expected in ((HYBRID, with_state), (ATTENTION, True)):
+        for groups, expected in ((HYBRID, with_state), (WINDOWED, with_state), (ATTENTION, True)):
             request = decode(make_request(PROMPT, make_params()), [1, 2, 3], status)
             tables = self.TABLES[: len(groups)]
             held, _ = make_producer(groups).request_finished(request, tables, LEASE_S, for_next_turn=True)

@@ -202,10 +202,12 @@ class ConsumerScheduler:
             return "a prompt of embeddings cannot be compared with P's"
         if remote.ticket.prompt_digest != digest_of(request, remote.remote_num_tokens):
             return f"the tokens of P's request {remote.remote_request_id!r:.80} are not how this prompt begins"
-        if any(group.is_state for group in self._groups) and loadable != remote.remote_num_tokens:
-            # A state cannot be taken back to an earlier token.
+        if any(group.forgets for group in self._groups) and loadable != remote.remote_num_tokens:
+            # A state cannot be taken back to an earlier token, nor a window to blocks that it has left.
             have = request.num_prompt_tokens
-            return f"P's state is that after {remote.remote_num_tokens} tokens; of {have} it can give {loadable}"
+            return (
+                f"P's blocks are those after {remote.remote_num_tokens} tokens; of the prompt's {have} {loadable} fit"
+            )
         return ""
 
     def _forget(self, request_id: str) -> None:

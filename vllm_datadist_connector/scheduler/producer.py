@@ -119,9 +119,9 @@ class ProducerScheduler:
         # The KV of the last token is computed when it is fed back, never if it ended the request.
         last = request.num_tokens - 1 if for_next_turn else request.num_prompt_tokens
         num_tokens = int(min(request.num_computed_tokens, last))
-        if any(group.is_state for group in self._identity.groups):
-            # A state cannot be taken back to an earlier token. A request that stopped by itself may have been fed a
-            # token too many by a step that was under way.
+        if any(group.forgets for group in self._identity.groups):
+            # A state cannot be taken back to an earlier token, nor a window to blocks that it has left. A request that
+            # stopped by itself may have been fed a token too many by a step that was under way.
             exact = request.num_computed_tokens == num_tokens
             capped = request.status == RequestStatus.FINISHED_LENGTH_CAPPED or not for_next_turn
             return num_tokens if exact and capped else 0

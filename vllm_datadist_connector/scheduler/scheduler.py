@@ -35,8 +35,7 @@ class ConnectorScheduler:
         )
         self._lease_s, self._decoder_lease_s = config.lease_s, config.decoder_lease_s
         self._bidirectional = config.bidirectional
-        forgets = any(group.is_state or group.has_window for group in identity.groups)
-        self._prompt_tail = compat.prompt_tail(vllm_config, forgets)
+        self._prompt_tail = compat.prompt_tail(vllm_config, any(group.forgets for group in identity.groups))
         self._meter = SchedulerMeter("scheduler")
         self._producer: ProducerScheduler | None = None
         self._consumer: ConsumerScheduler | None = None
