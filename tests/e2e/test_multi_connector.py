@@ -2,7 +2,7 @@
 
 The other one is vLLM's ExampleConnector, a store of KV cache files. OffloadingConnector, which people would use,
 refuses the CPU platform ("CPU Offloading is currently only supported on CUDA-alike and XPU GPUs"): with it see
-integration/test_multi_connector.py.
+integration/test_multi_scheduler.py.
 """
 
 from __future__ import annotations
