@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -26,14 +25,6 @@ REMOTE = (11, 4, 9, 2, 30)
 LOCAL = [50, 51, 52, 53, 54]
 LOADED = len(PROMPT) - 1
 """All but the last token, which vLLM feeds in any case."""
-
-
-@pytest.fixture
-def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingKeeper]:
-    keeper = CountingKeeper()
-    monkeypatch.setattr(consumer_module, "LeaseKeeper", lambda _: keeper)
-    yield keeper
-    assert not +keeper.users, "a lease was not released"
 
 
 @pytest.fixture

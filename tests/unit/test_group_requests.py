@@ -26,7 +26,6 @@ from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, parse_remote_prefill
-from vllm_datadist_connector.scheduler import consumer as consumer_module
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
@@ -46,14 +45,6 @@ LOCAL = ([50, 51, 52, 53, 54], [0, 0, 60, 61, 62], [0, 70, 71])
 
 MakeConsumer = Callable[[tuple[KVGroup, ...]], ConsumerScheduler]
 MakeProducer = Callable[[tuple[KVGroup, ...]], ProducerScheduler]
-
-
-@pytest.fixture
-def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingKeeper]:
-    keeper = CountingKeeper()
-    monkeypatch.setattr(consumer_module, "LeaseKeeper", lambda _: keeper)
-    yield keeper
-    assert not +keeper.users, "a lease was not released"
 
 
 @pytest.fixture

@@ -15,7 +15,6 @@ from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, names_earlier_turn, parse_remote_prefill
-from vllm_datadist_connector.scheduler import consumer as consumer_module
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
 
@@ -29,14 +28,6 @@ TABLE = [50, 51, 52, 53, 54, 55, 56, 57]
 
 MakeConsumer = Callable[[int | None], ConsumerScheduler]
 MakeScheduler = Callable[..., ConnectorScheduler]
-
-
-@pytest.fixture
-def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingKeeper]:
-    keeper = CountingKeeper()
-    monkeypatch.setattr(consumer_module, "LeaseKeeper", lambda _: keeper)
-    yield keeper
-    assert not +keeper.users, "a lease was not released"
 
 
 @pytest.fixture
