@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections.abc import Sequence
 
+import msgspec
 import numpy as np
 
 from vllm_datadist_connector import _native
@@ -74,5 +75,4 @@ class RegisteredCaches:
     def _with_views(self, index: int) -> CacheLayout:
         layout = self._specs[index].layout
         views = tuple(View(granule=g, cache_id=self.view(index, g)) for g in granules_of(layout))
-        fields = {name: getattr(layout, name) for name in layout.__struct_fields__}
-        return CacheLayout(**(fields | {"views": views}))
+        return msgspec.structs.replace(layout, views=views)

@@ -17,6 +17,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, TypeAlias
 
+import msgspec
+
 from vllm_datadist_connector.protocol.handshake import K_TRANSPOSED, PLAIN, CacheLayout, Segment, segment_end
 from vllm_datadist_connector.worker.kv_spec import LayerKV, Shards, StateKV, TokenKV
 
@@ -117,17 +119,16 @@ def _tensors(
     offsets = [tensor.data_ptr() - tensors[0].data_ptr() for tensor in tensors]
     together = all(0 <= offset < strides[0] for offset in offsets) and len(set(strides)) == 1
     if together:
-        moved = tuple(_moved(each, offset) for part, offset in zip(described, offsets, strict=True) for each in part)
+        moved = tuple(
+            msgspec.structs.replace(each, offset=each.offset + offset)
+            for part, offset in zip(described, offsets, strict=True)
+            for each in part
+        )
         yield layer, tensors[0].data_ptr(), _StrideClass(kv.group, tensors[0].shape[0], block_tokens, strides[0], moved)
         return
     for index, (tensor, segments, stride) in enumerate(zip(tensors, described, strides, strict=True)):
         stride_class = _StrideClass(kv.group, tensor.shape[0], block_tokens, stride, segments)
         yield f"{layer}:{index}", tensor.data_ptr(), stride_class
-
-
-def _moved(segment: Segment, offset: int) -> Segment:
-    fields = {name: getattr(segment, name) for name in segment.__struct_fields__}
-    return Segment(**(fields | {"offset": segment.offset + offset}))
 
 
 def _stride(tensor: torch.Tensor, segments: Sequence[Segment]) -> int:
