@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import logging
+import threading
 import time
 from collections.abc import Callable
 
 import pytest
 from support.consumer import D_CLUSTER, Consumer, release
-from support.kv_ranks import BLOCKS, KV, Place, make_kv
-from support.pd import BLOCK_SIZE, wait_until
+from support.endpoints import LOOPBACK, check
+from support.kv_ranks import BLOCKS, DECODER_ROLE, KV, Place, make_kv
+from support.pd import BLOCK_SIZE, WAIT_S, wait_until
 from support.producer_process import ProducerProcess
+from support.slow_relay import SlowRelay
 
+from vllm_datadist_connector import _native
 from vllm_datadist_connector.worker.transfers import Failure
 
 StartProducer = Callable[..., ProducerProcess]
@@ -105,6 +110,33 @@ def test_a_new_incarnation_retires_the_old_one_at_once(
     pull(consumer, second, "after", [5], [5])
 
 
+def test_a_link_that_crosses_one_from_the_other_end(
+    start_producer: StartProducer, start_consumer: StartConsumer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P has begun to link with us when we meet it: ours is refused while that goes on, and must not fail the pull."""
+    caplog.set_level(logging.DEBUG, "vllm_datadist_connector.worker.peers")
+    producer, consumer = start_producer(100), start_consumer(serves=True)
+    remote = producer.prefill("r", [5])
+    consumer.expect(producer, remote, [6])
+    other_end = _native.LlmDataDist(100, DECODER_ROLE)
+    check(other_end.initialize({"llm.DeviceId": "0"}))
+    with SlowRelay(consumer.port, 50.0) as relay:
+        us = _native.ClusterInfo(D_CLUSTER, [(LOOPBACK, relay.port)], [(LOOPBACK, 0)])
+        dial = threading.Thread(target=other_end.link_clusters, args=([us], int(WAIT_S * 1000)))
+        dial.start()
+        # Greeted and answered; the next message takes seconds.
+        assert relay.wait_until_moved(1, WAIT_S)
+        assert relay.wait_until_moved(relay.moved + 1, WAIT_S)
+        consumer.pull("r", remote, [6])
+        wait_until(lambda: "is linking with us" in caplog.text, "the refusal")
+    dial.join()
+    other_end.finalize()
+    consumer.wait(1)
+    assert consumer.failed == set()
+    assert consumer.observer.failures == []
+    consumer.check_bytes()
+
+
 class TestOurselves:
     """The D of an earlier turn prefills the next one: its blocks are copied, for no engine links with itself."""
 
@@ -181,7 +213,7 @@ class TestOurselves:
             consumer.expect(own, remote, [20 + round_])
             consumer.pull(str(round_), remote, [20 + round_])
             consumer.wait(round_ + 1)
-            wait_until(lambda: consumer.driver._instances.next_idle() is None, "the eviction")
+            wait_until(lambda: consumer.driver._instances.next_wake() is None, "the eviction")
         assert consumer.failed == set()
         assert self.met_nobody(consumer)
         consumer.check_bytes()
@@ -189,7 +221,7 @@ class TestOurselves:
     def test_beside_another_instance(
         self, start_producer: StartProducer, start_consumer: StartConsumer, own: KV
     ) -> None:
-        producer, consumer = start_producer(), start_consumer(serves=True)
+        producer, consumer = start_producer(100), start_consumer(serves=True)
         pull(consumer, producer, "theirs", [1, 2], [30, 31])
         remote = consumer.prefill("ours", [5])
         consumer.expect(own, remote, [20])

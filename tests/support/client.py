@@ -126,5 +126,9 @@ async def complete_one(url: str, request: Request, deadline_s: float = REQUEST_D
 
 
 def new_session() -> aiohttp.ClientSession:
-    """A session without aiohttp's limit of 100 connections, which would queue a storm on the client's side."""
-    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0))
+    """A session without aiohttp's limit of 100 connections, which would queue a storm on the client's side.
+
+    Each request has a connection of its own: a server closes an idle one after some seconds, and a request that is
+    written to it at that moment fails without having been served.
+    """
+    return aiohttp.ClientSession(connector=aiohttp.TCPConnector(limit=0, force_close=True))

@@ -70,6 +70,7 @@ class Consumer:
         engine = RankEngine(cluster_id, role, self.place, self.memory, transport, **timeout)
         self.datadist = engine.datadist
         geometry = engine.geometry()
+        self.port = geometry.port
         self._scheduler: ProducerScheduler | None = None
         if serves:
             # It is told of no ranks, so whoever greets us is refused.

@@ -123,7 +123,7 @@ class PullDriver:
 
     def _round(self) -> None:
         fds = [self._wakeup.fileno(), self._queue.fileno()]
-        wakes = (self._transfers.next_deadline(time.monotonic()), self._instances.next_idle())
+        wakes = (self._transfers.next_deadline(time.monotonic()), self._instances.next_wake())
         answers, ready = self._client.wait(fds, min((at for at in wakes if at is not None), default=None))
         if self._wakeup.fileno() in ready:
             self._wakeup.clear()
@@ -133,6 +133,7 @@ class PullDriver:
         self._each(self._settle, self._instances.take_changed())
         now = time.monotonic()
         self._each(self._on_deadline, self._transfers.overdue(now))
+        self._instances.link_again(now)
         self._instances.drop_unused(now, self._transfers.instances())
         self._linked = self._instances.linked()
 

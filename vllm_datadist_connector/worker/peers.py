@@ -17,6 +17,7 @@ import contextlib
 import enum
 import logging
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
@@ -46,6 +47,8 @@ MAX_RANKS = 512
 """Of one instance that we would link with: an instance says itself how many it has."""
 
 _FIRST = Rank(0, 0)
+_CROSSING_PAUSE_S = 0.02
+"""Until the next try of a link that its other end is just making as well."""
 _UNLINK_TIMEOUT_MS = 1000
 _QUEUED_MS = 60_000
 """A link or unlink call may wait so long for its turn behind pulls."""
@@ -102,6 +105,16 @@ class Instance:
         return [(p, p.geometry) for p in self.peers.values() if p.pairings and p.geometry is not None]
 
 
+class Linking(NamedTuple):
+    """A link that is being made."""
+
+    instance: Instance
+    peer: Peer
+    geometry: RankGeometry
+    give_up_at: float | None = None
+    """Set once it has crossed one from the other end."""
+
+
 class InstanceTable:
     def __init__(
         self,
@@ -126,7 +139,9 @@ class InstanceTable:
         self._ttl_s = ttl_s
         self._instances: dict[InstanceKey, Instance] = {}
         self._greetings: dict[int, tuple[Instance, Peer]] = {}
-        self._links: dict[int, tuple[Instance, Peer]] = {}
+        self._links: dict[int, Linking] = {}
+        self._crossing: deque[tuple[float, Linking]] = deque()
+        """What to try again, and when; the earliest first."""
         self._changed: list[Instance] = []
 
     def linked(self) -> int:
@@ -179,13 +194,19 @@ class InstanceTable:
         linking = self._links.pop(completion.id, None)
         if linking is None:
             return
-        instance, peer = linking
+        instance, peer = linking.instance, linking.peer
         if instance.state is not InstanceState.MEETING:
             return
+        now = time.monotonic()
+        give_up_at = linking.give_up_at or now + self._link_timeout_s
         if completion.status in (_native.LLM_SUCCESS, _native.LLM_ALREADY_LINK):
             peer.linked = True
             self._log_link(instance, peer)
             self._settle(instance)
+        elif completion.status == _native.LLM_PROCESSING_LINK and now < give_up_at:
+            # Two instances that meet each other at once: the one that is refused soon finds the other's link.
+            logger.debug("%s is linking with us: we try again", instance.key.endpoint)
+            self._crossing.append((now + _CROSSING_PAUSE_S, linking._replace(give_up_at=give_up_at)))
         else:
             name = _native.status_name(completion.status)
             self.broke(instance, f"link with {instance.key.endpoint}: {name}: {completion.error}", "link")
@@ -230,11 +251,20 @@ class InstanceTable:
                     self._unlink(instance)
                     del self._instances[key]
 
-    def next_idle(self) -> float | None:
-        """When the next instance may be idle for too long."""
+    def link_again(self, now: float) -> None:
+        """Tries the links once more that crossed one from the other end."""
+        while self._crossing and self._crossing[0][0] <= now:
+            _, linking = self._crossing.popleft()
+            if linking.instance.state is InstanceState.MEETING:
+                self._link(linking)
+
+    def next_wake(self) -> float | None:
+        """When there is a link to try again, or the next instance may be idle for too long."""
         ready = (each.last_used for each in self._instances.values() if each.state is InstanceState.READY)
-        oldest = min(ready, default=None)
-        return None if oldest is None else oldest + self._ttl_s
+        wakes = [at + self._ttl_s for at in ready]
+        if self._crossing:
+            wakes.append(self._crossing[0][0])
+        return min(wakes, default=None)
 
     def _know_ourselves(self, instance: Instance) -> None:
         """Every rank has all that it needs itself: nobody to greet, nothing to link."""
@@ -277,7 +307,7 @@ class InstanceTable:
                 if rank not in instance.peers:
                     self._greet(instance, rank)
         if peer.pairings:
-            self._link(instance, peer, geometry)
+            self._link(Linking(instance, peer, geometry))
         if instance.state is InstanceState.MEETING:
             self._settle(instance)
 
@@ -310,14 +340,14 @@ class InstanceTable:
     def _refuse(self, instance: Instance, mismatches: list[str]) -> None:
         self.broke(instance, f"{instance.key.endpoint} is not compatible: {'; '.join(mismatches)}", "handshake")
 
-    def _link(self, instance: Instance, peer: Peer, geometry: RankGeometry) -> None:
+    def _link(self, linking: Linking) -> None:
         timeout_ms = int(self._link_timeout_s * 1000)
         try:
-            call = self._queue.submit_link(self._cluster(geometry), timeout_ms, timeout_ms + _QUEUED_MS)
+            call = self._queue.submit_link(self._cluster(linking.geometry), timeout_ms, timeout_ms + _QUEUED_MS)
         except _native.QueueFullError as error:
-            self.broke(instance, f"link with {instance.key.endpoint}: {error}", "link")
+            self.broke(linking.instance, f"link with {linking.instance.key.endpoint}: {error}", "link")
         else:
-            self._links[call] = (instance, peer)
+            self._links[call] = linking
 
     def _settle(self, instance: Instance) -> None:
         """READY once every rank is known and linked, if together they have all that is ours."""
@@ -337,7 +367,7 @@ class InstanceTable:
 
     def _unlink(self, instance: Instance) -> None:
         """The links must be gone before the next ones to the same clusters are made."""
-        linking = {id(peer) for _, peer in self._links.values()}
+        linking = {id(each.peer) for each in self._links.values()}
         for peer, geometry in instance.givers:
             if peer.linked or id(peer) in linking:
                 with contextlib.suppress(_native.QueueFullError):
