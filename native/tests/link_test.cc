@@ -3,9 +3,13 @@
 #include <gtest/gtest.h>
 
 #include <algorithm>
+#include <array>
+#include <atomic>
 #include <csignal>
+#include <future>
 #include <numeric>
 #include <random>
+#include <thread>
 
 #include "support/node.h"
 #include "support/peer_process.h"
@@ -253,6 +257,45 @@ TEST_F(OneProcess, MixedTransportsOfOneLink) {
   EXPECT_EQ(server_.Report(9).transport, "local");
   EXPECT_EQ(tcp.Pull(kServer, theirs_, cache, {1}, {2}), LLM_SUCCESS) << GetLastErrorText();
   EXPECT_EQ(server_.Push(theirs_, 9, cache, {1}, {2}), LLM_SUCCESS) << GetLastErrorText();
+}
+
+// Both ends dial at once, again and again. Whoever is linked keeps that link: the other's dial must not replace it.
+TEST(CrossingDials, LeaveOneLinkThatIsNeverReplaced) {
+  constexpr int kRounds = 200;
+  std::array<Node, 2> nodes = {Node(1), Node(2)};
+  std::array<int64_t, 2> caches{};
+  for (size_t i = 0; i < nodes.size(); ++i) {
+    ASSERT_EQ(nodes[i].Start(ServerOptions()), LLM_SUCCESS) << GetLastErrorText();
+    caches[i] = nodes[i].AddCache(Shape{1, 4, 64}, 7);
+  }
+  for (int round = 0; round < kRounds; ++round) {
+    std::atomic<int> starting{2};
+    std::atomic<int> dialling{2};
+    const auto dial_and_pull = [&](size_t i) -> std::string {
+      Node &here = nodes[i];
+      Node &there = nodes[1 - i];
+      for (--starting; starting > 0;) {
+      }
+      Status status = LLM_PROCESSING_LINK;
+      while (status == LLM_PROCESSING_LINK) {
+        status = here.Link(there.id(), there.port());
+      }
+      const std::string error = status == LLM_SUCCESS || status == LLM_ALREADY_LINK ? "" : GetLastErrorText();
+      --dialling;
+      bool pulled = error.empty();
+      do {
+        pulled = pulled && here.Pull(there.id(), caches[1 - i], caches[i], {1}, {2}) == LLM_SUCCESS;
+      } while (dialling > 0);
+      return pulled ? "" : error + " / " + GetLastErrorText();
+    };
+    auto other = std::async(std::launch::async, dial_and_pull, size_t{1});
+    ASSERT_EQ(dial_and_pull(0), "") << "round " << round;
+    ASSERT_EQ(other.get(), "") << "round " << round;
+    ASSERT_EQ(nodes[0].Unlink(2, nodes[1].port()), LLM_SUCCESS) << GetLastErrorText();
+    while (nodes[1].Alive(1)) {
+      std::this_thread::yield();
+    }
+  }
 }
 
 TEST_F(OneProcess, NobodyListensIsLinkFailed) {

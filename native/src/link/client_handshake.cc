@@ -131,7 +131,10 @@ Status ClientHandshake::MeetPeer() {
     linked_ = true;
     return Status::Ok();
   }
-  if (live && (!force_link_ || endpoint_->options().hixl_backend)) {
+  // There was none under the expected id when we decided to force ours: the peer's own dial has crossed it, and what is
+  // moved over that link already must not be lost.
+  const bool crossed = peer_id == target_.expected_id;
+  if (live && (!force_link_ || crossed || endpoint_->options().hixl_backend)) {
     return Status(LLM_ALREADY_LINK, "cluster " + std::to_string(peer_id) + " is linked already");
   }
   if (!by_expected_id_.Holds(peer_id)) {
