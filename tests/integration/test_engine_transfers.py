@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import select
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import numpy as np
 import pytest
-from support.endpoints import Endpoint, Memory, Peer, copy_blocks
+from support.endpoints import LOOPBACK, Endpoint, Memory, Peer, copy_blocks
+from support.slow_relay import SlowRelay
 
 from vllm_datadist_connector import _native
 
@@ -139,6 +142,21 @@ def test_unlinked_and_linked_again(ends: Ends) -> None:
     assert mine.pull(peer, [0], [0]) == _native.LLM_NOT_YET_LINK
     mine.link(peer)
     assert mine.pull(peer, [0], [0]) == _native.LLM_SUCCESS
+
+
+def test_a_dial_that_arrives_late_keeps_the_link_that_crossed_it(make_endpoint: Callable[..., Endpoint]) -> None:
+    """What the lower end moves over its link by then would be lost if the other's dial replaced it."""
+    lower, higher = make_endpoint(cluster_id=1, **SIZES), make_endpoint(cluster_id=2, **SIZES)
+    gate = threading.Event()
+    with SlowRelay(lower.port, gate=gate) as relay, ThreadPoolExecutor(1) as pool:
+        late_info = _native.ClusterInfo(lower.cluster_id, [(LOOPBACK, relay.port)], [(LOOPBACK, 0)])
+        late = pool.submit(higher.datadist.link_clusters, [late_info], 20_000)
+        assert relay.arrived.wait(20)
+        lower.link(higher)
+        gate.set()
+        assert late.result()[1] == [_native.LLM_ALREADY_LINK]
+    for here, there in (lower, higher), (higher, lower):
+        assert here.pull(there, [0], [0]) == _native.LLM_SUCCESS
 
 
 def test_queue_runs_many_operations_to_several_peers(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import socket
 import threading
 import time
@@ -12,11 +13,16 @@ CHUNK = 16 * 1024
 
 
 class SlowRelay:
-    """Passes every connection to its port on to `server_port`, each direction at `bytes_per_s` at most."""
+    """Passes every connection to its port on to `server_port`, each direction at `bytes_per_s` at most.
 
-    def __init__(self, server_port: int, bytes_per_s: float) -> None:
+    With a `gate` nothing passes before it is set; `arrived` is set once there is something to pass.
+    """
+
+    def __init__(self, server_port: int, bytes_per_s: float = math.inf, gate: threading.Event | None = None) -> None:
         self._server_port = server_port
         self._bytes_per_s = bytes_per_s
+        self._gate = gate
+        self.arrived = threading.Event()
         self._moved = 0
         self._progress = threading.Condition()
         self._sockets: list[socket.socket] = []
@@ -58,6 +64,9 @@ class SlowRelay:
     def _pump(self, source: socket.socket, target: socket.socket) -> None:
         try:
             while chunk := source.recv(CHUNK):
+                self.arrived.set()
+                if self._gate is not None:
+                    self._gate.wait()
                 target.sendall(chunk)
                 with self._progress:
                     self._moved += len(chunk)
