@@ -31,8 +31,7 @@ def kv_transfer(config: str, fields: Mapping[str, object] | None = None, **extra
 
 
 def make_server(spec: ServerSpec) -> Program:
-    if spec.tensor_parallel * spec.pipeline_parallel * spec.data_parallel > 1:
-        spec = replace(spec, variables={"PYTHONPATH": str(CALM_POLLING), **spec.variables})
+    spec = replace(spec, variables={"PYTHONPATH": str(CALM_POLLING), **spec.variables})
     program = vllm_server(spec, ENVIRONMENT.directory / "bin", LOGS, ENVIRONMENT.variables())
     program.log.unlink(missing_ok=True)
     return program

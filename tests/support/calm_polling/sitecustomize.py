@@ -1,8 +1,8 @@
-"""Makes vLLM's processes poll their shared-memory queues calmly; on the path of tensor-parallel test servers only.
+"""Makes vLLM's processes poll their shared-memory queues calmly; on the path of the servers under test only.
 
-Each of them polls in a loop around sched_yield(). Two tensor-parallel instances are six such processes: on two cores
-they can keep others, our heartbeat threads included, from running for up to half a minute. That is a property of the
-small machine, not of what is tested here.
+Each of them, one engine and one worker at least, polls in a loop around sched_yield(). On two cores a few such
+processes keep the others, our heartbeat threads included, from running for up to half a minute. That is a property of
+the small machine, not of what is tested here.
 """
 
 import os
