@@ -10,7 +10,7 @@ import equality
 import pytest
 from serving import Program
 from support.client import Answer, Request, new_salt, prompt_tokens
-from support.metrics import EXTERNAL_HITS, FAILED, LEASES_ENDED, LINKED_PEERS, Change, wait_empty, wait_metric
+from support.metrics import EXTERNAL_HITS, FAILED, LEASES_ENDED, LINKED_PEERS, Change, wait_empty, wait_for, wait_metric
 from support.proxy import PDProxy, RoundRobin
 from support.reference import Reference
 from support.servers import kv_transfer, make_router, make_server, running, spec_of
@@ -83,7 +83,8 @@ def test_one_joins_and_one_leaves(service: Service, reference: Reference) -> Non
             prefill.urls.append(joiner.url)
             await served_by(joiner, 4)
             prefill.urls.remove(leaver.url)
-            # Not gracefully: what D was pulling from it at that moment is computed on D.
+            # What it has prefilled, and D is pulling from it at that moment, is computed on D; a prefill would be lost.
+            await wait_for("the last prefill", lambda: proxy.prefilling[leaver.url], lambda legs: legs == 0, 60.0)
             await asyncio.to_thread(leaver.kill)
             await asyncio.gather(served_by(stayer, 4), served_by(joiner, 4))
             stop.set()

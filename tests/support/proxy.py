@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import uuid
+from collections import Counter
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 from types import TracebackType
@@ -70,8 +71,12 @@ class RoundRobin:
         return self.urls[self._turn % len(self.urls)]
 
 
-def completions(url: str | RoundRobin) -> str:
-    return f"{url if isinstance(url, str) else url.next()}/v1/completions"
+def pick(url: str | RoundRobin) -> str:
+    return url if isinstance(url, str) else url.next()
+
+
+def completions(url: str) -> str:
+    return f"{url}/v1/completions"
 
 
 @dataclass
@@ -79,6 +84,8 @@ class PDProxy:
     prefill_url: str | RoundRobin
     decode_url: str | RoundRobin
     interference: Interference = field(default_factory=Interference)
+    prefilling: Counter[str] = field(default_factory=Counter)
+    """Prefill legs under way, by instance."""
 
     async def __aenter__(self) -> PDProxy:
         self._session = new_session()
@@ -122,11 +129,16 @@ class PDProxy:
         asked = {**ASK_PREFILL, **(body.get("kv_transfer_params") or {})}
         leg = {**body, "max_tokens": 1, "stream": False, "kv_transfer_params": asked}
         leg.pop("stream_options", None)
-        async with self._session.post(completions(self.prefill_url), json=leg, headers=headers) as answer:
-            return answer.status, await answer.json(content_type=None)
+        url = pick(self.prefill_url)
+        self.prefilling[url] += 1
+        try:
+            async with self._session.post(completions(url), json=leg, headers=headers) as answer:
+                return answer.status, await answer.json(content_type=None)
+        finally:
+            self.prefilling[url] -= 1
 
     async def _decode(self, request: web.Request, body: Params, headers: dict[str, str]) -> web.StreamResponse:
-        async with self._session.post(completions(self.decode_url), json=body, headers=headers) as answer:
+        async with self._session.post(completions(pick(self.decode_url)), json=body, headers=headers) as answer:
             response = web.StreamResponse(status=answer.status, headers={"Content-Type": answer.content_type})
             await response.prepare(request)
             async for chunk in answer.content.iter_any():
@@ -136,7 +148,7 @@ class PDProxy:
 
     async def _swallow(self, body: Params, headers: dict[str, str]) -> None:
         try:
-            async with self._session.post(completions(self.decode_url), json=body, headers=headers) as answer:
+            async with self._session.post(completions(pick(self.decode_url)), json=body, headers=headers) as answer:
                 await answer.read()
         except aiohttp.ClientError:
             return  # the copy's own fate is not the client's
