@@ -39,7 +39,8 @@ if(sanitizers)
   endif()
 endif()
 
-# datadist_hardening: beyond that, for what is shipped. Not for the tests, which are compiled without optimization.
+# datadist_hardening: for what is shipped only. The C library warns of _FORTIFY_SOURCE without optimization, which would
+# fail the build of the tests.
 add_library(datadist_hardening INTERFACE)
 if(DATADIST_SANITIZE STREQUAL "" AND CMAKE_BUILD_TYPE STREQUAL "Release")
   target_compile_options(datadist_hardening INTERFACE -U_FORTIFY_SOURCE -D_FORTIFY_SOURCE=2)
