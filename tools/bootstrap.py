@@ -52,7 +52,8 @@ class Runtime:
 
     @property
     def build_folder(self) -> str:
-        return f"build/{self._apart('wheel')}"
+        """That of the preset `default`: what the extension and the native tests share is compiled once."""
+        return f"build/{self._apart('default')}"
 
     @property
     def requirements(self) -> tuple[str, ...]:
@@ -101,7 +102,12 @@ def ensure_environment(runtime: Runtime = NEWEST) -> Environment:
     check_venv_module()
     check_compiler()
     environment = Environment(runtime.directory)
-    wanted = {"serving": _serving_digest(runtime), "package": _package_digest()}
+    requirements = _package_requirements()
+    wanted = {
+        "serving": _serving_digest(runtime),
+        "requirements": hashlib.sha256(json.dumps(requirements).encode()).hexdigest(),
+        "package": _package_digest(),
+    }
     stamp = runtime.directory / STAMP
     present = _read_stamp(stamp)
     if present == wanted:
@@ -113,10 +119,25 @@ def ensure_environment(runtime: Runtime = NEWEST) -> Environment:
         _make_venv(runtime, environment)
         _install_serving(runtime, environment)
         _name_distribution_vllm(runtime, environment)
-    _write_stamp(stamp, {"serving": wanted["serving"]})
+        present = {"serving": wanted["serving"]}
+        _write_stamp(stamp, present)
+    if present.get("requirements") != wanted["requirements"]:
+        _write_stamp(stamp, {"serving": wanted["serving"]})
+        title = "install what builds and tests this package"
+        _uv_install(environment, title, runtime.logs / "requirements.log", requirements)
+    _write_stamp(stamp, {part: wanted[part] for part in ("serving", "requirements")})
     _install_package(runtime, environment)
     _write_stamp(stamp, wanted)
     return environment
+
+
+def _package_requirements() -> list[str]:
+    """What pyproject.toml asks for to build, use and test the package."""
+    import tomllib  # not in the Pythons that check_python() refuses in words
+
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))
+    extras = project["project"]["optional-dependencies"]
+    return [*project["build-system"]["requires"], *project["project"]["dependencies"], *extras["test"]]
 
 
 def check_python(runtime: Runtime = NEWEST) -> None:
@@ -253,7 +274,11 @@ def _name_distribution_vllm(runtime: Runtime, environment: Environment) -> None:
 
 
 def _install_package(runtime: Runtime, environment: Environment) -> None:
-    # A build folder that stays makes a change to one file cost the compilation of that file.
-    build = f"build-dir={runtime.build_folder}"
-    arguments = ["--reinstall-package", "vllm-datadist-connector", "-C", build, ".[test]"]
+    # An isolated build finds cmake and pybind11 at another path each time, and compiles everything anew. In the
+    # environment they stay where they are, and a build folder that stays makes a change cost what it changes.
+    options = [f"build-dir={runtime.build_folder}"]
+    options += [f"cmake.define.{name}=ON" for name in ("DATADIST_BUILD_PYTHON", "DATADIST_WERROR")]
+    arguments = ["--no-build-isolation", "--no-deps", "--reinstall-package", "vllm-datadist-connector", "."]
+    for option in options:
+        arguments += ["-C", option]
     _uv_install(environment, "build and install this package", runtime.logs / "package.log", arguments)

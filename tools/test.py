@@ -3,7 +3,9 @@
 
     tools/test.py [--only PART,PART] [-- PYTEST_ARGUMENTS]
 
-Ends with 0 only if every selected part ran and passed; a part that finds nothing to run has failed.
+Paths among the arguments of pytest select: `-- tests/unit/test_config.py` runs that file and nothing else. Parts that
+leave cores idle run beside one another. Ends with 0 only if every selected part ran and passed; a part that finds
+nothing to run has failed.
 """
 
 from __future__ import annotations
@@ -15,56 +17,166 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import FrameType
 
 from bootstrap import ROOT, Environment, ensure_environment
-from console import StepError, run_shown, run_step
+from console import SHOWN_GRACE_S, StepError, run_step, stop_group, tail
 
 LOGS = ROOT / "logs" / "test"
 NATIVE = ROOT / "native"
-# Order of the runs: what fails fastest comes first.
-SANITIZERS = ("default", "asan", "tsan")
+PRESETS = ("default", "asan", "tsan")
+PYTEST_PARTS = ("unit", "integration", "e2e")
+PARTS = ("lint", "native", *PYTEST_PARTS)
+# Each tuple's lanes run side by side, then the next tuple's: compilers fill the core that the Python tests leave idle.
+# Servers have the machine to themselves: their tests wait for what needs all cores.
+STAGES = ((("lint", "unit", "integration"), ("native",)), (("e2e",),))
 NO_TESTS_COLLECTED = 5  # pytest's exit status
-
-
-class PartError(RuntimeError):
-    """A part failed; the message says how."""
+POLL_S = 0.1
 
 
 @dataclass(frozen=True)
-class Run:
+class Step:
+    """One command of a part. With a log, its output goes there; without one, to the terminal."""
+
+    name: str
+    command: tuple[str, ...]
+    cwd: Path = ROOT
+    log: Path | None = None
+
+
+@dataclass
+class Outcome:
+    name: str
+    seconds: float
+    problem: str = ""
+
+
+@dataclass
+class Lane:
+    """Steps that run one after another, also after a failure."""
+
     environment: Environment
-    pytest_arguments: tuple[str, ...]
+    steps: deque[Step]
+    outcomes: list[Outcome] = field(default_factory=list)
+    _step: Step | None = None
+    _process: subprocess.Popen[bytes] | None = None
+    _started: float = 0.0
+
+    def advance(self) -> bool:
+        """Takes note of a step that has ended and starts the next; False when none is left."""
+        if self._process is not None and self._process.poll() is None:
+            return True
+        if self._step is not None and self._process is not None:
+            self._end(self._step, self._process.returncode)
+        if not self.steps:
+            self._step = self._process = None
+            return False
+        self._begin(self.steps.popleft())
+        return True
+
+    def stop(self) -> None:
+        if self._process is not None:
+            stop_group(self._process, SHOWN_GRACE_S)
+
+    def _begin(self, step: Step) -> None:
+        self._step, self._started = step, time.monotonic()
+        print(f"\n== {step.name}: {' '.join(step.command)}{f' > {step.log}' if step.log else ''}", flush=True)
+        variables = self.environment.variables()
+        if step.log is None:
+            self._process = _start(step, variables, None)
+            return
+        step.log.parent.mkdir(parents=True, exist_ok=True)
+        with step.log.open("wb") as log:
+            self._process = _start(step, variables, log.fileno())
+
+    def _end(self, step: Step, status: int) -> None:
+        problem = ""
+        if status == NO_TESTS_COLLECTED and step.name in PYTEST_PARTS:
+            problem = "no test ran"
+        elif status != 0:
+            problem = f"exit status {status}"
+        outcome = Outcome(step.name, time.monotonic() - self._started, problem)
+        self.outcomes.append(outcome)
+        if step.log is not None:
+            print(f"\n== {step.name}: {_ctest_summary(step.log)} ({outcome.seconds:.0f} s)", flush=True)
+            if problem:
+                print(f"{problem}; the end of {step.log}:\n{tail(step.log)}", flush=True)
 
 
-def shown(run: Run, command: Sequence[str]) -> int:
-    return run_shown(command, run.environment.variables(), ROOT)
+def _start(step: Step, variables: dict[str, str], output: int | None) -> subprocess.Popen[bytes]:
+    return subprocess.Popen(
+        step.command,
+        cwd=step.cwd,
+        env=variables,
+        stdin=subprocess.DEVNULL,
+        stdout=output,
+        stderr=output,
+        start_new_session=True,
+    )
 
 
-def lint(run: Run) -> None:
-    ruff, mypy = str(run.environment.tool("ruff")), str(run.environment.tool("mypy"))
-    python_sources = ["vllm_datadist_connector", "tests", "tools", "benchmarks"]
-    commands = [
-        [ruff, "check", *python_sources],
-        [ruff, "format", "--check", *python_sources],
-        [mypy],
-        [mypy, "--config-file", "tools/mypy.ini"],
-    ]
-    failed = [command for command in commands if shown(run, command) != 0]
-    if failed:
-        raise PartError(f"{len(failed)} of {len(commands)} checks failed")
+def _ctest_summary(log: Path) -> str:
+    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    return next((line for line in reversed(lines) if "tests passed" in line), "no summary by ctest")
 
 
-def native(run: Run) -> None:
-    ensure_googletest()
-    for preset in SANITIZERS:
-        log = LOGS / f"native-{preset}.log"
-        command = [str(run.environment.tool("cmake")), "--workflow", "--preset", preset]
-        run_step(f"native tests, {preset}", command, log, env=run.environment.variables(), cwd=NATIVE)
-        print(f"    {ctest_summary(log)}", flush=True)
+def steps_of(part: str, environment: Environment, pytest_arguments: Sequence[str]) -> list[Step]:
+    def tool(name: str, *arguments: str) -> tuple[str, ...]:
+        return (str(environment.tool(name)), *arguments)
+
+    if part == "lint":
+        sources = ("vllm_datadist_connector", "tests", "tools", "benchmarks")
+        return [
+            Step("ruff check", tool("ruff", "check", *sources)),
+            Step("ruff format", tool("ruff", "format", "--check", *sources)),
+            Step("mypy", tool("mypy")),
+            Step("mypy tools", tool("mypy", "--config-file", "tools/mypy.ini")),
+        ]
+    if part == "native":
+        return [
+            Step(f"native {preset}", tool("cmake", "--workflow", "--preset", preset), NATIVE, LOGS / f"{preset}.log")
+            for preset in PRESETS
+        ]
+    # Not `python -m pytest`, which would put the sources before the installed package on the path.
+    paths = [each for each in pytest_arguments if part_of(each)]
+    rest = [each for each in pytest_arguments if not part_of(each)]
+    chosen = [path for path in paths if part_of(path) == part] if paths else [f"tests/{part}"]
+    return [Step(part, tool("pytest", *chosen, *rest))]
+
+
+def part_of(argument: str) -> str | None:
+    """The part that a path of pytest's (`tests/unit/test_x.py::test_y`) belongs to; None for what is no such path."""
+    path = (ROOT / argument.split("::")[0]).resolve()
+    return next((part for part in PYTEST_PARTS if path.is_relative_to(ROOT / "tests" / part) and path.exists()), None)
+
+
+def parse_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """The parts to run, and pytest's arguments."""
+    given, rest = split_at_dashes(list(arguments))
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", help=f"parts to run, of {','.join(PARTS)} (default: all, or those of the paths)")
+    only = parser.parse_args(given).only
+    selected = {part for part in map(part_of, rest) if part is not None}
+    if only is None:
+        return [part for part in PARTS if part in (selected or PARTS)], rest
+    wanted = [name for name in only.split(",") if name]
+    unknown = [name for name in wanted if name not in PARTS]
+    if unknown or not wanted:
+        parser.error(f"--only: {','.join(unknown) or 'nothing'}; the parts are {','.join(PARTS)}")
+    if selected and not selected.issuperset(part for part in wanted if part in PYTEST_PARTS):
+        parser.error(f"--only {only}: the paths after -- are of {','.join(sorted(selected))}")
+    return [part for part in PARTS if part in wanted], rest
+
+
+def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
+    if "--" not in arguments:
+        return arguments, []
+    at = arguments.index("--")
+    return arguments[:at], arguments[at + 1 :]
 
 
 def ensure_googletest() -> None:
@@ -75,53 +187,31 @@ def ensure_googletest() -> None:
         return
     packages = ["libgtest-dev", "libgmock-dev"]
     if os.geteuid() != 0 or shutil.which("apt-get") is None:
-        raise PartError(f"GoogleTest is not installed; on Debian and Ubuntu: apt-get install {' '.join(packages)}")
+        raise StepError(f"GoogleTest is not installed; on Debian and Ubuntu: apt-get install {' '.join(packages)}")
     run_step("apt-get update", ["apt-get", "update"], LOGS / "apt-update.log")
     run_step("install GoogleTest", ["apt-get", "install", "-y", *packages], LOGS / "apt-install.log")
 
 
-def ctest_summary(log: Path) -> str:
-    lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
-    return next((line for line in reversed(lines) if "tests passed" in line), "no summary by ctest")
+def run_stage(lanes: list[Lane]) -> list[Outcome]:
+    try:
+        while [lane for lane in lanes if lane.advance()]:
+            time.sleep(POLL_S)
+    finally:
+        for lane in lanes:
+            lane.stop()
+    return [outcome for lane in lanes for outcome in lane.outcomes]
 
 
-def pytest_part(folder: str) -> Callable[[Run], None]:
-    def part(run: Run) -> None:
-        # Not `python -m pytest`, which would put the sources before the installed package on the path.
-        status = shown(run, [str(run.environment.tool("pytest")), f"tests/{folder}", *run.pytest_arguments])
-        if status == NO_TESTS_COLLECTED:
-            raise PartError("no test ran")
-        if status != 0:
-            raise PartError(f"pytest ended with status {status}")
-
-    return part
-
-
-PARTS: dict[str, Callable[[Run], None]] = {
-    "lint": lint,
-    "unit": pytest_part("unit"),
-    "native": native,
-    "integration": pytest_part("integration"),
-    "e2e": pytest_part("e2e"),
-}
-
-
-def parse_arguments() -> tuple[list[str], tuple[str, ...]]:
-    given, rest = split_at_dashes(sys.argv[1:])
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default=",".join(PARTS), help=f"parts to run, of {','.join(PARTS)}")
-    wanted = [name for name in parser.parse_args(given).only.split(",") if name]
-    unknown = [name for name in wanted if name not in PARTS]
-    if unknown or not wanted:
-        parser.error(f"--only: {','.join(unknown) or 'nothing'}; the parts are {','.join(PARTS)}")
-    return [name for name in PARTS if name in wanted], tuple(rest)
-
-
-def split_at_dashes(arguments: list[str]) -> tuple[list[str], list[str]]:
-    if "--" not in arguments:
-        return arguments, []
-    at = arguments.index("--")
-    return arguments[:at], arguments[at + 1 :]
+def run_parts(environment: Environment, parts: list[str], pytest_arguments: list[str]) -> list[Outcome]:
+    outcomes: list[Outcome] = []
+    for stage in STAGES:
+        lanes = []
+        for lane in stage:
+            steps = [step for part in lane if part in parts for step in steps_of(part, environment, pytest_arguments)]
+            if steps:
+                lanes.append(Lane(environment, deque(steps)))
+        outcomes += run_stage(lanes)
+    return outcomes
 
 
 def interrupt(number: int, frame: FrameType | None) -> None:
@@ -129,41 +219,34 @@ def interrupt(number: int, frame: FrameType | None) -> None:
     raise KeyboardInterrupt
 
 
-def run_parts(run: Run, names: list[str]) -> list[tuple[str, float, str]]:
-    """Runs every part, also after a failure: (name, seconds, what went wrong)."""
-    outcomes = []
-    for name in names:
-        print(f"\n== {name}", flush=True)
-        start = time.monotonic()
-        problem = ""
-        try:
-            PARTS[name](run)
-        except (PartError, StepError) as error:
-            print(f"{name}: {error}", flush=True)
-            problem = str(error).splitlines()[0]
-        outcomes.append((name, time.monotonic() - start, problem))
-    return outcomes
+def show_summary(outcomes: list[Outcome], seconds: float) -> int:
+    print("\n== summary (lint, unit and integration run beside native)")
+    for outcome in outcomes:
+        verdict = f"FAILED: {outcome.problem}" if outcome.problem else "passed"
+        print(f"  {outcome.name:<16} {outcome.seconds:7.1f} s  {verdict}")
+    failed = sum(bool(outcome.problem) for outcome in outcomes)
+    print(f"== {len(outcomes) - failed} passed, {failed} failed in {seconds:.1f} s")
+    return 1 if failed else 0
 
 
 def main() -> int:
-    names, pytest_arguments = parse_arguments()
+    parts, pytest_arguments = parse_arguments(sys.argv[1:])
     signal.signal(signal.SIGTERM, interrupt)
+    start = time.monotonic()
     try:
         print("== set-up", flush=True)
-        outcomes = run_parts(Run(ensure_environment(), pytest_arguments), names)
+        environment = ensure_environment()
+        if "native" in parts:
+            ensure_googletest()
+        setup = Outcome("set-up", time.monotonic() - start)
+        outcomes = [setup, *run_parts(environment, parts, pytest_arguments)]
     except StepError as error:
         print(f"\n{error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\ninterrupted", file=sys.stderr)
         return 130
-    print("\n== summary")
-    for name, seconds, problem in outcomes:
-        print(f"  {name:<12} {seconds:7.1f} s  {f'FAILED: {problem}' if problem else 'passed'}")
-    failed = sum(bool(problem) for _, _, problem in outcomes)
-    total = sum(seconds for _, seconds, _ in outcomes)
-    print(f"== {len(outcomes) - failed} passed, {failed} failed in {total:.1f} s")
-    return 1 if failed else 0
+    return show_summary(outcomes, time.monotonic() - start)
 
 
 if __name__ == "__main__":

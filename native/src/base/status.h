@@ -25,6 +25,9 @@ class [[nodiscard]] Status {
   std::string text_;
 };
 
+// The answer to an argument, or to something that a peer sent, that is not allowed.
+inline Status Invalid(std::string text) { return Status(llm_datadist::LLM_PARAM_INVALID, std::move(text)); }
+
 // A value or the Status (never ok) that says why there is none.
 template <typename T>
 class [[nodiscard]] Result {

@@ -9,21 +9,17 @@
 #include <vector>
 
 namespace datadist {
-namespace {
-
-// One Run call, on its caller's stack: it ends only when no thread uses it any more. All members are guarded by the
-// pool's mutex, but for `part`, which does not change.
-struct Job {
-  const std::function<void(size_t)> &part;
-  size_t count;
-  size_t next = 0;   // first part that nobody took
-  size_t ended = 0;
-  std::condition_variable all_ended;
-};
-
-}  // namespace
-
 struct WorkerPool::State {
+  // One Run call, on its caller's stack: it ends only when no thread uses it any more. All members are guarded by the
+  // pool's mutex, but for `part`, which does not change.
+  struct Job {
+    const std::function<void(size_t)> &part;
+    size_t count;
+    size_t next = 0;  // first part that nobody took
+    size_t ended = 0;
+    std::condition_variable all_ended;
+  };
+
   std::mutex mutex;
   std::condition_variable work;
   std::deque<Job *> jobs;  // those with parts that nobody took
@@ -85,7 +81,7 @@ void WorkerPool::Run(size_t count, const std::function<void(size_t)> &part) {
     part(0);
     return;
   }
-  Job job{part, count, 0, 0, {}};
+  State::Job job{part, count, 0, 0, {}};
   std::unique_lock<std::mutex> lock(state_->mutex);
   state_->jobs.push_back(&job);
   for (size_t i = std::min(count - 1, state_->threads.size()); i > 0; --i) {

@@ -9,8 +9,6 @@ namespace {
 
 using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
 
-Status Invalid(std::string text) { return Status(llm_datadist::LLM_PARAM_INVALID, std::move(text)); }
-
 }  // namespace
 
 Result<CachePin> CacheRegistry::Pin(int64_t cache_id) {

@@ -10,8 +10,6 @@
 namespace datadist {
 namespace {
 
-Status Invalid(std::string text) { return Status(llm_datadist::LLM_PARAM_INVALID, std::move(text)); }
-
 Status NoPool() {
   return Status(llm_datadist::LLM_FEATURE_NOT_ENABLED,
                 "no memory pool: set option llm.MemPoolConfig or llm.HostMemPoolConfig");

@@ -10,8 +10,6 @@ namespace {
 
 using llm_datadist::LLM_PARAM_INVALID;
 
-Status Invalid(std::string text) { return Status(LLM_PARAM_INVALID, std::move(text)); }
-
 // The runs for each of the tensors; both pins hold all of them.
 Status CopyRuns(const CachePin &src, const CachePin &dst, const std::vector<ByteRun> &runs) {
   for (uint64_t tensor = 0; tensor < src.cache().geometry().num_tensors; ++tensor) {

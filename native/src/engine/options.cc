@@ -30,7 +30,7 @@ std::optional<std::string_view> Find(const OptionMap &map, const char *key) {
   return std::string_view(it->second.GetString(), it->second.GetLength());
 }
 
-Status Invalid(const char *key, std::string_view value, const std::string &allowed) {
+Status InvalidOption(const char *key, std::string_view value, const std::string &allowed) {
   return Status(LLM_PARAM_INVALID, std::string(key) + ": '" + std::string(value) + "', allowed: " + allowed);
 }
 
@@ -40,7 +40,7 @@ Result<uint64_t> ParseNumber(const char *key, std::string_view value, uint64_t l
   const char *const end = value.data() + value.size();
   const auto [stopped, error] = std::from_chars(value.data(), end, number);
   if (error != std::errc() || stopped != end || number < lowest || number > highest) {
-    return Invalid(key, value, "a number in " + std::to_string(lowest) + ".." + std::to_string(highest));
+    return InvalidOption(key, value, "a number in " + std::to_string(lowest) + ".." + std::to_string(highest));
   }
   return number;
 }
@@ -79,7 +79,7 @@ Status ReadTransport(const OptionMap &map, std::optional<TransportKind> &out) {
       return Status::Ok();
     }
   }
-  return Invalid(llm_datadist::OPTION_TRANSPORT, *value, "'auto', 'local', 'cma', 'tcp'");
+  return InvalidOption(llm_datadist::OPTION_TRANSPORT, *value, "'auto', 'local', 'cma', 'tcp'");
 }
 
 Status ReadPool(const OptionMap &map, const char *key, std::optional<PoolConfig> &out) {
@@ -101,7 +101,7 @@ Status ReadBackend(const OptionMap &map, EngineOptions &options) {
     return Status::Ok();
   }
   if (*backend != "hixl") {
-    return Invalid(llm_datadist::OPTION_TRANSFER_BACKEND, *backend, "'hixl', or no such option");
+    return InvalidOption(llm_datadist::OPTION_TRANSFER_BACKEND, *backend, "'hixl', or no such option");
   }
   if (!options.listen.has_value()) {
     return Status(LLM_PARAM_INVALID, std::string(llm_datadist::OPTION_TRANSFER_BACKEND) + " 'hixl' needs " +
@@ -195,7 +195,7 @@ Result<std::optional<SocketAddress>> ParseListenOption(const OptionMap &map) {
   }
   const Result<SocketAddress> address = SocketAddress::Parse(*listen);
   if (!address.ok()) {
-    return Invalid(llm_datadist::OPTION_LISTEN_IP_INFO, *listen,
+    return InvalidOption(llm_datadist::OPTION_LISTEN_IP_INFO, *listen,
                    "'ip:port' or '[ipv6]:port' (" + address.status().text() + ")");
   }
   return std::optional<SocketAddress>(address.value());

@@ -22,8 +22,6 @@ constexpr size_t kMaxMembers = 4;
 // A time that adds to the clock without overflow, and outlasts everything.
 constexpr std::chrono::seconds kLongestTime{366 * 24 * 3600};
 
-Status Invalid(const std::string &text) { return Status(LLM_PARAM_INVALID, text); }
-
 Status CheckName(const std::string &name) {
   if (name.empty() || name.size() > kMaxNameBytes) {
     return Invalid("comm_name: " + std::to_string(name.size()) + " bytes, allowed: 1.." +

@@ -70,8 +70,6 @@ std::optional<uint64_t> ElementBits(llm_datadist::DataType type) {
   return std::nullopt;  // a number that is no enumerator: data types arrive as integers
 }
 
-Status Invalid(std::string text) { return Status(llm_datadist::LLM_PARAM_INVALID, std::move(text)); }
-
 }  // namespace
 
 Result<CacheGeometry> ComputeGeometry(const llm_datadist::CacheDesc &desc, CacheLayout layout) {

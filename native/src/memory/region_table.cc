@@ -16,8 +16,6 @@ using llm_datadist::CachePlacement;
 
 constexpr size_t kStampsPerChunk = 64;
 
-Status Invalid(std::string text) { return Status(llm_datadist::LLM_PARAM_INVALID, std::move(text)); }
-
 Status CheckAddrs(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs) {
   if (addrs.empty()) {
     return Invalid("addrs is empty: one address per tensor is needed");

@@ -10,8 +10,6 @@
 namespace datadist {
 namespace {
 
-Status Invalid(std::string text) { return Status(llm_datadist::LLM_PARAM_INVALID, std::move(text)); }
-
 // Row `row` of a cache that has rows, and `size` bytes (-1: as yet unknown) at `offset` of it.
 Status CheckRow(const char *side, uint64_t row, uint64_t offset, int64_t size, const CacheGeometry &geometry) {
   const std::string name = side;

@@ -11,8 +11,6 @@ namespace {
 using llm_datadist::KvCacheExtParam;
 using LayerRange = std::pair<int32_t, int32_t>;
 
-Status Invalid(std::string text) { return Status(llm_datadist::LLM_PARAM_INVALID, std::move(text)); }
-
 std::string Text(const LayerRange &range) {
   return "{" + std::to_string(range.first) + ", " + std::to_string(range.second) + "}";
 }

@@ -9,8 +9,6 @@
 namespace datadist {
 namespace {
 
-Status Invalid(std::string text) { return Status(llm_datadist::LLM_PARAM_INVALID, std::move(text)); }
-
 uint64_t OffsetOf(const Run &run, Side side) { return side == Side::kRemote ? run.remote_offset : run.local_offset; }
 
 struct Extent {
