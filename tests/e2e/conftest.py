@@ -18,7 +18,16 @@ for folder in (ROOT / "tools", ROOT / "tests"):
 import equality  # noqa: E402
 from serving import Program, ServerSpec  # noqa: E402
 from support.reference import Reference  # noqa: E402
-from support.servers import CHUNK_TOKENS, Pair, kv_transfer, make_router, make_server, model_of, running  # noqa: E402
+from support.servers import (  # noqa: E402
+    CHUNK_TOKENS,
+    Pair,
+    fork,
+    kv_transfer,
+    make_router,
+    make_server,
+    model_of,
+    running,
+)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -30,6 +39,14 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def terminable() -> None:
     """A terminated test run ends its servers, as an interrupted one does."""
     signal.signal(signal.SIGTERM, _interrupt)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server(terminable: None) -> Iterator[None]:
+    """Ends with the session; it starts with the first server that it is asked for."""
+    del terminable
+    yield
+    fork.close()
 
 
 @pytest.fixture(scope="session")
