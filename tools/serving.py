@@ -245,9 +245,7 @@ class ServerSpec:
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
-def vllm_server(
-    spec: ServerSpec, bin_dir: Path, logs: Path, env: Mapping[str, str], launch: Launch = spawn
-) -> Program:
+def vllm_server(spec: ServerSpec, bin_dir: Path, logs: Path, env: Mapping[str, str], launch: Launch = spawn) -> Program:
     """A `vllm serve` that is ready to be started."""
     port = free_port()
     command = [str(bin_dir / "vllm"), "serve", str(spec.model), "--host", HOST, "--port", str(port)]
@@ -269,7 +267,7 @@ def vllm_server(
 
 
 def _pipeline(spec: ServerSpec) -> list[str]:
-    """vLLM's CPU build dies on the first request to a pipeline unless a warm-up has run, which it skips in eager mode."""
+    """vLLM's CPU build dies on the first request to a pipeline without a warm-up, which it skips in eager mode."""
     return ["-pp", str(spec.pipeline_parallel), "-cc.mode=2", "-cc.backend=eager"]
 
 

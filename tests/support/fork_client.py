@@ -1,4 +1,4 @@
-"""Starts programs by the fork server (support/fork_server.py) instead of by exec: servers in two seconds, not twenty."""
+"""Starts programs by the fork server (support/fork_server.py), not by exec: servers in seconds, not half a minute."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from typing import Any, BinaryIO
 
 from console import tail
 from serving import ServingError, Started
+
 from support.fork_server import READY
 
 SERVER = Path(__file__).with_name("fork_server.py")
@@ -72,6 +73,7 @@ class ForkServer:
         self._late = frozenset(late)
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._forked: list[ForkedProgram] = []
 
     def __call__(self, command: Sequence[str], env: Mapping[str, str], cwd: Path, output: BinaryIO) -> Started:
         changed = {name for name in self._env.keys() | env.keys() if self._env.get(name) != env.get(name)}
@@ -85,8 +87,11 @@ class ForkServer:
             socket.send_fds(control, [request], [output.fileno(), theirs.fileno()])
         answer = self._receive(news, FORK_DEADLINE_S)
         if "refused" in answer:
+            news.close()
             raise ServingError(f"the fork server has refused: {answer['refused']}")
-        return ForkedProgram(int(answer["pid"]), news)
+        program = ForkedProgram(int(answer["pid"]), news)
+        self._forked = [each for each in self._forked if each.poll() is None] + [program]
+        return program
 
     def _start(self) -> socket.socket:
         self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -129,4 +134,7 @@ class ForkServer:
         except subprocess.TimeoutExpired:
             self._process.kill()
             self._process.wait()
+        for program in self._forked:
+            program.wait()
+        self._forked.clear()
         self._control = self._process = None

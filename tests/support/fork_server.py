@@ -2,8 +2,8 @@
 
     python -P fork_server.py CONTROL_FD PROGRAM [MODULE...]
 
-PROGRAM is `module:function`, each MODULE is imported in advance. `vllm serve` imports vLLM in every one of its processes,
-some ten seconds of a core each; here all of them are forked, those that the program starts by multiprocessing too.
+PROGRAM is `module:function`, each MODULE is imported in advance. `vllm serve` imports vLLM in every process that it is
+made of, some ten seconds of a core each; here all are forked, those that the program starts by multiprocessing too.
 
 Spoken over CONTROL_FD, a SOCK_SEQPACKET socket (support/fork_client.py is the other end): the server says READY; each
 request is a JSON object with the descriptors of a log and of a socket, over which the new process's id comes back, or
@@ -59,7 +59,7 @@ def fork_everything() -> None:
     def forking(method: str | None = None) -> Any:
         return get_context("fork" if method == "spawn" else method)
 
-    multiprocessing.get_context = forking  # type: ignore[assignment]
+    multiprocessing.get_context = forking
 
 
 def check_alone() -> None:
@@ -155,7 +155,7 @@ def main() -> None:
     control = socket.socket(fileno=int(sys.argv[1]))
     module, _, function = sys.argv[2].partition(":")
     fork_everything()
-    program: Callable[[], object] = getattr(importlib.import_module(module), function)
+    program: Callable[[], Any] = getattr(importlib.import_module(module), function)
     for name in sys.argv[3:]:
         importlib.import_module(name)
     check_alone()

@@ -12,8 +12,9 @@ from typing import Any
 
 from bootstrap import Environment
 from serving import SERVER_VARIABLES, Launch, Program, ServerSpec, pd_router, read_config, vllm_server
-from support.fork_client import ForkServer
 from tiny_kinds import KINDS
+
+from support.fork_client import ForkServer
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
