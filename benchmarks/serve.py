@@ -41,6 +41,7 @@ from serving import (  # noqa: E402
     members_of,
     pd_router,
     read_config,
+    stop,
     vllm_server,
 )
 
@@ -147,8 +148,7 @@ def running(system: str, model: Path) -> Iterator[tuple[Program, list[Program]]]
                 program.wait_ready(shown=shown)
         yield programs[-1], servers
     finally:
-        for program in programs:
-            program.stop()
+        stop(*programs)
 
 
 def specs(system: str, model: Path) -> list[ServerSpec]:

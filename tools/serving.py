@@ -215,14 +215,28 @@ class Program:
 
     def stop(self) -> None:
         """Asks the program to end, and ends what has not within the grace time. Safe in any state, also paused."""
+        stop(self)
+
+    def ask_to_end(self) -> None:
         if self.alive and self._process is not None:
             self.resume()
             self._process.terminate()
-            self._wait(STOP_GRACE_S)
+
+    def wait_end(self) -> None:
+        """kill() for what does not end by itself within the grace time."""
+        self._wait(STOP_GRACE_S)
         self.kill()
 
     def describe(self, what: str) -> str:
         return f"{self.name} {what}; the end of {self.log}:\n{tail(self.log)}"
+
+
+def stop(*programs: Program) -> None:
+    """Program.stop() of all at once."""
+    for program in programs:
+        program.ask_to_end()
+    for program in programs:
+        program.wait_end()
 
 
 @dataclass(frozen=True)

@@ -83,8 +83,7 @@ async def check(prefill: Program, decode: Program, reference: Reference, *reques
     change = Change(decode.url)
     async with PDProxy(prefill.url, decode.url) as proxy:
         answers = await equality.send(proxy.url, *requests)
-    for request, answer in zip(requests, answers, strict=True):
-        await reference.check(request, answer)
+    await reference.check_all(requests, answers)
     tokens = [len(request.prompt) - 1 for request in requests]
     if prefill is decode:
         # What it has prefilled itself is in its prefix cache, in whole blocks: only the rest is copied.
@@ -113,8 +112,8 @@ def test_everybody_with_everybody_at_once(fleet: Fleet, reference: Reference) ->
         for index, (p, d) in enumerate(itertools.permutations(fleet, 2)):
             request = new_request(100 + 13 * index, seed=200 + index)
             sent.append((request, answer_through(fleet[p].url, fleet[d].url, request)))
-        for request, answer in zip([r for r, _ in sent], await asyncio.gather(*(a for _, a in sent)), strict=True):
-            await reference.check(request, answer)
+        answers = await asyncio.gather(*(answer for _, answer in sent))
+        await reference.check_all([request for request, _ in sent], answers)
         for change in changes.values():
             await change.reaches(EXTERNAL_HITS, 1)
             assert change.now(FAILED) == 0

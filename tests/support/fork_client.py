@@ -54,7 +54,8 @@ class ForkedProgram:
 
 
 class ForkServer:
-    """One fork server, started with the first program; a `serving.Launch`. close() ends it and all it has forked."""
+    """One fork server, and a `serving.Launch`. It is started by start(), or with the first program; close() ends it and
+    all that it has forked."""
 
     def __init__(
         self,
@@ -73,6 +74,7 @@ class ForkServer:
         self._late = frozenset(late)
         self._control: socket.socket | None = None
         self._process: subprocess.Popen[bytes] | None = None
+        self._ready = False
         self._forked: list[ForkedProgram] = []
 
     def __call__(self, command: Sequence[str], env: Mapping[str, str], cwd: Path, output: BinaryIO) -> Started:
@@ -80,7 +82,7 @@ class ForkServer:
         if changed - self._late:
             names = ", ".join(sorted(changed - self._late))
             raise ServingError(f"{names}: may be read by imports, which a forked program shares; spawn this one")
-        control = self._control or self._start()
+        control = self._started()
         news, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         request = json.dumps({"command": list(command), "env": dict(env), "cwd": str(cwd)}).encode()
         with theirs:
@@ -93,7 +95,10 @@ class ForkServer:
         self._forked = [each for each in self._forked if each.poll() is None] + [program]
         return program
 
-    def _start(self) -> socket.socket:
+    def start(self) -> None:
+        """Returns at once: it goes on importing, and the first program waits for it."""
+        if self._control is not None:
+            return
         self._log.parent.mkdir(parents=True, exist_ok=True)
         self._control, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs, self._log.open("wb") as output:
@@ -106,9 +111,14 @@ class ForkServer:
                 pass_fds=[theirs.fileno()],
                 process_group=0,  # an interrupt from the terminal is ours: we end the servers before the fork server
             )
-        if self._read(self._control, IMPORT_DEADLINE_S) != READY:
+
+    def _started(self) -> socket.socket:
+        self.start()
+        assert self._control is not None
+        if not self._ready and self._read(self._control, IMPORT_DEADLINE_S) != READY:
             self.close()
             raise self._broken()
+        self._ready = True
         return self._control
 
     def _receive(self, news: socket.socket, deadline_s: float) -> dict[str, Any]:
@@ -138,3 +148,4 @@ class ForkServer:
             program.wait()
         self._forked.clear()
         self._control = self._process = None
+        self._ready = False

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bootstrap import Environment
-from serving import SERVER_VARIABLES, Launch, Program, ServerSpec, pd_router, read_config, vllm_server
+from serving import SERVER_VARIABLES, Launch, Program, ServerSpec, pd_router, read_config, stop, vllm_server
 from tiny_kinds import KINDS
 
 from support.fork_client import ForkServer
@@ -19,6 +19,7 @@ from support.fork_client import ForkServer
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
 CHUNK_TOKENS = 512
+MODELS = ROOT / "models"
 LOGS = ROOT / "logs" / "e2e"
 ENVIRONMENT = Environment(Path(sys.prefix))
 VARIABLES = ENVIRONMENT.variables()
@@ -71,10 +72,11 @@ def make_router(prefill: Sequence[Program], decode: Sequence[Program]) -> Progra
 
 
 def model_of(kind: str) -> Path:
-    """The directory of a tiny model, made on this machine if no run before has made it."""
-    directory = ROOT / "models" / f"tiny-{kind}"
+    """The directory of a tiny model, made on this machine if no run before has made it: all kinds at once, because most
+    of the time goes into imports."""
+    directory = MODELS / f"tiny-{kind}"
     if not (directory / "origin.json").is_file():
-        command = [str(ENVIRONMENT.python), str(ROOT / "tools" / "tiny_model.py"), str(directory), "--kind", kind]
+        command = [str(ENVIRONMENT.python), str(ROOT / "tools" / "tiny_model.py"), str(MODELS), "--kind", "all"]
         subprocess.run(command, check=True, env=VARIABLES)
     return directory
 
@@ -98,8 +100,7 @@ def running(*programs: Program) -> Iterator[None]:
             program.wait_ready()
         yield
     finally:
-        for program in programs:
-            program.stop()
+        stop(*programs)
 
 
 @dataclass(frozen=True)
