@@ -17,7 +17,8 @@ SmallCount = Annotated[int, msgspec.Meta(ge=1, le=64)]
 
 
 class ConfigError(ValueError):
-    """A key of kv_connector_extra_config is unknown or has a value that is not allowed."""
+    """A key of kv_connector_extra_config is unknown or has a value that is not allowed, or an option of vLLM excludes
+    the connector."""
 
 
 class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
