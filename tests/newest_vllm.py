@@ -56,7 +56,9 @@ def ensure_overlay(base: Environment) -> Environment:
     runtime = NEWEST_SOURCES
     overlay = Environment(runtime.directory)
     metadata = Path(f"vllm-{runtime.vllm}+cpu.dist-info") / "METADATA"  # "cpu" is how vLLM knows its platform
-    if any((folder / metadata).is_file() for folder in runtime.directory.glob("lib/python*/site-packages")):
+    theirs = site_packages(base)
+    ours = runtime.directory / theirs.relative_to(base.directory)
+    if (ours / metadata).is_file():
         print(f"  environment {runtime.name}: up to date", flush=True)
         return overlay
     wheels = runtime.directory / "wheels"
@@ -65,7 +67,6 @@ def ensure_overlay(base: Environment) -> Environment:
     download = [str(base.python), "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
     title = f"download vLLM {runtime.vllm}"
     run_step(title, [*download, f"vllm=={runtime.vllm}"], runtime.logs / "vllm.log", env=base.variables())
-    ours, theirs = site_packages(overlay), site_packages(base)
     (wheel,) = wheels.iterdir()
     with zipfile.ZipFile(wheel) as archive:
         python = [name for name in archive.namelist() if name.startswith("vllm/") and not name.endswith(".so")]

@@ -4,7 +4,7 @@
 The weights come from a fixed seed, and they are large enough that the next token depends on every token before it: a
 KV cache with one wrong block answers something else.
 
-    tiny_model.py OUT_DIR [--kind qwen3]      (the kinds: tiny_kinds.py)
+    python tools/tiny_model.py OUT_DIR [--kind qwen3]      (the kinds: tiny_kinds.py)
 """
 
 from __future__ import annotations
