@@ -38,7 +38,6 @@ def main() -> int:
         print(f"== set-up, vLLM {OLDEST.vllm}", flush=True)
         environment = ensure_environment(OLDEST)
         print("\n== tests", flush=True)
-        # Not `python -m pytest`, which would put the sources before the installed package on the path.
         command = [str(environment.tool("pytest")), *sys.argv[1:], *SELECTION]
         return run_shown(command, environment.variables(), ROOT)
     except StepError as error:

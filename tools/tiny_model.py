@@ -4,8 +4,8 @@
 The weights come from a fixed seed, and they are large enough that the next token depends on every token before it: a
 KV cache with one wrong block answers something else.
 
-    tiny_model.py OUT_DIR [--kind qwen3]      (the kinds: tiny_kinds.py)
-    tiny_model.py FOLDER --kind all           every kind that is not there yet, as FOLDER/tiny-KIND
+    python tools/tiny_model.py OUT_DIR [--kind qwen3]      (the kinds: tiny_kinds.py)
+    python tools/tiny_model.py models --kind all           every kind that is not there yet, as models/tiny-KIND
 """
 
 from __future__ import annotations

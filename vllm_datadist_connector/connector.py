@@ -19,14 +19,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_datadist_connector import compat
-from vllm_datadist_connector.config import parse_config
+from vllm_datadist_connector.config import ConfigError, parse_config
 from vllm_datadist_connector.metadata import RankHandshake, StepMetadata
 from vllm_datadist_connector.metrics import DataDistPromMetrics, DataDistStats
 from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -49,11 +49,16 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         """
         Raises:
-            ConfigError: a key of kv_connector_extra_config, or the model's KV cache, is not supported.
+            ConfigError: a key of kv_connector_extra_config, an option of vLLM or the model's KV cache is not supported.
             OSError: the side channel's address cannot be bound.
         """
         super().__init__(vllm_config, role, kv_cache_config)
         config = parse_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        if compat.returns_routed_experts(vllm_config):
+            raise ConfigError(
+                "--enable-return-routed-experts is not supported with DataDistConnector: the experts that a prompt was"
+                " routed to do not come with its KV cache, and vLLM would compute every prompt again; leave it out"
+            )
         groups = compat.transfer_groups(kv_cache_config)
         self._scheduler: ConnectorScheduler | None = None
         self._worker: ConnectorWorker | None = None
@@ -75,6 +80,11 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        return False
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: KVTransferConfig) -> bool:
+        # A sleeping vLLM unmaps the KV cache, which is registered: peers would read what is no longer there.
         return False
 
     @classmethod
