@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -137,6 +138,10 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         return True
 
     # ---- worker side ----
+
+    def get_mem_pool_context(self) -> AbstractContextManager[object] | None:
+        # Asked since vLLM 0.31; before, KV caches are touched when we see them first.
+        return self._working.allocation()
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._working.register_kv_caches(kv_caches, self._kv_cache_config.num_blocks)

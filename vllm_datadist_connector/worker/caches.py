@@ -32,12 +32,22 @@ def check(status: int, what: str) -> None:
 
 
 class RegisteredCaches:
-    """Registers views on demand and keeps them. Used at start-up, then by the driver thread alone."""
+    """Registers every view that peers of usual shapes need at once, others on demand, and keeps them.
+
+    Used at start-up, then by the driver thread alone.
+    """
 
     def __init__(self, datadist: _native.LlmDataDist, specs: Sequence[CacheSpec]) -> None:
+        """
+        Raises:
+            EngineError: the engine refused a registration.
+        """
         self._datadist = datadist
         self._specs = tuple(specs)
         self._views: dict[tuple[int, int], int] = {}
+        for index, spec in enumerate(self._specs):
+            for granule in granules_of(spec.layout):
+                self.view(index, granule)
 
     def view(self, index: int, granule: int) -> int:
         """Cache id of cache `index` in blocks of `granule` bytes; the granule divides the distance of its blocks.
@@ -69,7 +79,7 @@ class RegisteredCaches:
                 ctypes.memmove(addr + dst_offset, addr + src_offset, length)
 
     def layouts(self, shared: bool) -> tuple[CacheLayout, ...]:
-        """What peers are told. `shared`: with a view of every granule that one of them may need to pull from us."""
+        """What peers are told. `shared`: with the views by which they may pull from us."""
         return tuple(self._with_views(index) if shared else spec.layout for index, spec in enumerate(self._specs))
 
     def _with_views(self, index: int) -> CacheLayout:

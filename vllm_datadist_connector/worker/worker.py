@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import msgspec
@@ -17,6 +19,7 @@ from vllm_datadist_connector.protocol.handshake import MAX_BYTES, LayoutContract
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.caches import RegisteredCaches, check
 from vllm_datadist_connector.worker.driver import PullDriver
+from vllm_datadist_connector.worker.huge_pages import FirstTouch, log_when_done
 from vllm_datadist_connector.worker.kv_layout import KVCaches, describe_caches
 from vllm_datadist_connector.worker.kv_spec import LayerKV
 from vllm_datadist_connector.worker.transfers import FinishedPulls
@@ -70,6 +73,11 @@ class ConnectorWorker:
         self._driver: PullDriver | None = None
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
+        self._huge_pages: threading.Thread | None = None
+
+    def allocation(self) -> AbstractContextManager[object] | None:
+        """What vLLM's allocation of the KV cache is to happen in."""
+        return FirstTouch() if self._config.huge_pages else None
 
     def register_kv_caches(self, kv_caches: KVCaches, num_blocks: int) -> None:
         """Starts the engine and makes the KV cache transferable.
@@ -98,6 +106,8 @@ class ConnectorWorker:
             block_sizes=self._block_sizes,
             caches=layouts,
         )
+        if self._config.huge_pages:
+            self._huge_pages = log_when_done(self._datadist)
         if self._is_consumer:
             self._driver = PullDriver(self._datadist, self._geometry, caches, self._config, self._meter)
         logger.info(
@@ -142,6 +152,9 @@ class ConnectorWorker:
             self._driver.close()
             self._driver = None
         self._datadist.finalize()
+        if self._huge_pages is not None:
+            self._huge_pages.join()
+            self._huge_pages = None
 
     def _options(self) -> dict[str, str]:
         config = self._config
