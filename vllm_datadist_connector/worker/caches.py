@@ -78,9 +78,9 @@ class RegisteredCaches:
                 # Lets other threads run meanwhile, unlike an assignment of numpy's.
                 ctypes.memmove(addr + dst_offset, addr + src_offset, length)
 
-    def layouts(self, shared: bool) -> tuple[CacheLayout, ...]:
-        """What peers are told. `shared`: with the views by which they may pull from us."""
-        return tuple(self._with_views(index) if shared else spec.layout for index, spec in enumerate(self._specs))
+    def layouts(self) -> tuple[CacheLayout, ...]:
+        """What peers are told, with the views by which they may pull from us."""
+        return tuple(self._with_views(index) for index in range(len(self._specs)))
 
     def _with_views(self, index: int) -> CacheLayout:
         layout = self._specs[index].layout

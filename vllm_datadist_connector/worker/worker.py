@@ -89,7 +89,7 @@ class ConnectorWorker:
         specs = describe_caches(kv_caches, self._layers, num_blocks)
         check(self._datadist.initialize(self._options()), "Initialize")
         caches = RegisteredCaches(self._datadist, specs)
-        layouts = caches.layouts(shared=self._is_producer)
+        layouts = caches.layouts()
         port = 0
         if self._is_producer:
             status, port = self._datadist.listen_port()
