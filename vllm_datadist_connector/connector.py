@@ -59,6 +59,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: ConnectorScheduler | None = None
         self._worker: ConnectorWorker | None = None
         self._load_errors: set[int] = set()
+        self._huge_pages = config.huge_pages
         if role == KVConnectorRole.SCHEDULER:
             compat.guard_failed_loads()
             self._scheduler = ConnectorScheduler(config, vllm_config, groups)
@@ -140,8 +141,12 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- worker side ----
 
     def get_mem_pool_context(self) -> AbstractContextManager[object] | None:
-        # Asked since vLLM 0.31; before, KV caches are touched when we see them first.
-        return self._working.allocation()
+        """Asked for since vLLM 0.31; before, a KV cache is touched when we see it first."""
+        if not self._huge_pages:
+            return None
+        from vllm_datadist_connector.first_touch import FirstTouch
+
+        return FirstTouch()
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._working.register_kv_caches(kv_caches, self._kv_cache_config.num_blocks)

@@ -32,22 +32,12 @@ def check(status: int, what: str) -> None:
 
 
 class RegisteredCaches:
-    """Registers every view that peers of usual shapes need at once, others on demand, and keeps them.
-
-    Used at start-up, then by the driver thread alone.
-    """
+    """Registers views and keeps them. Used at start-up, then by the driver thread alone."""
 
     def __init__(self, datadist: _native.LlmDataDist, specs: Sequence[CacheSpec]) -> None:
-        """
-        Raises:
-            EngineError: the engine refused a registration.
-        """
         self._datadist = datadist
         self._specs = tuple(specs)
         self._views: dict[tuple[int, int], int] = {}
-        for index, spec in enumerate(self._specs):
-            for granule in granules_of(spec.layout):
-                self.view(index, granule)
 
     def view(self, index: int, granule: int) -> int:
         """Cache id of cache `index` in blocks of `granule` bytes; the granule divides the distance of its blocks.
@@ -79,7 +69,13 @@ class RegisteredCaches:
                 ctypes.memmove(addr + dst_offset, addr + src_offset, length)
 
     def layouts(self) -> tuple[CacheLayout, ...]:
-        """What peers are told, with the views by which they may pull from us."""
+        """What peers are told, with a view of every granule that a pull between us and one of usual shape may need.
+
+        These are registered here, at start-up: a first request is not to wait for it.
+
+        Raises:
+            EngineError: the engine refused a registration.
+        """
         return tuple(self._with_views(index) for index in range(len(self._specs)))
 
     def _with_views(self, index: int) -> CacheLayout:

@@ -6,7 +6,6 @@ import logging
 import secrets
 import threading
 from collections.abc import Mapping
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import msgspec
@@ -19,7 +18,7 @@ from vllm_datadist_connector.protocol.handshake import MAX_BYTES, LayoutContract
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.caches import RegisteredCaches, check
 from vllm_datadist_connector.worker.driver import PullDriver
-from vllm_datadist_connector.worker.huge_pages import FirstTouch, log_when_done
+from vllm_datadist_connector.worker.huge_pages import log_when_done
 from vllm_datadist_connector.worker.kv_layout import KVCaches, describe_caches
 from vllm_datadist_connector.worker.kv_spec import LayerKV
 from vllm_datadist_connector.worker.transfers import FinishedPulls
@@ -74,10 +73,6 @@ class ConnectorWorker:
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
         self._huge_pages: threading.Thread | None = None
-
-    def allocation(self) -> AbstractContextManager[object] | None:
-        """What vLLM's allocation of the KV cache is to happen in."""
-        return FirstTouch() if self._config.huge_pages else None
 
     def register_kv_caches(self, kv_caches: KVCaches, num_blocks: int) -> None:
         """Starts the engine and makes the KV cache transferable.
