@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -63,6 +64,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduler: ConnectorScheduler | None = None
         self._worker: ConnectorWorker | None = None
         self._load_errors: set[int] = set()
+        self._huge_pages = config.huge_pages
         if role == KVConnectorRole.SCHEDULER:
             compat.guard_failed_loads()
             self._scheduler = ConnectorScheduler(config, vllm_config, groups)
@@ -147,6 +149,14 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         return True
 
     # ---- worker side ----
+
+    def get_mem_pool_context(self) -> AbstractContextManager[object] | None:
+        """Asked for since vLLM 0.31; before, a KV cache is touched when we see it first."""
+        if not self._huge_pages:
+            return None
+        from vllm_datadist_connector.first_touch import FirstTouch
+
+        return FirstTouch()
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._working.register_kv_caches(kv_caches, self._kv_cache_config.num_blocks)

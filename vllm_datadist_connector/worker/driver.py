@@ -25,7 +25,7 @@ from vllm_datadist_connector.protocol.messages import Confirm, Confirmed
 from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
 from vllm_datadist_connector.wakeup import Wakeup
 from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
-from vllm_datadist_connector.worker.peers import Instance, InstanceState, InstanceTable, Peer
+from vllm_datadist_connector.worker.peers import Instance, InstanceState, InstanceTable, Peer, rehearse
 from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
 from vllm_datadist_connector.worker.transfers import Failure, FinishedPulls, Outbox, Phase, Transfer, TransferTable
 
@@ -85,6 +85,7 @@ class PullDriver:
             backoff_s=config.peer_backoff_s,
             ttl_s=config.peer_ttl_s,
         )
+        rehearse(ours)
         self._thread = threading.Thread(target=self._run, name="datadist-pull-driver", daemon=True)
         self._thread.start()
 

@@ -120,6 +120,16 @@ class Linking(NamedTuple):
     geometry: RankGeometry
 
 
+def rehearse(ours: RankGeometry) -> None:
+    """Reads and pairs a geometry, as for the first peer; nobody waits for it yet.
+
+    What is made on first use (decoders, parts of numpy) takes some 8 ms of computing; beside a step thread that wants
+    the interpreter too it kept the first request waiting for 15 to 30.
+    """
+    with contextlib.suppress(MismatchError):
+        pair_with_itself(decode_geometry(msgspec.msgpack.encode(ours)))
+
+
 class InstanceTable:
     def __init__(
         self,
