@@ -141,7 +141,6 @@ def steps_of(part: str, environment: Environment, pytest_arguments: Sequence[str
             Step(f"native {preset}", tool("cmake", "--workflow", "--preset", preset), NATIVE, LOGS / f"{preset}.log")
             for preset in PRESETS
         ]
-    # Not `python -m pytest`, which would put the sources before the installed package on the path.
     paths = [each for each in pytest_arguments if part_of(each)]
     rest = [each for each in pytest_arguments if not part_of(each)]
     chosen = [path for path in paths if part_of(path) == part] if paths else [f"tests/{part}"]
