@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -17,6 +18,7 @@ import console  # noqa: E402
 import scrape  # noqa: E402
 import serving  # noqa: E402
 
+WAIT_S = 30.0
 EXPOSED = """\
 # HELP vllm:kv_cache_usage_perc usage
 # TYPE vllm:kv_cache_usage_perc gauge
@@ -81,8 +83,10 @@ def test_kill_leaves_no_descendant(tmp_path: Path) -> None:
     leader = program.pid
     try:
         # The child is found when it has a group of its own, too.
+        until = time.monotonic() + WAIT_S
         while not {pid for pid in serving.members_of(leader) if os.getpgid(pid) == pid != leader}:
             assert program.alive, program.describe("ended")
+            assert time.monotonic() < until, "the child is not found"
         members = serving.members_of(leader)
         program.pause()
     finally:
