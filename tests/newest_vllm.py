@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import signal
 import sys
 import zipfile
 from pathlib import Path
@@ -21,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from bootstrap import Environment, Runtime, ensure_environment  # noqa: E402
-from console import StepError, run_shown, run_step  # noqa: E402
+from console import exit_status_of, run_shown, run_step  # noqa: E402
 
 NEWEST_SOURCES = Runtime(".venv-newest", "0.33.0")
 
@@ -80,21 +79,13 @@ def ensure_overlay(base: Environment) -> Environment:
     return overlay
 
 
-def main() -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        print("== set-up", flush=True)
-        overlay = ensure_overlay(ensure_environment())
-        print(f"\n== tests, vLLM {NEWEST_SOURCES.vllm}", flush=True)
-        command = [str(overlay.python), "-m", "pytest", *sys.argv[1:], *SELECTION]
-        return run_shown(command, overlay.variables(), ROOT)
-    except StepError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+def run_selection() -> int:
+    print("== set-up", flush=True)
+    overlay = ensure_overlay(ensure_environment())
+    print(f"\n== tests, vLLM {NEWEST_SOURCES.vllm}", flush=True)
+    command = [str(overlay.python), "-m", "pytest", *sys.argv[1:], *SELECTION]
+    return run_shown(command, overlay.variables(), ROOT)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status_of(run_selection))

@@ -25,7 +25,8 @@ from vllm_datadist_connector.protocol.messages import Confirm, Confirmed
 from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
 from vllm_datadist_connector.wakeup import Wakeup
 from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
-from vllm_datadist_connector.worker.peers import Instance, InstanceState, InstanceTable, Peer, rehearse
+from vllm_datadist_connector.worker.instances import Instance, InstanceState, Peer
+from vllm_datadist_connector.worker.peers import InstanceTable, rehearse
 from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
 from vllm_datadist_connector.worker.transfers import Failure, FinishedPulls, Outbox, Phase, Transfer, TransferTable
 

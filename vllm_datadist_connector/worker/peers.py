@@ -1,4 +1,4 @@
-"""Instances and peers: what is known of the engine cores that we pull from, and of each of their worker ranks.
+"""InstanceTable: meets the engine cores that we pull from, and links with each of their worker ranks.
 
     MEETING ── every rank that has KV of ours: greeted, paired, linked ──> READY ── unused for peer_ttl_s ──> (gone)
        └───────────────────────────────┬──────────────────────────────────────┘
@@ -8,8 +8,7 @@ A peer that has not answered in time may be busy: it is greeted, or linked with,
 wait. A refusal is a failure at once.
 
 An instance is met with its rank (0, 0), whose geometry tells how many ranks there are; nothing about the other side is
-configured, and nothing that a router said decides whom we greet. One object per instance and one per rank hold all that
-is known of them; dropping the instance drops it all.
+configured, and nothing that a router said decides whom we greet.
 
 Belongs to the driver thread. Side channel and transfer queue are asked, never waited for.
 """
@@ -17,12 +16,10 @@ Belongs to the driver thread. Side channel and transfer queue are asked, never w
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
@@ -33,15 +30,8 @@ from vllm_datadist_connector.protocol.messages import Hello, Meta, Refused
 from vllm_datadist_connector.protocol.params import RemotePrefill
 from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
-from vllm_datadist_connector.worker.pairing import (
-    MismatchError,
-    Pairing,
-    Rank,
-    find_gaps,
-    pair,
-    pair_with_itself,
-    sources,
-)
+from vllm_datadist_connector.worker.instances import Instance, InstanceKey, InstanceState, Peer
+from vllm_datadist_connector.worker.pairing import MismatchError, Rank, find_gaps, pair, pair_with_itself, sources
 
 logger = logging.getLogger(__name__)
 
@@ -57,59 +47,6 @@ _LINK_AGAIN = frozenset({_native.LLM_PROCESSING_LINK, _native.LLM_TIMEOUT})
 _UNLINK_TIMEOUT_MS = 1000
 _QUEUED_MS = 60_000
 """A link or unlink call may wait so long for its turn behind pulls."""
-
-
-class InstanceState(enum.Enum):
-    MEETING = enum.auto()
-    READY = enum.auto()
-    BROKEN = enum.auto()
-
-
-class InstanceKey(NamedTuple):
-    """One life of one engine core of P."""
-
-    endpoint: Endpoint
-    engine_id: str
-    incarnation: str
-
-
-@dataclass(slots=True)
-class Peer:
-    """One worker rank of P."""
-
-    rank: Rank
-    geometry: RankGeometry | None = None
-    pairings: list[Pairing] = field(default_factory=list)
-    """What it gives us; a rank that gives nothing is not linked."""
-    linked: bool = False
-
-    @property
-    def settled(self) -> bool:
-        return self.geometry is not None and (self.linked or not self.pairings)
-
-
-@dataclass(slots=True, eq=False)
-class Instance:
-    key: InstanceKey
-    met_at: float
-    last_used: float
-    state: InstanceState = InstanceState.MEETING
-    peers: dict[Rank, Peer] = field(default_factory=dict)
-    reason: str = ""
-    """Why it is BROKEN."""
-    failed_step: str = ""
-    """handshake or link, for the metrics."""
-    retry_at: float = 0.0
-    waiting: list[str] = field(default_factory=list)
-    """Requests to start once READY, to fail once BROKEN."""
-    wanted_until: float = 0.0
-    """The last of their deadlines."""
-    is_ourselves: bool = False
-
-    @property
-    def givers(self) -> list[tuple[Peer, RankGeometry]]:
-        """The ranks that hold KV of ours, with their geometries."""
-        return [(p, p.geometry) for p in self.peers.values() if p.pairings and p.geometry is not None]
 
 
 class Linking(NamedTuple):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vllm_datadist_connector.metadata import PullJob
-from vllm_datadist_connector.worker.peers import Instance
+from vllm_datadist_connector.worker.instances import Instance
 from vllm_datadist_connector.worker.plan import NULL_BLOCK
 
 
