@@ -1,7 +1,7 @@
 """The same with tensor parallelism 2 on both sides: every rank pulls its own heads from its own peer.
 
-These servers are spawned as users start theirs, each process of theirs imports vLLM and our plugin afresh; so are the
-data parallel ranks of test_topologies.py. All other tests fork theirs from a process that has imported vLLM.
+D is spawned as users start theirs: each of its processes imports vLLM and our plugin afresh. All other servers of the
+tests are forked from a process that has imported vLLM.
 """
 
 from __future__ import annotations
@@ -12,27 +12,22 @@ from pathlib import Path
 
 import equality
 import pytest
-from serving import Program, ServerSpec, spawn
+from serving import Launch, Program, ServerSpec, spawn
 from support.client import Request, new_salt, prompt_tokens
 from support.reference import Reference
-from support.servers import Pair, kv_transfer, make_router, make_server, running
+from support.servers import Pair, fork, kv_transfer, make_router, make_server, running
 
 pytestmark = pytest.mark.usefixtures("nothing_held_afterwards")
 
 
 @pytest.fixture(scope="module")
 def pair(tiny_model: Path) -> Iterator[Pair]:
-    specs = [
-        ServerSpec(
-            f"{name}-tp2",
-            tiny_model,
-            kv_transfer(name),
-            tensor_parallel=2,
-            max_num_batched_tokens=512,
-        )
-        for name in ("prefill", "decode")
-    ]
-    started = Pair(*(make_server(spec, spawn) for spec in specs))
+    def server(name: str, launch: Launch) -> Program:
+        config = kv_transfer(name)
+        spec = ServerSpec(f"{name}-tp2", tiny_model, config, tensor_parallel=2, max_num_batched_tokens=512)
+        return make_server(spec, launch)
+
+    started = Pair(server("prefill", fork), server("decode", spawn))
     with running(*started.both):
         yield started
 

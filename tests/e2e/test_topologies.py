@@ -13,12 +13,12 @@ from typing import Any
 
 import equality
 import pytest
-from serving import Program, spawn
+from serving import Program
 from support.client import Request, new_salt, prompt_tokens
 from support.metrics import BYTES, EXTERNAL_HITS, FAILED, Change, wait_empty
 from support.proxy import PDProxy
 from support.reference import Reference
-from support.servers import fork, kv_transfer, make_server, running, spec_of
+from support.servers import kv_transfer, make_server, running, spec_of
 
 SHAPES: dict[str, dict[str, Any]] = {
     "tp1": {},
@@ -48,9 +48,6 @@ PAIRS = [
 ]
 LENGTHS = (2, 33, 129, 700, 1500)
 
-# As users start theirs: of data parallel ranks, each process imports vLLM and our plugin afresh.
-SPAWNED = ("dp2",)
-
 Fleet = dict[str, Program]
 
 
@@ -58,10 +55,7 @@ Fleet = dict[str, Program]
 def fleet() -> Iterator[Fleet]:
     both = kv_transfer("both", {"kv_load_failure_policy": "fail"})
     programs = {
-        name: make_server(
-            spec_of(f"fleet-{name}", "qwen3", both, kv_cache_bytes=256 << 20, **shape),
-            spawn if name in SPAWNED else fork,
-        )
+        name: make_server(spec_of(f"fleet-{name}", "qwen3", both, kv_cache_bytes=256 << 20, **shape))
         for name, shape in SHAPES.items()
     }
     with running(*programs.values()):
