@@ -2,7 +2,11 @@
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 
+#include <algorithm>
+#include <iterator>
 #include <random>
+#include <set>
+#include <vector>
 
 #include "base/crc32c.h"
 #include "control/frame.h"
@@ -196,6 +200,36 @@ TEST(Messages, ValuesAreReadBack) {
       Decode<DescribeRequest>(Encode(DescribeRequest{CacheRef::Key(CacheKey{KeyKind::kPrefix, 5, 6})}));
   ASSERT_TRUE(by_key.ok());
   EXPECT_EQ(by_key.value().ref.key, (CacheKey{KeyKind::kPrefix, 5, 6}));
+}
+
+// A peer that could choose the code would choose what the caller does next: wait, unlink, believe that it is linked.
+TEST(Messages, CodesThatACallCannotEndInAreRefused) {
+  using namespace llm_datadist;  // NOLINT(google-build-using-namespace): all the codes
+  const std::vector<llm_datadist::Status> all = {
+      LLM_FAILED, LLM_WAIT_PROC_TIMEOUT, LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID, LLM_NOT_YET_LINK, LLM_ALREADY_LINK,
+      LLM_LINK_FAILED, LLM_UNLINK_FAILED, LLM_NOTIFY_PROMPT_UNLINK_FAILED, LLM_CLUSTER_NUM_EXCEED_LIMIT,
+      LLM_PROCESSING_LINK, LLM_DEVICE_OUT_OF_MEMORY, LLM_EXIST_LINK, LLM_FEATURE_NOT_ENABLED, LLM_TIMEOUT,
+      LLM_LINK_BUSY, LLM_OUT_OF_MEMORY, 1U, 0xDEADBEEFU};
+  const auto passed = [&](const auto &decodes) {
+    std::set<llm_datadist::Status> codes;
+    std::copy_if(all.begin(), all.end(), std::inserter(codes, codes.end()),
+                 [&](llm_datadist::Status code) { return decodes(datadist::Status(code, "why")); });
+    return codes;
+  };
+  EXPECT_EQ(passed([](const datadist::Status &status) { return Decode<Reject>(Encode(Reject{status})).ok(); }),
+            (std::set<llm_datadist::Status>{LLM_ALREADY_LINK, LLM_PROCESSING_LINK, LLM_NOT_YET_LINK, LLM_LINK_FAILED,
+                                            LLM_PARAM_INVALID, LLM_FAILED}));
+  const std::set<llm_datadist::Status> of_caches = {LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID};
+  EXPECT_EQ(passed([](const datadist::Status &status) {
+              CacheInfo info;
+              info.status = status;
+              return Decode<CacheInfo>(Encode(info)).ok();
+            }),
+            of_caches);
+  EXPECT_EQ(passed([](const datadist::Status &status) { return Decode<Consumed>(Encode(Consumed{status})).ok(); }),
+            of_caches);
+  EXPECT_EQ(passed([](const datadist::Status &status) { return Decode<Grant>(Encode(Grant{status, 1})).ok(); }),
+            (std::set<llm_datadist::Status>{LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID, LLM_FAILED}));
 }
 
 TEST(Messages, ValuesOutOfRangeAreRefused) {

@@ -21,7 +21,7 @@
 namespace datadist {
 
 constexpr uint32_t kFrameMagic = 0x4B444444;  // "DDDK"
-constexpr uint16_t kProtocolVersion = 2;
+constexpr uint16_t kProtocolVersion = 3;
 constexpr size_t kFrameHeaderSize = 20;
 constexpr uint32_t kMaxFrameBody = 1U << 20;
 

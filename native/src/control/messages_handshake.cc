@@ -121,11 +121,13 @@ std::vector<uint8_t> Encode(const Reject &message) {
 template <>
 Result<Reject> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
-  Reject message{GetStatus(reader)};
-  if (!reader.Finished() || message.status.ok()) {
+  const auto status = GetStatus(
+      reader, {llm_datadist::LLM_ALREADY_LINK, llm_datadist::LLM_PROCESSING_LINK, llm_datadist::LLM_NOT_YET_LINK,
+               llm_datadist::LLM_LINK_FAILED, llm_datadist::LLM_PARAM_INVALID, llm_datadist::LLM_FAILED});
+  if (!status.has_value() || status->ok() || !reader.Finished()) {
     return Malformed("REJECT");
   }
-  return message;
+  return Reject{*status};
 }
 
 std::vector<uint8_t> Encode(const Ready &message) {
@@ -140,7 +142,7 @@ Result<Ready> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
   const uint8_t transport = reader.U8();
   Ready message;
-  message.reason = reader.Text(kMaxText);
+  message.reason = OneLine(reader.Text(kMaxText));
   if (!reader.Finished() || !IsTransport(transport)) {
     return Malformed("READY");
   }

@@ -8,6 +8,10 @@
 namespace datadist {
 namespace {
 
+using llm_datadist::LLM_FAILED;
+using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
+using llm_datadist::LLM_PARAM_INVALID;
+
 // What fits into the largest frame beside the fixed fields; far above any limit on registrations.
 constexpr uint32_t kMaxTensors = (kMaxFrameBody - 4096) / sizeof(uint64_t);
 
@@ -32,6 +36,7 @@ void Put(Writer &writer, const CacheGeometry &geometry) {
   writer.U32(geometry.num_tensors);
   writer.U64(std::max(geometry.batch_size, geometry.num_blocks));
   writer.U64(geometry.tensor_bytes);
+  writer.U8(geometry.tensors_overlap ? 1 : 0);
 }
 
 bool Get(Reader &reader, CacheGeometry &geometry) {
@@ -40,7 +45,9 @@ bool Get(Reader &reader, CacheGeometry &geometry) {
   geometry.num_tensors = reader.U32();
   const uint64_t rows = reader.U64();
   geometry.tensor_bytes = reader.U64();
-  if (!reader.ok() || layout > static_cast<uint8_t>(CacheLayout::kBlocks) || geometry.num_tensors == 0 ||
+  const uint8_t overlap = reader.U8();
+  geometry.tensors_overlap = overlap == 1;
+  if (!reader.ok() || overlap > 1 || layout > static_cast<uint8_t>(CacheLayout::kBlocks) || geometry.num_tensors == 0 ||
       geometry.num_tensors > kMaxTensors || rows == 0) {
     return false;
   }
@@ -146,10 +153,11 @@ template <>
 Result<CacheInfo> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
   CacheInfo message;
-  message.status = GetStatus(reader);
-  if (!reader.ok() || (message.status.ok() && !Get(reader, message.target)) || !reader.Finished()) {
+  const auto status = GetStatus(reader, {LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID});
+  if (!status.has_value() || (status->ok() && !Get(reader, message.target)) || !reader.Finished()) {
     return Malformed("CACHE_INFO");
   }
+  message.status = *status;
   return message;
 }
 
@@ -185,11 +193,11 @@ std::vector<uint8_t> Encode(const Consumed &message) {
 template <>
 Result<Consumed> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
-  Consumed message{GetStatus(reader)};
-  if (!reader.Finished()) {
+  const auto status = GetStatus(reader, {LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID});
+  if (!status.has_value() || !reader.Finished()) {
     return Malformed("CONSUMED");
   }
-  return message;
+  return Consumed{*status};
 }
 
 std::vector<uint8_t> Encode(const AcquireWriteRequest &message) {
@@ -230,11 +238,12 @@ template <>
 Result<Grant> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
   Grant message;
-  message.status = GetStatus(reader);
+  const auto status = GetStatus(reader, {LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID, LLM_FAILED});
   message.grant = reader.U64();
-  if (!reader.Finished()) {
+  if (!status.has_value() || !reader.Finished()) {
     return Malformed("GRANT");
   }
+  message.status = *status;
   return message;
 }
 

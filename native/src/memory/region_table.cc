@@ -182,6 +182,7 @@ Result<int64_t> RegionTable::Register(const llm_datadist::CacheDesc &desc, const
   cache->id_ = ++state_->last_id;
   cache->generation_ = ++state_->last_generation;
   cache->geometry_ = geometry.value();
+  cache->geometry_.tensors_overlap = ExtentsOverlap(addrs, geometry.value().tensor_bytes);
   cache->registration_ = registration;
   cache->addrs_ = addrs;
   cache->stamp_ = state_->TakeStamp();

@@ -44,10 +44,14 @@ struct CacheGeometry {
   uint64_t num_blocks = 0;
   uint64_t tensor_bytes = 0;
   uint64_t stride = 0;
+  bool tensors_overlap = false;  // some byte belongs to two tensors, so that the order of writes to it matters
 };
 
 // Checks a description (spec 2.4.6: shape, dtype, overflow) and computes its geometry; LLM_PARAM_INVALID otherwise.
 Result<CacheGeometry> ComputeGeometry(const llm_datadist::CacheDesc &desc, CacheLayout layout = CacheLayout::kMix);
+
+// Whether two of `length` bytes each at `starts` share a byte.
+bool ExtentsOverlap(std::vector<uint64_t> starts, uint64_t length);
 
 // Lives in memory that stays mapped until the table dies, so that a peer may read it at any time. generation is unique
 // per registration in this table, 0 when no cache uses the slot.

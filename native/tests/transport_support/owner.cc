@@ -38,14 +38,23 @@ llm_datadist::CacheDesc DescOf(const CacheShape &shape) {
   return desc;
 }
 
-Arena::Arena(const CacheShape &shape) : tensor_bytes_(shape.num_blocks * shape.stride) {
-  for (uint32_t i = 0; i < shape.num_tensors; ++i) {
-    const size_t size = tensor_bytes_ + 2 * kCanaryBytes + kAlignment;
-    memory_.push_back(std::make_unique<uint8_t[]>(size));
-    std::memset(memory_.back().get(), kCanary, size);
-    const uintptr_t first = reinterpret_cast<uintptr_t>(memory_.back().get()) + kCanaryBytes;
-    tensors_.push_back(memory_.back().get() + kCanaryBytes + (kAlignment - first % kAlignment) % kAlignment);
+Arena::Arena(const CacheShape &shape) : tensor_bytes_(shape.num_blocks * shape.stride), allocation_bytes_(tensor_bytes_) {
+  if (shape.distance > 0) {
+    allocation_bytes_ += (shape.num_tensors - 1) * shape.distance;
+    Allocate(allocation_bytes_);
   }
+  for (uint32_t i = 0; i < shape.num_tensors; ++i) {
+    tensors_.push_back(shape.distance > 0 ? allocations_[0] + i * shape.distance : Allocate(tensor_bytes_));
+  }
+}
+
+uint8_t *Arena::Allocate(size_t bytes) {
+  const size_t size = bytes + 2 * kCanaryBytes + kAlignment;
+  memory_.push_back(std::make_unique<uint8_t[]>(size));
+  std::memset(memory_.back().get(), kCanary, size);
+  const uintptr_t first = reinterpret_cast<uintptr_t>(memory_.back().get()) + kCanaryBytes;
+  allocations_.push_back(memory_.back().get() + kCanaryBytes + (kAlignment - first % kAlignment) % kAlignment);
+  return allocations_.back();
 }
 
 void Arena::Fill(const std::vector<uint8_t> &bytes) {
@@ -74,8 +83,8 @@ bool Arena::CanariesIntact() const {
   const auto intact = [](const uint8_t *first) {
     return std::all_of(first, first + kCanaryBytes, [](uint8_t byte) { return byte == kCanary; });
   };
-  return std::all_of(tensors_.begin(), tensors_.end(), [&](const uint8_t *tensor) {
-    return intact(tensor - kCanaryBytes) && intact(tensor + tensor_bytes_);
+  return std::all_of(allocations_.begin(), allocations_.end(), [&](const uint8_t *start) {
+    return intact(start - kCanaryBytes) && intact(start + allocation_bytes_);
   });
 }
 

@@ -24,6 +24,7 @@ struct CacheShape {
   uint32_t num_tensors = 1;
   uint64_t num_blocks = 1;
   uint64_t stride = 1;
+  uint64_t distance = 0;  // between the starts of tensors that overlap; 0: each has memory of its own
 };
 
 // What a cache filled with `seed` holds, tensor after tensor.
@@ -31,7 +32,7 @@ std::vector<uint8_t> PatternOf(const CacheShape &shape, uint64_t seed);
 
 llm_datadist::CacheDesc DescOf(const CacheShape &shape);
 
-// Tensors in allocations of their own, each between two canaries.
+// Tensors in allocations of their own, or overlapping in one; each allocation between two canaries.
 class Arena {
  public:
   explicit Arena(const CacheShape &shape);
@@ -41,8 +42,12 @@ class Arena {
   bool CanariesIntact() const;
 
  private:
+  uint8_t *Allocate(size_t bytes);
+
   size_t tensor_bytes_;
+  size_t allocation_bytes_;
   std::vector<std::unique_ptr<uint8_t[]>> memory_;
+  std::vector<uint8_t *> allocations_;  // into memory_
   std::vector<uint8_t *> tensors_;  // into memory_, aligned as a tensor library aligns them
 };
 

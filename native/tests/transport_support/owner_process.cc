@@ -67,6 +67,7 @@ void PutCache(const RemoteCache &cache, Writer &out) {
   out.U64(cache.geometry.num_blocks);
   out.U64(cache.geometry.tensor_bytes);
   out.U64(cache.geometry.stride);
+  out.U8(cache.geometry.tensors_overlap ? 1 : 0);
   out.U64(cache.stamp_addr);
   for (const uint64_t addr : cache.tensor_addrs) {
     out.U64(addr);
@@ -81,6 +82,7 @@ RemoteCache GetCache(Reader &in) {
   cache.geometry.num_blocks = in.U64();
   cache.geometry.tensor_bytes = in.U64();
   cache.geometry.stride = in.U64();
+  cache.geometry.tensors_overlap = in.U8() == 1;
   cache.stamp_addr = in.U64();
   for (uint32_t i = 0; i < cache.geometry.num_tensors; ++i) {
     cache.tensor_addrs.push_back(in.U64());
@@ -132,7 +134,7 @@ void AnswerOfferSlot(OwnerHere &owner, Reader &in, Writer &out) {
 void Answer(OwnerHere &owner, Reader in, Writer &out) {
   switch (static_cast<Command>(in.U8())) {
     case Command::kAddCache: {
-      const CacheShape shape{in.U32(), in.U64(), in.U64()};
+      const CacheShape shape{in.U32(), in.U64(), in.U64(), in.U64()};
       PutCache(owner.AddCache(shape, in.U64()), out);
       return;
     }
@@ -244,6 +246,7 @@ RemoteCache OwnerProcess::AddCache(const CacheShape &shape, uint64_t seed) {
   request.U32(shape.num_tensors);
   request.U64(shape.num_blocks);
   request.U64(shape.stride);
+  request.U64(shape.distance);
   request.U64(seed);
   const auto response = Call(request);
   Reader in(response.data(), response.size());

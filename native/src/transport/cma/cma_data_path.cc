@@ -79,13 +79,9 @@ Result<Job> CmaDataPath::Prepare(const TransferOp &op, VmDirection direction, De
     return Status(LLM_FAILED, "the peer did not tell the addresses of cache " + std::to_string(remote.cache_id));
   }
   const bool pull = direction == VmDirection::kRead;
-  const RegisteredCache &local = op.local->cache();
   Job job{op, direction, deadline, total.value(), false, {}};
-  job.in_order = RunsOverlap(op.runs, pull ? Side::kLocal : Side::kRemote) ||
-                 (pull ? TensorsOverlap(local.addrs(), op.local_first_tensor, op.tensor_count,
-                                        local.geometry().tensor_bytes)
-                       : TensorsOverlap(remote.tensor_addrs, op.remote_first_tensor, op.tensor_count,
-                                        remote.geometry.tensor_bytes));
+  job.in_order = pull ? OrderMatters(op, Side::kLocal, op.local->cache().geometry())
+                      : OrderMatters(op, Side::kRemote, remote.geometry);
   if (!job.in_order) {
     job.sorted = SortedByRemote(op.runs);
   }
