@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """What it costs D's driver thread to meet an unlike P, and to plan one long pull from it.
 
-    benchmarks/planning.py [--tokens 16000]
+    python benchmarks/planning.py [--tokens 16000]
 
 Equal sides are the reference: ratios are to their plan. Nothing moves; what the ids then cost is transfer.py's subject.
 """

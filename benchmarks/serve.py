@@ -38,9 +38,10 @@ from serving import (  # noqa: E402
     ServerSpec,
     ServingError,
     free_port,
+    members_of,
     pd_router,
     read_config,
-    session_members,
+    stop,
     vllm_server,
 )
 
@@ -147,8 +148,7 @@ def running(system: str, model: Path) -> Iterator[tuple[Program, list[Program]]]
                 program.wait_ready(shown=shown)
         yield programs[-1], servers
     finally:
-        for program in programs:
-            program.stop()
+        stop(*programs)
 
 
 def specs(system: str, model: Path) -> list[ServerSpec]:
@@ -175,7 +175,7 @@ def unpin(servers: list[Program]) -> None:
     """Allows every thread of the servers on every core we may use ourselves."""
     cores = os.sched_getaffinity(0)
     for server in servers:
-        for pid in session_members(server.pid):
+        for pid in members_of(server.pid):
             for thread in os.listdir(f"/proc/{pid}/task"):
                 os.sched_setaffinity(int(thread), cores)
 

@@ -6,8 +6,9 @@
 Memory lies on base pages (4 KiB) and on huge pages (2 MiB) in turn, for every mechanism and the reference alike: the
 connector asks for huge pages by default (huge_pages). Every mechanism gets a process pair of its own; in it, each case
 (block size, pattern, total) alternates with a single-thread memcpy of the same block lists; 20th percentiles are
-compared. Bytes are verified once per case. NIXL is measured where it is installed (pip install --no-deps nixl==1.5.1
-nixl-cu12==1.5.1); the plot needs matplotlib.
+compared. Bytes are verified once per case. The plot needs matplotlib. NIXL is measured where it is installed:
+
+    pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ our selection: `-k router`, say, or `-x`.
 
 from __future__ import annotations
 
-import signal
 import sys
 from pathlib import Path
 
@@ -17,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from bootstrap import OLDEST, ensure_environment  # noqa: E402
-from console import StepError, run_shown  # noqa: E402
+from console import exit_status_of, run_shown  # noqa: E402
 
 # What depends on vLLM's version.
 SELECTION = (
@@ -31,23 +30,13 @@ SELECTION = (
 )
 
 
-def main() -> int:
-    # A terminated run ends its servers, as an interrupted one does.
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        print(f"== set-up, vLLM {OLDEST.vllm}", flush=True)
-        environment = ensure_environment(OLDEST)
-        print("\n== tests", flush=True)
-        # Not `python -m pytest`, which would put the sources before the installed package on the path.
-        command = [str(environment.tool("pytest")), *sys.argv[1:], *SELECTION]
-        return run_shown(command, environment.variables(), ROOT)
-    except StepError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+def run_selection() -> int:
+    print(f"== set-up, vLLM {OLDEST.vllm}", flush=True)
+    environment = ensure_environment(OLDEST)
+    print("\n== tests", flush=True)
+    command = [str(environment.tool("pytest")), *sys.argv[1:], *SELECTION]
+    return run_shown(command, environment.variables(), ROOT)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status_of(run_selection))

@@ -3,7 +3,7 @@
 
     tools/connector_signatures.py WHEEL_OR_SITE_PACKAGES > tests/data/kv_connector_VERSION.json
 
-For the unit test that holds our connector to the interface of the oldest vLLM, which is not installed where it runs.
+For the unit test that holds our connector to the interfaces of the oldest and the newest vLLM, neither installed there.
 Facts only: names, kinds of parameters, which of them have defaults, what is abstract.
 """
 

@@ -10,7 +10,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
@@ -127,3 +127,18 @@ def run_shown(command: Sequence[str], env: Mapping[str, str], cwd: Path) -> int:
     finally:
         if process.poll() is None:
             stop_group(process, SHOWN_GRACE_S)
+
+
+def exit_status_of(work: Callable[[], int]) -> int:
+    """What `work` returns, 1 if a step fails, 130 if the user or SIGTERM ends it; either is said on stderr."""
+    signal.signal(
+        signal.SIGTERM, signal.default_int_handler
+    )  # a terminated run ends its servers, as an interrupted one
+    try:
+        return work()
+    except StepError as error:
+        print(f"\n{error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\ninterrupted", file=sys.stderr)
+        return 130

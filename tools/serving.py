@@ -1,7 +1,9 @@
 """Starts and ends `vllm serve` and `vllm-router` on this machine, for the demo, the tests and the benchmarks.
 
-Standard library only. Every program runs in a session of its own, so that all the processes it has made can be found
-and ended, whatever state they are in; output goes to a log file whose tail is part of every failure message.
+Standard library only. Every program runs in a process group of its own, so that all the processes it has made can be
+found and ended, whatever state they are in. Not in a session: where the kernel groups tasks by session to share out the
+CPU (sched_autogroup_enabled), the ranks of one server, which poll, keep another server from running for half a minute.
+Output goes to a log file whose tail is part of every failure message.
 """
 
 from __future__ import annotations
@@ -16,9 +18,10 @@ import subprocess
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO, Protocol
 
 from console import Progress, tail
 
@@ -42,8 +45,7 @@ SERVER_VARIABLES = {
     "TORCHDYNAMO_DISABLE": "1",
 }
 
-
-WARM_UP = {"VLLM_CPU_CI_ENV": "0", "TORCHDYNAMO_DISABLE": "0"}
+WARM_UP = {"VLLM_CPU_CI_ENV": "0"}
 """For servers whose engine warms up before it serves."""
 
 
@@ -64,32 +66,60 @@ def free_port() -> int:
     raise ServingError(f"no free port in {PORT_RANGE.start} to {PORT_RANGE.stop - 1}")
 
 
-def session_members(leader: int) -> dict[int, str]:
-    """Process id and state letter of the session that `leader` started, itself included; zombies are not counted."""
-    members = {}
+def members_of(leader: int) -> dict[int, str]:
+    """Process id and state letter of the group that `leader` leads, and of what they have started, in whatever group it
+    is; zombies are not counted."""
+    states, parents, found = {}, {}, set()
     for entry in os.listdir("/proc"):
         if not entry.isdigit():
             continue
         try:
-            # Fields after the command's closing bracket: state, parent, group, session.
+            # Fields after the command's closing bracket: state, parent, group.
             fields = Path(f"/proc/{entry}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
         except (OSError, UnicodeDecodeError):
             continue  # ended while we looked
-        if int(fields[3]) == leader and fields[0] != "Z":
-            members[int(entry)] = fields[0]
-    return members
+        pid = int(entry)
+        states[pid], parents[pid] = fields[0], int(fields[1])
+        if int(fields[2]) == leader:
+            found.add(pid)
+    while more := {pid for pid, parent in parents.items() if parent in found} - found:
+        found |= more
+    return {pid: states[pid] for pid in found if states[pid] != "Z"}
+
+
+class Started(Protocol):
+    """A process that runs a program, and leads a process group; subprocess.Popen is one."""
+
+    @property
+    def pid(self) -> int: ...
+    def poll(self) -> int | None: ...
+    def wait(self, timeout: float | None = None) -> int: ...
+    def terminate(self) -> None: ...
+
+
+Launch = Callable[[Sequence[str], Mapping[str, str], Path, BinaryIO], Started]
+"""Starts a command with these variables, in this directory, its output to this file."""
+
+
+def spawn(command: Sequence[str], env: Mapping[str, str], cwd: Path, output: BinaryIO) -> Started:
+    return subprocess.Popen(
+        command, stdin=subprocess.DEVNULL, stdout=output, stderr=output, env=env, cwd=cwd, process_group=0
+    )
 
 
 class Program:
     """One program and all processes it makes. Not for use by several threads."""
 
-    def __init__(self, name: str, command: Sequence[str], port: int, log: Path, env: Mapping[str, str]) -> None:
+    def __init__(
+        self, name: str, command: Sequence[str], port: int, log: Path, env: Mapping[str, str], launch: Launch = spawn
+    ) -> None:
         self.name = name
         self.port = port
         self.log = log
         self._command = list(command)
         self._env = dict(env)
-        self._process: subprocess.Popen[bytes] | None = None
+        self._launch = launch
+        self._process: Started | None = None
 
     @property
     def url(self) -> str:
@@ -97,7 +127,7 @@ class Program:
 
     @property
     def pid(self) -> int:
-        """Process id, and id of the session."""
+        """Process id, and id of the process group."""
         if self._process is None:
             raise ServingError(f"{self.name} does not run")
         return self._process.pid
@@ -114,15 +144,8 @@ class Program:
         with self.log.open("ab") as output:
             output.write(f"$ {' '.join(self._command)}\n".encode())
             output.flush()
-            self._process = subprocess.Popen(
-                self._command,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=output,
-                env=self._env,
-                cwd=self.log.parent,  # not the repository: its sources must not hide the installed package
-                start_new_session=True,
-            )
+            # Not in the repository: its sources must not hide the installed package.
+            self._process = self._launch(self._command, self._env, self.log.parent, output)
 
     def wait_ready(self, deadline_s: float = READY_DEADLINE_S, shown: Progress | None = None) -> None:
         """Returns when /health answers; ServingError if the program ends or the deadline passes first."""
@@ -155,7 +178,7 @@ class Program:
         """Sends a signal to every process of the program."""
         if self._process is None:
             return
-        for pid in session_members(self._process.pid):
+        for pid in members_of(self._process.pid):
             try:
                 os.kill(pid, number)
             except ProcessLookupError:
@@ -166,7 +189,7 @@ class Program:
         if self._process is None:
             return
         until = time.monotonic() + STOP_GRACE_S
-        while any(state not in "Tt" for state in session_members(self._process.pid).values()):
+        while any(state not in "Tt" for state in members_of(self._process.pid).values()):
             if time.monotonic() > until:
                 raise ServingError(self.describe("has processes that do not stop"))
             self.signal(signal.SIGSTOP)
@@ -183,7 +206,7 @@ class Program:
         while True:
             self.signal(signal.SIGKILL)
             self._wait(POLL_S)
-            if not session_members(self._process.pid):
+            if not members_of(self._process.pid):
                 break
             if time.monotonic() > until:
                 raise ServingError(self.describe("has processes that survive SIGKILL"))
@@ -192,14 +215,28 @@ class Program:
 
     def stop(self) -> None:
         """Asks the program to end, and ends what has not within the grace time. Safe in any state, also paused."""
+        stop(self)
+
+    def ask_to_end(self) -> None:
         if self.alive and self._process is not None:
             self.resume()
             self._process.terminate()
-            self._wait(STOP_GRACE_S)
+
+    def wait_end(self) -> None:
+        """kill() for what does not end by itself within the grace time."""
+        self._wait(STOP_GRACE_S)
         self.kill()
 
     def describe(self, what: str) -> str:
         return f"{self.name} {what}; the end of {self.log}:\n{tail(self.log)}"
+
+
+def stop(*programs: Program) -> None:
+    """Program.stop() of all at once."""
+    for program in programs:
+        program.ask_to_end()
+    for program in programs:
+        program.wait_end()
 
 
 @dataclass(frozen=True)
@@ -222,7 +259,7 @@ class ServerSpec:
     variables: Mapping[str, str] = field(default_factory=dict)
 
 
-def vllm_server(spec: ServerSpec, bin_dir: Path, logs: Path, env: Mapping[str, str]) -> Program:
+def vllm_server(spec: ServerSpec, bin_dir: Path, logs: Path, env: Mapping[str, str], launch: Launch = spawn) -> Program:
     """A `vllm serve` that is ready to be started."""
     port = free_port()
     command = [str(bin_dir / "vllm"), "serve", str(spec.model), "--host", HOST, "--port", str(port)]
@@ -234,23 +271,18 @@ def vllm_server(spec: ServerSpec, bin_dir: Path, logs: Path, env: Mapping[str, s
         command += ["--block-size", str(spec.block_size)]
     if spec.data_parallel > 1:
         command += ["--data-parallel-size", str(spec.data_parallel)]
-    command += _pipeline(spec) if spec.pipeline_parallel > 1 else _eager(spec)
+    command += ["--kv-cache-memory-bytes", str(spec.kv_cache_bytes)]
+    command += _pipeline(spec) if spec.pipeline_parallel > 1 else ["--enforce-eager"]
     if spec.kv_transfer is not None:
         command += ["--kv-transfer-config", json.dumps(spec.kv_transfer)]
     command += spec.arguments
     variables = {**env, **SERVER_VARIABLES, **(WARM_UP if spec.pipeline_parallel > 1 else {}), **spec.variables}
-    return Program(spec.name, command, port, logs / f"{spec.name}.log", variables)
-
-
-def _eager(spec: ServerSpec) -> list[str]:
-    return ["--enforce-eager", "--kv-cache-memory-bytes", str(spec.kv_cache_bytes)]
+    return Program(spec.name, command, port, logs / f"{spec.name}.log", variables, launch)
 
 
 def _pipeline(spec: ServerSpec) -> list[str]:
-    """vLLM's CPU build dies on the first request to a pipeline unless a warm-up has run, which it skips in eager mode
-    and for a KV cache of a given size."""
-    share = ["--gpu-memory-utilization", "0.08"]
-    return ["-pp", str(spec.pipeline_parallel), "-cc.mode=2", "-cc.backend=eager", *share]
+    """vLLM's CPU build dies on the first request to a pipeline without a warm-up, which it skips in eager mode."""
+    return ["-pp", str(spec.pipeline_parallel), "-cc.mode=2", "-cc.backend=eager"]
 
 
 def pd_router(

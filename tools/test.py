@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -21,10 +20,9 @@ from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import FrameType
 
 from bootstrap import ROOT, Environment, ensure_environment
-from console import SHOWN_GRACE_S, StepError, run_step, stop_group, tail
+from console import SHOWN_GRACE_S, StepError, exit_status_of, run_step, stop_group, tail
 
 LOGS = ROOT / "logs" / "test"
 NATIVE = ROOT / "native"
@@ -141,7 +139,6 @@ def steps_of(part: str, environment: Environment, pytest_arguments: Sequence[str
             Step(f"native {preset}", tool("cmake", "--workflow", "--preset", preset), NATIVE, LOGS / f"{preset}.log")
             for preset in PRESETS
         ]
-    # Not `python -m pytest`, which would put the sources before the installed package on the path.
     paths = [each for each in pytest_arguments if part_of(each)]
     rest = [each for each in pytest_arguments if not part_of(each)]
     chosen = [path for path in paths if part_of(path) == part] if paths else [f"tests/{part}"]
@@ -214,13 +211,8 @@ def run_parts(environment: Environment, parts: list[str], pytest_arguments: list
     return outcomes
 
 
-def interrupt(number: int, frame: FrameType | None) -> None:
-    del number, frame
-    raise KeyboardInterrupt
-
-
 def show_summary(outcomes: list[Outcome], seconds: float) -> int:
-    print("\n== summary (lint, unit and integration run beside native)")
+    print("\n== summary (lanes of a stage run side by side: their seconds overlap)")
     for outcome in outcomes:
         verdict = f"FAILED: {outcome.problem}" if outcome.problem else "passed"
         print(f"  {outcome.name:<16} {outcome.seconds:7.1f} s  {verdict}")
@@ -229,25 +221,17 @@ def show_summary(outcomes: list[Outcome], seconds: float) -> int:
     return 1 if failed else 0
 
 
-def main() -> int:
+def run_all() -> int:
     parts, pytest_arguments = parse_arguments(sys.argv[1:])
-    signal.signal(signal.SIGTERM, interrupt)
     start = time.monotonic()
-    try:
-        print("== set-up", flush=True)
-        environment = ensure_environment()
-        if "native" in parts:
-            ensure_googletest()
-        setup = Outcome("set-up", time.monotonic() - start)
-        outcomes = [setup, *run_parts(environment, parts, pytest_arguments)]
-    except StepError as error:
-        print(f"\n{error}", file=sys.stderr)
-        return 1
-    except KeyboardInterrupt:
-        print("\ninterrupted", file=sys.stderr)
-        return 130
+    print("== set-up", flush=True)
+    environment = ensure_environment()
+    if "native" in parts:
+        ensure_googletest()
+    setup = Outcome("set-up", time.monotonic() - start)
+    outcomes = [setup, *run_parts(environment, parts, pytest_arguments)]
     return show_summary(outcomes, time.monotonic() - start)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(exit_status_of(run_all))

@@ -4,7 +4,8 @@
 The weights come from a fixed seed, and they are large enough that the next token depends on every token before it: a
 KV cache with one wrong block answers something else.
 
-    tiny_model.py OUT_DIR [--kind qwen3]      (the kinds: tiny_kinds.py)
+    python tools/tiny_model.py OUT_DIR [--kind qwen3]      (the kinds: tiny_kinds.py)
+    python tools/tiny_model.py models --kind all           every kind that is not there yet, as models/tiny-KIND
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import Any
 from tiny_kinds import KINDS, MAX_POSITIONS, VOCABULARY
 
 SEED = 20
+ORIGIN = "origin.json"  # what a whole model directory has
 
 WORDS = """
 a about above after again air all also and animal another answer any are around as ask at away back be because
@@ -83,7 +85,7 @@ def make_model(out: Path, kind: str) -> None:
     torch.manual_seed(SEED)
     KINDS[kind].make().float().save_pretrained(str(partial))
     make_tokenizer(partial)
-    (partial / "origin.json").write_text(json.dumps({"kind": kind, "seed": SEED}), encoding="utf-8")
+    (partial / ORIGIN).write_text(json.dumps({"kind": kind, "seed": SEED}), encoding="utf-8")
     shutil.rmtree(out, ignore_errors=True)
     partial.rename(out)
 
@@ -91,10 +93,15 @@ def make_model(out: Path, kind: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
-    parser.add_argument("--kind", choices=sorted(KINDS), default="qwen3")
+    parser.add_argument("--kind", choices=[*sorted(KINDS), "all"], default="qwen3")
     arguments = parser.parse_args()
-    make_model(arguments.out, arguments.kind)
-    print(f"wrote {arguments.out}")
+    wanted = {arguments.kind: arguments.out}
+    if arguments.kind == "all":
+        wanted = {kind: arguments.out / f"tiny-{kind}" for kind in KINDS}
+        wanted = {kind: out for kind, out in wanted.items() if not (out / ORIGIN).is_file()}
+    for kind, out in wanted.items():
+        make_model(out, kind)
+        print(f"wrote {out}")
 
 
 if __name__ == "__main__":

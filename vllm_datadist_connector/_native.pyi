@@ -62,6 +62,20 @@ class LinkReport(NamedTuple):
     bytes_pulled: int
     bytes_pushed: int
 
+class HugePagesReport(NamedTuple):
+    allowed: bool
+    """False: nothing was asked for, as option datadist.HugePages is off or the machine says "never"."""
+    bytes: int
+    """The whole huge pages of what was registered."""
+    huge_bytes: int
+    """Of these, known to be huge now; what nobody has touched yet is not counted."""
+    seconds: float
+    """That it took in the background."""
+
+def advise_huge_pages(address: int, length: int) -> bool:
+    """Asks for huge pages under the first touch of memory. False, and nothing changed, where the machine has none to
+    give."""
+
 class LlmDataDist:
     """`llm_datadist::LlmDataDist` of the chosen provider. Role: 1 prompt, 2 decoder, 3 mix.
 
@@ -143,6 +157,8 @@ class LlmDataDist:
         """(status, port the listener is bound to)."""
 
     def query_link(self, cluster_id: int) -> tuple[int, LinkReport | None]: ...
+    def wait_for_huge_pages(self) -> tuple[int, HugePagesReport | None]:
+        """Returns when all memory that is registered by now has been gone through, or at finalize()."""
 
 # ---- what only the Python API of LLM-DataDist has, beside LlmDataDist ----
 

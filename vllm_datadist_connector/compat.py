@@ -117,6 +117,12 @@ def transfer_group_ids(kv_cache_config: Any) -> tuple[int, ...]:
     return tuple(ids) if ids is not None else tuple(range(len(kv_cache_config.kv_cache_groups)))
 
 
+def returns_routed_experts(vllm_config: Any) -> bool:
+    """Whether --enable-return-routed-experts is given. 0.23 has it in the model's configuration; that goes with it."""
+    configs = (getattr(vllm_config, name, None) for name in ("aux_output_config", "model_config"))
+    return any(getattr(config, "enable_return_routed_experts", False) for config in configs)
+
+
 def layer_spec(group_spec: Any, layer: str) -> Any:
     """The KVCacheSpec of one layer of a group: a group of like layers that differ in size has one for each."""
     specs: dict[str, Any] = getattr(group_spec, "kv_cache_specs", None) or {}

@@ -17,7 +17,8 @@ SmallCount = Annotated[int, msgspec.Meta(ge=1, le=64)]
 
 
 class ConfigError(ValueError):
-    """A key of kv_connector_extra_config is unknown or has a value that is not allowed."""
+    """A key of kv_connector_extra_config is unknown or has a value that is not allowed, or an option of vLLM excludes
+    the connector."""
 
 
 class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -69,10 +70,10 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """One PullKvBlocks call gives up after so long; its link is then remade."""
 
     handshake_timeout_s: Seconds = 5.0
-    """D waits so long for each answer on the side channel."""
+    """D waits so long for an answer on the side channel, then asks again if P may be busy, up to the deadline."""
 
     link_timeout_s: Seconds = 5.0
-    """LinkLlmClusters gives up after so long."""
+    """One LinkLlmClusters call gives up after so long; it is made again up to the pull's deadline."""
 
     peer_backoff_s: Seconds = 1.0
     """After a failed handshake or link, requests for that peer fail at once for so long."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import (
@@ -19,14 +20,14 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_datadist_connector import compat
-from vllm_datadist_connector.config import parse_config
+from vllm_datadist_connector.config import ConfigError, parse_config
 from vllm_datadist_connector.metadata import RankHandshake, StepMetadata
 from vllm_datadist_connector.metrics import DataDistPromMetrics, DataDistStats
 from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
 
 if TYPE_CHECKING:
     import torch
-    from vllm.config import VllmConfig
+    from vllm.config import KVTransferConfig, VllmConfig
     from vllm.v1.attention.backend import AttentionMetadata
     from vllm.v1.core.kv_cache_manager import KVCacheBlocks
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -49,15 +50,21 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
     def __init__(self, vllm_config: VllmConfig, role: KVConnectorRole, kv_cache_config: KVCacheConfig) -> None:
         """
         Raises:
-            ConfigError: a key of kv_connector_extra_config, or the model's KV cache, is not supported.
+            ConfigError: a key of kv_connector_extra_config, an option of vLLM or the model's KV cache is not supported.
             OSError: the side channel's address cannot be bound.
         """
         super().__init__(vllm_config, role, kv_cache_config)
         config = parse_config(vllm_config.kv_transfer_config.kv_connector_extra_config)
+        if compat.returns_routed_experts(vllm_config):
+            raise ConfigError(
+                "--enable-return-routed-experts is not supported with DataDistConnector: the experts that a prompt was"
+                " routed to do not come with its KV cache, and vLLM would compute every prompt again; leave it out"
+            )
         groups = compat.transfer_groups(kv_cache_config)
         self._scheduler: ConnectorScheduler | None = None
         self._worker: ConnectorWorker | None = None
         self._load_errors: set[int] = set()
+        self._huge_pages = config.huge_pages
         if role == KVConnectorRole.SCHEDULER:
             compat.guard_failed_loads()
             self._scheduler = ConnectorScheduler(config, vllm_config, groups)
@@ -75,6 +82,11 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        return False
+
+    @classmethod
+    def supports_sleep_mode(cls, kv_transfer_config: KVTransferConfig) -> bool:
+        # A sleeping vLLM unmaps the KV cache, which is registered: peers would read what is no longer there.
         return False
 
     @classmethod
@@ -137,6 +149,14 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         return True
 
     # ---- worker side ----
+
+    def get_mem_pool_context(self) -> AbstractContextManager[object] | None:
+        """Asked for since vLLM 0.31; before, a KV cache is touched when we see it first."""
+        if not self._huge_pages:
+            return None
+        from vllm_datadist_connector.first_touch import FirstTouch
+
+        return FirstTouch()
 
     def register_kv_caches(self, kv_caches: dict[str, torch.Tensor]) -> None:
         self._working.register_kv_caches(kv_caches, self._kv_cache_config.num_blocks)

@@ -9,21 +9,24 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import vllm_datadist_connector
+
 _CMAKE_PACKAGE = Path("lib/cmake/llm_datadist/llm_datadistConfig.cmake")
 
 
 def prefix() -> Path:
     """The directory that holds include/ and lib/: what CMAKE_PREFIX_PATH takes.
 
-    FileNotFoundError where the package was not installed from a wheel: a source tree has no library in it.
+    An editable installation has it in another folder than the sources. FileNotFoundError where nothing is installed.
     """
-    directory = Path(__file__).resolve().parent
-    if not (directory / _CMAKE_PACKAGE).is_file():
-        raise FileNotFoundError(
-            f"no {_CMAKE_PACKAGE} in {directory}: this is a source tree or an editable installation; install the"
-            " package (pip install .), or the library alone (cmake --install)"
-        )
-    return directory
+    folders = [Path(each).resolve() for each in vllm_datadist_connector.__path__]
+    for folder in folders:
+        if (folder / _CMAKE_PACKAGE).is_file():
+            return folder
+    raise FileNotFoundError(
+        f"no {_CMAKE_PACKAGE} in {' or '.join(map(str, folders))}: this is a source tree; install the package"
+        " (pip install .), or the library alone (cmake --install)"
+    )
 
 
 def pkg_config_path() -> Path:

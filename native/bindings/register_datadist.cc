@@ -6,6 +6,7 @@
 
 #include "arguments.h"
 #include "calls.h"
+#include "memory/huge_pages.h"
 #include "memory/region_table.h"
 #include "named_tuple.h"
 #include "register.h"
@@ -160,7 +161,15 @@ void RegisterTransfers(py::class_<DataDist> &datadist) {
 void RegisterDataDist(py::module_ &module) {
   module.def("providers", &ProviderNames);
   module.def("tensor_bytes", &TensorBytes, py::arg("shape"), py::arg("data_type"));
+  module.def(
+      "advise_huge_pages",
+      [](uint64_t address, uint64_t length) {
+        return HugePagesAllowed() && AdviseHugePages({address, address + length});
+      },
+      py::arg("address"), py::arg("length"));
   RegisterClusterInfo(module);
+  const py::object huge_pages_report = DefineNamedTuple(
+      module, "HugePagesReport", {{"allowed", "bool"}, {"bytes", "int"}, {"huge_bytes", "int"}, {"seconds", "float"}});
   const py::object link_report = DefineNamedTuple(module, "LinkReport",
                                                   {{"alive", "bool"},
                                                    {"transport", "str"},
@@ -214,7 +223,16 @@ void RegisterDataDist(py::module_ &module) {
             }
             return py::make_tuple(Report(Status::Ok()), ToLinkReport(link_report, found.value()));
           },
-          py::arg("cluster_id"));
+          py::arg("cluster_id"))
+      .def("wait_for_huge_pages", [huge_pages_report](DataDist &self) -> py::tuple {
+        const auto waited = WithoutGil([&] { return self.provider->WaitForHugePages(); });
+        if (!waited.ok()) {
+          return py::make_tuple(Report(waited.status()), py::none());
+        }
+        const llm_datadist::HugePagesReport &report = waited.value();
+        return py::make_tuple(Report(Status::Ok()),
+                              huge_pages_report(report.allowed, report.bytes, report.huge_bytes, report.seconds));
+      });
   RegisterTransfers(datadist);
 }
 

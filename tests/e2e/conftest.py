@@ -18,7 +18,16 @@ for folder in (ROOT / "tools", ROOT / "tests"):
 import equality  # noqa: E402
 from serving import Program, ServerSpec  # noqa: E402
 from support.reference import Reference  # noqa: E402
-from support.servers import CHUNK_TOKENS, Pair, kv_transfer, make_router, make_server, model_of, running  # noqa: E402
+from support.servers import (  # noqa: E402
+    CHUNK_TOKENS,
+    Pair,
+    fork,
+    kv_transfer,
+    make_router,
+    make_server,
+    model_of,
+    running,
+)
 
 
 def _interrupt(number: int, frame: FrameType | None) -> None:
@@ -30,6 +39,15 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
 def terminable() -> None:
     """A terminated test run ends its servers, as an interrupted one does."""
     signal.signal(signal.SIGTERM, _interrupt)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def fork_server(terminable: None) -> Iterator[None]:
+    """Imports vLLM while models are made."""
+    del terminable
+    fork.start()
+    yield
+    fork.close()
 
 
 @pytest.fixture(scope="session")
@@ -68,6 +86,8 @@ def pair(tiny_model: Path, single: Program) -> Iterator[Pair]:
     started = Pair(make_server(prefill), make_server(decode))
     with running(*started.both):
         yield started
+        # Where D cannot tell whom to thank (test_hostile_params.py), P's leases end by expiry: others run meanwhile.
+        asyncio.run(equality.check_nothing_held(started, deadline_s=2 * equality.LEASE_S))
 
 
 @pytest.fixture(scope="session")
@@ -80,6 +100,7 @@ def router(pair: Pair) -> Iterator[Program]:
 
 @pytest.fixture
 def nothing_held_afterwards(pair: Pair) -> Iterator[None]:
-    """For use by every test that sends through `pair`: no block outlives its request."""
+    """For use by every test that sends through `pair`: no block outlives its request, but for those left to expire."""
+    asyncio.run(equality.check_nothing_held(pair, deadline_s=2 * equality.LEASE_S))
     yield
     asyncio.run(equality.check_nothing_held(pair))

@@ -51,8 +51,7 @@ async def check_storm(url: str, pair: Pair, reference: Reference, count: int) ->
     ]
     change = Change(pair.decode.url)
     answers = await send(url, *requests)
-    for request, answer in zip(requests, answers, strict=True):
-        await reference.check(request, answer)
+    await reference.check_all(requests, answers)
     await check_moved(change, sum(len(request.prompt) - 1 for request in requests))
 
 

@@ -11,7 +11,7 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -231,9 +231,8 @@ def test_cancel_storm(trio: Trio, reference: Reference) -> None:
             answers = await asyncio.gather(*map(impatient, [proxy.url] * len(requests), requests, patience))
         gone = sum(answer is None for answer in answers)
         assert 0 < gone < len(requests), f"{gone} of {len(requests)} clients went away: this was no storm"
-        for request, answer in zip(requests, answers, strict=True):
-            if answer is not None:
-                await reference.check(request, answer)
+        served = [(request, answer) for request, answer in zip(requests, answers, strict=True) if answer is not None]
+        await asyncio.gather(*(reference.check(*each) for each in served))
         await trio.check_nothing_held()
         await check_normal(trio, trio.recomputing, reference, seed=6)
 
@@ -258,39 +257,34 @@ def test_rejected_by_decode(trio: Trio, reference: Reference, policy: str) -> No
     asyncio.run(scenario())
 
 
-def test_client_gone_between_the_legs(trio: Trio, reference: Reference) -> None:
-    """Nobody ever comes for the blocks: the lease expires and P has them back."""
+def test_leases_expire(trio: Trio, reference: Reference) -> None:
+    """One client is gone between the legs: nobody comes for the blocks, and P has them back. Another's decode leg comes
+    after the lease has expired: its blocks may be another request's, and are not used."""
+    expired = Change(trio.prefill.url)
 
     async def drop(params: Params) -> None:
         raise DropDecodeError(params["remote_request_id"])
 
-    async def scenario() -> None:
-        change = Change(trio.prefill.url)
-        request = Request(prompt_tokens(500, seed=10), cache_salt=new_salt())
-        async with PDProxy(trio.prefill.url, trio.failing.url, Interference(between_legs=drop)) as proxy:
+    async def until_both_expired(params: Params) -> None:
+        assert params["remote_block_ids"]
+        await expired.reaches(LEASES_ENDED, 2, deadline_s=LEASE_S + 15, reason="expired")
+
+    async def send(decode: Program, request: Request, hook: Callable[[Params], Awaitable[None]]) -> Answer:
+        async with PDProxy(trio.prefill.url, decode.url, Interference(between_legs=hook)) as proxy:
             (answer,) = await equality.send(proxy.url, request)
-        assert answer.status == 502
-        await change.reaches(LEASES_ENDED, 1, deadline_s=LEASE_S + 15, reason="expired")
+        return answer
+
+    async def scenario() -> None:
+        abandoned = Request(prompt_tokens(500, seed=10), cache_salt=new_salt())
+        late = Request(prompt_tokens(400, seed=12), cache_salt=new_salt())
+        gone, answer = await asyncio.gather(
+            send(trio.failing, abandoned, drop), send(trio.recomputing, late, until_both_expired)
+        )
+        assert gone.status == 502
+        await reference.check(late, answer)
+        assert expired.now(LEASES_ENDED, reason="expired") == 2
         await trio.check_nothing_held()
         await check_normal(trio, trio.failing, reference, seed=11)
-
-    asyncio.run(scenario())
-
-
-def test_late_decode_leg(trio: Trio, reference: Reference) -> None:
-    """The decode leg comes after the lease has expired: its blocks may be another request's, and are not used."""
-    expired = Change(trio.prefill.url)
-
-    async def until_expired(params: Params) -> None:
-        assert params["remote_block_ids"]
-        await expired.reaches(LEASES_ENDED, 1, deadline_s=LEASE_S + 15, reason="expired")
-
-    async def scenario() -> None:
-        request = Request(prompt_tokens(400, seed=12), cache_salt=new_salt())
-        hook = Interference(between_legs=until_expired)
-        async with PDProxy(trio.prefill.url, trio.recomputing.url, hook) as proxy:
-            (answer,) = await equality.send(proxy.url, request)
-        await reference.check(request, answer)
 
     asyncio.run(scenario())
 
@@ -335,8 +329,7 @@ def test_preempted_on_decode(trio: Trio, reference: Reference) -> None:
         change = Change(trio.recomputing.url)
         async with PDProxy(trio.prefill.url, trio.recomputing.url) as proxy:
             answers = await equality.send(proxy.url, *requests)
-        for request, answer in zip(requests, answers, strict=True):
-            await reference.check(request, answer)
+        await reference.check_all(requests, answers)
         await change.reaches(PREEMPTIONS, 1)
         await change.reaches(BYTES, 1)
 

@@ -1,13 +1,14 @@
 """kv_transfer_params pass through clients: whatever they say, an answer is right or the request fails.
 
 Each case tampers with what P returned, before D sees it. Then the same prompt is asked for once more, untouched and
-sharing D's prefix cache with the tampered request: blocks that a lie has filled must not have stayed there.
+sharing D's prefix cache with the tampered request: blocks that a lie has filled must not have stayed there. That
+nothing stays held is checked when the pair is stopped: where D cannot tell whom to thank, P's lease ends by expiry.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from copy import deepcopy
 from typing import Any
 
@@ -18,14 +19,6 @@ from support.metrics import BYTES, FAILED, Change
 from support.proxy import Interference, Params, PDProxy
 from support.reference import Reference
 from support.servers import Pair
-
-
-@pytest.fixture(scope="module", autouse=True)
-def nothing_held_at_the_end(pair: Pair) -> Iterator[None]:
-    """Where D cannot tell whom to thank, P's lease ends by expiry only: waited for once, not after each test."""
-    yield
-    asyncio.run(equality.check_nothing_held(pair, deadline_s=2 * equality.LEASE_S))
-
 
 PROMPT_TOKENS = 300  # three blocks, the last one partly filled
 Tamper = Callable[[Params], object]

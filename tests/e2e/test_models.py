@@ -69,13 +69,11 @@ def nothing_held(served: Served) -> Iterator[None]:
 
 async def check(served: Served, *requests: Request) -> Change:
     """Right answers, all of whose prompts came from P. Returns what D's counters grew by."""
-    for request in requests:
-        await served.reference.answer(request)
+    await asyncio.gather(*map(served.reference.answer, requests))
     change = Change(served.pair.decode.url)
     async with PDProxy(served.pair.prefill.url, served.pair.decode.url) as proxy:
         answers = await equality.send(proxy.url, *requests)
-    for request, answer in zip(requests, answers, strict=True):
-        await served.reference.check(request, answer)
+    await served.reference.check_all(requests, answers)
     return change
 
 

@@ -34,9 +34,9 @@ def pair() -> Iterator[Pair]:
 SIDES = ("prefill", "decode")
 
 
-@pytest.fixture(autouse=True)
+@pytest.fixture(scope="module", autouse=True)
 def nothing_held(pair: Pair) -> Iterator[None]:
-    """D's last answer is kept for a turn that never comes, until its lease is over."""
+    """D's last answers are kept for turns that never come, until their leases are over: waited for once."""
     yield
     asyncio.run(equality.check_nothing_held(pair, DECODER_LEASE_S + 20))
 

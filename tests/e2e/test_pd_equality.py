@@ -8,10 +8,12 @@ import equality
 import pytest
 from serving import Program
 from support.client import Request, new_salt, prompt_tokens
+from support.huge_pages import needs_huge_pages
 from support.metrics import BYTES, EXTERNAL_HITS, Change
 from support.proxy import PDProxy
 from support.reference import Reference
 from support.servers import Pair
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1
 
 pytestmark = pytest.mark.usefixtures("nothing_held_afterwards")
 
@@ -90,3 +92,12 @@ def test_direct_request_needs_no_transfer(pair: Pair, reference: Reference) -> N
             assert change.now(BYTES) == 0
 
     asyncio.run(scenario())
+
+
+@needs_huge_pages
+@pytest.mark.skipif(
+    not hasattr(KVConnectorBase_V1, "get_mem_pool_context"), reason="this vLLM asks no connector before it allocates"
+)
+def test_vllm_allocates_the_kv_cache_in_huge_pages(pair: Pair) -> None:
+    for server in pair.both:
+        assert "huge pages were asked for before 0.50 GiB were zeroed" in server.log.read_text(encoding="utf-8")

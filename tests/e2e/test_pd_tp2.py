@@ -1,4 +1,8 @@
-"""The same with tensor parallelism 2 on both sides: every rank pulls its own heads from its own peer."""
+"""The same with tensor parallelism 2 on both sides: every rank pulls its own heads from its own peer.
+
+These servers are spawned as users start theirs, each process of theirs imports vLLM and our plugin afresh; so are the
+data parallel ranks of test_topologies.py. All other tests fork theirs from a process that has imported vLLM.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +12,7 @@ from pathlib import Path
 
 import equality
 import pytest
-from serving import Program, ServerSpec
+from serving import Program, ServerSpec, spawn
 from support.client import Request, new_salt, prompt_tokens
 from support.reference import Reference
 from support.servers import Pair, kv_transfer, make_router, make_server, running
@@ -28,7 +32,7 @@ def pair(tiny_model: Path) -> Iterator[Pair]:
         )
         for name in ("prefill", "decode")
     ]
-    started = Pair(*(make_server(spec) for spec in specs))
+    started = Pair(*(make_server(spec, spawn) for spec in specs))
     with running(*started.both):
         yield started
 

@@ -14,7 +14,7 @@ from support.client import Request, new_salt, prompt_tokens
 from support.metrics import EXTERNAL_HITS, FAILED, Change, wait_empty
 from support.proxy import PDProxy
 from support.reference import Reference
-from support.servers import kv_transfer, make_server, model_of, running, spec_of
+from support.servers import Pair, kv_transfer, make_server, model_of, running, spec_of
 
 
 class Trio(NamedTuple):
@@ -24,23 +24,24 @@ class Trio(NamedTuple):
 
 
 @pytest.fixture(scope="module")
-def trio() -> Iterator[Trio]:
+def trio(pair: Pair) -> Iterator[Trio]:
     draft = {"method": "draft_model", "model": str(model_of("qwen3")), "num_speculative_tokens": 2}
     speculating = {"arguments": ("--speculative-config", json.dumps(draft)), "kv_cache_bytes": 256 << 20}
     fail = kv_transfer("decode", {"kv_load_failure_policy": "fail"})
     started = Trio(
         make_server(spec_of("draft-prefill", "qwen3", kv_transfer("prefill"), **speculating)),
-        make_server(spec_of("draft-plain-prefill", "qwen3", kv_transfer("prefill"))),
+        pair.prefill,
         make_server(spec_of("draft-decode", "qwen3", fail, **speculating)),
     )
-    with running(*started):
+    with running(started.prefill, started.decode):
         yield started
 
 
 @pytest.fixture(autouse=True)
 def nothing_held(trio: Trio) -> Iterator[None]:
+    """What the plain P keeps for a D that has refused it ends by expiry: waited for when `pair` is stopped."""
     yield
-    for program in trio:
+    for program in (trio.prefill, trio.decode):
         asyncio.run(wait_empty(program.url, 45.0))
 
 

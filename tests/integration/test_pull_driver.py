@@ -5,7 +5,6 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
-from typing import Any
 
 import numpy as np
 import pytest
@@ -172,36 +171,6 @@ def test_cancelled_while_it_is_confirmed(
     assert len(consumer.observer.pulls) == 1
 
 
-def test_a_busy_p_is_asked_again_to_confirm(
-    start_producer: Callable[..., ProducerProcess],
-    start_consumer: Callable[..., Consumer],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    producer = start_producer(transport="cma")
-    consumer = start_consumer(transport="cma", handshake_timeout_s=0.3)
-    warm, remote = producer.prefill("warm", [1]), producer.prefill("r", [2])
-    consumer.expect(producer, warm, [1])
-    consumer.pull("warm", warm, [1])
-    consumer.wait(1)
-    send, requests, asked_again = consumer.driver._client.send, [], threading.Event()
-
-    def count(*arguments: Any) -> int:
-        requests.append(arguments)
-        if len(requests) > 1:
-            asked_again.set()
-        return int(send(*arguments))
-
-    monkeypatch.setattr(consumer.driver._client, "send", count)
-    producer.stop()
-    consumer.expect(producer, remote, [2])
-    consumer.pull("r", remote, [2])
-    assert asked_again.wait(WAIT_S)
-    producer.resume()
-    consumer.wait(2)
-    assert consumer.failed == set()
-    consumer.check_bytes()
-
-
 def test_cancelled_while_a_pull_runs(
     start_producer: Callable[..., ProducerProcess], start_consumer: Callable[..., Consumer]
 ) -> None:
@@ -272,8 +241,8 @@ def test_an_idle_link_that_was_lost_is_made_anew(producer: ProducerProcess, cons
 def test_a_fault_of_ours_fails_the_request_and_not_the_next(
     producer: ProducerProcess, consumer: Consumer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(remote: RemotePrefill, is_ourselves: bool) -> None:
-        del remote, is_ourselves
+    def fail(*arguments: object) -> None:
+        del arguments
         raise KeyError("bug")
 
     remote = producer.prefill("r", [1])

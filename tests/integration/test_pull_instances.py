@@ -128,7 +128,7 @@ def test_a_link_that_crosses_one_from_the_other_end(
         assert relay.wait_until_moved(1, WAIT_S)
         assert relay.wait_until_moved(relay.moved + 1, WAIT_S)
         consumer.pull("r", remote, [6])
-        wait_until(lambda: "is linking with us" in caplog.text, "the refusal")
+        wait_until(lambda: "LLM_PROCESSING_LINK: we try again" in caplog.text, "the refusal")
     dial.join()
     other_end.finalize()
     consumer.wait(1)

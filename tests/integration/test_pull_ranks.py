@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from support.consumer import Consumer
@@ -11,6 +12,9 @@ from support.kv_ranks import LAYERS, TOKEN_BYTES, Place
 from support.pd import BLOCK_SIZE, LOOPBACK, wait_until
 from support.producer_process import ProducerProcess
 
+from vllm_datadist_connector import _native
+from vllm_datadist_connector.worker.caches import RegisteredCaches
+from vllm_datadist_connector.worker.kv_layout import CacheSpec
 from vllm_datadist_connector.worker.transfers import Failure
 
 P_BLOCKS, D_BLOCKS = [5, 511, 1, 17], [9, 2, 300, 3]
@@ -87,6 +91,57 @@ def test_only_the_tokens_that_are_missing(
     pull_and_check(producer, [consumer], P_BLOCKS, D_BLOCKS[:2], first_token=2 * BLOCK_SIZE)
     (transfer,) = consumer.observer.pulls
     assert transfer.num_bytes == 2 * LAYERS * 2 * BLOCK_SIZE * TOKEN_BYTES
+
+
+class Registrations:
+    """An engine that notes on which thread memory is registered."""
+
+    def __init__(self) -> None:
+        self.threads: list[str] = []
+
+    def caches(self, datadist: _native.LlmDataDist, specs: Sequence[CacheSpec]) -> RegisteredCaches:
+        return RegisteredCaches(cast("_native.LlmDataDist", _Noting(datadist, self.threads)), specs)
+
+
+class _Noting:
+    def __init__(self, datadist: _native.LlmDataDist, threads: list[str]) -> None:
+        self._datadist, self._threads = datadist, threads
+
+    def register_kv_cache(self, *arguments: Any) -> tuple[int, int]:
+        self._threads.append(threading.current_thread().name)
+        return self._datadist.register_kv_cache(*arguments)
+
+
+@pytest.mark.parametrize(
+    ("p_settings", "d_place", "lazy"),
+    [
+        ({}, Place(), 0),
+        ({"tp_size": 2}, Place(), 0),
+        ({}, Place(tp_size=2), 0),
+        ({"block_size": 32}, Place(block_size=16), 0),
+        ({"block_size": 16}, Place(block_size=64), 0),
+        ({"block_size": 64, "tp_size": 2}, Place(block_size=16), 0),
+        # A run of 24 tokens is no usual one: D registers the view when it needs it.
+        ({"block_size": 24}, Place(block_size=48), 1),
+    ],
+)
+def test_what_a_first_pull_needs_is_registered_before(
+    start_producer: StartProducer,
+    start_consumer: StartConsumer,
+    monkeypatch: pytest.MonkeyPatch,
+    p_settings: dict[str, Any],
+    d_place: Place,
+    lazy: int,
+) -> None:
+    noted = Registrations()
+    producer = start_producer(**p_settings)
+    monkeypatch.setattr("support.kv_ranks.RegisteredCaches", noted.caches)
+    consumer = start_consumer(place=d_place)
+    assert noted.threads
+    p_size = p_settings.get("block_size", BLOCK_SIZE)
+    src = [5, 6, 1, 17]
+    pull_and_check(producer, [consumer], src, [9 + i for i in range(-(-len(src) * p_size // d_place.block_size))])
+    assert noted.threads.count("datadist-pull-driver") == lazy
 
 
 def test_null_blocks_of_a_sliding_window_stay_where_they_are(

@@ -85,7 +85,7 @@ class RankEngine:
             "cluster_id": self._cluster_id,
             "port": port,
             "block_sizes": (place.block_size,),
-            "caches": self.caches.layouts(shared=self._role != DECODER_ROLE),
+            "caches": self.caches.layouts(),
         }
         return pd.make_geometry(**(values | changes))
 

@@ -29,7 +29,6 @@ _RANKS_APART = 1000
 """Cluster ids of an instance's ranks: the first one's, plus multiples of it."""
 
 _processes = multiprocessing.get_context("forkserver")
-# Only vLLM: the fork server looks into the current directory first and would find our package there, not built.
 _processes.set_forkserver_preload(["vllm.sampling_params", "vllm.v1.request"])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Iterable
 from dataclasses import replace
 
 from support.client import Answer, Request, complete_one, new_salt
@@ -31,6 +33,10 @@ class Reference:
         expected = await self.answer(request)
         if answer.tokens != expected.tokens:
             raise AssertionError(f"{len(request.prompt)} tokens: {answer.tokens} instead of {expected.tokens}")
+
+    async def check_all(self, requests: Iterable[Request], answers: Iterable[Answer]) -> None:
+        """check() of each; the plain instance computes what it does not know yet at once."""
+        await asyncio.gather(*(self.check(*each) for each in zip(requests, answers, strict=True)))
 
     async def check_right_or_failed(self, request: Request, answer: Answer) -> None:
         """For a request that was interfered with: it may fail, but a wrong answer is never right."""

@@ -1,4 +1,4 @@
-"""KV caches as vLLM 0.32 itself lays them out on platforms that no test runs on: its specs, its allocation, its views.
+"""KV caches as vLLM itself lays them out on platforms that no test runs on: its specs, its allocation, its views.
 
 The oracle knows bytes by meaning: a cell is what one head has of one row of tokens, or one channel or head of a state.
 P's memory is filled cell by cell, what D must have afterwards is written cell by cell into a twin of D, and then all of
@@ -16,13 +16,13 @@ from typing import Any, TypeAlias
 
 import torch
 from vllm.model_executor.layers.mamba.abstract import MambaBase
-from vllm.v1.core.kv_cache_utils import get_kv_cache_config_from_groups
 from vllm.v1.kv_cache_interface import KVCacheGroupSpec, KVCacheSpec, MambaSpec, UniformTypeKVCacheSpecs
 from vllm.v1.kv_cache_layout import KVCacheLayout
 from vllm.v1.worker.utils import allocate_kv_cache
 
 from support import kv_model
 from support.kv_model import Engine, noise
+from support.vllm_versions import get_kv_cache_config_from_groups
 from vllm_datadist_connector.worker.kv_layout import KVCaches, describe_caches
 from vllm_datadist_connector.worker.kv_spec import describe_layers
 from vllm_datadist_connector.worker.pairing import find_gaps, pair, pair_with_itself, sources

@@ -8,11 +8,14 @@ from typing import Any
 
 import pytest
 from support.engine_config import FULL, group_of, vllm_config
-from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+from vllm.config import KVTransferConfig, VllmConfig
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
+from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector import compat, plugin
+from vllm_datadist_connector.config import ConfigError
 from vllm_datadist_connector.connector import DataDistConnector
 from vllm_datadist_connector.worker import build
 
@@ -101,6 +104,39 @@ def test_only_schedulers_that_load_with_us_are_guarded(monkeypatch: pytest.Monke
     connector = DataDistConnector(vllm_config("kv_consumer"), KVConnectorRole.SCHEDULER, groups)
     connector.shutdown()
     assert guarded == ["guarded"]
+
+
+@pytest.mark.parametrize("role", KVConnectorRole)
+@pytest.mark.parametrize("owner", ["aux_output_config", "model_config"])
+def test_returned_routed_experts_are_refused_by_name(role: KVConnectorRole, owner: str) -> None:
+    config = vllm_config("kv_both")
+    setattr(config, owner, SimpleNamespace(enable_return_routed_experts=True))
+    with pytest.raises(ConfigError, match="--enable-return-routed-experts is not supported with DataDistConnector"):
+        DataDistConnector(config, role, SimpleNamespace(kv_cache_groups=[group_of(FULL, "layers.0")]))
+
+
+def test_vllms_own_option_for_routed_experts_is_the_one_that_is_refused() -> None:
+    config = EngineArgs(enable_return_routed_experts=True)
+    assert compat.returns_routed_experts(
+        SimpleNamespace(aux_output_config=config.aux_output_config, model_config=config)
+    )
+    plain = EngineArgs()
+    assert not compat.returns_routed_experts(SimpleNamespace(aux_output_config=plain.aux_output_config))
+
+
+@pytest.mark.skipif(not hasattr(KVConnectorBase_V1, "supports_sleep_mode"), reason="this vLLM does not ask")
+def test_sleep_mode_is_refused_by_vllm() -> None:
+    config = SimpleNamespace(
+        kv_transfer_config=KVTransferConfig(kv_connector=plugin.NAME, kv_role="kv_both"),
+        model_config=SimpleNamespace(enable_sleep_mode=True),
+    )
+    plugin.register()
+    with pytest.raises(ValueError, match="DataDistConnector does not support sleep mode"):
+        VllmConfig._verify_kv_transfer_compat(config)
+
+
+def test_sleep_mode_is_not_supported() -> None:
+    assert DataDistConnector.supports_sleep_mode(SimpleNamespace()) is False
 
 
 def test_a_vllm_with_results_by_request_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""Our hooks fit the connector interface of the oldest and of the installed vLLM, and no hook is a misspelt one."""
+"""Our hooks fit the connector interface of the oldest, newest and installed vLLM, and no hook is a misspelt one."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import vllm
+from newest_vllm import NEWEST_SOURCES
 
 from vllm_datadist_connector.connector import DataDistConnector
 
@@ -25,8 +26,8 @@ from connector_signatures import (  # noqa: E402
     signature_of,
 )
 
-STORED = ROOT / "tests" / "data" / "kv_connector_0.23.json"
-INTERFACES = dict([load_interface(STORED), read_interface(Path(vllm.__file__).parents[1])])
+STORED = dict(load_interface(path) for path in sorted((ROOT / "tests" / "data").glob("kv_connector_*.json")))
+INTERFACES = {**STORED, **dict([read_interface(Path(vllm.__file__).parents[1])])}
 OURS = frozenset(base.__name__ for base in DataDistConnector.__mro__)
 """SupportsHMA binds only those who derive from it."""
 BASES = {
@@ -63,8 +64,8 @@ def check_call_compatible(ours: tuple[Parameter, ...], theirs: tuple[Parameter, 
     assert positional[: len(shared)] == [each.name for each in theirs if each.kind.startswith("POSITIONAL")]
 
 
-def test_the_stored_interface_is_that_of_the_oldest_vllm() -> None:
-    assert load_interface(STORED)[0] == OLDEST.vllm
+def test_the_stored_interfaces_are_those_of_the_oldest_and_the_newest_vllm() -> None:
+    assert list(STORED) == [OLDEST.vllm, NEWEST_SOURCES.vllm]
 
 
 @pytest.mark.parametrize("name", HOOKS)

@@ -85,7 +85,7 @@ def test_status_codes_have_the_values_of_the_api() -> None:
     assert _native.status_name(1) == "LLM_UNKNOWN"
 
 
-@pytest.mark.parametrize("name", ["LinkReport", "Completion"])
+@pytest.mark.parametrize("name", ["LinkReport", "HugePagesReport", "Completion"])
 def test_results_are_named_tuples(name: str) -> None:
     result = getattr(_native, name)
     fields = [member for member in _members(STUB_CLASSES[name].body) if not member.startswith("_")]
@@ -115,6 +115,7 @@ def test_library_exports_the_public_functions_and_nothing_else() -> None:
             "GetStatusName",
             "QueryLink",
             "QueryListenPort",
+            "WaitForHugePages",
             *(
                 f"LlmDataDist::{method}"
                 for method in (

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import tracemalloc
+from dataclasses import replace
+
 import pytest
 from support.kv_model import Attention, Side, make_ranks
 from support.pd import make_cache, make_geometry, make_segment
 
-from vllm_datadist_connector.protocol.handshake import RankGeometry, Segment, View
+from vllm_datadist_connector.protocol.handshake import K_TRANSPOSED, RankGeometry, Segment, View
 from vllm_datadist_connector.worker import pairing as pairing_module
 from vllm_datadist_connector.worker.pairing import (
     MAX_GRANULES,
@@ -105,3 +108,17 @@ def test_blocks_as_large_as_a_peer_may_claim_are_refused_before_their_offsets_ar
     )
     with pytest.raises(MismatchError, match=f"{2**40} blocks of 1 bytes, allowed: {MAX_GRANULES}"):
         pair(make_geometry(caches=(large,)), make_geometry(caches=(large,)))
+
+
+def test_equal_sides_are_not_taken_apart() -> None:
+    """A transposed K of usual size has 131072 rows of four bytes; on the driver thread they would delay every pull."""
+    layers = [Attention(f"layers.{i}", 0, heads=8, content=1024) for i in range(2)]
+    side = Side(tp=1, pp=1, block_sizes=(128,), num_blocks=2, packing=K_TRANSPOSED)
+    (ours,), (theirs, _) = ([rank.geometry(1) for rank in make_ranks(layers, replace(side, tp=tp))] for tp in (1, 2))
+    for given, runs in ((ours, 1), (theirs, 1)):
+        tracemalloc.start()
+        (pairing,) = pair(ours, given)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert len(pairing.src_offsets) == runs
+        assert peak < 100_000

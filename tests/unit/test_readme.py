@@ -62,13 +62,7 @@ def test_every_row_of_the_support_matrix_names_tests_that_exist() -> None:
     names = named_tests()
     assert len(names) > 25
     files = sorted({name.partition("::")[0] for name in names})
-    # Not `python -m pytest`, which would put the sources before the installed package on the path.
-    command = [
-        str(Path(sys.executable).with_name("pytest")),
-        "--collect-only",
-        "-q",
-        *(f"tests/{file}" for file in files),
-    ]
+    command = [sys.executable, "-m", "pytest", "--collect-only", "-q", *(f"tests/{file}" for file in files)]
     listed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=300).stdout
     collected = [line.partition("tests/")[2] for line in listed.splitlines() if "::" in line]
     for name in names:

@@ -228,7 +228,19 @@ def test_no_answer_fails_at_its_deadline(client: SideChannelClient) -> None:
         failed = ask(client, endpoint, timeout_s=0.2)
         assert failed.response is None
         assert failed.error == f"{endpoint} did not answer in time"
+        assert failed.timed_out
         assert 0.2 <= time.monotonic() - started < 2
+
+
+def test_where_nobody_listens_it_is_no_use_to_ask_again(client: SideChannelClient) -> None:
+    with socket.create_server((LOOPBACK, 0)) as silent:
+        endpoint = Endpoint(LOOPBACK, silent.getsockname()[1])
+        assert ask(client, endpoint, timeout_s=0.1).timed_out
+    failed = ask(client, endpoint, timeout_s=1.0)
+    assert failed.error == f"{endpoint} does not let us connect"
+    assert not failed.timed_out
+    with socket.create_server((LOOPBACK, endpoint.port)):
+        assert ask(client, endpoint, timeout_s=0.2).timed_out
 
 
 def test_a_restarted_server_on_the_same_port_gets_nothing_meant_for_its_predecessor(client: SideChannelClient) -> None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -16,6 +18,7 @@ import console  # noqa: E402
 import scrape  # noqa: E402
 import serving  # noqa: E402
 
+WAIT_S = 30.0
 EXPOSED = """\
 # HELP vllm:kv_cache_usage_perc usage
 # TYPE vllm:kv_cache_usage_perc gauge
@@ -78,11 +81,34 @@ def test_kill_leaves_no_descendant(tmp_path: Path) -> None:
     program = sleeper(tmp_path, FAMILY)
     program.start()
     leader = program.pid
-    while len(serving.session_members(leader)) < 2:
-        assert program.alive, program.describe("ended")
-    program.pause()
-    program.kill()
-    assert serving.session_members(leader) == {}
+    try:
+        # The child is found when it has a group of its own, too.
+        until = time.monotonic() + WAIT_S
+        while not {pid for pid in serving.members_of(leader) if os.getpgid(pid) == pid != leader}:
+            assert program.alive, program.describe("ended")
+            assert time.monotonic() < until, "the child is not found"
+        members = serving.members_of(leader)
+        program.pause()
+    finally:
+        program.kill()
+    assert len(members) == 2
+    assert serving.members_of(leader) == {}
+    assert all(not Path(f"/proc/{pid}").exists() or state_of(pid) == "Z" for pid in members)
+
+
+def state_of(pid: int) -> str:
+    return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+
+
+def test_programs_share_our_session(tmp_path: Path) -> None:
+    """Sessions are what the kernel shares out the CPU by: see serving.py."""
+    program = sleeper(tmp_path, "import time; time.sleep(600)")
+    program.start()
+    try:
+        assert os.getpgid(program.pid) == program.pid
+        assert os.getsid(program.pid) == os.getsid(0)
+    finally:
+        program.kill()
 
 
 def test_free_port_is_free() -> None:

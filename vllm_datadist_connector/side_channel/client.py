@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import zmq
+from zmq.utils.monitor import recv_monitor_message
 
 from vllm_datadist_connector.protocol.messages import (
     MAX_BODY_BYTES,
@@ -41,7 +42,7 @@ class Answer(NamedTuple):
     response: Response | None
     error: str
     timed_out: bool = False
-    """The server said nothing: to ask again may help."""
+    """The server said nothing, but somebody listens there, or nothing is known of it: to ask again may help."""
 
 
 class _Pending(NamedTuple):
@@ -58,12 +59,25 @@ class _Connection:
         self.socket.reconnect_ivl = 100
         self.socket.reconnect_ivl_max = 2000
         self.last_used = now
+        self._monitor = self.socket.get_monitor_socket(zmq.Event.CONNECTED | zmq.Event.CLOSED)
+        self._refused = False
         try:
             self.socket.connect(zmq_url(endpoint))
         except (zmq.ZMQError, UnicodeEncodeError) as error:
-            # A socket that stays open would keep close() waiting for ever.
-            self.socket.close()
+            # A socket that stays open would keep the client's close() waiting for ever.
+            self.close()
             raise ProtocolError(f"cannot connect: {error}") from None
+
+    def is_refused(self) -> bool:
+        """Whether the last attempt to connect has failed: who is only busy accepts all the same."""
+        while self._monitor.poll(0):
+            self._refused = recv_monitor_message(self._monitor)["event"] == zmq.Event.CLOSED
+        return self._refused
+
+    def close(self) -> None:
+        self.socket.disable_monitor()
+        self._monitor.close()
+        self.socket.close()
 
 
 class SideChannelClient:
@@ -129,7 +143,7 @@ class SideChannelClient:
     def _disconnect(self, endpoint: Endpoint) -> None:
         connection = self._connections.pop(endpoint)
         self._poller.unregister(connection.socket)
-        connection.socket.close()
+        connection.close()
 
     def _timeout_ms(self, now: float, until: float | None) -> int | None:
         deadlines = [pending.deadline for pending in self._pending.values()]
@@ -162,9 +176,12 @@ class SideChannelClient:
         answers: list[Answer] = []
         for endpoint in overdue:
             expired = [i for i, p in self._pending.items() if p.endpoint == endpoint and p.deadline <= now]
+            # A pending request has a connection: whoever closes one drops its requests first.
+            refused = self._connections[endpoint].is_refused()
+            reason = "does not let us connect" if refused else "did not answer in time"
             for request_id in expired:
                 del self._pending[request_id]
-                answers.append(Answer(request_id, None, f"{endpoint} did not answer in time", timed_out=True))
+                answers.append(Answer(request_id, None, f"{endpoint} {reason}", timed_out=not refused))
             if endpoint in self._connections and not any(p.endpoint == endpoint for p in self._pending.values()):
                 self._disconnect(endpoint)
         return answers

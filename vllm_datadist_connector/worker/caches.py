@@ -32,7 +32,7 @@ def check(status: int, what: str) -> None:
 
 
 class RegisteredCaches:
-    """Registers views on demand and keeps them. Used at start-up, then by the driver thread alone."""
+    """Registers views and keeps them. Used at start-up, then by the driver thread alone."""
 
     def __init__(self, datadist: _native.LlmDataDist, specs: Sequence[CacheSpec]) -> None:
         self._datadist = datadist
@@ -68,9 +68,15 @@ class RegisteredCaches:
                 # Lets other threads run meanwhile, unlike an assignment of numpy's.
                 ctypes.memmove(addr + dst_offset, addr + src_offset, length)
 
-    def layouts(self, shared: bool) -> tuple[CacheLayout, ...]:
-        """What peers are told. `shared`: with a view of every granule that one of them may need to pull from us."""
-        return tuple(self._with_views(index) if shared else spec.layout for index, spec in enumerate(self._specs))
+    def layouts(self) -> tuple[CacheLayout, ...]:
+        """What peers are told, with a view of every granule that a pull between us and one of usual shape may need.
+
+        These are registered here, at start-up: a first request is not to wait for it.
+
+        Raises:
+            EngineError: the engine refused a registration.
+        """
+        return tuple(self._with_views(index) for index in range(len(self._specs)))
 
     def _with_views(self, index: int) -> CacheLayout:
         layout = self._specs[index].layout

@@ -25,7 +25,8 @@ from vllm_datadist_connector.protocol.messages import Confirm, Confirmed
 from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
 from vllm_datadist_connector.wakeup import Wakeup
 from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
-from vllm_datadist_connector.worker.peers import Instance, InstanceState, InstanceTable, Peer
+from vllm_datadist_connector.worker.instances import Instance, InstanceState, Peer
+from vllm_datadist_connector.worker.peers import InstanceTable, rehearse
 from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
 from vllm_datadist_connector.worker.transfers import Failure, FinishedPulls, Outbox, Phase, Transfer, TransferTable
 
@@ -85,6 +86,7 @@ class PullDriver:
             backoff_s=config.peer_backoff_s,
             ttl_s=config.peer_ttl_s,
         )
+        rehearse(ours)
         self._thread = threading.Thread(target=self._run, name="datadist-pull-driver", daemon=True)
         self._thread.start()
 
@@ -155,15 +157,16 @@ class PullDriver:
             self._cancel(item)
 
     def _start(self, job: PullJob) -> None:
+        deadline = time.monotonic() + job.deadline_s
         try:
-            instance = self._instances.meet(job.remote, job.from_ourselves)
+            instance = self._instances.meet(job.remote, deadline, job.from_ourselves)
         except Exception:
             # No deadline watches over this request yet: it would wait for ever.
             logger.exception("request %s: pull failed (internal)", job.request_id)
             self._observer.failed(Failure.INTERNAL)
             self._outbox.put(job, failed=True)
             return
-        transfer = self._transfers.add(job, instance)
+        transfer = self._transfers.add(job, instance, deadline)
         if instance.state is InstanceState.READY:
             self._pull(transfer)
         elif instance.state is InstanceState.BROKEN:
@@ -288,7 +291,8 @@ class PullDriver:
 
     def _on_deadline(self, transfer: Transfer) -> None:
         if transfer.failure is None:
-            self._fail(transfer, Failure.DEADLINE, f"not done within {transfer.job.deadline_s:g} s")
+            unmet = f": {transfer.instance.key.endpoint} was not met" if transfer.phase is Phase.WAITING else ""
+            self._fail(transfer, Failure.DEADLINE, f"not done within {transfer.job.deadline_s:g} s{unmet}")
 
     def _fail(self, transfer: Transfer, failure: Failure, reason: str) -> None:
         if transfer.failure is None:

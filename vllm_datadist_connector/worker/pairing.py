@@ -198,6 +198,7 @@ def _pair_caches(
     chunk = _chunk_tokens(dst, src)
     if len(dst.segments) != len(src.segments):
         raise MismatchError(f"{_what(dst)}: our blocks have {len(dst.segments)} segments, theirs {len(src.segments)}")
+    split = dst.block_tokens != src.block_tokens
     pieces, shards = [], []
     for our, their in zip(dst.segments, src.segments, strict=True):
         _check_segments(dst, src, our, their, chunk, ours.contract.kv_packing)
@@ -208,10 +209,9 @@ def _pair_caches(
             raise MismatchError(f"{_what(dst)}: P's TP rank {theirs.tp_rank} has shards {have}, not {want}")
         shards.append(count)
         if count:
-            pieces.append(_piece(our, their, first, count, chunk))
+            pieces.append(_piece(our, their, first, count, chunk, whole=not split))
     if not pieces:
         return None
-    split = dst.block_tokens != src.block_tokens
     src_runs, dst_runs, lengths, src_steps, dst_steps = _merged(pieces, whole=not split)
     common = math.gcd(src.block_stride, dst.block_stride)
     for values in (src_runs, dst_runs, lengths, src_steps, dst_steps) if split else (src_runs, dst_runs, lengths):
@@ -283,9 +283,12 @@ _Piece: TypeAlias = tuple[Int64s, Int64s, Int64s, Int64s, Int64s]
 """Byte runs of one segment's first chunk: source, destination, length, and the step of each to the next chunk."""
 
 
-def _piece(our: Segment, their: Segment, first: int, count: int, chunk: int) -> _Piece:
-    rows = chunk // our.row_tokens if our.row_tokens else our.rows
-    shard, lane, row = np.ogrid[first : first + count, 0 : our.lanes, 0:rows]
+def _piece(our: Segment, their: Segment, first: int, count: int, chunk: int, whole: bool) -> _Piece:
+    rows, lanes, row_bytes = chunk // our.row_tokens if our.row_tokens else our.rows, our.lanes, our.row_bytes
+    if whole and _inside(our) == _inside(their) and _is_solid(our):
+        # Of a transposed K of usual size there are 100 000 rows of four bytes, which would take tens of milliseconds.
+        rows, lanes, row_bytes = 1, 1, row_bytes * rows * lanes
+    shard, lane, row = np.ogrid[first : first + count, 0:lanes, 0:rows]
 
     def at(segment: Segment) -> Int64s:
         within = lane * segment.lane_stride + row * segment.row_stride
@@ -293,15 +296,27 @@ def _piece(our: Segment, their: Segment, first: int, count: int, chunk: int) -> 
         return np.asarray(offsets, dtype=np.int64).ravel()
 
     def constant(value: int) -> Int64s:
-        return np.full(count * our.lanes * rows, value, dtype=np.int64)
+        return np.full(count * lanes * rows, value, dtype=np.int64)
 
     return (
         at(their),
         at(our),
-        constant(our.row_bytes),
+        constant(row_bytes),
         constant(rows * their.row_stride),
         constant(rows * our.row_stride),
     )
+
+
+def _inside(segment: Segment) -> tuple[int, ...]:
+    """Where the bytes of a shard lie from its start on."""
+    return segment.lanes, segment.lane_stride, segment.rows, segment.row_stride, segment.row_bytes
+
+
+def _is_solid(segment: Segment) -> bool:
+    """Whether the bytes of a shard are one run, row by row and lane by lane."""
+    lane_bytes = segment.rows * segment.row_bytes
+    rows_touch = segment.rows == 1 or segment.row_stride == segment.row_bytes
+    return rows_touch and (segment.lanes == 1 or segment.lane_stride == lane_bytes)
 
 
 def _merged(pieces: Sequence[_Piece], whole: bool) -> _Piece:

@@ -1,12 +1,14 @@
-"""Instances and peers: what is known of the engine cores that we pull from, and of each of their worker ranks.
+"""InstanceTable: meets the engine cores that we pull from, and links with each of their worker ranks.
 
     MEETING ── every rank that has KV of ours: greeted, paired, linked ──> READY ── unused for peer_ttl_s ──> (gone)
        └───────────────────────────────┬──────────────────────────────────────┘
                                        └─ any failure ─> BROKEN (requests fail at once until retry_at, then met anew)
 
+A peer that has not answered in time may be busy: it is greeted, or linked with, again for as long as some request may
+wait. A refusal is a failure at once.
+
 An instance is met with its rank (0, 0), whose geometry tells how many ranks there are; nothing about the other side is
-configured, and nothing that a router said decides whom we greet. One object per instance and one per rank hold all that
-is known of them; dropping the instance drops it all.
+configured, and nothing that a router said decides whom we greet.
 
 Belongs to the driver thread. Side channel and transfer queue are asked, never waited for.
 """
@@ -14,12 +16,10 @@ Belongs to the driver thread. Side channel and transfer queue are asked, never w
 from __future__ import annotations
 
 import contextlib
-import enum
 import logging
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import msgspec
@@ -30,15 +30,8 @@ from vllm_datadist_connector.protocol.messages import Hello, Meta, Refused
 from vllm_datadist_connector.protocol.params import RemotePrefill
 from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
-from vllm_datadist_connector.worker.pairing import (
-    MismatchError,
-    Pairing,
-    Rank,
-    find_gaps,
-    pair,
-    pair_with_itself,
-    sources,
-)
+from vllm_datadist_connector.worker.instances import Instance, InstanceKey, InstanceState, Peer
+from vllm_datadist_connector.worker.pairing import MismatchError, Rank, find_gaps, pair, pair_with_itself, sources
 
 logger = logging.getLogger(__name__)
 
@@ -47,62 +40,13 @@ MAX_RANKS = 512
 """Of one instance that we would link with: an instance says itself how many it has."""
 
 _FIRST = Rank(0, 0)
-_CROSSING_PAUSE_S = 0.02
-"""Until the next try of a link that its other end is just making as well."""
+_LINK_PAUSE_S = 0.02
+"""Until the next try of a link that its other end is just making as well, or has not answered."""
+_LINK_AGAIN = frozenset({_native.LLM_PROCESSING_LINK, _native.LLM_TIMEOUT})
+"""Codes after which the same call may succeed."""
 _UNLINK_TIMEOUT_MS = 1000
 _QUEUED_MS = 60_000
 """A link or unlink call may wait so long for its turn behind pulls."""
-
-
-class InstanceState(enum.Enum):
-    MEETING = enum.auto()
-    READY = enum.auto()
-    BROKEN = enum.auto()
-
-
-class InstanceKey(NamedTuple):
-    """One life of one engine core of P."""
-
-    endpoint: Endpoint
-    engine_id: str
-    incarnation: str
-
-
-@dataclass(slots=True)
-class Peer:
-    """One worker rank of P."""
-
-    rank: Rank
-    geometry: RankGeometry | None = None
-    pairings: list[Pairing] = field(default_factory=list)
-    """What it gives us; a rank that gives nothing is not linked."""
-    linked: bool = False
-
-    @property
-    def settled(self) -> bool:
-        return self.geometry is not None and (self.linked or not self.pairings)
-
-
-@dataclass(slots=True, eq=False)
-class Instance:
-    key: InstanceKey
-    met_at: float
-    last_used: float
-    state: InstanceState = InstanceState.MEETING
-    peers: dict[Rank, Peer] = field(default_factory=dict)
-    reason: str = ""
-    """Why it is BROKEN."""
-    failed_step: str = ""
-    """handshake or link, for the metrics."""
-    retry_at: float = 0.0
-    waiting: list[str] = field(default_factory=list)
-    """Requests to start once READY, to fail once BROKEN."""
-    is_ourselves: bool = False
-
-    @property
-    def givers(self) -> list[tuple[Peer, RankGeometry]]:
-        """The ranks that hold KV of ours, with their geometries."""
-        return [(p, p.geometry) for p in self.peers.values() if p.pairings and p.geometry is not None]
 
 
 class Linking(NamedTuple):
@@ -111,8 +55,16 @@ class Linking(NamedTuple):
     instance: Instance
     peer: Peer
     geometry: RankGeometry
-    give_up_at: float | None = None
-    """Set once it has crossed one from the other end."""
+
+
+def rehearse(ours: RankGeometry) -> None:
+    """Reads and pairs a geometry, as for the first peer; nobody waits for it yet.
+
+    What is made on first use (decoders, parts of numpy) takes some 8 ms of computing; beside a step thread that wants
+    the interpreter too it kept the first request waiting for 15 to 30.
+    """
+    with contextlib.suppress(MismatchError):
+        pair_with_itself(decode_geometry(msgspec.msgpack.encode(ours)))
 
 
 class InstanceTable:
@@ -140,7 +92,7 @@ class InstanceTable:
         self._instances: dict[InstanceKey, Instance] = {}
         self._greetings: dict[int, tuple[Instance, Peer]] = {}
         self._links: dict[int, Linking] = {}
-        self._crossing: deque[tuple[float, Linking]] = deque()
+        self._links_again: deque[tuple[float, Linking]] = deque()
         """What to try again, and when; the earliest first."""
         self._changed: list[Instance] = []
 
@@ -148,8 +100,12 @@ class InstanceTable:
         """Worker ranks that we are linked with."""
         return sum(peer.linked for each in self._instances.values() for peer in each.peers.values())
 
-    def meet(self, remote: RemotePrefill, is_ourselves: bool = False) -> Instance:
-        """The instance that granted a lease; an unknown one is greeted, unless it is our own."""
+    def meet(self, remote: RemotePrefill, deadline: float, is_ourselves: bool = False) -> Instance:
+        """The instance that granted a lease; an unknown one is greeted, unless it is our own.
+
+        Args:
+            deadline: how long the caller may wait for it, in time.monotonic().
+        """
         key = InstanceKey(
             Endpoint(remote.remote_host, remote.remote_port), remote.remote_engine_id, remote.ticket.incarnation
         )
@@ -172,6 +128,7 @@ class InstanceTable:
             else:
                 self._greet(instance, _FIRST)
         instance.last_used = now
+        instance.wanted_until = max(instance.wanted_until, deadline)
         return instance
 
     def on_answer(self, answer: Answer) -> bool:
@@ -184,6 +141,9 @@ class InstanceTable:
             return True
         if isinstance(answer.response, Meta):
             self._on_meta(instance, peer, answer.response)
+        elif answer.timed_out and time.monotonic() < instance.wanted_until:
+            logger.info("%s has not answered our greeting: we ask again", instance.key.endpoint)
+            self._greet(instance, peer.rank)
         else:
             reason = answer.response.reason if isinstance(answer.response, Refused) else answer.error
             self.broke(instance, f"handshake with {instance.key.endpoint}: {reason}", "handshake")
@@ -198,17 +158,17 @@ class InstanceTable:
         if instance.state is not InstanceState.MEETING:
             return
         now = time.monotonic()
-        give_up_at = linking.give_up_at or now + self._link_timeout_s
         if completion.status in (_native.LLM_SUCCESS, _native.LLM_ALREADY_LINK):
             peer.linked = True
             self._log_link(instance, peer)
             self._settle(instance)
-        elif completion.status == _native.LLM_PROCESSING_LINK and now < give_up_at:
-            # Two instances that meet each other at once: the one that is refused soon finds the other's link.
-            logger.debug("%s is linking with us: we try again", instance.key.endpoint)
-            self._crossing.append((now + _CROSSING_PAUSE_S, linking._replace(give_up_at=give_up_at)))
+            return
+        name = _native.status_name(completion.status)
+        if completion.status in _LINK_AGAIN and now < instance.wanted_until:
+            # A busy peer, or two that meet each other at once: the one that is refused soon finds the other's link.
+            logger.debug("link with %s: %s: we try again", instance.key.endpoint, name)
+            self._links_again.append((now + _LINK_PAUSE_S, linking))
         else:
-            name = _native.status_name(completion.status)
             self.broke(instance, f"link with {instance.key.endpoint}: {name}: {completion.error}", "link")
 
     def take_changed(self) -> list[Instance]:
@@ -252,9 +212,9 @@ class InstanceTable:
                     del self._instances[key]
 
     def link_again(self, now: float) -> None:
-        """Tries the links once more that crossed one from the other end."""
-        while self._crossing and self._crossing[0][0] <= now:
-            _, linking = self._crossing.popleft()
+        """Tries the links once more that may succeed now."""
+        while self._links_again and self._links_again[0][0] <= now:
+            _, linking = self._links_again.popleft()
             if linking.instance.state is InstanceState.MEETING:
                 self._link(linking)
 
@@ -262,8 +222,8 @@ class InstanceTable:
         """When there is a link to try again, or the next instance may be idle for too long."""
         ready = (each.last_used for each in self._instances.values() if each.state is InstanceState.READY)
         wakes = [at + self._ttl_s for at in ready]
-        if self._crossing:
-            wakes.append(self._crossing[0][0])
+        if self._links_again:
+            wakes.append(self._links_again[0][0])
         return min(wakes, default=None)
 
     def _know_ourselves(self, instance: Instance) -> None:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vllm_datadist_connector.metadata import PullJob
-from vllm_datadist_connector.worker.peers import Instance
+from vllm_datadist_connector.worker.instances import Instance
 from vllm_datadist_connector.worker.plan import NULL_BLOCK
 
 
@@ -102,9 +102,8 @@ class TransferTable:
     def __len__(self) -> int:
         return len(self._by_request)
 
-    def add(self, job: PullJob, instance: Instance) -> Transfer:
-        now = time.monotonic()
-        transfer = Transfer(job, instance, accepted_at=now, deadline=now + job.deadline_s)
+    def add(self, job: PullJob, instance: Instance, deadline: float) -> Transfer:
+        transfer = Transfer(job, instance, accepted_at=time.monotonic(), deadline=deadline)
         self._by_request[job.request_id] = transfer
         return transfer
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import secrets
+import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -17,6 +18,7 @@ from vllm_datadist_connector.protocol.handshake import MAX_BYTES, LayoutContract
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.caches import RegisteredCaches, check
 from vllm_datadist_connector.worker.driver import PullDriver
+from vllm_datadist_connector.worker.huge_pages import log_when_done
 from vllm_datadist_connector.worker.kv_layout import KVCaches, describe_caches
 from vllm_datadist_connector.worker.kv_spec import LayerKV
 from vllm_datadist_connector.worker.transfers import FinishedPulls
@@ -70,6 +72,7 @@ class ConnectorWorker:
         self._driver: PullDriver | None = None
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
+        self._huge_pages: threading.Thread | None = None
 
     def register_kv_caches(self, kv_caches: KVCaches, num_blocks: int) -> None:
         """Starts the engine and makes the KV cache transferable.
@@ -81,7 +84,7 @@ class ConnectorWorker:
         specs = describe_caches(kv_caches, self._layers, num_blocks)
         check(self._datadist.initialize(self._options()), "Initialize")
         caches = RegisteredCaches(self._datadist, specs)
-        layouts = caches.layouts(shared=self._is_producer)
+        layouts = caches.layouts()
         port = 0
         if self._is_producer:
             status, port = self._datadist.listen_port()
@@ -98,6 +101,8 @@ class ConnectorWorker:
             block_sizes=self._block_sizes,
             caches=layouts,
         )
+        if self._config.huge_pages:
+            self._huge_pages = log_when_done(self._datadist)
         if self._is_consumer:
             self._driver = PullDriver(self._datadist, self._geometry, caches, self._config, self._meter)
         logger.info(
@@ -142,6 +147,9 @@ class ConnectorWorker:
             self._driver.close()
             self._driver = None
         self._datadist.finalize()
+        if self._huge_pages is not None:
+            self._huge_pages.join()
+            self._huge_pages = None
 
     def _options(self) -> dict[str, str]:
         config = self._config

@@ -19,7 +19,8 @@ constexpr char OPTION_TRANSFER_THREADS[] = "datadist.TransferThreads";
 constexpr char OPTION_TCP_STREAMS[] = "datadist.TcpStreams";
 // A link is lost after three heartbeat intervals of silence: 10..60000 ms, default 2000.
 constexpr char OPTION_HEARTBEAT_MS[] = "datadist.HeartbeatMs";
-// "1": ask for huge pages under memory when it is registered, which makes cma two to three times as fast; default "0".
+// "1": ask for huge pages under memory once it is registered, which makes cma two to three times as fast; default "0".
+// Registration does not wait for it: see WaitForHugePages.
 constexpr char OPTION_HUGE_PAGES[] = "datadist.HugePages";
 // The documented limits, raisable: links (default 512; no limit with OPTION_LOCAL_COMM_RES of version 1.3), addresses
 // per registration (240), registered device bytes (50 GB) and host bytes (20 GB), GB = 1024^3.
@@ -52,6 +53,16 @@ struct LinkReport {
 
 // LLM_NOT_YET_LINK when there is no link to that cluster.
 LLM_DATADIST_API Status QueryLink(const LlmDataDist &datadist, uint64_t cluster_id, LinkReport &report);
+
+struct HugePagesReport {
+  bool allowed = false;     // false: nothing was asked for, as the option is off or the machine says "never"
+  uint64_t bytes = 0;       // the whole huge pages of what was registered
+  uint64_t huge_bytes = 0;  // of these, known to be huge now; what nobody has touched yet is not counted
+  double seconds = 0;       // that it took in the background
+};
+
+// Returns when all memory that is registered by now has been gone through, or at Finalize. Nobody needs to wait for it.
+LLM_DATADIST_API Status WaitForHugePages(const LlmDataDist &datadist, HugePagesReport &report);
 
 }  // namespace llm_datadist
 

@@ -9,6 +9,7 @@
 #include <vector>
 
 namespace datadist {
+
 struct WorkerPool::State {
   // One Run call, on its caller's stack: it ends only when no thread uses it any more. All members are guarded by the
   // pool's mutex, but for `part`, which does not change.

@@ -3,7 +3,6 @@
 #include <utility>
 
 #include "cache/memory_pool.h"
-#include "memory/huge_pages.h"
 
 namespace datadist {
 namespace {
@@ -81,12 +80,15 @@ Engine::Engine(std::shared_ptr<LocalEndpoint> endpoint, const EngineOptions &opt
       statistics_(std::make_shared<Statistics>(endpoint_->cluster_id())),
       comms_(endpoint_, table_, options.link.max_links),
       comm_res_known_(options.comm_res_given || options.listen.has_value()),
-      huge_pages_(options.huge_pages) {}
+      huge_pages_(options.huge_pages ? std::make_unique<HugePages>() : nullptr) {}
 
 Engine::~Engine() { Stop(); }
 
 void Engine::Stop() {
   endpoint_->Retire();
+  if (huge_pages_ != nullptr) {
+    huge_pages_->Stop();
+  }
   comms_.Stop();
   StopListening();
   std::vector<std::shared_ptr<Link>> links = table_->Shut();
@@ -187,12 +189,28 @@ Result<uint16_t> Engine::ListenPort() const {
 Result<int64_t> Engine::RegisterCache(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs,
                                       const Registration &registration, const RowKeys &keys) {
   Result<int64_t> id = endpoint_->caches()->Register(desc, addrs, registration, keys);
-  if (id.ok() && huge_pages_) {
+  if (id.ok() && huge_pages_ != nullptr) {
     if (const Result<CacheGeometry> geometry = ComputeGeometry(desc); geometry.ok()) {
-      AdviseHugePages(addrs, geometry.value().tensor_bytes);
+      huge_pages_->Add(id.value(), addrs, geometry.value().tensor_bytes);
     }
   }
   return id;
+}
+
+void Engine::UnregisterCache(int64_t cache_id) {
+  if (huge_pages_ != nullptr) {
+    huge_pages_->Remove(cache_id);
+  }
+  endpoint_->caches()->Unregister(cache_id);
+}
+
+llm_datadist::HugePagesReport Engine::WaitForHugePages() {
+  llm_datadist::HugePagesReport report;
+  if (huge_pages_ != nullptr) {
+    const HugePages::Report done = huge_pages_->Wait();
+    report = {HugePagesAllowed(), done.bytes, done.huge_bytes, done.seconds};
+  }
+  return report;
 }
 
 }  // namespace datadist

@@ -20,6 +20,7 @@
 #include "link/endpoint.h"
 #include "link/link_table.h"
 #include "llm_datadist/llm_datadist_ext.h"
+#include "memory/huge_pages.h"
 #include "transfer/moves.h"
 #include "transfer/plan.h"
 
@@ -62,8 +63,10 @@ class Engine {
   // ---- caches ----
   Result<int64_t> RegisterCache(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs,
                                 const Registration &registration, const RowKeys &keys);
-  void UnregisterCache(int64_t cache_id) { endpoint_->caches()->Unregister(cache_id); }
+  void UnregisterCache(int64_t cache_id);
   CacheRegistry &caches() { return *endpoint_->caches(); }
+  // Returns when the kernel has been asked for huge pages under all that is registered by now, or at Stop.
+  llm_datadist::HugePagesReport WaitForHugePages();
 
   // ---- links ----
   // One status per cluster, in order. Not ok by itself: the call as a whole is refused.
@@ -126,7 +129,7 @@ class Engine {
   CommTable comms_;
   // The API wants a local ip in the first link of an endpoint that has neither a listener nor a LocalCommRes.
   std::atomic<bool> comm_res_known_;
-  const bool huge_pages_;
+  const std::unique_ptr<HugePages> huge_pages_;  // empty when they are not wanted
   std::atomic<bool> stopped_{false};
 
   std::mutex role_mutex_;  // one SetRole at a time

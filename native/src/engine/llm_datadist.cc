@@ -164,4 +164,11 @@ Status QueryLink(const LlmDataDist &datadist, uint64_t cluster_id, LinkReport &r
   });
 }
 
+Status WaitForHugePages(const LlmDataDist &datadist, HugePagesReport &report) {
+  return LlmDataDistAccess::WithEngine("WaitForHugePages", datadist, [&](Engine &engine) {
+    report = engine.WaitForHugePages();
+    return EngineStatus::Ok();
+  });
+}
+
 }  // namespace llm_datadist

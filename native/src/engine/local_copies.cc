@@ -8,8 +8,6 @@
 namespace datadist {
 namespace {
 
-using llm_datadist::LLM_PARAM_INVALID;
-
 // The runs for each of the tensors; both pins hold all of them.
 Status CopyRuns(const CachePin &src, const CachePin &dst, const std::vector<ByteRun> &runs) {
   for (uint64_t tensor = 0; tensor < src.cache().geometry().num_tensors; ++tensor) {

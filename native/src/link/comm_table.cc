@@ -14,7 +14,6 @@ namespace {
 
 using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_NOT_YET_LINK;
-using llm_datadist::LLM_PARAM_INVALID;
 
 constexpr size_t kMaxNameBytes = 127;
 constexpr size_t kMinMembers = 2;

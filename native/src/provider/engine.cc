@@ -74,6 +74,11 @@ class EngineProvider final : public Provider {
     const Status status = WithReason(llm_datadist::QueryLink(datadist_, cluster_id, report));
     return status.ok() ? Result<llm_datadist::LinkReport>(std::move(report)) : Result<llm_datadist::LinkReport>(status);
   }
+  Result<llm_datadist::HugePagesReport> WaitForHugePages() override {
+    llm_datadist::HugePagesReport report;
+    const Status status = WithReason(llm_datadist::WaitForHugePages(datadist_, report));
+    return status.ok() ? Result<llm_datadist::HugePagesReport>(report) : Result<llm_datadist::HugePagesReport>(status);
+  }
 
  private:
   LlmDataDist datadist_;

@@ -69,6 +69,8 @@ class Provider {
   // LLM_FEATURE_NOT_ENABLED where the provider cannot tell.
   virtual Result<uint16_t> ListenPort() = 0;
   virtual Result<llm_datadist::LinkReport> QueryLink(uint64_t cluster_id) = 0;
+  // Waits as long as it takes, and no longer than until Finalize.
+  virtual Result<llm_datadist::HugePagesReport> WaitForHugePages() = 0;
 };
 
 // Names that MakeProvider accepts in this process, preferred first.

@@ -45,6 +45,7 @@ class GatedProvider : public Provider {
   Result<llm_datadist::LinkReport> QueryLink(uint64_t) override {
     return Status(llm_datadist::LLM_NOT_YET_LINK, "no link");
   }
+  Result<llm_datadist::HugePagesReport> WaitForHugePages() override { return llm_datadist::HugePagesReport(); }
 
   void AwaitStarted(const std::set<uint64_t> &labels) {
     std::unique_lock<std::mutex> lock(mutex_);
