@@ -203,7 +203,7 @@ TEST_F(SessionTest, ProtocolViolationsCloseTheSession) {
     uint32_t seq;
     std::vector<uint8_t> body;
   };
-  for (const Case &bad : {Case{"not legal", MessageType::kHello, 1, {}}, Case{"unasked", MessageType::kGrant, 9, {}},
+  for (const Case &bad : {Case{"not legal", MessageType::kHello, 1, {}}, Case{"not legal", MessageType::kPushed, 9, {}},
                           Case{"malformed", MessageType::kPing, 1, {0}},
                           Case{"no requests", MessageType::kUnlink, 1, {}}}) {
     int pair[2];

@@ -63,7 +63,7 @@ class TransportContract : public testing::TestWithParam<Setting> {
 
   std::shared_ptr<WorkerPool> pool_ = std::make_shared<WorkerPool>(2);
   std::unique_ptr<Owner> owner_;
-  GrantsOf calls_{owner_};
+  CallsTo calls_{owner_};
   std::unique_ptr<DataPath> path_;
 };
 

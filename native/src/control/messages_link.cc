@@ -11,6 +11,7 @@ namespace {
 using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
 using llm_datadist::LLM_PARAM_INVALID;
+using llm_datadist::LLM_TIMEOUT;
 
 // What fits into the largest frame beside the fixed fields; far above any limit on registrations.
 constexpr uint32_t kMaxTensors = (kMaxFrameBody - 4096) / sizeof(uint64_t);
@@ -200,67 +201,65 @@ Result<Consumed> Decode(const std::vector<uint8_t> &body) {
   return Consumed{*status};
 }
 
-std::vector<uint8_t> Encode(const AcquireWriteRequest &message) {
+std::vector<uint8_t> Encode(const PushRequest &message) {
   Writer writer;
   writer.I64(message.cache_id);
   writer.U64(message.generation);
   writer.U32(message.first_tensor);
+  Put(writer, message.source);
+  writer.U32(message.source_first_tensor);
   writer.U32(message.tensor_count);
-  writer.U64(message.end);
   writer.U32(message.remaining_ms);
+  writer.U32(static_cast<uint32_t>(message.runs.size()));
+  for (const Run &run : message.runs) {
+    writer.U64(run.remote_offset);
+    writer.U64(run.local_offset);
+    writer.U64(run.length);
+  }
   return writer.Take();
 }
 
 template <>
-Result<AcquireWriteRequest> Decode(const std::vector<uint8_t> &body) {
+Result<PushRequest> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
-  AcquireWriteRequest message;
+  PushRequest message;
   message.cache_id = reader.I64();
   message.generation = reader.U64();
   message.first_tensor = reader.U32();
+  const bool source_ok = Get(reader, message.source);
+  message.source_first_tensor = reader.U32();
   message.tensor_count = reader.U32();
-  message.end = reader.U64();
   message.remaining_ms = reader.U32();
+  const uint32_t runs = reader.U32();
+  if (!source_ok || !reader.ok() || runs > kMaxPushRuns || runs > reader.remaining() / sizeof(Run)) {
+    return Malformed("PUSH");
+  }
+  message.runs.resize(runs);
+  for (Run &run : message.runs) {
+    run.remote_offset = reader.U64();
+    run.local_offset = reader.U64();
+    run.length = reader.U64();
+  }
   if (!reader.Finished()) {
-    return Malformed("ACQUIRE_WRITE");
+    return Malformed("PUSH");
   }
   return message;
 }
 
-std::vector<uint8_t> Encode(const Grant &message) {
+std::vector<uint8_t> Encode(const Pushed &message) {
   Writer writer;
   Put(writer, message.status);
-  writer.U64(message.grant);
   return writer.Take();
 }
 
 template <>
-Result<Grant> Decode(const std::vector<uint8_t> &body) {
+Result<Pushed> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
-  Grant message;
-  const auto status = GetStatus(reader, {LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID, LLM_FAILED});
-  message.grant = reader.U64();
+  const auto status = GetStatus(reader, {LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID, LLM_TIMEOUT, LLM_FAILED});
   if (!status.has_value() || !reader.Finished()) {
-    return Malformed("GRANT");
+    return Malformed("PUSHED");
   }
-  message.status = *status;
-  return message;
-}
-
-std::vector<uint8_t> Encode(const ReleaseWriteRequest &message) {
-  Writer writer;
-  writer.U64(message.grant);
-  return writer.Take();
-}
-
-template <>
-Result<ReleaseWriteRequest> Decode(const std::vector<uint8_t> &body) {
-  Reader reader(body.data(), body.size());
-  const ReleaseWriteRequest message{reader.U64()};
-  if (!reader.Finished()) {
-    return Malformed("RELEASE_WRITE");
-  }
-  return message;
+  return Pushed{*status};
 }
 
 std::vector<uint8_t> Encode(const UnlinkRequest &message) {

@@ -96,8 +96,7 @@ RemoteCache OwnerHere::AddCache(const CacheShape &shape, uint64_t seed) {
   const auto pin = regions_->Pin(id.value());
   const RegisteredCache &cache = pin.value().cache();
   arenas_[id.value()] = std::move(arena);
-  return {cache.id(), cache.generation(), cache.geometry(), reinterpret_cast<uintptr_t>(&cache.stamp()->generation),
-          cache.addrs()};
+  return Described(cache);
 }
 
 void OwnerHere::UnregisterAndReuse(int64_t cache_id) {
@@ -113,13 +112,6 @@ std::vector<uint8_t> OwnerHere::Bytes(int64_t cache_id) {
 }
 
 bool OwnerHere::CanariesIntact(int64_t cache_id) { return arenas_.at(cache_id)->CanariesIntact(); }
-
-CmaPeer OwnerHere::OfferSlot(const Challenge &challenge) {
-  AllowCmaFromPeers();
-  slot_ = std::make_unique<ProbeSlot>();
-  slot_->Set(challenge);
-  return {ThisHost(), slot_->address(), challenge};
-}
 
 uint16_t OwnerHere::Listen() {
   listener_ = Fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
@@ -141,25 +133,18 @@ void OwnerHere::Serve(size_t connections, std::chrono::milliseconds max_request)
   }
 }
 
-Result<uint64_t> OwnerHere::Grant(const TransferOp &op) {
-  auto pin = regions_->Pin(op.remote->cache_id);
+Status OwnerHere::ReadFrom(std::shared_ptr<const PeerProcess> initiator, const PushRequest &request) {
+  const auto pin = regions_->Pin(request.cache_id);
   if (!pin.ok()) {
     return pin.status();
   }
-  if (pin.value().cache().generation() != op.remote->generation) {
+  if (pin.value().cache().generation() != request.generation) {
     return Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST, "another generation");
   }
-  if (Status status = CheckSide(op, Side::kRemote, pin.value().cache().geometry()); !status.ok()) {
-    return status;
-  }
-  const std::lock_guard<std::mutex> lock(grants_mutex_);
-  grants_.emplace(++last_grant_, std::move(pin).value());
-  return last_grant_;
-}
-
-void OwnerHere::ReleaseGrant(uint64_t grant) {
-  const std::lock_guard<std::mutex> lock(grants_mutex_);
-  EXPECT_EQ(grants_.erase(grant), 1U);
+  TransferOp op{&request.source, &pin.value(), request.source_first_tensor, request.first_tensor,
+                request.tensor_count, request.runs};
+  const auto path = MakeCmaDataPath(std::move(initiator), nullptr, std::make_shared<WorkerPool>(1));
+  return path->Pull(op, Deadline::In(std::chrono::milliseconds(request.remaining_ms)));
 }
 
 Fd Dial(uint16_t port) {
