@@ -54,7 +54,8 @@ std::string OneLine(std::string_view text) {
   while (!text.empty()) {
     const Character next = FirstCharacter(text);
     const size_t size = std::max<size_t>(next.size, 1);
-    if (line.size() + size > kMaxShownText - kCut.size()) {
+    const bool rest_fits = line.size() + text.size() <= kMaxShownText;
+    if (!rest_fits && line.size() + size > kMaxShownText - kCut.size()) {
       return line.append(kCut);
     }
     if (next.size == 0) {
