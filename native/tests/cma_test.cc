@@ -1,6 +1,9 @@
 // Whose memory it is, the kernel says: the probe, what follows the bytes of every pull, the kernel's errors in words.
 #include <gtest/gtest.h>
+#include <linux/sched.h>
+#include <signal.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
@@ -98,7 +101,49 @@ class Cma : public Test {
   LocalCache local_{shape_, 2};
 };
 
-// A pid that now belongs to somebody else: the memory is there and readable, and the process that we know is gone.
+// A child with the pid that we ask for; -1 where the kernel or its administrator does not let us.
+pid_t ForkAs(pid_t pid) {
+  clone_args arguments{};
+  arguments.exit_signal = SIGCHLD;
+  arguments.set_tid = static_cast<__u64>(reinterpret_cast<uintptr_t>(&pid));
+  arguments.set_tid_size = 1;
+  return static_cast<pid_t>(::syscall(SYS_clone3, &arguments, sizeof(arguments)));
+}
+
+// The pid has become another process's, with readable memory and the right generation at the same addresses: a copy of
+// ours. What is read from it counts for nothing.
+TEST(PeerProcess, IsNotAnotherUnderTheSamePid) {
+  const CacheShape shape{2, 4, 64};
+  LocalCache ours(shape, 1);
+  LocalCache into(shape, 2);
+  const RemoteCache remote = Described(ours.pin().cache());
+  const pid_t first = ::fork();
+  if (first == 0) {
+    ::pause();
+    ::_exit(0);
+  }
+  const auto process = PeerProcess::OfChild(first).value();
+  const auto path = MakeCmaDataPath(process, nullptr, std::make_shared<WorkerPool>(1));
+  const TransferOp op{&remote, &into.pin(), 0, 0, 2, {{0, 0, 4 * 64}}};
+  EXPECT_TRUE(path->Pull(op, Soon()).ok());
+  ::kill(first, SIGKILL);
+  ASSERT_EQ(::waitpid(first, nullptr, 0), first);
+  const pid_t second = ForkAs(first);
+  if (second == 0) {
+    ::pause();
+    ::_exit(0);
+  }
+  if (second < 0) {
+    GTEST_SKIP() << "a child cannot be given a pid here";
+  }
+  ASSERT_EQ(second, first);
+  const Status status = path->Pull(op, Soon());
+  ::kill(second, SIGKILL);
+  ::waitpid(second, nullptr, 0);
+  EXPECT_EQ(status.code(), LLM_FAILED);
+  EXPECT_TRUE(Contains(status, "is gone")) << status.text();
+}
+
 TEST_F(Cma, AProcessThatIsGoneIsNotTakenForAnother) {
   const auto path = Path();
   ASSERT_TRUE(path->Pull(Op(remote_), Soon()).ok());
