@@ -16,6 +16,8 @@
 #include "base/crc32c.h"
 #include "base/fd.h"
 #include "base/socket_io.h"
+#include "base/status.h"
+#include "base/text.h"
 #include "base/worker_pool.h"
 
 namespace datadist {
@@ -255,6 +257,50 @@ TEST(WorkerPool, ManyCallersAtOnce) {
     caller.join();
   }
   EXPECT_EQ(sum.load(), 4U * 500U * 10U);
+}
+
+// ---- texts ----
+
+TEST(OneLine, LeavesAPlainTextAlone) {
+  EXPECT_EQ(OneLine(""), "");
+  EXPECT_EQ(OneLine("cluster 7: 'name', allowed: 1..8"), "cluster 7: 'name', allowed: 1..8");
+  EXPECT_EQ(OneLine("caf\xC3\xA9 \xE6\x96\x87 \xF0\x9F\x98\x80"), "caf\xC3\xA9 \xE6\x96\x87 \xF0\x9F\x98\x80");
+}
+
+TEST(OneLine, HasNoControlCharacters) {
+  EXPECT_EQ(OneLine("a\nERROR b\r\tc\x1B[2J\x7F"), "a ERROR b  c [2J ");
+  EXPECT_EQ(OneLine(std::string("a\0b", 3)), "a b");
+  EXPECT_EQ(OneLine("a\xC2\x85" "b\xE2\x80\xA8" "c\xE2\x80\xAE" "d"), "a b c d");
+}
+
+TEST(OneLine, ReplacesWhatIsNoUtf8) {
+  EXPECT_EQ(OneLine("\xFF"), "?");
+  EXPECT_EQ(OneLine("a\x80z"), "a?z");
+  EXPECT_EQ(OneLine("\xC3"), "?");              // cut
+  EXPECT_EQ(OneLine("\xC0\xAF"), "??");         // overlong
+  EXPECT_EQ(OneLine("\xED\xA0\x80"), "???");    // surrogate
+  EXPECT_EQ(OneLine("\xF4\x90\x80\x80"), "????");  // beyond Unicode
+  EXPECT_EQ(OneLine("\xE2\x82z"), "??z");
+}
+
+TEST(OneLine, IsCutBetweenCharacters) {
+  std::string text(kMaxShownText, 'x');
+  EXPECT_EQ(OneLine(text), text);
+  text += "y";
+  EXPECT_EQ(OneLine(text), std::string(kMaxShownText - 3, 'x') + "...");
+  std::string wide = "x";
+  while (wide.size() <= kMaxShownText) {
+    wide += "\xE6\x96\x87";
+  }
+  const std::string cut = OneLine(wide);
+  EXPECT_LE(cut.size(), kMaxShownText);
+  EXPECT_EQ(OneLine(cut), cut);
+  EXPECT_EQ(cut.substr(cut.size() - 3), "...");
+}
+
+TEST(Status, IsOneLineWhoeverWroteIt) {
+  EXPECT_EQ(Status(llm_datadist::LLM_FAILED, "peer says: \xFF\nforged line").text(), "peer says: ? forged line");
+  EXPECT_EQ(Invalid("\xC3(").text(), "?(");
 }
 
 }  // namespace

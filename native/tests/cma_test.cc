@@ -1,11 +1,15 @@
-// Whose memory it is, is proven: the probe, the witness of every transfer, the errors of the kernel in words.
+// Whose memory it is, the kernel says: the probe, what follows the bytes of every pull, the kernel's errors in words.
 #include <gtest/gtest.h>
+#include <linux/sched.h>
+#include <signal.h>
 #include <sys/mman.h>
+#include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 
-#include <set>
 #include <string>
 
+#include "control/address.h"
 #include "transport/cma/process_memory.h"
 #include "transport_support/initiator.h"
 #include "transport_support/owner_process.h"
@@ -18,172 +22,175 @@ using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
 using llm_datadist::LLM_LINK_FAILED;
 using testing::Test;
 
-constexpr Challenge kChallenge{7, 7, 7, 7, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12};
-
 Deadline Soon() { return Deadline::In(std::chrono::seconds(30)); }
 
 bool Contains(const Status &status, const std::string &text) { return status.text().find(text) != std::string::npos; }
 
 // ---- probe ----
 
-TEST(ProbeSlot, HoldsTheChallengeAndIsWiped) {
-  uint64_t address = 0;
-  {
-    ProbeSlot slot;
-    slot.Set(kChallenge);
-    address = slot.address();
-    EXPECT_EQ(*reinterpret_cast<const Challenge *>(address), kChallenge);
-  }
-  EXPECT_EQ(*reinterpret_cast<const Challenge *>(address), Challenge{}) << "its memory stays mapped, and empty";
-}
-
-TEST(ProbeSlot, LiveSlotsAreDistinctAndFreedOnesAreUsedAgain) {
-  std::set<uint64_t> first;
-  for (int round = 0; round < 2; ++round) {
-    std::vector<std::unique_ptr<ProbeSlot>> slots;
-    std::set<uint64_t> addresses;
-    for (int i = 0; i < 1000; ++i) {
-      slots.push_back(std::make_unique<ProbeSlot>());
-      addresses.insert(slots.back()->address());
-    }
-    EXPECT_EQ(addresses.size(), slots.size());
-    if (round == 0) {
-      first = addresses;
-    } else {
-      EXPECT_EQ(addresses, first) << "links that come and go must not use up memory";
-    }
-  }
-}
-
-TEST(ProbeCma, AcceptsAPeerThatHoldsOurChallenge) {
+TEST(ProbeCma, AcceptsAProcessOfOurUser) {
   OwnerProcess owner;
-  const Status status = ProbeCma(owner.OfferSlot(kChallenge));
+  const Status status = ProbeCma(*owner.Process());
   EXPECT_TRUE(status.ok()) << status.text();
+  EXPECT_TRUE(ProbeCma(*PeerProcess::Self()).ok());
 }
 
 TEST(ProbeCma, SaysWhyNot) {
   OwnerProcess owner;
-  const CmaPeer good = owner.OfferSlot(kChallenge);
-  struct Case {
-    const char *reason;
-    void (*spoil)(CmaPeer &peer);
-  };
-  const Case cases[] = {
-      {"another host", [](CmaPeer &peer) { peer.host.boot_id = "other"; }},
-      {"another host", [](CmaPeer &peer) { peer.host.boot_id.clear(); }},
-      {"pid namespace", [](CmaPeer &peer) { ++peer.host.pid_namespace; }},
-      {"no memory to probe", [](CmaPeer &peer) { peer.host.pid = 0; }},
-      {"no memory to probe", [](CmaPeer &peer) { peer.host.pid = -1; }},
-      {"no memory to probe", [](CmaPeer &peer) { peer.slot_addr = 0; }},
-      {"challenge", [](CmaPeer &peer) { peer.challenge[0] ^= 1; }},
-      {"not mapped", [](CmaPeer &peer) { peer.slot_addr = 4096; }},
-      {"not mapped", [](CmaPeer &peer) { peer.slot_addr = ~uint64_t{0}; }},
-  };
-  for (const Case &test : cases) {
-    CmaPeer peer = good;
-    test.spoil(peer);
-    const Status status = ProbeCma(peer);
-    EXPECT_EQ(status.code(), LLM_LINK_FAILED);
-    EXPECT_TRUE(Contains(status, test.reason)) << status.text();
-  }
+  const auto process = owner.Process();
   owner.Kill();
-  EXPECT_TRUE(Contains(ProbeCma(good), "is gone")) << ProbeCma(good).text();
+  const Status status = ProbeCma(*process);
+  EXPECT_EQ(status.code(), LLM_LINK_FAILED);
+  EXPECT_TRUE(Contains(status, "is gone")) << status.text();
 }
 
-TEST(ProbeCma, SeesADroppedSlot) {
+// ---- identity ----
+
+TEST(PeerProcess, IsWhoTheKernelSaysAndNotAlivePastItsEnd) {
   OwnerProcess owner;
-  const CmaPeer peer = owner.OfferSlot(kChallenge);
-  owner.DropSlot();
-  EXPECT_TRUE(Contains(ProbeCma(peer), "challenge")) << ProbeCma(peer).text();
+  const auto process = owner.Process();
+  EXPECT_TRUE(process->Alive());
+  EXPECT_FALSE(process->IsSelf());
+  owner.Kill();
+  EXPECT_FALSE(process->Alive());
 }
 
-// ---- witness ----
+// A process of another user is nobody. Only root can become one to show it.
+TEST(PeerProcess, OfAnotherUserIsRefused) {
+  if (::geteuid() != 0) {
+    GTEST_SKIP() << "needs root, to become another user";
+  }
+  const Listeners listeners = Listen(SocketAddress::FromIp("127.0.0.1", 0).value()).value();
+  const SocketAddress address = SocketAddress::LocalOf(listeners.tcp.get());
+  const pid_t child = ::fork();
+  if (child == 0) {
+    constexpr uid_t kNobody = 65534;
+    if (::setuid(kNobody) != 0) {
+      ::_exit(2);
+    }
+    // The dialling side sees that the listener is of another user and goes by TCP; a hostile one would connect all the
+    // same, as the kernel's name is open to all.
+    const Result<Connection> dialled = Dial(address, Soon());
+    ::_exit(dialled.ok() && dialled.value().process == nullptr ? 0 : 1);
+  }
+  Fd accepted;
+  while (!accepted) {
+    accepted = Fd(::accept(listeners.local.get(), nullptr, nullptr));
+  }
+  const auto identified = Identify(std::move(accepted));
+  EXPECT_FALSE(identified.ok());
+  EXPECT_TRUE(Contains(identified.status(), "of user 65534")) << identified.status().text();
+  int status = 0;
+  ASSERT_EQ(::waitpid(child, &status, 0), child);
+  EXPECT_EQ(WEXITSTATUS(status), 0);
+}
 
-class CmaWitness : public Test {
+// ---- generation and process ----
+
+class Cma : public Test {
  protected:
   TransferOp Op(const RemoteCache &remote) { return {&remote, &local_.pin(), 0, 0, 2, {{0, 0, 4 * 64}}}; }
-  std::unique_ptr<DataPath> PathTo(const CmaPeer &peer) { return MakeCmaDataPath(peer, &calls_, pool_); }
+  std::unique_ptr<DataPath> Path() { return MakeCmaDataPath(owner_->Process(), &calls_, pool_); }
 
   const CacheShape shape_{2, 4, 64};
-  std::unique_ptr<Owner> owner_ = std::make_unique<OwnerProcess>();
-  GrantsOf calls_{owner_};
+  OwnerProcess *process_ = new OwnerProcess;
+  std::unique_ptr<Owner> owner_{process_};
+  CallsTo calls_{owner_};
   std::shared_ptr<WorkerPool> pool_ = std::make_shared<WorkerPool>(1);
   RemoteCache remote_ = owner_->AddCache(shape_, 1);
-  CmaPeer peer_ = owner_->OfferSlot(kChallenge);
   LocalCache local_{shape_, 2};
 };
 
-TEST_F(CmaWitness, DroppedLinkEndsTransfersBeforeAByteIsWritten) {
-  const auto path = PathTo(peer_);
+// A child with the pid that we ask for; -1 where the kernel or its administrator does not let us.
+pid_t ForkAs(pid_t pid) {
+  clone_args arguments{};
+  arguments.exit_signal = SIGCHLD;
+  arguments.set_tid = static_cast<__u64>(reinterpret_cast<uintptr_t>(&pid));
+  arguments.set_tid_size = 1;
+  return static_cast<pid_t>(::syscall(SYS_clone3, &arguments, sizeof(arguments)));
+}
+
+// The pid has become another process's, with readable memory and the right generation at the same addresses: a copy of
+// ours. What is read from it counts for nothing.
+TEST(PeerProcess, IsNotAnotherUnderTheSamePid) {
+  const CacheShape shape{2, 4, 64};
+  LocalCache ours(shape, 1);
+  LocalCache into(shape, 2);
+  const RemoteCache remote = Described(ours.pin().cache());
+  const pid_t first = ::fork();
+  if (first == 0) {
+    ::pause();
+    ::_exit(0);
+  }
+  const auto process = PeerProcess::OfChild(first).value();
+  const auto path = MakeCmaDataPath(process, nullptr, std::make_shared<WorkerPool>(1));
+  const TransferOp op{&remote, &into.pin(), 0, 0, 2, {{0, 0, 4 * 64}}};
+  EXPECT_TRUE(path->Pull(op, Soon()).ok());
+  ::kill(first, SIGKILL);
+  ASSERT_EQ(::waitpid(first, nullptr, 0), first);
+  const pid_t second = ForkAs(first);
+  if (second == 0) {
+    ::pause();
+    ::_exit(0);
+  }
+  if (second < 0) {
+    GTEST_SKIP() << "a child cannot be given a pid here";
+  }
+  ASSERT_EQ(second, first);
+  const Status status = path->Pull(op, Soon());
+  ::kill(second, SIGKILL);
+  ::waitpid(second, nullptr, 0);
+  EXPECT_EQ(status.code(), LLM_FAILED);
+  EXPECT_TRUE(Contains(status, "is gone")) << status.text();
+}
+
+TEST_F(Cma, AProcessThatIsGoneIsNotTakenForAnother) {
+  const auto path = Path();
   ASSERT_TRUE(path->Pull(Op(remote_), Soon()).ok());
-  owner_->DropSlot();
-  EXPECT_EQ(path->Pull(Op(remote_), Soon()).code(), LLM_FAILED);
-  EXPECT_EQ(path->Push(Op(remote_), Soon()).code(), LLM_FAILED);
-  EXPECT_EQ(owner_->Bytes(remote_.cache_id), PatternOf(shape_, 1));
+  process_->Kill();
+  const Status status = path->Pull(Op(remote_), Soon());
+  EXPECT_EQ(status.code(), LLM_FAILED);
+  EXPECT_TRUE(Contains(status, "is gone")) << status.text();
 }
 
-// A pid that now belongs to somebody else: all is there and readable, but for our challenge.
-TEST_F(CmaWitness, AnotherProcessUnderThePidIsNoticed) {
-  OwnerProcess stranger;
-  const RemoteCache theirs = stranger.AddCache(shape_, 3);
-  CmaPeer wrong = stranger.OfferSlot(Challenge{9});
-  wrong.challenge = kChallenge;
-  EXPECT_EQ(PathTo(wrong)->Pull(Op(theirs), Soon()).code(), LLM_FAILED);
-  EXPECT_EQ(PathTo(wrong)->Push(Op(theirs), Soon()).code(), LLM_FAILED);
-  EXPECT_EQ(stranger.Bytes(theirs.cache_id), PatternOf(shape_, 3)) << "nothing may be written into it";
-}
-
-TEST_F(CmaWitness, StampOfAnotherGenerationIsAMissingCache) {
+TEST_F(Cma, StampOfAnotherGenerationIsAMissingCache) {
   RemoteCache stale = remote_;
   stale.stamp_addr = owner_->AddCache(shape_, 4).stamp_addr;  // another cache's stamp: alive, but not ours
-  EXPECT_EQ(PathTo(peer_)->Pull(Op(stale), Soon()).code(), LLM_KV_CACHE_NOT_EXIST);
+  EXPECT_EQ(Path()->Pull(Op(stale), Soon()).code(), LLM_KV_CACHE_NOT_EXIST);
 }
 
-TEST_F(CmaWitness, UnmappedMemoryIsAFailureInWords) {
+TEST(Generations, OfTwoTablesDiffer) {
+  LocalCache one({1, 1, 64}, 1);
+  LocalCache other({1, 1, 64}, 1);
+  EXPECT_NE(one.pin().cache().generation(), other.pin().cache().generation());
+}
+
+TEST_F(Cma, UnmappedMemoryIsAFailureInWords) {
   RemoteCache wild = remote_;
   wild.tensor_addrs.assign(2, 4096);
-  const Status status = PathTo(peer_)->Pull(Op(wild), Soon());
+  const Status status = Path()->Pull(Op(wild), Soon());
   EXPECT_EQ(status.code(), LLM_FAILED);
   EXPECT_TRUE(Contains(status, "not mapped")) << status.text();
 }
 
-TEST_F(CmaWitness, MissingAddressesAreRefused) {
+TEST_F(Cma, MissingAddressesAreRefused) {
   RemoteCache no_addresses = remote_;
   no_addresses.tensor_addrs.pop_back();
-  EXPECT_EQ(PathTo(peer_)->Pull(Op(no_addresses), Soon()).code(), LLM_FAILED);
+  EXPECT_EQ(Path()->Pull(Op(no_addresses), Soon()).code(), LLM_FAILED);
   RemoteCache no_stamp = remote_;
   no_stamp.stamp_addr = 0;
-  EXPECT_EQ(PathTo(peer_)->Push(Op(no_stamp), Soon()).code(), LLM_FAILED);
+  EXPECT_EQ(Path()->Pull(Op(no_stamp), Soon()).code(), LLM_FAILED);
 }
 
-// Grants are returned however a push ends; GrantsOf fails the test on a grant returned twice or unknown.
-TEST_F(CmaWitness, EveryGrantIsReleased) {
-  class Counting final : public PeerCalls {
-   public:
-    explicit Counting(PeerCalls *calls) : calls_(calls) {}
-    Result<uint64_t> AcquireWrite(const TransferOp &op, Deadline deadline) override {
-      auto grant = calls_->AcquireWrite(op, deadline);
-      held += grant.ok() ? 1 : 0;
-      return grant;
-    }
-    void ReleaseWrite(uint64_t grant) override {
-      --held;
-      calls_->ReleaseWrite(grant);
-    }
-    int held = 0;
-
-   private:
-    PeerCalls *calls_;
-  } counting(&calls_);
-  const auto path = MakeCmaDataPath(peer_, &counting, pool_);
+TEST_F(Cma, APushAsksTheOwnerAndNobodyElseWrites) {
+  const auto path = Path();
   EXPECT_TRUE(path->Push(Op(remote_), Soon()).ok());
+  EXPECT_EQ(owner_->Bytes(remote_.cache_id), PatternOf(shape_, 2));
+  EXPECT_EQ(calls_.asked, 1);
   EXPECT_EQ(path->Push(Op(remote_), Deadline::In(std::chrono::milliseconds(0))).code(), llm_datadist::LLM_TIMEOUT);
-  RemoteCache wild = remote_;
-  wild.tensor_addrs.assign(2, 4096);
-  EXPECT_EQ(path->Push(Op(wild), Soon()).code(), LLM_FAILED);
-  owner_->DropSlot();
+  path->Close();
   EXPECT_EQ(path->Push(Op(remote_), Soon()).code(), LLM_FAILED);
-  EXPECT_EQ(counting.held, 0);
+  EXPECT_EQ(calls_.asked, 1) << "a push that cannot run asks nobody";
 }
 
 // ---- batches ----
@@ -199,7 +206,7 @@ TEST(IovecBatch, StopsAtAHoleInTheMiddle) {
   std::vector<uint8_t> out(3 * page);
   IovecBatch batch;
   batch.Add(reinterpret_cast<uintptr_t>(memory), out.data(), 3 * page);
-  EXPECT_EQ(batch.Move(::getpid(), VmDirection::kRead).code(), LLM_FAILED);
+  EXPECT_EQ(batch.Read(::getpid()).code(), LLM_FAILED);
   EXPECT_EQ(out[0], 42);
   EXPECT_TRUE(batch.Empty());
   ::munmap(memory, page);
@@ -217,7 +224,7 @@ TEST(IovecBatch, MergesEachSideByItself) {
     ASSERT_FALSE(batch.Full());
     batch.Add(reinterpret_cast<uintptr_t>(&from[i * 16]), &to[i * 16], 16);
   }
-  ASSERT_TRUE(batch.Move(::getpid(), VmDirection::kRead).ok());
+  ASSERT_TRUE(batch.Read(::getpid()).ok());
   EXPECT_EQ(to, from);
 }
 

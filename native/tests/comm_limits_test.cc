@@ -29,16 +29,16 @@ TEST(CommLimits, AtMostThatManyComms) {
 TEST(CommLimits, SixteenPrepareAtATimeTheNextWaitsItsTurn) {
   Member self(2);
   // Peers that never answer. A dial that one of them sees says that a comm has its turn.
-  std::vector<Fd> silent;
+  std::vector<Listeners> silent;
   int64_t first = 0;
   for (uint64_t i = 0; i < 16; ++i) {
     silent.push_back(Listen(FreeAddress()).value());
     std::vector<CommMember> members = Members(2);
     members[0].cluster_id = 100 + i;
-    members[0].address = SocketAddress::LocalOf(silent.back().get());
+    members[0].address = SocketAddress::LocalOf(silent.back().tcp.get());
     const int64_t id = MustLink(self, "silent " + std::to_string(i), members);
     first = first == 0 ? id : first;
-    ASSERT_TRUE(WaitReadable(silent.back().get(), Deadline::In(kPatience)).ok());
+    ASSERT_TRUE(WaitReadable(silent.back().local.get(), Deadline::In(kPatience)).ok());
   }
   const std::vector<CommMember> at_hand = WithoutAddresses(Members(2));
   const int64_t waiting = MustLink(self, "at hand", at_hand);

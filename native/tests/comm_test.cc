@@ -338,7 +338,7 @@ TEST_F(TwoMembers, ListenerClosesWithTheLastCommThatUsesIt) {
 }
 
 TEST_F(TwoMembers, AddressInUseIsRefusedByName) {
-  const Result<Fd> squatter = Listen(*members_[0].address);
+  const Result<Listeners> squatter = Listen(*members_[0].address);
   ASSERT_TRUE(squatter.ok());
   const Result<int64_t> id = low_.comms().Link("pair", members_, kLong);
   EXPECT_EQ(id.status().code(), LLM_FAILED);

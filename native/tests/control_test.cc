@@ -180,6 +180,40 @@ TEST_F(SessionTest, CallEndsAtItsDeadlineAndTheLateAnswerIsDropped) {
   EXPECT_EQ(pong.value().seq, 7U);
 }
 
+// One answer to each request, and none to what nobody asked.
+TEST_F(SessionTest, AnswerToAnotherSeqClosesTheSession) {
+  session_->Start(handler_);
+  std::thread peer([this] {
+    const Result<Frame> request = RecvFrame(peer_.get(), TypeSet(MessageType::kDescribe), Deadline::In(kLong));
+    ASSERT_TRUE(request.ok());
+    Send(MessageType::kCacheInfo, request.value().seq + 8);
+  });
+  EXPECT_FALSE(session_->Call(MessageType::kDescribe, {}, MessageType::kCacheInfo, Deadline::In(kLong)).ok());
+  peer.join();
+  ASSERT_TRUE(handler_->WaitClosed());
+  EXPECT_THAT(handler_->reason(), HasSubstr("unasked CACHE_INFO"));
+}
+
+// A byte of a frame that never becomes whole, for each of our heartbeats.
+TEST_F(SessionTest, PeerThatDripsIsSilent) {
+  constexpr int kMostDrops = 60;
+  int pair[2];
+  ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, pair), 0);
+  peer_ = Fd(pair[0]);
+  const auto session = Session::Create(loop_, Fd(pair[1]), milliseconds(20));
+  session->Start(handler_);
+  const std::vector<uint8_t> frame = EncodeFrame(MessageType::kPush, 1, std::vector<uint8_t>(kMostDrops));
+  int drops = 0;
+  while (drops < kMostDrops &&
+         RecvFrame(peer_.get(), TypeSet(MessageType::kPing), Deadline::In(kLong)).ok()) {
+    (void)::send(peer_.get(), &frame[static_cast<size_t>(drops)], 1, MSG_NOSIGNAL);
+    ++drops;
+  }
+  ASSERT_LT(drops, kMostDrops) << "it may drip for ever";
+  ASSERT_TRUE(handler_->WaitClosed());
+  EXPECT_EQ(handler_->causes(), std::vector<CloseCause>{CloseCause::kSilent});
+}
+
 TEST_F(SessionTest, PeerThatClosesWakesTheCaller) {
   session_->Start(handler_);
   std::thread peer([this] {
@@ -203,7 +237,7 @@ TEST_F(SessionTest, ProtocolViolationsCloseTheSession) {
     uint32_t seq;
     std::vector<uint8_t> body;
   };
-  for (const Case &bad : {Case{"not legal", MessageType::kHello, 1, {}}, Case{"unasked", MessageType::kGrant, 9, {}},
+  for (const Case &bad : {Case{"not legal", MessageType::kHello, 1, {}}, Case{"not legal", MessageType::kPushed, 9, {}},
                           Case{"malformed", MessageType::kPing, 1, {0}},
                           Case{"no requests", MessageType::kUnlink, 1, {}}}) {
     int pair[2];

@@ -50,7 +50,7 @@ size_t OpenDescriptors() { return CountEntries("/proc/self/fd"); }
 size_t Threads() { return CountEntries("/proc/self/task"); }
 
 Fd DialPort(uint16_t port) {
-  Result<Fd> fd = Dial(SocketAddress::FromIp(kLoopback, port).value(), Deadline::In(milliseconds(5000)));
+  Result<Fd> fd = DialTcp(SocketAddress::FromIp(kLoopback, port).value(), Deadline::In(milliseconds(5000)));
   return fd.ok() ? std::move(fd).value() : Fd();
 }
 
@@ -88,19 +88,19 @@ class Faults : public ::testing::Test {
 };
 
 TEST_F(Faults, PeerThatAcceptsAndNeverAnswersIsATimeout) {
-  const Fd silent = Listen(SocketAddress::FromIp(kLoopback, 0).value()).value();
+  const Listeners silent = Listen(SocketAddress::FromIp(kLoopback, 0).value()).value();
   const auto start = Clock::now();
-  EXPECT_EQ(client_.Link(kServer, SocketAddress::LocalOf(silent.get()).port(), 200), LLM_TIMEOUT);
+  EXPECT_EQ(client_.Link(kServer, SocketAddress::LocalOf(silent.tcp.get()).port(), 200), LLM_TIMEOUT);
   EXPECT_GE(Clock::now() - start, milliseconds(200));
   EXPECT_LT(Clock::now() - start, milliseconds(200) + kSlack);
   ExpectHealthy();
 }
 
 TEST_F(Faults, SilentPeersDelayNeitherEachOtherNorTheRest) {
-  const Fd silent = Listen(SocketAddress::FromIp(kLoopback, 0).value()).value();
+  const Listeners silent = Listen(SocketAddress::FromIp(kLoopback, 0).value()).value();
   std::vector<ClusterInfo> clusters;
   for (uint64_t id = 50; id < 58; ++id) {
-    clusters.push_back(Cluster(id, SocketAddress::LocalOf(silent.get()).port()));
+    clusters.push_back(Cluster(id, SocketAddress::LocalOf(silent.tcp.get()).port()));
   }
   clusters.push_back(Cluster(60, 1));
   clusters.back().remote_ip_infos.clear();
@@ -155,7 +155,6 @@ std::vector<uint8_t> GoodHello(uint64_t cluster_id, uint32_t remaining_ms = 5000
   hello.versions = {kProtocolVersion, kProtocolVersion};
   hello.client.cluster_id = cluster_id;
   hello.client.role = 1;
-  hello.client.host = {"boot", 1, 1};
   hello.remaining_ms = remaining_ms;
   hello.force_link = true;
   return Encode(hello);
@@ -209,7 +208,7 @@ TEST_F(Faults, VersionMismatchNamesBothVersions) {
   ASSERT_TRUE(reject.ok());
   EXPECT_EQ(reject.value().status.code(), LLM_LINK_FAILED);
   EXPECT_THAT(reject.value().status.text(), HasSubstr("7..7"));
-  EXPECT_THAT(reject.value().status.text(), HasSubstr("server 2..2"));
+  EXPECT_THAT(reject.value().status.text(), HasSubstr("server 3..3"));
 }
 
 TEST_F(Faults, WrongStateAfterHelloClosesTheConnection) {
@@ -298,10 +297,10 @@ TEST(Resources, IdleLinkedEnginesUseNoCpu) {
   timespec after{};
   ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &before);
   // A peer that never answers holds this thread in a blocking call for as long as its timeout says.
-  const Fd silent = Listen(SocketAddress::FromIp(kLoopback, 0).value()).value();
+  const Listeners silent = Listen(SocketAddress::FromIp(kLoopback, 0).value()).value();
   Node other(3);
   ASSERT_EQ(other.Start(ClientOptions()), LLM_SUCCESS);
-  EXPECT_EQ(other.Link(9, SocketAddress::LocalOf(silent.get()).port(), 1000), LLM_TIMEOUT);
+  EXPECT_EQ(other.Link(9, SocketAddress::LocalOf(silent.tcp.get()).port(), 1000), LLM_TIMEOUT);
   ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &after);
   const double used = static_cast<double>(after.tv_sec - before.tv_sec) +
                       static_cast<double>(after.tv_nsec - before.tv_nsec) * 1e-9;

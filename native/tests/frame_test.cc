@@ -2,7 +2,11 @@
 #include <gtest/gtest.h>
 #include <sys/socket.h>
 
+#include <algorithm>
+#include <iterator>
 #include <random>
+#include <set>
+#include <vector>
 
 #include "base/crc32c.h"
 #include "control/frame.h"
@@ -118,9 +122,6 @@ EndpointInfo SomeEndpoint() {
   info.cluster_id = ~0ULL - 1;
   info.role = 3;
   info.incarnation.fill(0x11);
-  info.host = HostIdentity{"2f0c1c1e-8d0a-4a4f-8f0e-a0a0a0a0a0a0", 4026531836ULL, 4711};
-  info.slot_addr = 0x7f0012345678ULL;
-  info.challenge.fill(0x22);
   info.tcp_streams = 16;
   return info;
 }
@@ -153,7 +154,7 @@ void ExpectExact(const Message &message) {
 }
 
 TEST(Messages, AreExact) {
-  ExpectExact(Hello{{1, 2}, SomeEndpoint(), 1234, true, "comm"});
+  ExpectExact(Hello{{1, 2}, SomeEndpoint(), 1234, true, LinkToken{1, 2, 3}, "comm"});
   ExpectExact(Welcome{SomeEndpoint(), {}});
   ExpectExact(Reject{Status(llm_datadist::LLM_ALREADY_LINK, "why")});
   ExpectExact(Ready{TransportKind::kCma, "why"});
@@ -167,19 +168,18 @@ TEST(Messages, AreExact) {
   ExpectExact(SomeCache(2, 2));
   ExpectExact(SomeCache(2, 0));
   ExpectExact(CacheInfo{Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST, "gone"), {}});
-  ExpectExact(AcquireWriteRequest{1, 2, 3, 4, 5, 6});
-  ExpectExact(Grant{Status::Ok(), 7});
-  ExpectExact(ReleaseWriteRequest{7});
+  ExpectExact(PushRequest{1, 2, 3, SomeCache(2, 2).target.cache, 1, 1, 6, {{1, 2, 3}, {4, 5, 6}}});
+  ExpectExact(Pushed{Status(llm_datadist::LLM_TIMEOUT, "late")});
   ExpectExact(UnlinkRequest{8, {}});
   EXPECT_FALSE(DecodeEmpty({0}).ok());
 }
 
 TEST(Messages, ValuesAreReadBack) {
-  const Result<Hello> hello = Decode<Hello>(Encode(Hello{{1, 2}, SomeEndpoint(), 1234, true, "comm"}));
+  const Result<Hello> hello = Decode<Hello>(Encode(Hello{{1, 2}, SomeEndpoint(), 1234, true, LinkToken{1, 2, 3}, "comm"}));
   ASSERT_TRUE(hello.ok());
   EXPECT_EQ(hello.value().client.cluster_id, ~0ULL - 1);
-  EXPECT_EQ(hello.value().client.host.boot_id, SomeEndpoint().host.boot_id);
-  EXPECT_EQ(hello.value().client.challenge, SomeEndpoint().challenge);
+  EXPECT_EQ(hello.value().client.incarnation, SomeEndpoint().incarnation);
+  EXPECT_EQ(hello.value().replaced, (LinkToken{1, 2, 3}));
   EXPECT_EQ(hello.value().remaining_ms, 1234U);
   EXPECT_TRUE(hello.value().force_link);
   const Result<CacheInfo> cache = Decode<CacheInfo>(Encode(SomeCache(2, 2)));
@@ -196,6 +196,37 @@ TEST(Messages, ValuesAreReadBack) {
       Decode<DescribeRequest>(Encode(DescribeRequest{CacheRef::Key(CacheKey{KeyKind::kPrefix, 5, 6})}));
   ASSERT_TRUE(by_key.ok());
   EXPECT_EQ(by_key.value().ref.key, (CacheKey{KeyKind::kPrefix, 5, 6}));
+}
+
+// A peer that could choose the code would choose what the caller does next: wait, unlink, believe that it is linked.
+TEST(Messages, CodesThatACallCannotEndInAreRefused) {
+  using namespace llm_datadist;  // NOLINT(google-build-using-namespace): all the codes
+  const std::vector<llm_datadist::Status> all = {
+      LLM_FAILED, LLM_WAIT_PROC_TIMEOUT, LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID, LLM_NOT_YET_LINK, LLM_ALREADY_LINK,
+      LLM_LINK_FAILED, LLM_UNLINK_FAILED, LLM_NOTIFY_PROMPT_UNLINK_FAILED, LLM_CLUSTER_NUM_EXCEED_LIMIT,
+      LLM_PROCESSING_LINK, LLM_DEVICE_OUT_OF_MEMORY, LLM_EXIST_LINK, LLM_FEATURE_NOT_ENABLED, LLM_TIMEOUT,
+      LLM_LINK_BUSY, LLM_OUT_OF_MEMORY, 1U, 0xDEADBEEFU};
+  const auto passed = [&](const auto &decodes) {
+    std::set<llm_datadist::Status> codes;
+    std::copy_if(all.begin(), all.end(), std::inserter(codes, codes.end()),
+                 [&](llm_datadist::Status code) { return decodes(datadist::Status(code, "why")); });
+    return codes;
+  };
+  EXPECT_EQ(passed([](const datadist::Status &status) { return Decode<Reject>(Encode(Reject{status})).ok(); }),
+            (std::set<llm_datadist::Status>{LLM_ALREADY_LINK, LLM_PROCESSING_LINK, LLM_NOT_YET_LINK, LLM_LINK_FAILED,
+                                            LLM_PARAM_INVALID, LLM_FAILED}));
+  const std::set<llm_datadist::Status> of_caches = {LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID};
+  EXPECT_EQ(passed([](const datadist::Status &status) {
+              CacheInfo info;
+              info.status = status;
+              return Decode<CacheInfo>(Encode(info)).ok();
+            }),
+            of_caches);
+  EXPECT_EQ(passed([](const datadist::Status &status) { return Decode<Consumed>(Encode(Consumed{status})).ok(); }),
+            of_caches);
+  EXPECT_EQ(passed([](const datadist::Status &status) { return Decode<Pushed>(Encode(Pushed{status})).ok(); }),
+            (std::set<llm_datadist::Status>{LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID, llm_datadist::LLM_TIMEOUT,
+                                            LLM_FAILED}));
 }
 
 TEST(Messages, ValuesOutOfRangeAreRefused) {

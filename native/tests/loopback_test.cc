@@ -124,7 +124,7 @@ class SelfLink : public ::testing::Test {
 };
 
 TEST_F(SelfLink, DiallingOnesOwnListenerLinksUnderOnesOwnId) {
-  for (const uint64_t expected : {uint64_t{0}, kSelf, kPeer}) {
+  for (const uint64_t expected : {uint64_t{0}, kSelf}) {
     SCOPED_TRACE(expected);
     ASSERT_EQ(self_.Dial(address_, expected).code(), LLM_SUCCESS);
     const std::shared_ptr<Link> link = self_.table()->Find(kSelf);
@@ -193,9 +193,9 @@ class HixlPair : public ::testing::Test {
   const SocketAddress two_at_ = two_.Listen();
 };
 
-TEST_F(HixlPair, RepeatedLinkIsAlreadyLinkedWhateverIdTheCallerExpects) {
+TEST_F(HixlPair, RepeatedLinkIsAlreadyLinkedAlsoToWhoeverAnswers) {
   ASSERT_EQ(one_.Dial(two_at_, kPeer).code(), LLM_SUCCESS);
-  for (const uint64_t expected : {kPeer, uint64_t{0}, uint64_t{99}}) {
+  for (const uint64_t expected : {kPeer, uint64_t{0}}) {
     EXPECT_EQ(one_.Dial(two_at_, expected).code(), LLM_ALREADY_LINK) << expected;
   }
   EXPECT_TRUE(one_.Linked(kPeer));

@@ -2,6 +2,7 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include "support/eventually.h"
 #include "support/node.h"
 
 namespace datadist::testing {
@@ -69,21 +70,30 @@ TEST(SetRole, ListenerFollowsTheOption) {
   EXPECT_FALSE(Listens(node)) << "listening, no option: stops";
 }
 
-TEST(SetRole, RefusedWhileLinksExistAlsoLostOnes) {
+TEST(SetRole, RefusedWhileLinksExistAlsoLostOnesThatWereAskedForHere) {
   Node server(1);
   ASSERT_EQ(server.Start(ServerOptions()), LLM_SUCCESS);
   const uint16_t port = server.port();
-  {
-    Node client(2);
-    ASSERT_EQ(client.Start(ClientOptions()), LLM_SUCCESS);
-    ASSERT_EQ(client.Link(1, port), LLM_SUCCESS) << GetLastErrorText();
-    EXPECT_EQ(client.datadist().SetRole(LlmRole::kPrompt), LLM_EXIST_LINK);
-    EXPECT_EQ(server.datadist().SetRole(LlmRole::kDecoder), LLM_EXIST_LINK);
-    EXPECT_EQ(server.port(), port) << "nothing changed";
-  }
-  EXPECT_EQ(server.datadist().SetRole(LlmRole::kDecoder), LLM_EXIST_LINK) << "the entry stays until it is unlinked";
-  ASSERT_EQ(server.Unlink(2, 0, 1000, true), LLM_SUCCESS);
-  EXPECT_EQ(server.datadist().SetRole(LlmRole::kDecoder), LLM_SUCCESS);
+  Node client(2);
+  ASSERT_EQ(client.Start(ClientOptions()), LLM_SUCCESS);
+  ASSERT_EQ(client.Link(1, port), LLM_SUCCESS) << GetLastErrorText();
+  EXPECT_EQ(client.datadist().SetRole(LlmRole::kPrompt), LLM_EXIST_LINK);
+  EXPECT_EQ(server.datadist().SetRole(LlmRole::kDecoder), LLM_EXIST_LINK);
+  EXPECT_EQ(server.port(), port) << "nothing changed";
+  server.datadist().Finalize();
+  EXPECT_EQ(client.datadist().SetRole(LlmRole::kPrompt), LLM_EXIST_LINK) << "the entry stays until it is unlinked";
+  ASSERT_EQ(client.Unlink(1, port, 1000, true), LLM_SUCCESS);
+  EXPECT_EQ(client.datadist().SetRole(LlmRole::kPrompt), LLM_SUCCESS);
+}
+
+TEST(SetRole, AllowedWhenThePeersThatAskedForTheirLinksAreGone) {
+  Node server(1);
+  ASSERT_EQ(server.Start(ServerOptions()), LLM_SUCCESS);
+  Node client(2);
+  ASSERT_EQ(client.Start(ClientOptions()), LLM_SUCCESS);
+  ASSERT_EQ(client.Link(1, server.port()), LLM_SUCCESS) << GetLastErrorText();
+  client.datadist().Finalize();
+  EXPECT_TRUE(Eventually([&] { return server.datadist().SetRole(LlmRole::kDecoder) == LLM_SUCCESS; }));
 }
 
 TEST(SetRole, ServerAndClientChangePlacesAndDataFlows) {

@@ -130,7 +130,7 @@ TEST(Slices, CoverEveryByteOnceInOrder) {
     std::vector<Byte> got;
     const size_t parts = 1 + random() % 5;
     for (size_t part = 0; part < parts; ++part) {
-      for (const OpSlice &slice : SliceOp(op, PartOf(per_tensor, op.tensor_count, part, parts))) {
+      for (const OpSlice &slice : SliceOp(op, PartOf(per_tensor, op.tensor_count, part, parts), false)) {
         uint64_t total = 0;
         for (uint32_t tensor = 0; tensor < slice.tensor_count; ++tensor) {
           for (size_t i = 0; i < slice.remote.size(); ++i) {
@@ -153,11 +153,17 @@ TEST(Slices, NoRequestHasMoreSpansThanAllowed) {
   TransferOp op;
   op.tensor_count = 3;
   op.runs.assign(2 * kMaxSpansPerRequest + 5, datadist::Run{0, 0, 1});
-  const auto slices = SliceOp(op, {0, op.runs.size() * 3});
+  const auto slices = SliceOp(op, {0, op.runs.size() * 3}, false);
   ASSERT_EQ(slices.size(), 3U);
   EXPECT_EQ(slices[0].remote.size(), kMaxSpansPerRequest);
   EXPECT_EQ(slices[2].remote.size(), 5U);
   EXPECT_EQ(slices[2].tensor_count, 3U);
+  const auto ordered = SliceOp(op, {0, op.runs.size() * 3}, true);
+  ASSERT_EQ(ordered.size(), 9U);
+  for (size_t i = 0; i < ordered.size(); ++i) {
+    EXPECT_EQ(ordered[i].first_tensor, i / 3);
+    EXPECT_EQ(ordered[i].tensor_count, 1U);
+  }
 }
 
 }  // namespace

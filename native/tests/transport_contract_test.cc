@@ -63,7 +63,7 @@ class TransportContract : public testing::TestWithParam<Setting> {
 
   std::shared_ptr<WorkerPool> pool_ = std::make_shared<WorkerPool>(2);
   std::unique_ptr<Owner> owner_;
-  GrantsOf calls_{owner_};
+  CallsTo calls_{owner_};
   std::unique_ptr<DataPath> path_;
 };
 
@@ -255,6 +255,45 @@ TEST_P(TransportContract, RefusesRangesOutside) {
   }
   EXPECT_EQ(local.Bytes(), PatternOf(shape, 2));
   EXPECT_EQ(owner_->Bytes(remote.cache_id), PatternOf(shape, 1));
+}
+
+// Tensor after tensor and run after run: the last write of a byte stays, whichever tensor it was meant for.
+TEST_P(TransportContract, WritesTensorsThatOverlapInOrder) {
+  const CacheShape apart{5, 200, 4096};
+  CacheShape overlapping = apart;
+  overlapping.distance = 50 * apart.stride;
+  const size_t tensor_bytes = apart.num_blocks * apart.stride;
+  for (uint64_t seed = 1; seed <= 10; ++seed) {
+    const bool pull = seed % 2 == 0;
+    SCOPED_TRACE("seed " + std::to_string(seed));
+    const RemoteCache remote = owner_->AddCache(pull ? apart : overlapping, seed);
+    LocalCache local(pull ? overlapping : apart, ~seed);
+    std::mt19937_64 random(seed);
+    std::vector<uint64_t> from(apart.num_blocks);
+    std::iota(from.begin(), from.end(), 0);
+    std::vector<uint64_t> to = from;
+    std::shuffle(from.begin(), from.end(), random);
+    std::shuffle(to.begin(), to.end(), random);
+    const auto runs = pull ? BlockRuns(from, to, apart.stride) : BlockRuns(to, from, apart.stride);
+    const TransferOp op{&remote, &local.pin(), 0, 0, apart.num_tensors, runs};
+    const std::vector<uint8_t> source = pull ? owner_->Bytes(remote.cache_id) : local.Bytes();
+    ASSERT_TRUE((pull ? path_->Pull(op, Soon()) : path_->Push(op, Soon())).ok());
+
+    // Every byte of every tensor is written.
+    std::vector<uint8_t> memory(tensor_bytes + (apart.num_tensors - 1) * overlapping.distance);
+    for (size_t tensor = 0; tensor < apart.num_tensors; ++tensor) {
+      for (size_t i = 0; i < from.size(); ++i) {
+        std::memcpy(&memory[tensor * overlapping.distance + to[i] * apart.stride],
+                    &source[tensor * tensor_bytes + from[i] * apart.stride], apart.stride);
+      }
+    }
+    std::vector<uint8_t> expected;
+    for (size_t tensor = 0; tensor < apart.num_tensors; ++tensor) {
+      const auto start = memory.begin() + static_cast<std::ptrdiff_t>(tensor * overlapping.distance);
+      expected.insert(expected.end(), start, start + static_cast<std::ptrdiff_t>(tensor_bytes));
+    }
+    ASSERT_EQ(pull ? local.Bytes() : owner_->Bytes(remote.cache_id), expected);
+  }
 }
 
 // An initiator that believes, or pretends, that the cache is larger than it is.

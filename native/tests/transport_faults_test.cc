@@ -25,7 +25,7 @@ TEST_P(OwnerDies, KilledMidTransferEndsTheCall) {
   OwnerProcess &victim = *process;
   const std::unique_ptr<Owner> owner = std::move(process);
   const auto pool = std::make_shared<WorkerPool>(2);
-  GrantsOf calls{owner};
+  CallsTo calls{owner};
   const auto path = GetParam() == TransportKind::kCma ? ConnectCma(*owner, &calls, pool)
                                                       : ConnectTcp(*owner, 2, pool, seconds(30));
   const CacheShape shape{8, 1024, 4096};
@@ -81,7 +81,7 @@ TEST(OwnerStops, CmaStillReads) {
   auto process = std::make_unique<OwnerProcess>();
   OwnerProcess &stopped = *process;
   const std::unique_ptr<Owner> owner = std::move(process);
-  GrantsOf calls{owner};
+  CallsTo calls{owner};
   const auto path = ConnectCma(*owner, &calls, std::make_shared<WorkerPool>(2));
   const CacheShape shape{1, 4, 64};
   const RemoteCache remote = owner->AddCache(shape, 1);

@@ -5,6 +5,8 @@
 #include <cstdlib>
 #include <string_view>
 
+#include "base/text.h"
+
 namespace datadist {
 namespace {
 
@@ -44,7 +46,7 @@ void Log(LogLevel level, const std::string &text) {
   if (!LogEnabled(level)) {
     return;
   }
-  const std::string line = std::string("[datadist] ") + LevelName(level) + " " + text + "\n";
+  const std::string line = std::string("[datadist] ") + LevelName(level) + " " + OneLine(text) + "\n";
   // One write per line, so that lines of several threads and processes do not mix. Nothing to do when stderr is gone.
   [[maybe_unused]] const ssize_t written = ::write(STDERR_FILENO, line.data(), line.size());
 }

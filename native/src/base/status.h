@@ -3,9 +3,11 @@
 #define DATADIST_BASE_STATUS_H_
 
 #include <string>
+#include <string_view>
 #include <utility>
 #include <variant>
 
+#include "base/text.h"
 #include "llm_datadist/llm_datadist.h"
 
 namespace datadist {
@@ -13,7 +15,8 @@ namespace datadist {
 class [[nodiscard]] Status {
  public:
   Status() = default;
-  Status(llm_datadist::Status code, std::string text) : code_(code), text_(std::move(text)) {}
+  // The text may quote what a peer or a caller said: it is made one line here, because nobody can forget it here.
+  Status(llm_datadist::Status code, std::string_view text) : code_(code), text_(OneLine(text)) {}
   static Status Ok() { return Status(); }
 
   bool ok() const { return code_ == llm_datadist::LLM_SUCCESS; }
@@ -26,7 +29,7 @@ class [[nodiscard]] Status {
 };
 
 // The answer to an argument, or to something that a peer sent, that is not allowed.
-inline Status Invalid(std::string text) { return Status(llm_datadist::LLM_PARAM_INVALID, std::move(text)); }
+inline Status Invalid(std::string_view text) { return Status(llm_datadist::LLM_PARAM_INVALID, text); }
 
 // A value or the Status (never ok) that says why there is none.
 template <typename T>

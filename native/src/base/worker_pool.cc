@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <condition_variable>
 #include <deque>
+#include <exception>
 #include <mutex>
 #include <system_error>
 #include <thread>
@@ -18,6 +19,7 @@ struct WorkerPool::State {
     size_t count;
     size_t next = 0;  // first part that nobody took
     size_t ended = 0;
+    std::exception_ptr failure;  // of the first part that threw, for the caller
     std::condition_variable all_ended;
   };
 
@@ -34,8 +36,16 @@ struct WorkerPool::State {
       jobs.erase(std::find(jobs.begin(), jobs.end(), &job));
     }
     lock.unlock();
-    job.part(index);
+    std::exception_ptr failure;
+    try {
+      job.part(index);
+    } catch (...) {
+      failure = std::current_exception();
+    }
     lock.lock();
+    if (failure && !job.failure) {
+      job.failure = failure;
+    }
     if (++job.ended == job.count) {
       job.all_ended.notify_all();  // under the lock: the job dies as soon as its caller sees the count
     }
@@ -82,7 +92,7 @@ void WorkerPool::Run(size_t count, const std::function<void(size_t)> &part) {
     part(0);
     return;
   }
-  State::Job job{part, count, 0, 0, {}};
+  State::Job job{part, count, 0, 0, nullptr, {}};
   std::unique_lock<std::mutex> lock(state_->mutex);
   state_->jobs.push_back(&job);
   for (size_t i = std::min(count - 1, state_->threads.size()); i > 0; --i) {
@@ -92,6 +102,9 @@ void WorkerPool::Run(size_t count, const std::function<void(size_t)> &part) {
     state_->RunPart(job, lock);
   }
   job.all_ended.wait(lock, [&job] { return job.ended == job.count; });
+  if (job.failure) {
+    std::rethrow_exception(job.failure);
+  }
 }
 
 }  // namespace datadist

@@ -19,7 +19,7 @@ class WorkerPool {
   size_t width() const { return width_; }
 
   // Runs part(0) ... part(count - 1), each once, on the caller and on whatever pool threads are free, and returns when
-  // all ended. Parts must not throw. May be called by several threads at once; none waits for another's parts.
+  // all ended; what one of them threw is thrown here. May be called by several threads at once; none waits for another's parts.
   void Run(size_t count, const std::function<void(size_t)> &part);
 
  private:

@@ -4,11 +4,14 @@
 #include <netinet/in.h>
 #include <netinet/tcp.h>
 #include <poll.h>
+#include <sys/un.h>
 
 #include <algorithm>
 #include <cerrno>
 #include <charconv>
+#include <cstddef>
 #include <cstring>
+#include <vector>
 
 #include "base/socket_io.h"
 
@@ -126,7 +129,7 @@ void SetUpConnection(int fd) {
   ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
 }
 
-Result<Fd> Dial(const SocketAddress &address, Deadline deadline) {
+Result<Fd> DialTcp(const SocketAddress &address, Deadline deadline) {
   const std::string what = "connect to " + address.ToString() + ": ";
   Fd fd(::socket(address.family(), SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!fd) {
@@ -160,7 +163,100 @@ Result<Fd> Dial(const SocketAddress &address, Deadline deadline) {
   return fd;
 }
 
-Result<Fd> Listen(const SocketAddress &address) {
+namespace {
+
+struct LocalName {
+  sockaddr_un name{};
+  socklen_t size = 0;
+};
+
+LocalName LocalNameOf(const std::string &address) {
+  const std::string text = "datadist/" + address;
+  LocalName local;
+  local.name.sun_family = AF_UNIX;
+  // Abstract: behind a zero byte, without a file, gone with its socket.
+  const size_t length = std::min(text.size(), sizeof(local.name.sun_path) - 1);
+  std::memcpy(local.name.sun_path + 1, text.data(), length);
+  local.size = static_cast<socklen_t>(offsetof(sockaddr_un, sun_path) + 1 + length);
+  return local;
+}
+
+SocketAddress AnyOf(const SocketAddress &address) {
+  return SocketAddress::FromIp(address.family() == AF_INET6 ? "::" : "0.0.0.0", address.port()).value();
+}
+
+// Whether this host has that IP: a process that listens on all of them has one local name for all.
+bool IsOurs(const SocketAddress &address) {
+  const Fd probe(::socket(address.family(), SOCK_DGRAM | SOCK_CLOEXEC, 0));
+  sockaddr_storage at{};
+  std::memcpy(&at, address.get(), address.size());
+  auto &port = address.family() == AF_INET6 ? reinterpret_cast<sockaddr_in6 &>(at).sin6_port
+                                            : reinterpret_cast<sockaddr_in &>(at).sin_port;
+  port = 0;
+  return probe && ::bind(probe.get(), reinterpret_cast<const sockaddr *>(&at), address.size()) == 0;
+}
+
+// A full backlog is the only reason to wait that the kernel has, and it has no way to wait for room without blocking.
+constexpr int kBacklogPauseMs = 1;
+
+Fd ConnectLocal(const LocalName &local, Deadline deadline) {
+  Fd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  while (fd && ::connect(fd.get(), reinterpret_cast<const sockaddr *>(&local.name), local.size) != 0) {
+    if ((errno != EAGAIN && errno != EINTR) || deadline.Expired()) {
+      return Fd();
+    }
+    ::poll(nullptr, 0, kBacklogPauseMs);
+  }
+  return fd;
+}
+
+// Nobody, or a process of another user that took the name: not ours to talk to, TCP says the rest.
+Connection DialLocal(const SocketAddress &address, Deadline deadline) {
+  std::vector<std::string> names = {address.ToString()};
+  if (const SocketAddress any = AnyOf(address); IsOurs(address) && any.ToString() != names.front()) {
+    names.push_back(any.ToString());
+  }
+  for (const std::string &name : names) {
+    if (Fd fd = ConnectLocal(LocalNameOf(name), deadline)) {
+      if (Result<Connection> known = Identify(std::move(fd)); known.ok()) {
+        return std::move(known).value();
+      }
+    }
+  }
+  return Connection{};
+}
+
+}  // namespace
+
+Result<Connection> Dial(const SocketAddress &address, Deadline deadline) {
+  if (Connection local = DialLocal(address, deadline); local.fd) {
+    return local;
+  }
+  Result<Fd> remote = DialTcp(address, deadline);
+  if (!remote.ok()) {
+    return remote.status();
+  }
+  return Connection{std::move(remote).value(), nullptr};
+}
+
+Result<Connection> Identify(Fd accepted) {
+  int family = AF_UNSPEC;
+  socklen_t size = sizeof(family);
+  if (::getsockopt(accepted.get(), SOL_SOCKET, SO_DOMAIN, &family, &size) != 0) {
+    return Status(LLM_LINK_FAILED, "SO_DOMAIN: " + ErrnoText(errno));
+  }
+  if (family != AF_UNIX) {
+    SetUpConnection(accepted.get());
+    return Connection{std::move(accepted), nullptr};
+  }
+  Result<std::shared_ptr<const PeerProcess>> process = PeerProcess::Of(accepted.get());
+  if (!process.ok()) {
+    return process.status();
+  }
+  return Connection{std::move(accepted), std::move(process).value()};
+}
+
+Result<Listeners> Listen(const SocketAddress &address) {
   const std::string what = "listen on " + address.ToString() + ": ";
   Fd fd(::socket(address.family(), SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!fd) {
@@ -175,7 +271,15 @@ Result<Fd> Listen(const SocketAddress &address) {
   if (::bind(fd.get(), address.get(), address.size()) != 0 || ::listen(fd.get(), kBacklog) != 0) {
     return Status(LLM_FAILED, what + ErrnoText(errno));
   }
-  return fd;
+  Fd local(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+  if (local) {
+    const LocalName name = LocalNameOf(SocketAddress::LocalOf(fd.get()).ToString());
+    if (::bind(local.get(), reinterpret_cast<const sockaddr *>(&name.name), name.size) != 0 ||
+        ::listen(local.get(), kBacklog) != 0) {
+      return Status(LLM_FAILED, what + "its local name '" + (name.name.sun_path + 1) + "': " + ErrnoText(errno));
+    }
+  }
+  return Listeners{std::move(fd), std::move(local)};
 }
 
 }  // namespace datadist

@@ -1,16 +1,21 @@
 // IP literals, and the two ways to get a socket from one. No name is ever resolved: an address is what the caller
 // wrote.
+//
+// Who listens on ip:port listens on the abstract AF_UNIX name "datadist/ip:port" too, and who dials tries that first:
+// between two processes of one host (one network namespace) the kernel then says who is at the other end.
 #ifndef DATADIST_CONTROL_ADDRESS_H_
 #define DATADIST_CONTROL_ADDRESS_H_
 
 #include <sys/socket.h>
 
 #include <cstdint>
+#include <memory>
 #include <string>
 #include <string_view>
 
 #include "base/deadline.h"
 #include "base/fd.h"
+#include "base/peer_process.h"
 #include "base/status.h"
 
 namespace datadist {
@@ -35,11 +40,27 @@ class SocketAddress {
   socklen_t size_ = 0;
 };
 
-// A connected socket with TCP_NODELAY. LLM_LINK_FAILED when refused or unreachable, LLM_TIMEOUT at the deadline.
-Result<Fd> Dial(const SocketAddress &address, Deadline deadline);
+struct Connection {
+  Fd fd;
+  std::shared_ptr<const PeerProcess> process;  // none over TCP: nobody vouches for who is there
+};
 
-// A listening, non-blocking socket. LLM_FAILED when the address cannot be bound.
-Result<Fd> Listen(const SocketAddress &address);
+// Within the host if a process of our user listens there, else over TCP, with TCP_NODELAY. LLM_LINK_FAILED when refused
+// or unreachable, LLM_TIMEOUT at the deadline.
+Result<Connection> Dial(const SocketAddress &address, Deadline deadline);
+// Over TCP in any case: for data connections, whose owner is known by the link's token.
+Result<Fd> DialTcp(const SocketAddress &address, Deadline deadline);
+
+struct Listeners {
+  Fd tcp;
+  Fd local;  // none where the kernel has no AF_UNIX for us
+};
+
+// Listening, non-blocking sockets. LLM_FAILED when the address cannot be bound, or its local name is another's.
+Result<Listeners> Listen(const SocketAddress &address);
+
+// The accepted connection with what the kernel says of its other end. LLM_LINK_FAILED for a process of another user.
+Result<Connection> Identify(Fd accepted);
 
 // What every control and data connection needs: no delay, no inheritance by exec.
 void SetUpConnection(int fd);

@@ -7,12 +7,25 @@
 #include <array>
 #include <cerrno>
 #include <condition_variable>
+#include <exception>
+#include <string>
 #include <system_error>
 
+#include "base/log.h"
 #include "base/socket_io.h"
 
 namespace datadist {
 namespace {
+
+// What runs out of memory costs what it was about, never the process and the links of everybody else.
+template <typename Work>
+void Guarded(const Work &work) {
+  try {
+    work();
+  } catch (const std::exception &error) {
+    Log(LogLevel::kError, std::string("event loop: ") + error.what());
+  }
+}
 
 using llm_datadist::LLM_FAILED;
 
@@ -179,7 +192,7 @@ void EventLoop::DispatchOnLoop(uint64_t id, uint32_t events) {
     return;  // removed by an earlier handler of the same round
   }
   const std::shared_ptr<Watch> watch = it->second;  // the handler may remove itself
-  watch->handler(events);
+  Guarded([&] { watch->handler(events); });
 }
 
 void EventLoop::RunTasksOnLoop() {
@@ -189,7 +202,7 @@ void EventLoop::RunTasksOnLoop() {
     tasks.swap(tasks_);
   }
   for (Task &task : tasks) {
-    task();
+    Guarded(task);
     task = nullptr;
   }
 }
@@ -201,7 +214,7 @@ void EventLoop::RunTimersOnLoop() {
     const Task task = std::move(it->second);
     timer_times_.erase(it->first.second);
     timers_.erase(it);
-    task();
+    Guarded(task);
   }
 }
 

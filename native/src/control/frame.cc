@@ -55,12 +55,10 @@ const char *MessageName(MessageType type) {
       return "DESCRIBE";
     case MessageType::kCacheInfo:
       return "CACHE_INFO";
-    case MessageType::kAcquireWrite:
-      return "ACQUIRE_WRITE";
-    case MessageType::kGrant:
-      return "GRANT";
-    case MessageType::kReleaseWrite:
-      return "RELEASE_WRITE";
+    case MessageType::kPush:
+      return "PUSH";
+    case MessageType::kPushed:
+      return "PUSHED";
     case MessageType::kUnlink:
       return "UNLINK";
     case MessageType::kUnlinked:
@@ -73,7 +71,9 @@ const char *MessageName(MessageType type) {
   return "?";
 }
 
-uint32_t BodyCap(MessageType type) { return type == MessageType::kCacheInfo ? kMaxFrameBody : kSmallBody; }
+uint32_t BodyCap(MessageType type) {
+  return type == MessageType::kCacheInfo || type == MessageType::kPush ? kMaxFrameBody : kSmallBody;
+}
 
 std::vector<uint8_t> EncodeFrame(MessageType type, uint32_t seq, const std::vector<uint8_t> &body) {
   Writer writer;

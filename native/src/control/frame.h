@@ -21,7 +21,7 @@
 namespace datadist {
 
 constexpr uint32_t kFrameMagic = 0x4B444444;  // "DDDK"
-constexpr uint16_t kProtocolVersion = 2;
+constexpr uint16_t kProtocolVersion = 3;
 constexpr size_t kFrameHeaderSize = 20;
 constexpr uint32_t kMaxFrameBody = 1U << 20;
 
@@ -37,17 +37,16 @@ enum class MessageType : uint16_t {
   kPong = 9,
   kDescribe = 10,
   kCacheInfo = 11,
-  kAcquireWrite = 12,
-  kGrant = 13,
-  kReleaseWrite = 14,
-  kUnlink = 15,
-  kUnlinked = 16,
-  kConsume = 17,
-  kConsumed = 18,
+  kPush = 12,
+  kPushed = 13,
+  kUnlink = 14,
+  kUnlinked = 15,
+  kConsume = 16,
+  kConsumed = 17,
 };
 const char *MessageName(MessageType type);
 
-// Largest body of a type: 4 KiB for all but CACHE_INFO, which lists an address per tensor.
+// Largest body of a type: 4 KiB for all but CACHE_INFO and PUSH, which list an address per tensor.
 uint32_t BodyCap(MessageType type);
 
 // The messages that are legal in one state of a connection.
@@ -56,6 +55,7 @@ class TypeSet {
   template <typename... Types>
   constexpr explicit TypeSet(Types... types) : bits_((0U | ... | Bit(types))) {}
   constexpr bool Has(MessageType type) const { return (bits_ & Bit(type)) != 0; }
+  constexpr void Add(MessageType type) { bits_ |= Bit(type); }
 
  private:
   static constexpr uint32_t Bit(MessageType type) { return 1U << static_cast<uint16_t>(type); }

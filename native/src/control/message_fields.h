@@ -2,9 +2,11 @@
 #ifndef DATADIST_CONTROL_MESSAGE_FIELDS_H_
 #define DATADIST_CONTROL_MESSAGE_FIELDS_H_
 
+#include <algorithm>
 #include <array>
+#include <initializer_list>
+#include <optional>
 #include <string>
-#include <utility>
 
 #include "base/bytes.h"
 #include "base/status.h"
@@ -32,10 +34,16 @@ inline void Put(Writer &writer, const Status &status) {
   writer.Text(status.text(), kMaxText);
 }
 
-inline Status GetStatus(Reader &reader) {
+// A status of the peer's; `allowed` are the failures that the message may carry. The peer does not choose what our
+// caller is told: of any other code the reader fails.
+inline std::optional<Status> GetStatus(Reader &reader, std::initializer_list<llm_datadist::Status> allowed) {
   const uint32_t code = reader.U32();
-  std::string text = reader.Text(kMaxText);
-  return code == llm_datadist::LLM_SUCCESS ? Status::Ok() : Status(code, std::move(text));
+  const std::string text = reader.Text(kMaxText);
+  if (!reader.ok() || (code != llm_datadist::LLM_SUCCESS &&
+                       std::find(allowed.begin(), allowed.end(), code) == allowed.end())) {
+    return std::nullopt;
+  }
+  return code == llm_datadist::LLM_SUCCESS ? Status::Ok() : Status(code, text);
 }
 
 }  // namespace datadist

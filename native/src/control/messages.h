@@ -2,8 +2,8 @@
 // decoder refuses values outside their range and trailing bytes (LLM_FAILED: the connection is to be closed).
 //
 //   client                                   server
-//   HELLO ───────────────────────────────────>  who am I; my probe slot; put this challenge into yours
-//         <─────────────────────────── WELCOME  the same of the server; the link's token       (or REJECT)
+//   HELLO ───────────────────────────────────>  who am I; the token of the link that this one is to replace
+//         <─────────────────────────── WELCOME  who am I; the link's token                     (or REJECT)
 //   READY ───────────────────────────────────>  the transport of the transfers that I initiate
 //         <───────────────────────────── READY  the same of the server                         (or REJECT)
 //   ATTACH on each data connection ──────────>  (tcp only)
@@ -11,9 +11,9 @@
 //   ESTABLISHED ─────────────────────────────>
 //         <─────────────────────── ESTABLISHED
 //
-// From then on either end sends PING, DESCRIBE, ACQUIRE_WRITE, RELEASE_WRITE, CONSUME and UNLINK, and the other answers
-// PONG, CACHE_INFO, GRANT, nothing, CONSUMED and UNLINKED, with the seq of the request. UNLINK is also legal as the
-// first and only message of a fresh connection: that is how a link is dropped whose own connection is gone.
+// From then on either end sends PING, DESCRIBE, PUSH, CONSUME and UNLINK, and the other answers PONG, CACHE_INFO, PUSHED,
+// CONSUMED and UNLINKED, with the seq of the request. UNLINK is also legal as the first and only message of a fresh
+// connection: that is how a link is dropped whose own connection is gone.
 #ifndef DATADIST_CONTROL_MESSAGES_H_
 #define DATADIST_CONTROL_MESSAGES_H_
 
@@ -25,7 +25,6 @@
 #include "base/deadline.h"
 #include "base/status.h"
 #include "cache/cache_key.h"
-#include "transport/cma/cma_data_path.h"
 #include "transport/transport.h"
 
 namespace datadist {
@@ -38,9 +37,6 @@ struct EndpointInfo {
   uint64_t cluster_id = 0;
   int32_t role = 0;
   Incarnation incarnation{};
-  HostIdentity host;
-  uint64_t slot_addr = 0;
-  Challenge challenge{};  // for the receiver to put into its slot
   uint16_t tcp_streams = 1;
   bool remote_accessible = true;  // both ends of a link must agree
 };
@@ -54,7 +50,8 @@ struct Hello {
   VersionRange versions;
   EndpointInfo client;
   uint32_t remaining_ms = 0;
-  bool force_link = false;
+  bool force_link = false;  // the client knows of no live link with that server, and wants one anew
+  LinkToken replaced{};     // of the lost link that it remembers; zeros: of none
   std::string comm_name;  // of a bilateral link; empty: a client links to a server
   int64_t comm_id = 0;    // the client's own: tells another attempt from a later comm of the same name
 };
@@ -113,24 +110,25 @@ struct Consumed {
   Status status;
 };
 
-// All runs of the write end at or before `end` in each tensor. That is all the owner needs: it pins the cache and
-// refuses a range outside, and each run starts at or after 0 by its type.
-struct AcquireWriteRequest {
+// A push over cma: the sender asks the owner to read `runs` out of the sender's memory, because only who writes knows
+// when the writing has ended. `source` is the sender's own cache; a run's remote_offset is in the tensors of `source`,
+// its local_offset in those of the owner's cache.
+struct PushRequest {
   int64_t cache_id = 0;
   uint64_t generation = 0;
   uint32_t first_tensor = 0;
+  RemoteCache source;
+  uint32_t source_first_tensor = 0;
   uint32_t tensor_count = 0;
-  uint64_t end = 0;
   uint32_t remaining_ms = 0;
+  std::vector<Run> runs;
 };
 
-struct Grant {
+// With the addresses of the largest cache they fit into a frame.
+constexpr size_t kMaxPushRuns = 16384;
+
+struct Pushed {
   Status status;
-  uint64_t grant = 0;
-};
-
-struct ReleaseWriteRequest {
-  uint64_t grant = 0;
 };
 
 struct UnlinkRequest {
@@ -148,9 +146,8 @@ std::vector<uint8_t> Encode(const Ready &message);
 std::vector<uint8_t> Encode(const Attach &message);
 std::vector<uint8_t> Encode(const DescribeRequest &message);
 std::vector<uint8_t> Encode(const CacheInfo &message);
-std::vector<uint8_t> Encode(const AcquireWriteRequest &message);
-std::vector<uint8_t> Encode(const Grant &message);
-std::vector<uint8_t> Encode(const ReleaseWriteRequest &message);
+std::vector<uint8_t> Encode(const PushRequest &message);
+std::vector<uint8_t> Encode(const Pushed &message);
 std::vector<uint8_t> Encode(const ConsumeRequest &message);
 std::vector<uint8_t> Encode(const Consumed &message);
 std::vector<uint8_t> Encode(const UnlinkRequest &message);

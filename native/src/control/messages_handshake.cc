@@ -9,7 +9,6 @@
 namespace datadist {
 namespace {
 
-constexpr size_t kMaxBootId = 64;
 constexpr size_t kMaxCommName = 127;
 constexpr uint16_t kMaxTcpStreams = 16;
 
@@ -17,11 +16,6 @@ void Put(Writer &writer, const EndpointInfo &info) {
   writer.U64(info.cluster_id);
   writer.I32(info.role);
   Put(writer, info.incarnation);
-  writer.Text(info.host.boot_id, kMaxBootId);
-  writer.U64(info.host.pid_namespace);
-  writer.I32(info.host.pid);
-  writer.U64(info.slot_addr);
-  Put(writer, info.challenge);
   writer.U16(info.tcp_streams);
   writer.U8(info.remote_accessible ? 1 : 0);
 }
@@ -30,16 +24,10 @@ bool Get(Reader &reader, EndpointInfo &info) {
   info.cluster_id = reader.U64();
   info.role = reader.I32();
   Get(reader, info.incarnation);
-  info.host.boot_id = reader.Text(kMaxBootId);
-  info.host.pid_namespace = reader.U64();
-  info.host.pid = reader.I32();
-  info.slot_addr = reader.U64();
-  Get(reader, info.challenge);
   info.tcp_streams = reader.U16();
   const uint8_t accessible = reader.U8();
   info.remote_accessible = accessible == 1;
-  return reader.ok() && accessible <= 1 && info.role >= 1 && info.role <= 3 && info.host.pid >= 0 && info.tcp_streams >= 1 &&
-         info.tcp_streams <= kMaxTcpStreams;
+  return reader.ok() && accessible <= 1 && info.role >= 1 && info.role <= 3 && info.tcp_streams >= 1 && info.tcp_streams <= kMaxTcpStreams;
 }
 
 bool IsTransport(uint8_t kind) {
@@ -59,6 +47,7 @@ std::vector<uint8_t> Encode(const Hello &message) {
   Put(writer, message.client);
   writer.U32(message.remaining_ms);
   writer.U8(message.force_link ? 1 : 0);
+  Put(writer, message.replaced);
   writer.Text(message.comm_name, kMaxCommName);
   writer.I64(message.comm_id);
   return writer.Take();
@@ -85,6 +74,7 @@ Result<Hello> Decode(const std::vector<uint8_t> &body) {
   message.remaining_ms = reader.U32();
   const uint8_t force = reader.U8();
   message.force_link = force == 1;
+  Get(reader, message.replaced);
   message.comm_name = reader.Text(kMaxCommName);
   message.comm_id = reader.I64();
   if (!client_ok || !reader.Finished() || force > 1) {
@@ -121,11 +111,13 @@ std::vector<uint8_t> Encode(const Reject &message) {
 template <>
 Result<Reject> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
-  Reject message{GetStatus(reader)};
-  if (!reader.Finished() || message.status.ok()) {
+  const auto status = GetStatus(
+      reader, {llm_datadist::LLM_ALREADY_LINK, llm_datadist::LLM_PROCESSING_LINK, llm_datadist::LLM_NOT_YET_LINK,
+               llm_datadist::LLM_LINK_FAILED, llm_datadist::LLM_PARAM_INVALID, llm_datadist::LLM_FAILED});
+  if (!status.has_value() || status->ok() || !reader.Finished()) {
     return Malformed("REJECT");
   }
-  return message;
+  return Reject{*status};
 }
 
 std::vector<uint8_t> Encode(const Ready &message) {
@@ -140,7 +132,7 @@ Result<Ready> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
   const uint8_t transport = reader.U8();
   Ready message;
-  message.reason = reader.Text(kMaxText);
+  message.reason = OneLine(reader.Text(kMaxText));
   if (!reader.Finished() || !IsTransport(transport)) {
     return Malformed("READY");
   }

@@ -8,6 +8,11 @@
 namespace datadist {
 namespace {
 
+using llm_datadist::LLM_FAILED;
+using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
+using llm_datadist::LLM_PARAM_INVALID;
+using llm_datadist::LLM_TIMEOUT;
+
 // What fits into the largest frame beside the fixed fields; far above any limit on registrations.
 constexpr uint32_t kMaxTensors = (kMaxFrameBody - 4096) / sizeof(uint64_t);
 
@@ -32,6 +37,7 @@ void Put(Writer &writer, const CacheGeometry &geometry) {
   writer.U32(geometry.num_tensors);
   writer.U64(std::max(geometry.batch_size, geometry.num_blocks));
   writer.U64(geometry.tensor_bytes);
+  writer.U8(geometry.tensors_overlap ? 1 : 0);
 }
 
 bool Get(Reader &reader, CacheGeometry &geometry) {
@@ -40,7 +46,9 @@ bool Get(Reader &reader, CacheGeometry &geometry) {
   geometry.num_tensors = reader.U32();
   const uint64_t rows = reader.U64();
   geometry.tensor_bytes = reader.U64();
-  if (!reader.ok() || layout > static_cast<uint8_t>(CacheLayout::kBlocks) || geometry.num_tensors == 0 ||
+  const uint8_t overlap = reader.U8();
+  geometry.tensors_overlap = overlap == 1;
+  if (!reader.ok() || overlap > 1 || layout > static_cast<uint8_t>(CacheLayout::kBlocks) || geometry.num_tensors == 0 ||
       geometry.num_tensors > kMaxTensors || rows == 0) {
     return false;
   }
@@ -146,10 +154,11 @@ template <>
 Result<CacheInfo> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
   CacheInfo message;
-  message.status = GetStatus(reader);
-  if (!reader.ok() || (message.status.ok() && !Get(reader, message.target)) || !reader.Finished()) {
+  const auto status = GetStatus(reader, {LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID});
+  if (!status.has_value() || (status->ok() && !Get(reader, message.target)) || !reader.Finished()) {
     return Malformed("CACHE_INFO");
   }
+  message.status = *status;
   return message;
 }
 
@@ -185,73 +194,72 @@ std::vector<uint8_t> Encode(const Consumed &message) {
 template <>
 Result<Consumed> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
-  Consumed message{GetStatus(reader)};
-  if (!reader.Finished()) {
+  const auto status = GetStatus(reader, {LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID});
+  if (!status.has_value() || !reader.Finished()) {
     return Malformed("CONSUMED");
   }
-  return message;
+  return Consumed{*status};
 }
 
-std::vector<uint8_t> Encode(const AcquireWriteRequest &message) {
+std::vector<uint8_t> Encode(const PushRequest &message) {
   Writer writer;
   writer.I64(message.cache_id);
   writer.U64(message.generation);
   writer.U32(message.first_tensor);
+  Put(writer, message.source);
+  writer.U32(message.source_first_tensor);
   writer.U32(message.tensor_count);
-  writer.U64(message.end);
   writer.U32(message.remaining_ms);
+  writer.U32(static_cast<uint32_t>(message.runs.size()));
+  for (const Run &run : message.runs) {
+    writer.U64(run.remote_offset);
+    writer.U64(run.local_offset);
+    writer.U64(run.length);
+  }
   return writer.Take();
 }
 
 template <>
-Result<AcquireWriteRequest> Decode(const std::vector<uint8_t> &body) {
+Result<PushRequest> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
-  AcquireWriteRequest message;
+  PushRequest message;
   message.cache_id = reader.I64();
   message.generation = reader.U64();
   message.first_tensor = reader.U32();
+  const bool source_ok = Get(reader, message.source);
+  message.source_first_tensor = reader.U32();
   message.tensor_count = reader.U32();
-  message.end = reader.U64();
   message.remaining_ms = reader.U32();
+  const uint32_t runs = reader.U32();
+  if (!source_ok || !reader.ok() || runs > kMaxPushRuns || runs > reader.remaining() / sizeof(Run)) {
+    return Malformed("PUSH");
+  }
+  message.runs.resize(runs);
+  for (Run &run : message.runs) {
+    run.remote_offset = reader.U64();
+    run.local_offset = reader.U64();
+    run.length = reader.U64();
+  }
   if (!reader.Finished()) {
-    return Malformed("ACQUIRE_WRITE");
+    return Malformed("PUSH");
   }
   return message;
 }
 
-std::vector<uint8_t> Encode(const Grant &message) {
+std::vector<uint8_t> Encode(const Pushed &message) {
   Writer writer;
   Put(writer, message.status);
-  writer.U64(message.grant);
   return writer.Take();
 }
 
 template <>
-Result<Grant> Decode(const std::vector<uint8_t> &body) {
+Result<Pushed> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
-  Grant message;
-  message.status = GetStatus(reader);
-  message.grant = reader.U64();
-  if (!reader.Finished()) {
-    return Malformed("GRANT");
+  const auto status = GetStatus(reader, {LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID, LLM_TIMEOUT, LLM_FAILED});
+  if (!status.has_value() || !reader.Finished()) {
+    return Malformed("PUSHED");
   }
-  return message;
-}
-
-std::vector<uint8_t> Encode(const ReleaseWriteRequest &message) {
-  Writer writer;
-  writer.U64(message.grant);
-  return writer.Take();
-}
-
-template <>
-Result<ReleaseWriteRequest> Decode(const std::vector<uint8_t> &body) {
-  Reader reader(body.data(), body.size());
-  const ReleaseWriteRequest message{reader.U64()};
-  if (!reader.Finished()) {
-    return Malformed("RELEASE_WRITE");
-  }
-  return message;
+  return Pushed{*status};
 }
 
 std::vector<uint8_t> Encode(const UnlinkRequest &message) {

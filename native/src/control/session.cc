@@ -1,9 +1,11 @@
 #include "control/session.h"
 
+#include <poll.h>
 #include <sys/epoll.h>
 #include <sys/socket.h>
 
 #include <cerrno>
+#include <exception>
 #include <utility>
 
 #include "base/socket_io.h"
@@ -21,12 +23,10 @@ constexpr size_t kMaxOutbox = 4U << 20;
 // Then the loop looks after the others: one busy peer must not hold up the rest.
 constexpr int kReadsPerTurn = 64;
 
-constexpr TypeSet kRequests(MessageType::kPing, MessageType::kDescribe, MessageType::kAcquireWrite,
-                            MessageType::kReleaseWrite, MessageType::kConsume, MessageType::kUnlink);
-constexpr TypeSet kLegal(MessageType::kPing, MessageType::kPong, MessageType::kDescribe, MessageType::kCacheInfo,
-                         MessageType::kAcquireWrite, MessageType::kGrant, MessageType::kReleaseWrite,
-                         MessageType::kConsume, MessageType::kConsumed, MessageType::kUnlink,
-                         MessageType::kUnlinked);
+constexpr TypeSet kRequests(MessageType::kPing, MessageType::kDescribe, MessageType::kPush, MessageType::kConsume,
+                            MessageType::kUnlink);
+constexpr TypeSet kUnasked(MessageType::kPing, MessageType::kPong, MessageType::kDescribe, MessageType::kPush,
+                           MessageType::kConsume, MessageType::kUnlink);
 
 }  // namespace
 
@@ -76,13 +76,14 @@ Result<Frame> Session::Call(MessageType request, const std::vector<uint8_t> &bod
   Send(request, seq, body);
   std::unique_lock<std::mutex> lock(mutex_);
   changed_.wait_until(lock, deadline.at(), [&] { return closed_ || pending_.at(seq).frame.has_value(); });
-  const auto node = pending_.extract(seq);
-  if (node.mapped().frame.has_value()) {
-    return *std::move(node.mapped().frame);
+  PendingCall &call = pending_.at(seq);
+  if (call.frame.has_value()) {
+    return *std::move(pending_.extract(seq).mapped().frame);
   }
   if (closed_) {
     return Status(LLM_FAILED, reason_);
   }
+  call.given_up = true;  // its answer may still come
   return Status(LLM_TIMEOUT, std::string("no answer to ") + MessageName(request) + " in time");
 }
 
@@ -130,6 +131,11 @@ void Session::FlushLocked() {
   }
 }
 
+bool Session::Ended() const {
+  pollfd end{fd_.get(), POLLRDHUP, 0};
+  return ::poll(&end, 1, 0) > 0 && (end.revents & (POLLRDHUP | POLLHUP | POLLERR)) != 0;
+}
+
 void Session::Close(CloseCause cause, const std::string &reason) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
@@ -155,7 +161,9 @@ void Session::FinishOnLoop() {
   }
 }
 
-void Session::OnEventsOnLoop(uint32_t events) {
+// Without memory for what the peer sends, this session ends: its bytes are lost, and so is its framing. Shutting down
+// needs none; the end of the connection then comes as an event.
+void Session::OnEventsOnLoop(uint32_t events) try {
   if ((events & EPOLLOUT) != 0) {
     const std::lock_guard<std::mutex> lock(mutex_);
     FlushLocked();
@@ -164,6 +172,8 @@ void Session::OnEventsOnLoop(uint32_t events) {
     for (int i = 0; i < kReadsPerTurn && ReadOnLoop(); ++i) {
     }
   }
+} catch (const std::exception &) {
+  ::shutdown(fd_.get(), SHUT_RDWR);
 }
 
 // Whether there may be more to read.
@@ -179,10 +189,10 @@ bool Session::ReadOnLoop() {
     Close(CloseCause::kByPeer, size == 0 ? "the peer closed the connection" : ErrnoText(errno));
     return false;
   }
-  silent_intervals_ = 0;
-  Result<std::optional<Frame>> frame = reader_.Filled(static_cast<size_t>(size), kLegal);
+  Result<std::optional<Frame>> frame = reader_.Filled(static_cast<size_t>(size), LegalOnLoop());
   Status status = frame.ok() ? Status::Ok() : frame.status();
   if (frame.ok() && frame.value().has_value()) {
+    silent_intervals_ = 0;  // a whole frame: a byte now and then is no sign of life
     status = OnFrameOnLoop(*std::move(frame).value());
   }
   if (!status.ok()) {
@@ -190,6 +200,16 @@ bool Session::ReadOnLoop() {
     return false;
   }
   return true;
+}
+
+// Answers are legal while somebody asked: of those that nobody did, not even the bytes are taken in.
+TypeSet Session::LegalOnLoop() {
+  TypeSet legal = kUnasked;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto &[seq, call] : pending_) {
+    legal.Add(call.answer);
+  }
+  return legal;
 }
 
 Status Session::OnFrameOnLoop(Frame frame) {
@@ -219,13 +239,15 @@ Status Session::OnAnswerOnLoop(Frame frame) {
     return DecodeEmpty(frame.body);
   }
   const auto it = pending_.find(frame.seq);
-  if (it == pending_.end()) {
-    // Late answers of calls that gave up are normal; answers to what was never asked are not.
-    return frame.seq <= last_seq_ ? Status::Ok()
-                                  : Status(LLM_FAILED, std::string("unasked ") + MessageName(frame.type));
+  if (it == pending_.end() || it->second.frame.has_value()) {
+    return Status(LLM_FAILED, std::string("unasked ") + MessageName(frame.type));
   }
   if (it->second.answer != frame.type) {
     return Status(LLM_FAILED, std::string(MessageName(frame.type)) + " instead of " + MessageName(it->second.answer));
+  }
+  if (it->second.given_up) {
+    pending_.erase(it);
+    return Status::Ok();
   }
   it->second.frame = std::move(frame);
   changed_.notify_all();

@@ -57,6 +57,9 @@ class Session : public std::enable_shared_from_this<Session> {
   // A one-way message, or the answer to `seq`. From any thread, never blocks.
   void Send(MessageType type, uint32_t seq, const std::vector<uint8_t> &body);
 
+  // Whether the peer's end of the connection is gone. From any thread.
+  bool Ended() const;
+
   // From any thread, idempotent. Wakes callers at once.
   void Close(CloseCause cause, const std::string &reason);
 
@@ -64,12 +67,14 @@ class Session : public std::enable_shared_from_this<Session> {
   struct PendingCall {
     MessageType answer;
     std::optional<Frame> frame;
+    bool given_up = false;  // nobody waits any more; at most as many as calls of ours have timed out
   };
   Session(std::shared_ptr<EventLoop> loop, Fd fd, std::chrono::milliseconds heartbeat_interval);
 
   void StartOnLoop();
   void OnEventsOnLoop(uint32_t events);
   bool ReadOnLoop();
+  TypeSet LegalOnLoop();
   Status OnFrameOnLoop(Frame frame);
   Status OnAnswerOnLoop(Frame frame);
   void OnHeartbeatOnLoop();

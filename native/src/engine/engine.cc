@@ -11,8 +11,8 @@ using llm_datadist::LLM_EXIST_LINK;
 using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_FEATURE_NOT_ENABLED;
 
-Result<Fd> ListenAt(const SocketAddress &address) {
-  Result<Fd> bound = Listen(address);
+Result<Listeners> ListenAt(const SocketAddress &address) {
+  Result<Listeners> bound = Listen(address);
   if (!bound.ok()) {
     return Status(bound.status().code(),
                   std::string(llm_datadist::OPTION_LISTEN_IP_INFO) + ": " + bound.status().text());
@@ -44,13 +44,13 @@ Result<std::shared_ptr<Engine>> Engine::Start(uint64_t cluster_id, llm_datadist:
     return parsed.status();
   }
   EngineOptions &options = parsed.value();
-  Fd listener;
+  Listeners listeners;
   if (options.listen.has_value()) {
-    Result<Fd> bound = ListenAt(*options.listen);
+    Result<Listeners> bound = ListenAt(*options.listen);
     if (!bound.ok()) {
       return bound.status();
     }
-    listener = std::move(bound).value();
+    listeners = std::move(bound).value();
   }
   if (Status status = ParseLateOptions(map, options); !status.ok()) {
     return status;
@@ -66,8 +66,8 @@ Result<std::shared_ptr<Engine>> Engine::Start(uint64_t cluster_id, llm_datadist:
   }
   std::shared_ptr<Engine> engine(new Engine(endpoint, options));
   endpoint->loop()->Run([&engine, loop = endpoint->loop().get()] { engine->statistics_->StartOnLoop(loop); });
-  if (listener) {
-    if (Status status = engine->StartListening(std::move(listener), *options.listen); !status.ok()) {
+  if (listeners.tcp) {
+    if (Status status = engine->StartListening(std::move(listeners), *options.listen); !status.ok()) {
       return status;
     }
   }
@@ -95,6 +95,10 @@ void Engine::Stop() {
   for (const std::shared_ptr<Link> &link : links) {
     link->Close("finalized");
   }
+  for (const std::shared_ptr<Link> &link : links) {
+    link->WaitUntilServed();
+  }
+  endpoint_->serving().Stop();
   endpoint_->loop()->Stop();
   links.clear();
   endpoint_->caches()->Clear();
@@ -105,13 +109,13 @@ void Engine::Stop() {
 
 // ---- listener and role ----
 
-Status Engine::StartListening(Fd listener, const SocketAddress &asked) {
+Status Engine::StartListening(Listeners listeners, const SocketAddress &asked) {
   const std::lock_guard<std::mutex> lock(listener_mutex_);
   asked_address_ = asked;
-  listen_address_ = SocketAddress::LocalOf(listener.get());
+  listen_address_ = SocketAddress::LocalOf(listeners.tcp.get());
   acceptor_ = std::make_shared<Acceptor>(endpoint_, table_);
   comms_.SetServerAddress(listen_address_);
-  const bool ran = endpoint_->loop()->Run([&] { acceptor_->StartOnLoop(std::move(listener)); });
+  const bool ran = endpoint_->loop()->Run([&] { acceptor_->StartOnLoop(std::move(listeners)); });
   return ran ? Status::Ok() : Status(LLM_FAILED, "the event loop ended");
 }
 
@@ -139,7 +143,7 @@ Status Engine::MoveListener(const std::optional<SocketAddress> &wanted) {
   if (!wanted.has_value()) {
     return Status::Ok();
   }
-  Result<Fd> bound = ListenAt(*wanted);
+  Result<Listeners> bound = ListenAt(*wanted);
   if (!bound.ok()) {
     return bound.status();
   }

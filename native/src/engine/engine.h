@@ -112,7 +112,7 @@ class Engine {
 
  private:
   Engine(std::shared_ptr<LocalEndpoint> endpoint, const EngineOptions &options);
-  Status StartListening(Fd listener, const SocketAddress &asked);
+  Status StartListening(Listeners listeners, const SocketAddress &asked);
   void StopListening();
   Status MoveListener(const std::optional<SocketAddress> &wanted);
   Status LinkOne(const llm_datadist::ClusterInfo &cluster, Deadline deadline);

@@ -157,6 +157,7 @@ Status Engine::UnlinkOne(const ClusterInfo &cluster, Deadline deadline, bool for
   if (force) {
     table_->Remove(link.get());
     link->CloseWhenIdle(deadline, "unlinked by force");
+    link->WaitUntilServed();
     return Status::Ok();
   }
   const Status status = link->alive() ? link->Unlink(deadline)
@@ -164,6 +165,7 @@ Status Engine::UnlinkOne(const ClusterInfo &cluster, Deadline deadline, bool for
   if (status.ok()) {
     table_->Remove(link.get());
     link->Close("unlinked");
+    link->WaitUntilServed();
   }
   return status;
 }

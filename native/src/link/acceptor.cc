@@ -5,6 +5,7 @@
 
 #include <algorithm>
 #include <cerrno>
+#include <exception>
 #include <optional>
 #include <utility>
 
@@ -30,25 +31,34 @@ Status SendNow(int fd, const std::vector<uint8_t> &bytes) {
 
 }  // namespace
 
-void Acceptor::StartOnLoop(Fd listener) {
-  listener_ = std::move(listener);
-  listener_watch_ = endpoint_->loop()->WatchOnLoop(
-      listener_.get(), EPOLLIN, [self = shared_from_this()](uint32_t) { self->OnListenerOnLoop(); });
+void Acceptor::StartOnLoop(Listeners listeners) {
+  WatchOnLoop(tcp_, std::move(listeners.tcp));
+  if (listeners.local) {
+    WatchOnLoop(local_, std::move(listeners.local));
+  }
+}
+
+void Acceptor::WatchOnLoop(Listener &listener, Fd fd) {
+  listener.fd = std::move(fd);
+  listener.watch = endpoint_->loop()->WatchOnLoop(
+      listener.fd.get(), EPOLLIN, [self = shared_from_this(), &listener](uint32_t) { self->OnListenerOnLoop(listener); });
 }
 
 void Acceptor::StopOnLoop() {
   const std::shared_ptr<Acceptor> self = shared_from_this();  // the handlers being removed may be the last to hold us
-  endpoint_->loop()->UnwatchOnLoop(listener_watch_);
-  endpoint_->loop()->StopTimerOnLoop(pause_timer_);
-  listener_.Reset();
+  for (Listener *listener : {&tcp_, &local_}) {
+    endpoint_->loop()->UnwatchOnLoop(listener->watch);
+    endpoint_->loop()->StopTimerOnLoop(listener->pause_timer);
+    listener->fd.Reset();
+  }
   while (!incoming_.empty()) {
     DropOnLoop(incoming_.begin()->first, "");
   }
 }
 
-void Acceptor::OnListenerOnLoop() {
+void Acceptor::OnListenerOnLoop(Listener &listener) {
   while (true) {
-    Fd fd(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
+    Fd fd(::accept4(listener.fd.get(), nullptr, nullptr, SOCK_CLOEXEC | SOCK_NONBLOCK));
     if (fd) {
       AdmitOnLoop(std::move(fd));
       continue;
@@ -60,17 +70,17 @@ void Acceptor::OnListenerOnLoop() {
       if (log_budget_.Take()) {
         Log(LogLevel::kError, "accept: " + ErrnoText(errno));
       }
-      PauseOnLoop();
+      PauseOnLoop(listener);
     }
     return;
   }
 }
 
-void Acceptor::PauseOnLoop() {
-  endpoint_->loop()->SetEventsOnLoop(listener_watch_, 0);
-  pause_timer_ = endpoint_->loop()->StartTimerOnLoop(
+void Acceptor::PauseOnLoop(Listener &listener) {
+  endpoint_->loop()->SetEventsOnLoop(listener.watch, 0);
+  listener.pause_timer = endpoint_->loop()->StartTimerOnLoop(
       EventLoop::Clock::now() + kAcceptPause,
-      [self = shared_from_this()] { self->endpoint_->loop()->SetEventsOnLoop(self->listener_watch_, EPOLLIN); });
+      [self = shared_from_this(), &listener] { self->endpoint_->loop()->SetEventsOnLoop(listener.watch, EPOLLIN); });
 }
 
 void Acceptor::AdmitOnLoop(Fd fd) {
@@ -80,12 +90,19 @@ void Acceptor::AdmitOnLoop(Fd fd) {
   if (incoming_.size() >= kMaxIncoming) {
     return;
   }
-  SetUpConnection(fd.get());
+  Result<Connection> connection = Identify(std::move(fd));
+  if (!connection.ok()) {
+    if (log_budget_.Take()) {
+      Log(LogLevel::kWarning, "connection refused: " + connection.status().text());
+    }
+    return;
+  }
+  auto &[known, process] = connection.value();
   const Key key = ++last_key_;
-  std::string peer = SocketAddress::PeerOf(fd.get()).ToString();
-  ServerHandshake handshake(endpoint_, table_, admits_, peer);
+  std::string peer = process != nullptr ? process->Name() : SocketAddress::PeerOf(known.get()).ToString();
+  ServerHandshake handshake(endpoint_, table_, admits_, peer, process);
   Incoming &incoming =
-      *incoming_.emplace(key, std::make_unique<Incoming>(std::move(fd), std::move(peer), std::move(handshake)))
+      *incoming_.emplace(key, std::make_unique<Incoming>(std::move(known), std::move(peer), std::move(handshake)))
            .first->second;
   incoming.watch = endpoint_->loop()->WatchOnLoop(
       incoming.fd.get(), EPOLLIN, [self = shared_from_this(), key](uint32_t) { self->OnReadableOnLoop(key); });
@@ -121,7 +138,7 @@ void Acceptor::DropOnLoop(Key key, const std::string &why) {
   incoming_.erase(it);
 }
 
-void Acceptor::OnReadableOnLoop(Key key) {
+void Acceptor::OnReadableOnLoop(Key key) try {
   bool more = true;
   while (more) {
     const auto it = incoming_.find(key);
@@ -132,6 +149,8 @@ void Acceptor::OnReadableOnLoop(Key key) {
       DropOnLoop(key, status.text());
     }
   }
+} catch (const std::exception &) {
+  DropOnLoop(key, "");  // no memory for it, nor for a reason
 }
 
 Status Acceptor::ReadOnLoop(Key key, Incoming &incoming, bool &more) {

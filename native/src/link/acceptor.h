@@ -1,4 +1,4 @@
-// The listener of one endpoint and the connections that are not links yet.
+// The listeners of one endpoint and the connections that are not links yet.
 //
 // A connection says first what it is: HELLO (a link in the making), ATTACH (a data connection of one) or UNLINK. It has
 // until its deadline to become that; at most 64 of them exist at a time. When more come, the oldest that has not even
@@ -24,9 +24,8 @@ class Acceptor : public std::enable_shared_from_this<Acceptor> {
   Acceptor(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, Admits admits = Admits::kAll)
       : endpoint_(std::move(endpoint)), table_(std::move(table)), admits_(admits) {}
 
-  // `listener` comes from Listen().
-  void StartOnLoop(Fd listener);
-  // Closes the listener and every connection that is not a link yet.
+  void StartOnLoop(Listeners listeners);
+  // Closes the listeners and every connection that is not a link yet.
   void StopOnLoop();
 
  private:
@@ -43,8 +42,15 @@ class Acceptor : public std::enable_shared_from_this<Acceptor> {
   };
   using Key = uint64_t;
 
-  void OnListenerOnLoop();
-  void PauseOnLoop();
+  // One of the two sockets that clients come by.
+  struct Listener {
+    Fd fd;
+    uint64_t watch = 0;
+    uint64_t pause_timer = 0;
+  };
+  void WatchOnLoop(Listener &listener, Fd fd);
+  void OnListenerOnLoop(Listener &listener);
+  void PauseOnLoop(Listener &listener);
   void AdmitOnLoop(Fd fd);
   void EvictOnLoop();
   void SetDeadlineOnLoop(Key key, Incoming &incoming, std::chrono::milliseconds span);
@@ -63,9 +69,8 @@ class Acceptor : public std::enable_shared_from_this<Acceptor> {
   const Admits admits_;
 
   // Owned by the loop thread.
-  Fd listener_;
-  uint64_t listener_watch_ = 0;
-  uint64_t pause_timer_ = 0;
+  Listener tcp_;
+  Listener local_;
   Key last_key_ = 0;
   std::map<Key, std::unique_ptr<Incoming>> incoming_;  // oldest first
   LogBudget log_budget_;

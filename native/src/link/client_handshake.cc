@@ -82,17 +82,14 @@ Result<Frame> ClientHandshake::Exchange(int fd, MessageType request, const std::
 }
 
 Status ClientHandshake::Greet() {
-  const Result<Challenge> challenge = RandomBytes();
-  if (!challenge.ok()) {
-    return challenge.status();
-  }
-  parts_.challenge = challenge.value();
-  parts_.slot = std::make_unique<ProbeSlot>();
   Hello hello;
   hello.versions = VersionRange{kProtocolVersion, kProtocolVersion};
-  hello.client = endpoint_->Info(*parts_.slot, parts_.challenge);
+  hello.client = endpoint_->Info();
   hello.remaining_ms = RemainingMillis(deadline_);
   hello.force_link = force_link_ = ForceLink();
+  if (const std::shared_ptr<Link> lost = table_->Find(target_.expected_id); lost != nullptr && !lost->alive()) {
+    hello.replaced = lost->token();
+  }
   hello.comm_name = target_.comm_name;
   hello.comm_id = target_.comm_id;
   const Result<Frame> frame =
@@ -106,17 +103,20 @@ Status ClientHandshake::Greet() {
   }
   parts_.peer = std::move(welcome.value().server);
   parts_.token = welcome.value().token;
-  parts_.slot->Set(parts_.peer.challenge);
   return CheckPeer();
 }
 
 Status ClientHandshake::CheckPeer() const {
   const uint64_t peer_id = parts_.peer.cluster_id;
-  if (!target_.comm_name.empty() && peer_id != target_.expected_id) {
+  if (peer_id != target_.expected_id && (target_.expected_id != 0 || !target_.comm_name.empty())) {
     return Status(LLM_PARAM_INVALID, "cluster " + std::to_string(peer_id) + " listens there, not cluster " +
                                          std::to_string(target_.expected_id));
   }
-  if (peer_id == endpoint_->cluster_id() && parts_.peer.incarnation != endpoint_->incarnation()) {
+  const bool ourselves = parts_.peer.incarnation == endpoint_->incarnation();
+  if (ourselves && (parts_.process == nullptr || !parts_.process->IsSelf())) {
+    return Status(LLM_LINK_FAILED, "the peer gives itself out as this very endpoint, and is another process");
+  }
+  if (peer_id == endpoint_->cluster_id() && !ourselves) {
     return Status(LLM_PARAM_INVALID, "the peer's cluster id " + std::to_string(peer_id) + " is our own");
   }
   return CheckSameAccess(*endpoint_, parts_.peer);
@@ -125,7 +125,7 @@ Status ClientHandshake::CheckPeer() const {
 Status ClientHandshake::MeetPeer() {
   const uint64_t peer_id = parts_.peer.cluster_id;
   const std::shared_ptr<Link> link = table_->Find(peer_id);
-  const bool live = link != nullptr && link->alive();
+  const bool live = link != nullptr && !link->LoseIfGone();
   if (live && endpoint_->options().hixl_backend && !link->asked_here()) {
     link->MarkAskedHere();
     linked_ = true;
@@ -134,7 +134,9 @@ Status ClientHandshake::MeetPeer() {
   // There was none under the expected id when we decided to force ours: the peer's own dial has crossed it, and what is
   // moved over that link already must not be lost.
   const bool crossed = peer_id == target_.expected_id;
-  if (live && (!force_link_ || crossed || endpoint_->options().hixl_backend)) {
+  // Who was dialled as "whoever answers" and is somebody we know, must be the one we know.
+  const bool same_peer = live && link->IsOf(parts_.peer.incarnation, parts_.process.get(), LinkToken{});
+  if (live && (!force_link_ || crossed || endpoint_->options().hixl_backend || !same_peer)) {
     return Status(LLM_ALREADY_LINK, "cluster " + std::to_string(peer_id) + " is linked already");
   }
   if (!by_expected_id_.Holds(peer_id)) {
@@ -158,7 +160,7 @@ Status ClientHandshake::LinkToSelf() {
 }
 
 Status ClientHandshake::AgreeOnTransports() {
-  Result<TransportChoice> choice = ChooseTransport(endpoint_->options(), parts_.peer, parts_.challenge);
+  Result<TransportChoice> choice = ChooseTransport(endpoint_->options(), parts_.peer, parts_.process.get());
   if (!choice.ok()) {
     return choice.status();
   }
@@ -174,6 +176,9 @@ Status ClientHandshake::AgreeOnTransports() {
     return ready.status();
   }
   parts_.incoming = ready.value().transport;
+  if (Status status = CheckIncoming(parts_.incoming, parts_.process.get()); !status.ok()) {
+    return status;
+  }
   if (parts_.outgoing.kind == TransportKind::kTcp) {
     if (Status status = AttachStreams(Initiator::kClient, endpoint_->options().tcp_streams, parts_.outgoing_streams);
         !status.ok()) {
@@ -188,7 +193,7 @@ Status ClientHandshake::AgreeOnTransports() {
 
 Status ClientHandshake::AttachStreams(Initiator initiator, uint16_t count, std::vector<Fd> &streams) {
   for (uint16_t index = 0; index < count; ++index) {
-    Result<Fd> stream = Dial(target_.address, deadline_);
+    Result<Fd> stream = DialTcp(target_.address, deadline_);
     if (!stream.ok()) {
       return stream.status();
     }
@@ -219,11 +224,12 @@ Status ClientHandshake::Run() {
       return status;
     }
   }
-  Result<Fd> control = Dial(target_.address, deadline_);
+  Result<Connection> control = Dial(target_.address, deadline_);
   if (!control.ok()) {
     return control.status();
   }
-  parts_.control = std::move(control).value();
+  parts_.control = std::move(control.value().fd);
+  parts_.process = std::move(control.value().process);
   parts_.caller_id = target_.expected_id;
   parts_.peer_address = target_.address.ToString();
   parts_.comm_name = target_.comm_name;

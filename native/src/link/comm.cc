@@ -277,6 +277,7 @@ void Comm::DropLinks(Deadline deadline) {
     }
     table_->Remove(link.get());
     link->CloseWhenIdle(deadline, "its comm '" + plan_.name + "' was unlinked");
+    link->WaitUntilServed();
   }
 }
 

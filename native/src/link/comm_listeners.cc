@@ -40,12 +40,12 @@ Result<CommListeners::Lease> CommListeners::Open(const SocketAddress &address) {
     ++it->second.leases;
     return Lease(this, key);
   }
-  Result<Fd> listener = Listen(address);
-  if (!listener.ok()) {
-    return listener.status();
+  Result<Listeners> listeners = Listen(address);
+  if (!listeners.ok()) {
+    return listeners.status();
   }
   const auto acceptor = std::make_shared<Acceptor>(endpoint_, table_, Admits::kComms);
-  if (!endpoint_->loop()->Run([&] { acceptor->StartOnLoop(std::move(listener).value()); })) {
+  if (!endpoint_->loop()->Run([&] { acceptor->StartOnLoop(std::move(listeners).value()); })) {
     return Status(llm_datadist::LLM_FAILED, "the event loop ended");
   }
   by_address_[key] = Shared{acceptor, 1};

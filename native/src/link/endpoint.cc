@@ -1,26 +1,24 @@
 #include "link/endpoint.h"
 
-#include <sys/random.h>
 #include <unistd.h>
 
 #include <algorithm>
-#include <array>
-#include <cerrno>
 #include <map>
 #include <mutex>
 #include <utility>
 
-#include "base/socket_io.h"
+#include "base/random.h"
 #include "llm_datadist/llm_datadist_ext.h"
 
 namespace datadist {
 namespace {
 
-using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_LINK_FAILED;
 
 // Longer than any sensible transfer of one layer, short enough for a Finalize that waits for a peer that went silent.
 constexpr std::chrono::milliseconds kMaxPeerHold{30000};
+// Peers' pushes at a time; more wait for one another.
+constexpr size_t kServingThreads = 4;
 
 // The live endpoints of this process. A child made by fork() has a copy of its parent's entries, whose memory is not
 // the parent's any more: hence the pid.
@@ -49,7 +47,8 @@ LocalEndpoint::LocalEndpoint(uint64_t cluster_id, llm_datadist::LlmRole role, Li
       regions_(RegionTable::Create(limits)),
       caches_(std::make_shared<CacheRegistry>(regions_, pools, !options_.remote_accessible)),
       loop_(std::make_shared<EventLoop>()),
-      pool_(std::make_shared<WorkerPool>(transfer_threads)) {}
+      pool_(std::make_shared<WorkerPool>(transfer_threads)),
+      serving_(kServingThreads) {}
 
 LocalEndpoint::~LocalEndpoint() { Retire(); }
 
@@ -81,14 +80,11 @@ std::chrono::milliseconds LocalEndpoint::MaxPeerHold() const {
   return std::max(kMaxPeerHold, options_.transfer_timeout);
 }
 
-EndpointInfo LocalEndpoint::Info(const ProbeSlot &slot, const Challenge &challenge) const {
+EndpointInfo LocalEndpoint::Info() const {
   EndpointInfo info;
   info.cluster_id = cluster_id_;
   info.role = static_cast<int32_t>(role_.load());
   info.incarnation = incarnation_;
-  info.host = ThisHost();
-  info.slot_addr = slot.address();
-  info.challenge = challenge;
   info.tcp_streams = options_.tcp_streams;
   info.remote_accessible = options_.remote_accessible;
   return info;
@@ -100,15 +96,6 @@ std::weak_ptr<RegionTable> FindLocalRegions(const Incarnation &incarnation) {
   const auto it = registry.entries.find(incarnation);
   return it != registry.entries.end() && it->second.pid == ::getpid() ? it->second.regions
                                                                        : std::weak_ptr<RegionTable>();
-}
-
-Result<std::array<uint8_t, 16>> RandomBytes() {
-  std::array<uint8_t, 16> bytes{};
-  // Up to 256 bytes come whole or not at all.
-  if (::getrandom(bytes.data(), bytes.size(), 0) != static_cast<ssize_t>(bytes.size())) {
-    return Status(LLM_FAILED, "getrandom: " + ErrnoText(errno));
-  }
-  return bytes;
 }
 
 Status CheckSameAccess(const LocalEndpoint &endpoint, const EndpointInfo &peer) {
@@ -125,7 +112,7 @@ Status CheckSameAccess(const LocalEndpoint &endpoint, const EndpointInfo &peer) 
 }
 
 Result<TransportChoice> ChooseTransport(const LinkOptions &options, const EndpointInfo &peer,
-                                        const Challenge &challenge) {
+                                        const PeerProcess *process) {
   const auto forced = options.forced_transport;
   const auto wanted = [&](TransportKind kind) { return !forced.has_value() || *forced == kind; };
   std::string forced_text;
@@ -133,7 +120,7 @@ Result<TransportChoice> ChooseTransport(const LinkOptions &options, const Endpoi
     forced_text = std::string("forced by ") + llm_datadist::OPTION_TRANSPORT;
   }
   if (wanted(TransportKind::kLocal)) {
-    if (!FindLocalRegions(peer.incarnation).expired()) {
+    if (process != nullptr && process->IsSelf() && !FindLocalRegions(peer.incarnation).expired()) {
       return TransportChoice{TransportKind::kLocal, ""};
     }
     if (forced.has_value()) {
@@ -142,7 +129,8 @@ Result<TransportChoice> ChooseTransport(const LinkOptions &options, const Endpoi
   }
   std::string why_not_cma;
   if (wanted(TransportKind::kCma)) {
-    const Status probe = ProbeCma(CmaPeer{peer.host, peer.slot_addr, challenge});
+    const Status probe = process != nullptr ? ProbeCma(*process)
+                                            : Status(LLM_LINK_FAILED, "the peer is not known to be on this host");
     if (probe.ok()) {
       return TransportChoice{TransportKind::kCma, forced_text};
     }
@@ -152,6 +140,15 @@ Result<TransportChoice> ChooseTransport(const LinkOptions &options, const Endpoi
     why_not_cma = "cma: " + probe.text();
   }
   return TransportChoice{TransportKind::kTcp, forced.has_value() ? forced_text : why_not_cma};
+}
+
+Status CheckIncoming(TransportKind kind, const PeerProcess *process) {
+  if (kind == TransportKind::kTcp || (kind == TransportKind::kCma && process != nullptr) ||
+      (kind == TransportKind::kLocal && process != nullptr && process->IsSelf())) {
+    return Status::Ok();
+  }
+  return Status(LLM_LINK_FAILED, std::string("transport ") + TransportName(kind) +
+                                     " is for a peer that the kernel names, on this host or in this process");
 }
 
 }  // namespace datadist

@@ -9,12 +9,15 @@
 #include <optional>
 #include <string>
 
+#include "base/peer_process.h"
 #include "base/status.h"
+#include "base/task_runner.h"
 #include "base/worker_pool.h"
 #include "cache/cache_registry.h"
 #include "control/event_loop.h"
 #include "control/messages.h"
 #include "memory/region_table.h"
+#include "transport/cma/cma_data_path.h"
 #include "transport/transport.h"
 
 namespace datadist {
@@ -52,11 +55,13 @@ class LocalEndpoint {
   const std::shared_ptr<CacheRegistry> &caches() const { return caches_; }
   const std::shared_ptr<EventLoop> &loop() const { return loop_; }
   const std::shared_ptr<WorkerPool> &pool() const { return pool_; }
+  // Copies that peers have asked for.
+  TaskRunner &serving() { return serving_; }
 
   // The longest that a peer's request may hold memory of ours.
   std::chrono::milliseconds MaxPeerHold() const;
 
-  EndpointInfo Info(const ProbeSlot &slot, const Challenge &challenge) const;
+  EndpointInfo Info() const;
 
  private:
   const uint64_t cluster_id_;
@@ -66,14 +71,12 @@ class LocalEndpoint {
   const std::shared_ptr<CacheRegistry> caches_;
   const std::shared_ptr<EventLoop> loop_;
   const std::shared_ptr<WorkerPool> pool_;
+  TaskRunner serving_;
   Incarnation incarnation_{};
 };
 
 // Memory of the live endpoint of *this process* with that incarnation; empty when there is none.
 std::weak_ptr<RegionTable> FindLocalRegions(const Incarnation &incarnation);
-
-// From the kernel's generator.
-Result<std::array<uint8_t, 16>> RandomBytes();
 
 // LLM_PARAM_INVALID unless both ends have remote access, or both have not.
 Status CheckSameAccess(const LocalEndpoint &endpoint, const EndpointInfo &peer);
@@ -84,9 +87,14 @@ struct TransportChoice {
 };
 
 // For the transfers that this end initiates: the fastest transport that reaches the peer, or the forced one, or
-// LLM_LINK_FAILED when that does not reach it. `challenge` is ours, already in the peer's slot.
+// LLM_LINK_FAILED when that does not reach it. `process` is what the kernel says of the peer, null of one over TCP:
+// only to it is memory given or taken without the peer's help.
 Result<TransportChoice> ChooseTransport(const LinkOptions &options, const EndpointInfo &peer,
-                                        const Challenge &challenge);
+                                        const PeerProcess *process);
+
+// What the peer has chosen for the transfers that it initiates: LLM_LINK_FAILED where that takes our memory without our
+// help and the kernel does not say whose hands it gets into.
+Status CheckIncoming(TransportKind kind, const PeerProcess *process);
 
 }  // namespace datadist
 

@@ -27,6 +27,14 @@ constexpr bool MayBecome(LinkState from, LinkState to) {
 
 }  // namespace
 
+bool SameToken(const LinkToken &a, const LinkToken &b) {
+  uint8_t difference = 0;
+  for (size_t i = 0; i < a.size(); ++i) {
+    difference = static_cast<uint8_t>(difference | (a[i] ^ b[i]));
+  }
+  return difference == 0;
+}
+
 std::shared_ptr<Link> Link::Create(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> table,
                                    LinkParts parts) {
   Fd control = std::move(parts.control);
@@ -44,13 +52,12 @@ Link::Link(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> tab
       caller_id_(parts.caller_id),
       peer_address_(std::move(parts.peer_address)),
       token_(parts.token),
-      challenge_(parts.challenge),
+      process_(std::move(parts.process)),
       outgoing_(std::move(parts.outgoing)),
       incoming_(parts.incoming),
       comm_name_(std::move(parts.comm_name)),
       comm_id_(parts.comm_id),
-      other_half_(std::move(parts.other_half)),
-      slot_(std::move(parts.slot)) {}
+      other_half_(std::move(parts.other_half)) {}
 
 Link::~Link() {
   // Empty where Create itself failed half-way, for want of memory or threads.
@@ -66,11 +73,14 @@ void Link::OpenPaths(Fd control, std::vector<Fd> outgoing_streams, std::vector<F
       path_ = MakeLocalDataPath(FindLocalRegions(peer_.incarnation), endpoint_->pool());
       break;
     case TransportKind::kCma:
-      path_ = MakeCmaDataPath(CmaPeer{peer_.host, peer_.slot_addr, challenge_}, this, endpoint_->pool());
+      path_ = MakeCmaDataPath(process_, this, endpoint_->pool());
       break;
     case TransportKind::kTcp:
       path_ = MakeTcpDataPath(std::move(outgoing_streams), endpoint_->pool());
       break;
+  }
+  if (incoming_ == TransportKind::kCma) {
+    reading_ = MakeCmaDataPath(process_, this, endpoint_->pool());
   }
   for (Fd &stream : incoming_streams) {
     servers_.push_back(
@@ -138,10 +148,10 @@ void Link::Lose(CloseCause cause, const std::string &reason) {
   CloseOtherHalf(reason);
   session_->Close(cause, reason);
   ShutPaths();
-  // A connection that the peer's side ended means that its process is gone, or its path shut. A peer that is merely
-  // silent may be stopped in the middle of a write and go on later: its pins stay until the deadline that it gave.
-  if (cause == CloseCause::kByPeer) {
-    DropGrants();
+  // A comm made its links on both sides, and takes them out itself.
+  const std::shared_ptr<LinkTable> table = table_.lock();
+  if (table != nullptr && !asked_here() && comm_name_.empty()) {
+    table->Remove(this);
   }
 }
 
@@ -152,7 +162,6 @@ void Link::Close(const std::string &reason) {
   CloseOtherHalf(reason);
   session_->Close(CloseCause::kByUs, reason);
   ShutPaths();
-  DropGrants();
 }
 
 // Before our own connection ends: the other half would take that for the loss of its peer, and say so in the log.
@@ -164,15 +173,35 @@ void Link::CloseOtherHalf(const std::string &reason) {
 
 void Link::ShutPaths() {
   path_->Close();
+  if (reading_ != nullptr) {
+    reading_->Close();
+  }
   for (const auto &server : servers_) {
     server->Close();
   }
 }
 
-void Link::DropGrants() {
-  std::map<uint64_t, WriteGrant> dropped;
-  const std::lock_guard<std::mutex> lock(mutex_);
-  dropped.swap(grants_);
+void Link::WaitUntilServed() {
+  {
+    std::unique_lock<std::mutex> lock(mutex_);
+    push_served_.wait(lock, [this] { return !serving_push_; });
+  }
+  for (const auto &server : servers_) {
+    server->Join();
+  }
+}
+
+bool Link::IsOf(const Incarnation &incarnation, const PeerProcess *process, const LinkToken &token) const {
+  const bool same_process = process != nullptr && process_ != nullptr && process_->Alive() &&
+                            process->pid() == process_->pid() && process->pid() != 0;
+  return incarnation == peer_.incarnation && (same_process || HasToken(token));
+}
+
+bool Link::LoseIfGone() {
+  if (alive() && session_->Ended()) {
+    Lose(CloseCause::kByPeer, "the peer closed the connection");
+  }
+  return !alive();
 }
 
 Status Link::CheckUsable() const {
@@ -237,7 +266,6 @@ void Link::OnUnlinkedByPeerOnLoop(std::function<void()> done) {
     // The session stays open for the answer.
     if (self->MoveTo(LinkState::kClosed, "unlinked by the peer")) {
       self->ShutPaths();
-      self->DropGrants();
     }
     done();
   });
@@ -249,16 +277,17 @@ Status UnlinkByDialling(const SocketAddress &address, uint64_t own_cluster_id, c
     const bool timeout = status.code() == LLM_TIMEOUT;
     return Status(timeout ? LLM_TIMEOUT : LLM_UNLINK_FAILED, "unlink at " + address.ToString() + ": " + status.text());
   };
-  const Result<Fd> fd = Dial(address, deadline);
-  if (!fd.ok()) {
-    return failure(fd.status());
+  const Result<Connection> connection = Dial(address, deadline);
+  if (!connection.ok()) {
+    return failure(connection.status());
   }
-  if (Status sent = SendFrame(fd.value().get(), MessageType::kUnlink, 1,
+  const int fd = connection.value().fd.get();
+  if (Status sent = SendFrame(fd, MessageType::kUnlink, 1,
                               Encode(UnlinkRequest{own_cluster_id, token}), deadline);
       !sent.ok()) {
     return failure(sent);
   }
-  const Result<Frame> answer = RecvFrame(fd.value().get(), TypeSet(MessageType::kUnlinked), deadline);
+  const Result<Frame> answer = RecvFrame(fd, TypeSet(MessageType::kUnlinked), deadline);
   return answer.ok() ? Status::Ok() : failure(answer.status());
 }
 

@@ -6,7 +6,8 @@
 //   Connecting   made, not yet in the table
 //   Established  transfers run, both ways
 //   Lost         the peer is gone, silent or broke the protocol, or a transfer failed in a way that leaves the path in
-//                doubt. Everything is shut and calls fail at once; the entry stays, so that unlink means something
+//                doubt. Everything is shut and calls fail at once. The entry stays where our caller asked for the link,
+//                so that unlink means something; where only the peer did, it goes: nobody here would ever take it out
 //   Closed       out of the table; lives on only as long as a running call holds it
 //
 // Threads: Transfer and Unlink on the callers', ...OnLoop on the loop, the rest on any.
@@ -14,6 +15,7 @@
 #define DATADIST_LINK_LINK_H_
 
 #include <atomic>
+#include <condition_variable>
 #include <cstdint>
 #include <functional>
 #include <map>
@@ -22,6 +24,7 @@
 #include <string>
 #include <vector>
 
+#include "base/peer_process.h"
 #include "control/address.h"
 #include "control/session.h"
 #include "link/endpoint.h"
@@ -42,9 +45,8 @@ struct LinkParts {
   uint64_t caller_id = 0;  // what the caller took the peer's id for; on the server's side the peer's id
   std::string peer_address;
   LinkToken token{};
-  std::unique_ptr<ProbeSlot> slot;  // holds the peer's challenge
-  Challenge challenge{};            // ours, in the peer's slot
-  TransportChoice outgoing;         // of the transfers that we initiate
+  std::shared_ptr<const PeerProcess> process;  // what the kernel says of the peer; none over TCP
+  TransportChoice outgoing;                    // of the transfers that we initiate
   TransportKind incoming = TransportKind::kTcp;
   Fd control;
   std::vector<Fd> outgoing_streams;
@@ -53,6 +55,9 @@ struct LinkParts {
   int64_t comm_id = 0;               // of the one who dialled
   std::shared_ptr<Link> other_half;  // of a loopback link: ends with this one
 };
+
+// In constant time.
+bool SameToken(const LinkToken &a, const LinkToken &b);
 
 enum class TransferDirection : uint8_t { kPull, kPush };
 
@@ -75,6 +80,11 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   bool HasToken(const LinkToken &token) const;  // in constant time
   const std::string &peer_address() const { return peer_address_; }
   const Incarnation &peer_incarnation() const { return peer_.incarnation; }
+  // Whether a connection that is made now comes from the very endpoint at the other end: the kernel says that it is the
+  // same process, or it knows the token, which only that endpoint was told.
+  bool IsOf(const Incarnation &incarnation, const PeerProcess *process, const LinkToken &token) const;
+  // Whether the connection has ended, though the loop may not have come to it yet: then the link is lost from now on.
+  bool LoseIfGone();
   const std::string &comm_name() const { return comm_name_; }
   int64_t comm_id() const { return comm_id_; }
   // Whether the caller of this end asked for the link; otherwise only the peer's did so far.
@@ -97,6 +107,10 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   // or lost. A lost link cannot tell the peer itself: see UnlinkByDialling.
   Status Unlink(Deadline deadline);
 
+  // Returns when nothing that the peer initiated touches our memory any more. The link must be closed or lost; not on
+  // the loop.
+  void WaitUntilServed();
+
   // Takes the link out of service for good, after the running transfer if that ends by the deadline.
   void CloseWhenIdle(Deadline deadline, const std::string &reason);
   void Close(const std::string &reason);
@@ -105,20 +119,13 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   void OnUnlinkedByPeerOnLoop(std::function<void()> done);
 
   // PeerCalls
-  Result<uint64_t> AcquireWrite(const TransferOp &op, Deadline deadline) override;
-  void ReleaseWrite(uint64_t grant) override;
+  Status AskToRead(const TransferOp &op, Deadline deadline) override;
 
   // SessionHandler
   Status OnRequestOnLoop(const Frame &frame) override;
   void OnClosedOnLoop(CloseCause cause, const std::string &reason) override;
 
  private:
-  // Keeps what the peer may be writing into registered; the timer drops it when the peer's own deadline has passed.
-  struct WriteGrant {
-    CachePin pin;
-    uint64_t expiry_timer = 0;
-  };
-
   Link(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> table, LinkParts parts);
   void OpenPaths(Fd control, std::vector<Fd> outgoing_streams, std::vector<Fd> incoming_streams);
 
@@ -126,8 +133,6 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   void Lose(CloseCause cause, const std::string &reason);
   void CloseOtherHalf(const std::string &reason);
   void ShutPaths();
-  void DropGrants();
-  uint64_t DropGrant(uint64_t id);  // returns its expiry timer
   Status CheckUsable() const;
   std::string Name() const;
 
@@ -146,11 +151,10 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   Status ConsumeKey(const CacheKey &key, const TransferOp &op, Deadline deadline);
 
   Status OnDescribeOnLoop(const Frame &frame);
-  Status OnAcquireWriteOnLoop(const Frame &frame);
-  Status OnReleaseWriteOnLoop(const Frame &frame);
+  Status OnPushOnLoop(const Frame &frame);
   Status OnConsumeOnLoop(const Frame &frame);
   Status OnUnlinkOnLoop(const Frame &frame);
-  Result<uint64_t> GrantWriteOnLoop(const AcquireWriteRequest &request);
+  Status ServePush(const PushRequest &request);
 
   const std::shared_ptr<LocalEndpoint> endpoint_;
   const std::weak_ptr<LinkTable> table_;
@@ -158,16 +162,16 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   const uint64_t caller_id_;
   const std::string peer_address_;
   const LinkToken token_;
-  const Challenge challenge_;
+  const std::shared_ptr<const PeerProcess> process_;
   const TransportChoice outgoing_;
   const TransportKind incoming_;
   const std::string comm_name_;
   const int64_t comm_id_;
   const std::shared_ptr<Link> other_half_;
   std::atomic<bool> asked_here_{false};
-  std::unique_ptr<ProbeSlot> slot_;
   std::shared_ptr<Session> session_;
   std::unique_ptr<DataPath> path_;
+  std::unique_ptr<DataPath> reading_;  // what the peer pushes; none where it does not come by cma
   std::vector<std::unique_ptr<TcpServer>> servers_;
 
   TurnGate gate_;
@@ -179,8 +183,8 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   mutable std::mutex mutex_;
   LinkState state_ = LinkState::kConnecting;  // guarded by mutex_
   std::string end_reason_;                    // guarded by mutex_
-  std::map<uint64_t, WriteGrant> grants_;     // guarded by mutex_
-  uint64_t last_grant_ = 0;                   // guarded by mutex_
+  bool serving_push_ = false;                 // guarded by mutex_
+  std::condition_variable push_served_;
 };
 
 // For a link whose own connection is gone: tells the peer over a fresh one. LLM_UNLINK_FAILED when it cannot be

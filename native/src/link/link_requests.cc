@@ -1,8 +1,8 @@
 // The owner's side of a link: what the peer may ask of us. Runs on the loop and never blocks.
 #include <algorithm>
+#include <exception>
 #include <utility>
 
-#include "base/checked.h"
 #include "link/link.h"
 
 namespace datadist {
@@ -10,20 +10,9 @@ namespace {
 
 using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
-using llm_datadist::LLM_PARAM_INVALID;
 
-// A peer runs one transfer at a time, so more than one grant means that it gave up on the others. They expire.
-constexpr size_t kMaxGrants = 16;
 // For an unlinked peer to read the answer and close, before we do.
 constexpr std::chrono::seconds kLingerAfterUnlink{1};
-
-bool SameToken(const LinkToken &a, const LinkToken &b) {
-  uint8_t difference = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    difference = static_cast<uint8_t>(difference | (a[i] ^ b[i]));
-  }
-  return difference == 0;
-}
 
 }  // namespace
 
@@ -33,10 +22,8 @@ Status Link::OnRequestOnLoop(const Frame &frame) {
   switch (frame.type) {
     case MessageType::kDescribe:
       return OnDescribeOnLoop(frame);
-    case MessageType::kAcquireWrite:
-      return OnAcquireWriteOnLoop(frame);
-    case MessageType::kReleaseWrite:
-      return OnReleaseWriteOnLoop(frame);
+    case MessageType::kPush:
+      return OnPushOnLoop(frame);
     case MessageType::kConsume:
       return OnConsumeOnLoop(frame);
     case MessageType::kUnlink:
@@ -51,7 +38,7 @@ Status Link::OnRequestOnLoop(const Frame &frame) {
     case MessageType::kPing:
     case MessageType::kPong:
     case MessageType::kCacheInfo:
-    case MessageType::kGrant:
+    case MessageType::kPushed:
     case MessageType::kUnlinked:
     case MessageType::kConsumed:
       break;
@@ -69,15 +56,12 @@ Status Link::OnDescribeOnLoop(const Frame &frame) {
   CacheInfo info;
   const Result<NamedCache> named = endpoint_->caches()->Find(request.value().ref);
   if (named.ok()) {
-    const RegisteredCache &cache = named.value().pin.cache();
     RemoteTarget &target = info.target;
-    target.cache.cache_id = cache.id();
-    target.cache.generation = cache.generation();
-    target.cache.geometry = cache.geometry();
+    target.cache = Described(named.value().pin.cache());
     // Addresses go only to a peer that can use them: on this host, by cma.
-    if (incoming_ == TransportKind::kCma) {
-      target.cache.stamp_addr = reinterpret_cast<uint64_t>(&cache.stamp()->generation);
-      target.cache.tensor_addrs = cache.addrs();
+    if (incoming_ != TransportKind::kCma) {
+      target.cache.stamp_addr = 0;
+      target.cache.tensor_addrs.clear();
     }
     target.has_row = named.value().row.has_value();
     target.row = named.value().row.value_or(0);
@@ -91,82 +75,56 @@ Status Link::OnDescribeOnLoop(const Frame &frame) {
   return Status::Ok();
 }
 
-Status Link::OnAcquireWriteOnLoop(const Frame &frame) {
-  const Result<AcquireWriteRequest> request = Decode<AcquireWriteRequest>(frame.body);
+Status Link::OnPushOnLoop(const Frame &frame) {
+  Result<PushRequest> request = Decode<PushRequest>(frame.body);
   if (!request.ok()) {
     return request.status();
   }
-  if (incoming_ != TransportKind::kCma) {
-    return Status(LLM_FAILED, "ACQUIRE_WRITE on a link whose peer does not write by itself");
+  if (reading_ == nullptr) {
+    return Status(LLM_FAILED, "PUSH on a link whose peer does not reach us by cma");
   }
-  const Result<uint64_t> granted = GrantWriteOnLoop(request.value());
-  Grant answer;
-  if (granted.ok()) {
-    answer.grant = granted.value();
-  } else {
-    answer.status = granted.status();
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (serving_push_) {
+      return Status(LLM_FAILED, "PUSH before the one before it was answered");
+    }
+    serving_push_ = true;
   }
-  session_->Send(MessageType::kGrant, frame.seq, Encode(answer));
-  return Status::Ok();
+  // Ends with the task, however that ends: who closes the link waits for it.
+  std::shared_ptr<void> running(nullptr, [self = shared_from_this()](void *) {
+    const std::lock_guard<std::mutex> lock(self->mutex_);
+    self->serving_push_ = false;
+    self->push_served_.notify_all();
+  });
+  const bool taken = endpoint_->serving().Post([self = shared_from_this(), running = std::move(running), seq = frame.seq,
+                                                request = std::move(request).value()]() mutable {
+    const Status status = self->ServePush(request);
+    running.reset();  // the peer may send the next as soon as it reads the answer
+    self->session_->Send(MessageType::kPushed, seq, Encode(Pushed{status}));
+  });
+  return taken ? Status::Ok() : Status(LLM_FAILED, "no thread to serve a push with");
 }
 
-Result<uint64_t> Link::GrantWriteOnLoop(const AcquireWriteRequest &request) {
-  Result<CachePin> pin = endpoint_->regions()->Pin(request.cache_id);
+// On a thread of the endpoint's. No memory for it is a failed push, not a broken process.
+Status Link::ServePush(const PushRequest &request) try {
+  const Result<CachePin> pin = endpoint_->regions()->Pin(request.cache_id);
   if (!pin.ok()) {
     return pin.status();
   }
-  const RegisteredCache &cache = pin.value().cache();
-  if (cache.generation() != request.generation) {
+  if (pin.value().cache().generation() != request.generation) {
     return Status(LLM_KV_CACHE_NOT_EXIST, "cache " + std::to_string(request.cache_id) + " was registered anew");
   }
-  const CacheGeometry &geometry = cache.geometry();
-  if (!RangeFits(request.first_tensor, request.tensor_count, geometry.num_tensors) ||
-      request.end > geometry.tensor_bytes) {
-    return Status(LLM_PARAM_INVALID,
-                  "write to tensors " + std::to_string(request.first_tensor) + "+" +
-                      std::to_string(request.tensor_count) + " up to byte " + std::to_string(request.end) +
-                      ": cache " + std::to_string(request.cache_id) + " has " + std::to_string(geometry.num_tensors) +
-                      " tensors of " + std::to_string(geometry.tensor_bytes) + " bytes");
-  }
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (state_ != LinkState::kEstablished) {
-    return Status(LLM_FAILED, "the link is down");
-  }
-  if (grants_.size() >= kMaxGrants) {
-    return Status(LLM_FAILED, std::to_string(grants_.size()) + " writes are under way, at most " +
-                                  std::to_string(kMaxGrants));
-  }
-  const uint64_t id = ++last_grant_;
+  TransferOp op;
+  op.remote = &request.source;
+  op.local = &pin.value();
+  op.remote_first_tensor = request.source_first_tensor;
+  op.local_first_tensor = request.first_tensor;
+  op.tensor_count = request.tensor_count;
+  op.runs = request.runs;
   const auto hold = std::min(std::chrono::milliseconds(request.remaining_ms), endpoint_->MaxPeerHold());
-  const uint64_t timer =
-      endpoint_->loop()->StartTimerOnLoop(EventLoop::Clock::now() + hold, [weak = weak_from_this(), id] {
-        if (const std::shared_ptr<Link> link = weak.lock()) {
-          link->DropGrant(id);
-        }
-      });
-  grants_.emplace(id, WriteGrant{std::move(pin).value(), timer});
-  return id;
-}
-
-uint64_t Link::DropGrant(uint64_t id) {
-  WriteGrant dropped;  // unpinned after the lock is gone
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const auto it = grants_.find(id);
-  if (it != grants_.end()) {
-    dropped = std::move(it->second);
-    grants_.erase(it);
-  }
-  return dropped.expiry_timer;
-}
-
-Status Link::OnReleaseWriteOnLoop(const Frame &frame) {
-  const Result<ReleaseWriteRequest> request = Decode<ReleaseWriteRequest>(frame.body);
-  if (!request.ok()) {
-    return request.status();
-  }
-  // An unknown id is normal: the grant may have expired.
-  endpoint_->loop()->StopTimerOnLoop(DropGrant(request.value().grant));
-  return Status::Ok();
+  return reading_->Pull(op, Deadline::In(hold));
+} catch (const std::exception &error) {
+  return Status(LLM_FAILED, std::string("push: ") + error.what());
 }
 
 Status Link::OnConsumeOnLoop(const Frame &frame) {

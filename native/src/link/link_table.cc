@@ -28,11 +28,18 @@ LinkTable::Reservation::~Reservation() {
 }
 
 Status LinkTable::CheckRoomLocked(uint64_t peer_id) const {
-  size_t used = links_.size();
-  for (const auto &[id, making] : making_) {
-    used += links_.count(id) == 0 ? 1 : 0;
+  const auto live = [this](uint64_t id) {
+    const auto it = links_.find(id);
+    return it != links_.end() && it->second->alive();
+  };
+  size_t used = 0;
+  for (const auto &[id, link] : links_) {
+    used += link->alive() ? 1 : 0;
   }
-  const bool has_place = links_.count(peer_id) != 0 || making_.count(peer_id) != 0;
+  for (const auto &[id, making] : making_) {
+    used += live(id) ? 0 : 1;
+  }
+  const bool has_place = live(peer_id) || making_.count(peer_id) != 0;
   if (!has_place && used >= max_links_) {
     return Status(LLM_PARAM_INVALID, "link to cluster " + std::to_string(peer_id) + ": " + std::to_string(used) +
                                          " links exist, at most " + std::to_string(max_links_) + " (" +

@@ -1,6 +1,6 @@
 // The links of one endpoint, by the id that the peer announced; and which links are being made.
 //
-// At most `max_links`, lost ones and those being made included. Two ends that dial each other at once would each
+// At most `max_links` live ones, those being made included. Two ends that dial each other at once would each
 // replace the other's link by its own, and lose both: so an end that is dialling a peer refuses that peer's own dial if
 // the peer's id is the larger one, and does not begin to dial a peer that is just linking to it (LLM_PROCESSING_LINK).
 // A dial that reaches the peer only after the peer's own has come through ends with LLM_ALREADY_LINK (ClientHandshake).

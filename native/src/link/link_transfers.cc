@@ -2,7 +2,6 @@
 #include <algorithm>
 #include <utility>
 
-#include "base/checked.h"
 #include "link/link.h"
 
 namespace datadist {
@@ -152,34 +151,33 @@ Status Link::ConsumeKey(const CacheKey &key, const TransferOp &op, Deadline dead
   return consumed.ok() ? consumed.value().status : consumed.status();
 }
 
-Result<uint64_t> Link::AcquireWrite(const TransferOp &op, Deadline deadline) {
-  AcquireWriteRequest request;
+Status Link::AskToRead(const TransferOp &op, Deadline deadline) {
+  const RegisteredCache &source = op.local->cache();
+  PushRequest request;
   request.cache_id = op.remote->cache_id;
   request.generation = op.remote->generation;
   request.first_tensor = op.remote_first_tensor;
+  request.source = Described(source);
+  request.source_first_tensor = op.local_first_tensor;
   request.tensor_count = op.tensor_count;
-  for (const Run &run : op.runs) {
-    const auto end = CheckedAdd(run.remote_offset, run.length);
-    if (!end.has_value()) {
-      return Status(llm_datadist::LLM_PARAM_INVALID, "a run ends beyond 2^64");
+  // More runs than one request takes go in several, in their order.
+  for (size_t begin = 0; begin < op.runs.size(); begin += kMaxPushRuns) {
+    request.runs.clear();
+    for (size_t i = begin; i < std::min(begin + kMaxPushRuns, op.runs.size()); ++i) {
+      request.runs.push_back(Run{op.runs[i].local_offset, op.runs[i].remote_offset, op.runs[i].length});
     }
-    request.end = std::max(request.end, *end);
+    request.remaining_ms = RemainingMillis(deadline);
+    const Result<Frame> frame =
+        session_->Call(MessageType::kPush, Encode(request), MessageType::kPushed, deadline);
+    if (!frame.ok()) {
+      return frame.status();
+    }
+    const Result<Pushed> pushed = Decode<Pushed>(frame.value().body);
+    if (!pushed.ok() || !pushed.value().status.ok()) {
+      return pushed.ok() ? pushed.value().status : pushed.status();
+    }
   }
-  request.remaining_ms = RemainingMillis(deadline);
-  const Result<Frame> frame =
-      session_->Call(MessageType::kAcquireWrite, Encode(request), MessageType::kGrant, deadline);
-  if (!frame.ok()) {
-    return frame.status();
-  }
-  const Result<Grant> grant = Decode<Grant>(frame.value().body);
-  if (!grant.ok()) {
-    return grant.status();
-  }
-  return grant.value().status.ok() ? Result<uint64_t>(grant.value().grant) : Result<uint64_t>(grant.value().status);
-}
-
-void Link::ReleaseWrite(uint64_t grant) {
-  session_->Send(MessageType::kReleaseWrite, 0, Encode(ReleaseWriteRequest{grant}));
+  return Status::Ok();
 }
 
 }  // namespace datadist

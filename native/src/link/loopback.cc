@@ -6,6 +6,7 @@
 #include <utility>
 #include <vector>
 
+#include "base/random.h"
 #include "base/socket_io.h"
 
 namespace datadist {
@@ -26,30 +27,19 @@ Result<SocketPair> MakeSocketPair() {
   return SocketPair{Fd(fds[0]), Fd(fds[1])};
 }
 
-// Each half's challenge stands in the other's slot, as after a handshake.
 Status IntroduceHalves(const LocalEndpoint &endpoint, LinkParts &near, LinkParts &far) {
-  const Result<Challenge> near_challenge = RandomBytes();
-  const Result<Challenge> far_challenge = RandomBytes();
   const Result<LinkToken> token = RandomBytes();
-  for (const auto *random : {&near_challenge, &far_challenge, &token}) {
-    if (!random->ok()) {
-      return random->status();
-    }
+  if (!token.ok()) {
+    return token.status();
   }
   near.token = far.token = token.value();
-  near.challenge = near_challenge.value();
-  far.challenge = far_challenge.value();
-  near.slot = std::make_unique<ProbeSlot>();
-  far.slot = std::make_unique<ProbeSlot>();
-  near.slot->Set(far.challenge);
-  far.slot->Set(near.challenge);
-  near.peer = endpoint.Info(*far.slot, far.challenge);
-  far.peer = endpoint.Info(*near.slot, near.challenge);
+  near.process = far.process = PeerProcess::Self();
+  near.peer = far.peer = endpoint.Info();
   return Status::Ok();
 }
 
 Status Connect(const LocalEndpoint &endpoint, LinkParts &near, LinkParts &far) {
-  Result<TransportChoice> choice = ChooseTransport(endpoint.options(), near.peer, near.challenge);
+  Result<TransportChoice> choice = ChooseTransport(endpoint.options(), near.peer, near.process.get());
   if (!choice.ok()) {
     return choice.status();
   }

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/random.h"
+
 namespace datadist {
 namespace {
 
@@ -19,9 +21,11 @@ std::string RangeText(const VersionRange &range) {
 }  // namespace
 
 ServerHandshake::ServerHandshake(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table,
-                                 Admits admits, std::string peer_address)
+                                 Admits admits, std::string peer_address,
+                                 std::shared_ptr<const PeerProcess> process)
     : endpoint_(std::move(endpoint)), table_(std::move(table)), admits_(admits) {
   parts_.peer_address = std::move(peer_address);
+  parts_.process = std::move(process);
 }
 
 TypeSet ServerHandshake::legal() const {
@@ -47,7 +51,19 @@ Result<std::vector<uint8_t>> ServerHandshake::OnFrame(const Frame &frame) {
 std::shared_ptr<Link> ServerHandshake::FindAbandoned(const std::string &comm_name, const EndpointInfo &client) const {
   std::shared_ptr<Link> link = table_->Find(client.cluster_id);
   const bool same_comm = link != nullptr && !comm_name.empty() && link->comm_name() == comm_name;
-  return same_comm && (!link->alive() || link->peer_incarnation() == client.incarnation) ? link : nullptr;
+  return same_comm && (link->LoseIfGone() || link->IsOf(client.incarnation, parts_.process.get(), replaced_)) ? link
+                                                                                                            : nullptr;
+}
+
+// A live link gives way only to its own peer, who has lost its half or wants it anew: any other that comes under that id
+// would have it taken over.
+Status ServerHandshake::CheckFree(const EndpointInfo &client) const {
+  const std::shared_ptr<Link> link = table_->Find(client.cluster_id);
+  if (link == nullptr || link->LoseIfGone() || FindAbandoned(parts_.comm_name, client) != nullptr ||
+      (force_link_ && link->IsOf(client.incarnation, parts_.process.get(), replaced_))) {
+    return Status::Ok();
+  }
+  return Status(LLM_ALREADY_LINK, "cluster " + std::to_string(client.cluster_id) + " is linked already");
 }
 
 // A link is made once for each comm of both ends, so that nobody who has unlinked and made a later comm of the name is
@@ -87,11 +103,7 @@ Status ServerHandshake::CheckClient(const Hello &hello) const {
   if (!endpoint_->options().local_comm_res.ok()) {
     return endpoint_->options().local_comm_res;
   }
-  const bool abandoned = FindAbandoned(hello.comm_name, hello.client) != nullptr;
-  if (!hello.force_link && !abandoned && table_->HasLive(client_id)) {
-    return Status(LLM_ALREADY_LINK, "cluster " + std::to_string(client_id) + " is linked already");
-  }
-  return Status::Ok();
+  return CheckFree(hello.client);
 }
 
 Status ServerHandshake::Admit(const Hello &hello) {
@@ -126,6 +138,10 @@ Result<std::vector<uint8_t>> ServerHandshake::OnHello(const Frame &frame) {
     return hello.status();
   }
   const uint64_t client_id = hello.value().client.cluster_id;
+  force_link_ = hello.value().force_link;
+  replaced_ = hello.value().replaced;
+  parts_.comm_name = hello.value().comm_name;
+  parts_.comm_id = hello.value().comm_id;
   const bool self = hello.value().client.incarnation == endpoint_->incarnation();
   if (!self) {
     if (Status status = Admit(hello.value()); !status.ok()) {
@@ -133,24 +149,18 @@ Result<std::vector<uint8_t>> ServerHandshake::OnHello(const Frame &frame) {
       return status;
     }
   }
-  const Result<Challenge> challenge = RandomBytes();
   const Result<LinkToken> token = RandomBytes();
-  if (!challenge.ok() || !token.ok()) {
-    return challenge.ok() ? token.status() : challenge.status();
+  if (!token.ok()) {
+    return token.status();
   }
   // With the hixl backend the client only now learns whom it reached, and whether it has that link.
   may_end_ = self || (endpoint_->options().hixl_backend && table_->HasLive(client_id));
   client_patience_ = std::chrono::milliseconds(hello.value().remaining_ms);
   parts_.peer = std::move(hello.value().client);
   parts_.caller_id = parts_.peer.cluster_id;
-  parts_.challenge = challenge.value();
   parts_.token = token.value();
-  parts_.comm_name = hello.value().comm_name;
-  parts_.comm_id = hello.value().comm_id;
-  parts_.slot = std::make_unique<ProbeSlot>();
-  parts_.slot->Set(parts_.peer.challenge);
   state_ = self ? State::kDone : State::kAwaitReady;
-  const Welcome welcome{endpoint_->Info(*parts_.slot, parts_.challenge), parts_.token};
+  const Welcome welcome{endpoint_->Info(), parts_.token};
   return EncodeFrame(MessageType::kWelcome, frame.seq, Encode(welcome));
 }
 
@@ -159,9 +169,12 @@ Result<std::vector<uint8_t>> ServerHandshake::OnReady(const Frame &frame) {
   if (!ready.ok()) {
     return ready.status();
   }
-  Result<TransportChoice> choice = ChooseTransport(endpoint_->options(), parts_.peer, parts_.challenge);
+  Result<TransportChoice> choice = ChooseTransport(endpoint_->options(), parts_.peer, parts_.process.get());
   if (!choice.ok()) {
     return choice.status();
+  }
+  if (Status status = CheckIncoming(ready.value().transport, parts_.process.get()); !status.ok()) {
+    return status;
   }
   parts_.incoming = ready.value().transport;
   parts_.outgoing = std::move(choice).value();
@@ -177,7 +190,7 @@ Result<std::vector<uint8_t>> ServerHandshake::OnReady(const Frame &frame) {
 
 bool ServerHandshake::Wants(const Attach &attach) const {
   const auto &streams = attach.initiator == Initiator::kClient ? parts_.incoming_streams : parts_.outgoing_streams;
-  return state_ == State::kAwaitEstablished && attach.token == parts_.token && attach.index < streams.size() &&
+  return state_ == State::kAwaitEstablished && SameToken(attach.token, parts_.token) && attach.index < streams.size() &&
          !streams[attach.index];
 }
 
@@ -192,6 +205,10 @@ Result<std::shared_ptr<Link>> ServerHandshake::Finish(Fd control) {
   };
   if (!attached(parts_.incoming_streams) || !attached(parts_.outgoing_streams)) {
     return Status(LLM_FAILED, "ESTABLISHED before all data connections were attached");
+  }
+  // Another connection may have become the link of that id meanwhile.
+  if (Status status = CheckFree(parts_.peer); !status.ok()) {
+    return status;
   }
   // The comm may have ended meanwhile, and would leave this link behind.
   if (Status status = CheckComm(parts_.comm_name, parts_.comm_id, parts_.peer); !status.ok()) {

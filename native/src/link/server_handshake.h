@@ -23,7 +23,7 @@ enum class Admits : uint8_t { kAll, kComms };
 class ServerHandshake {
  public:
   ServerHandshake(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, Admits admits,
-                  std::string peer_address);
+                  std::string peer_address, std::shared_ptr<const PeerProcess> process);
 
   TypeSet legal() const;
   bool greeted() const { return state_ != State::kAwaitHello; }
@@ -50,6 +50,7 @@ class ServerHandshake {
   Status CheckClient(const Hello &hello) const;
   Status CheckComm(const std::string &name, int64_t comm_id, const EndpointInfo &client) const;
   std::shared_ptr<Link> FindAbandoned(const std::string &comm_name, const EndpointInfo &client) const;
+  Status CheckFree(const EndpointInfo &client) const;
   void NoteRefusal(const Hello &hello, const Status &why) const;
 
   const std::shared_ptr<LocalEndpoint> endpoint_;
@@ -57,6 +58,8 @@ class ServerHandshake {
   const Admits admits_;
   State state_ = State::kAwaitHello;
   bool may_end_ = false;
+  bool force_link_ = false;  // as the client said
+  LinkToken replaced_{};     // the same
   std::chrono::milliseconds client_patience_{0};
   LinkTable::Reservation reservation_;
   LinkParts parts_;

@@ -1,4 +1,5 @@
 // Shapes and data types as sizes in bytes.
+#include <algorithm>
 #include <optional>
 #include <string>
 
@@ -71,6 +72,13 @@ std::optional<uint64_t> ElementBits(llm_datadist::DataType type) {
 }
 
 }  // namespace
+
+bool ExtentsOverlap(std::vector<uint64_t> starts, uint64_t length) {
+  std::sort(starts.begin(), starts.end());
+  return std::adjacent_find(starts.begin(), starts.end(), [length](uint64_t before, uint64_t after) {
+           return after - before < length;
+         }) != starts.end();
+}
 
 Result<CacheGeometry> ComputeGeometry(const llm_datadist::CacheDesc &desc, CacheLayout layout) {
   if (desc.shape.empty() || desc.shape.size() > kMaxDims) {

@@ -2,11 +2,13 @@
 
 #include <array>
 #include <condition_variable>
+#include <cstring>
 #include <string>
 #include <utility>
 
 #include "base/checked.h"
 #include "base/fence.h"
+#include "base/random.h"
 #include "llm_datadist/llm_datadist_ext.h"
 
 namespace datadist {
@@ -131,7 +133,13 @@ std::shared_ptr<RegionTable> RegionTable::Create(RegionLimits limits) {
   return std::make_shared<Creatable>(limits);
 }
 
-RegionTable::RegionTable(RegionLimits limits) : limits_(limits), state_(std::make_unique<State>()) {}
+RegionTable::RegionTable(RegionLimits limits) : limits_(limits), state_(std::make_unique<State>()) {
+  // A reader may find other bytes where a stamp was, of a table or a process that came later: no such bytes are to look
+  // like one of our generations.
+  if (const auto random = RandomBytes(); random.ok()) {
+    std::memcpy(&state_->last_generation, random.value().data(), sizeof(state_->last_generation));
+  }
+}
 
 RegionTable::~RegionTable() = default;
 
@@ -180,8 +188,12 @@ Result<int64_t> RegionTable::Register(const llm_datadist::CacheDesc &desc, const
   }
   auto cache = std::make_shared<RegisteredCache>();
   cache->id_ = ++state_->last_id;
-  cache->generation_ = ++state_->last_generation;
+  if (++state_->last_generation == 0) {
+    ++state_->last_generation;  // 0 is no cache's
+  }
+  cache->generation_ = state_->last_generation;
   cache->geometry_ = geometry.value();
+  cache->geometry_.tensors_overlap = ExtentsOverlap(addrs, geometry.value().tensor_bytes);
   cache->registration_ = registration;
   cache->addrs_ = addrs;
   cache->stamp_ = state_->TakeStamp();

@@ -10,8 +10,8 @@
 //
 // A reader in another process (cma) takes no pin here. It reads the stamp after the bytes: the generation that it was
 // told means that the cache was registered all the while, because generations are never used twice; anything else
-// means the bytes are not to be trusted and the transfer fails with LLM_KV_CACHE_NOT_EXIST. A *writer* in another
-// process must hold a pin, taken through the control connection, because a late write cannot be undone.
+// means the bytes are not to be trusted and the transfer fails with LLM_KV_CACHE_NOT_EXIST. Nobody writes from another
+// process: a late write could not be undone.
 //
 // Threads: every member may be called from any thread.
 #ifndef DATADIST_MEMORY_REGION_TABLE_H_
@@ -44,13 +44,17 @@ struct CacheGeometry {
   uint64_t num_blocks = 0;
   uint64_t tensor_bytes = 0;
   uint64_t stride = 0;
+  bool tensors_overlap = false;  // some byte belongs to two tensors, so that the order of writes to it matters
 };
 
 // Checks a description (spec 2.4.6: shape, dtype, overflow) and computes its geometry; LLM_PARAM_INVALID otherwise.
 Result<CacheGeometry> ComputeGeometry(const llm_datadist::CacheDesc &desc, CacheLayout layout = CacheLayout::kMix);
 
-// Lives in memory that stays mapped until the table dies, so that a peer may read it at any time. generation is unique
-// per registration in this table, 0 when no cache uses the slot.
+// Whether two of `length` bytes each at `starts` share a byte.
+bool ExtentsOverlap(std::vector<uint64_t> starts, uint64_t length);
+
+// Lives in memory that stays mapped until the table dies, so that a peer may read it at any time. generation counts from
+// a random number of 64 bits, one per registration; 0 when no cache uses the slot.
 struct alignas(64) CacheStamp {
   std::atomic<uint64_t> generation{0};
 };

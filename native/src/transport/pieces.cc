@@ -73,16 +73,8 @@ bool RunsOverlap(const std::vector<Run> &runs, Side side) {
   return ExtentsOverlap(extents);
 }
 
-bool TensorsOverlap(const std::vector<uint64_t> &addrs, uint32_t first, uint32_t count, uint64_t bytes) {
-  if (count < 2) {
-    return false;
-  }
-  std::vector<Extent> extents;
-  extents.reserve(count);
-  for (uint32_t i = 0; i < count; ++i) {
-    extents.push_back({addrs[first + i], bytes});
-  }
-  return ExtentsOverlap(extents);
+bool OrderMatters(const TransferOp &op, Side side, const CacheGeometry &target) {
+  return (op.tensor_count > 1 && target.tensors_overlap) || RunsOverlap(op.runs, side);
 }
 
 size_t PartCount(uint64_t total, size_t width, bool in_order) {

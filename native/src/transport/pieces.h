@@ -27,8 +27,8 @@ Result<uint64_t> CheckOp(const TransferOp &op);
 
 // Whether two runs touch the same byte of that side.
 bool RunsOverlap(const std::vector<Run> &runs, Side side);
-// Whether two of the tensors [first, +count), each `bytes` long, touch the same byte.
-bool TensorsOverlap(const std::vector<uint64_t> &addrs, uint32_t first, uint32_t count, uint64_t bytes);
+// Whether the order in which an op writes matters: some byte of `target`, the side that is written, may be written twice.
+bool OrderMatters(const TransferOp &op, Side side, const CacheGeometry &target);
 
 // How many parts to move `total` bytes in: 1 when the order of the runs matters or the gain is too small.
 size_t PartCount(uint64_t total, size_t width, bool in_order);

@@ -16,6 +16,11 @@ const char *TransportName(TransportKind kind) {
   return "unknown";
 }
 
+RemoteCache Described(const RegisteredCache &cache) {
+  return {cache.id(), cache.generation(), cache.geometry(), reinterpret_cast<uintptr_t>(&cache.stamp()->generation),
+          cache.addrs()};
+}
+
 Result<uint64_t> TotalBytes(const TransferOp &op) {
   const Status overflow(llm_datadist::LLM_PARAM_INVALID, "the size of the transfer exceeds 64 bits");
   uint64_t per_tensor = 0;

@@ -40,6 +40,9 @@ struct RemoteCache {
   std::vector<uint64_t> tensor_addrs;  // empty when the link is not same-host
 };
 
+// What an owner tells of a cache of its own.
+RemoteCache Described(const RegisteredCache &cache);
+
 // `length` bytes at remote_offset of each remote tensor <-> local_offset of the local tensor paired with it.
 struct Run {
   uint64_t remote_offset = 0;
@@ -61,15 +64,13 @@ struct TransferOp {
 // Total bytes of an op, LLM_PARAM_INVALID on overflow.
 Result<uint64_t> TotalBytes(const TransferOp &op);
 
-// Calls over the control connection that a transport needs of its link.
+// What a transport needs of its link's control connection.
 class PeerCalls {
  public:
   virtual ~PeerCalls() = default;
 
-  // Asks the owner to pin one of its caches for our writes until ReleaseWrite or the loss of the link. The owner checks
-  // generation and ranges. Returns a grant id.
-  virtual Result<uint64_t> AcquireWrite(const TransferOp &op, Deadline deadline) = 0;
-  virtual void ReleaseWrite(uint64_t grant) = 0;
+  // Asks the owner of op.remote to read the op's runs out of our memory, and waits until it has. Statuses as of Push.
+  virtual Status AskToRead(const TransferOp &op, Deadline deadline) = 0;
 };
 
 class DataPath {

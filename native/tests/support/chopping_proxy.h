@@ -20,7 +20,7 @@ class ChoppingProxy {
  public:
   ChoppingProxy(uint16_t target, uint64_t byte_limit)
       : target_(SocketAddress::FromIp("127.0.0.1", target).value()), left_(byte_limit) {
-    listener_ = Listen(SocketAddress::FromIp("127.0.0.1", 0).value()).value();
+    listener_ = std::move(Listen(SocketAddress::FromIp("127.0.0.1", 0).value()).value().tcp);
     if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, stop_) != 0) {
       ::abort();
     }
@@ -57,7 +57,7 @@ class ChoppingProxy {
       }
       if (waits[1].revents != 0) {
         Fd accepted(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
-        Result<Fd> dialled = Dial(target_, Deadline::In(std::chrono::seconds(5)));
+        Result<Fd> dialled = DialTcp(target_, Deadline::In(std::chrono::seconds(5)));
         if (accepted && dialled.ok()) {
           pipes_.emplace_back(std::move(accepted), std::move(dialled).value());
         }

@@ -32,18 +32,23 @@ Member::~Member() {
   if (acceptor_ != nullptr) {
     endpoint_->loop()->Run([this] { acceptor_->StopOnLoop(); });
   }
-  for (const std::shared_ptr<Link> &link : table_->Shut()) {
+  const std::vector<std::shared_ptr<Link>> links = table_->Shut();
+  for (const std::shared_ptr<Link> &link : links) {
     link->Close("finalized");
   }
+  for (const std::shared_ptr<Link> &link : links) {
+    link->WaitUntilServed();
+  }
+  endpoint_->serving().Stop();
   endpoint_->loop()->Stop();
   endpoint_->regions()->UnregisterAll();
 }
 
 SocketAddress Member::Listen() {
-  Fd listener = datadist::Listen(FreeAddress()).value();
-  const SocketAddress address = SocketAddress::LocalOf(listener.get());
+  Listeners listeners = datadist::Listen(FreeAddress()).value();
+  const SocketAddress address = SocketAddress::LocalOf(listeners.tcp.get());
   acceptor_ = std::make_shared<Acceptor>(endpoint_, table_);
-  endpoint_->loop()->Run([&] { acceptor_->StartOnLoop(std::move(listener)); });
+  endpoint_->loop()->Run([&] { acceptor_->StartOnLoop(std::move(listeners)); });
   comms_->SetServerAddress(address);
   return address;
 }
@@ -146,8 +151,8 @@ SocketAddress FreeAddress() {
   const auto pid = static_cast<uint32_t>(::getpid());
   const std::string ip = "127." + std::to_string(1 + pid / 65536 % 255) + "." + std::to_string(pid / 256 % 256) + "." +
                          std::to_string(1 + pid % 255);
-  const Fd probe = datadist::Listen(SocketAddress::FromIp(ip, 0).value()).value();
-  return SocketAddress::LocalOf(probe.get());
+  const Listeners probe = datadist::Listen(SocketAddress::FromIp(ip, 0).value()).value();
+  return SocketAddress::LocalOf(probe.tcp.get());
 }
 
 bool Eventually(const std::function<bool()> &holds) {

@@ -14,6 +14,7 @@
 #include "link/comm_table.h"
 #include "link/endpoint.h"
 #include "link/link_table.h"
+#include "support/eventually.h"
 #include "transport_support/owner.h"
 
 namespace datadist::testing {
@@ -67,11 +68,6 @@ std::vector<uint8_t> Copied(uint64_t from_seed, uint64_t to_seed, uint64_t from,
 
 // An address that nobody listens at, in a part of the loopback network that is this process's own.
 SocketAddress FreeAddress();
-
-constexpr std::chrono::seconds kPatience{20};
-
-// Waits, within kPatience, until `holds` says so: for states that can only be asked for.
-bool Eventually(const std::function<bool()> &holds);
 
 }  // namespace datadist::testing
 

@@ -13,12 +13,26 @@ LocalCache::LocalCache(const CacheShape &shape, uint64_t seed) : arena_(shape) {
   pin_ = regions_->Pin(id.value()).value();
 }
 
+PushRequest CallsTo::RequestOf(const TransferOp &op, Deadline deadline) {
+  PushRequest request;
+  request.cache_id = op.remote->cache_id;
+  request.generation = op.remote->generation;
+  request.first_tensor = op.remote_first_tensor;
+  request.source = Described(op.local->cache());
+  request.source_first_tensor = op.local_first_tensor;
+  request.tensor_count = op.tensor_count;
+  request.remaining_ms = RemainingMillis(deadline);
+  for (const Run &run : op.runs) {
+    request.runs.push_back({run.local_offset, run.remote_offset, run.length});
+  }
+  return request;
+}
+
 std::unique_ptr<DataPath> ConnectCma(Owner &owner, PeerCalls *calls, std::shared_ptr<WorkerPool> pool) {
-  const Challenge challenge{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16};
-  CmaPeer peer = owner.OfferSlot(challenge);
-  const Status probed = ProbeCma(peer);
+  const std::shared_ptr<const PeerProcess> process = owner.Process();
+  const Status probed = ProbeCma(*process);
   EXPECT_TRUE(probed.ok()) << probed.text();
-  return MakeCmaDataPath(std::move(peer), calls, std::move(pool));
+  return MakeCmaDataPath(process, calls, std::move(pool));
 }
 
 std::unique_ptr<DataPath> ConnectTcp(Owner &owner, size_t streams, std::shared_ptr<WorkerPool> pool,

@@ -26,11 +26,16 @@ class LocalCache {
 };
 
 // The control connection of a link, as far as a transport needs it.
-class GrantsOf final : public PeerCalls {
+class CallsTo final : public PeerCalls {
  public:
-  explicit GrantsOf(const std::unique_ptr<Owner> &owner) : owner_(owner) {}
-  Result<uint64_t> AcquireWrite(const TransferOp &op, Deadline) override { return owner_->Grant(op); }
-  void ReleaseWrite(uint64_t grant) override { owner_->ReleaseGrant(grant); }
+  explicit CallsTo(const std::unique_ptr<Owner> &owner) : owner_(owner) {}
+  Status AskToRead(const TransferOp &op, Deadline deadline) override {
+    ++asked;
+    return owner_->Read(RequestOf(op, deadline));
+  }
+  static PushRequest RequestOf(const TransferOp &op, Deadline deadline);
+
+  int asked = 0;
 
  private:
   const std::unique_ptr<Owner> &owner_;

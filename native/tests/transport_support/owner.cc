@@ -38,14 +38,23 @@ llm_datadist::CacheDesc DescOf(const CacheShape &shape) {
   return desc;
 }
 
-Arena::Arena(const CacheShape &shape) : tensor_bytes_(shape.num_blocks * shape.stride) {
-  for (uint32_t i = 0; i < shape.num_tensors; ++i) {
-    const size_t size = tensor_bytes_ + 2 * kCanaryBytes + kAlignment;
-    memory_.push_back(std::make_unique<uint8_t[]>(size));
-    std::memset(memory_.back().get(), kCanary, size);
-    const uintptr_t first = reinterpret_cast<uintptr_t>(memory_.back().get()) + kCanaryBytes;
-    tensors_.push_back(memory_.back().get() + kCanaryBytes + (kAlignment - first % kAlignment) % kAlignment);
+Arena::Arena(const CacheShape &shape) : tensor_bytes_(shape.num_blocks * shape.stride), allocation_bytes_(tensor_bytes_) {
+  if (shape.distance > 0) {
+    allocation_bytes_ += (shape.num_tensors - 1) * shape.distance;
+    Allocate(allocation_bytes_);
   }
+  for (uint32_t i = 0; i < shape.num_tensors; ++i) {
+    tensors_.push_back(shape.distance > 0 ? allocations_[0] + i * shape.distance : Allocate(tensor_bytes_));
+  }
+}
+
+uint8_t *Arena::Allocate(size_t bytes) {
+  const size_t size = bytes + 2 * kCanaryBytes + kAlignment;
+  memory_.push_back(std::make_unique<uint8_t[]>(size));
+  std::memset(memory_.back().get(), kCanary, size);
+  const uintptr_t first = reinterpret_cast<uintptr_t>(memory_.back().get()) + kCanaryBytes;
+  allocations_.push_back(memory_.back().get() + kCanaryBytes + (kAlignment - first % kAlignment) % kAlignment);
+  return allocations_.back();
 }
 
 void Arena::Fill(const std::vector<uint8_t> &bytes) {
@@ -74,8 +83,8 @@ bool Arena::CanariesIntact() const {
   const auto intact = [](const uint8_t *first) {
     return std::all_of(first, first + kCanaryBytes, [](uint8_t byte) { return byte == kCanary; });
   };
-  return std::all_of(tensors_.begin(), tensors_.end(), [&](const uint8_t *tensor) {
-    return intact(tensor - kCanaryBytes) && intact(tensor + tensor_bytes_);
+  return std::all_of(allocations_.begin(), allocations_.end(), [&](const uint8_t *start) {
+    return intact(start - kCanaryBytes) && intact(start + allocation_bytes_);
   });
 }
 
@@ -87,8 +96,7 @@ RemoteCache OwnerHere::AddCache(const CacheShape &shape, uint64_t seed) {
   const auto pin = regions_->Pin(id.value());
   const RegisteredCache &cache = pin.value().cache();
   arenas_[id.value()] = std::move(arena);
-  return {cache.id(), cache.generation(), cache.geometry(), reinterpret_cast<uintptr_t>(&cache.stamp()->generation),
-          cache.addrs()};
+  return Described(cache);
 }
 
 void OwnerHere::UnregisterAndReuse(int64_t cache_id) {
@@ -104,13 +112,6 @@ std::vector<uint8_t> OwnerHere::Bytes(int64_t cache_id) {
 }
 
 bool OwnerHere::CanariesIntact(int64_t cache_id) { return arenas_.at(cache_id)->CanariesIntact(); }
-
-CmaPeer OwnerHere::OfferSlot(const Challenge &challenge) {
-  AllowCmaFromPeers();
-  slot_ = std::make_unique<ProbeSlot>();
-  slot_->Set(challenge);
-  return {ThisHost(), slot_->address(), challenge};
-}
 
 uint16_t OwnerHere::Listen() {
   listener_ = Fd(::socket(AF_INET, SOCK_STREAM | SOCK_CLOEXEC, 0));
@@ -132,25 +133,18 @@ void OwnerHere::Serve(size_t connections, std::chrono::milliseconds max_request)
   }
 }
 
-Result<uint64_t> OwnerHere::Grant(const TransferOp &op) {
-  auto pin = regions_->Pin(op.remote->cache_id);
+Status OwnerHere::ReadFrom(std::shared_ptr<const PeerProcess> initiator, const PushRequest &request) {
+  const auto pin = regions_->Pin(request.cache_id);
   if (!pin.ok()) {
     return pin.status();
   }
-  if (pin.value().cache().generation() != op.remote->generation) {
+  if (pin.value().cache().generation() != request.generation) {
     return Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST, "another generation");
   }
-  if (Status status = CheckSide(op, Side::kRemote, pin.value().cache().geometry()); !status.ok()) {
-    return status;
-  }
-  const std::lock_guard<std::mutex> lock(grants_mutex_);
-  grants_.emplace(++last_grant_, std::move(pin).value());
-  return last_grant_;
-}
-
-void OwnerHere::ReleaseGrant(uint64_t grant) {
-  const std::lock_guard<std::mutex> lock(grants_mutex_);
-  EXPECT_EQ(grants_.erase(grant), 1U);
+  TransferOp op{&request.source, &pin.value(), request.source_first_tensor, request.first_tensor,
+                request.tensor_count, request.runs};
+  const auto path = MakeCmaDataPath(std::move(initiator), nullptr, std::make_shared<WorkerPool>(1));
+  return path->Pull(op, Deadline::In(std::chrono::milliseconds(request.remaining_ms)));
 }
 
 Fd Dial(uint16_t port) {

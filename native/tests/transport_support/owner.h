@@ -9,10 +9,11 @@
 #include <cstdint>
 #include <map>
 #include <memory>
-#include <mutex>
 #include <vector>
 
 #include "base/fd.h"
+#include "base/peer_process.h"
+#include "control/messages.h"
 #include "memory/region_table.h"
 #include "transport/cma/cma_data_path.h"
 #include "transport/tcp/tcp_data_path.h"
@@ -24,6 +25,7 @@ struct CacheShape {
   uint32_t num_tensors = 1;
   uint64_t num_blocks = 1;
   uint64_t stride = 1;
+  uint64_t distance = 0;  // between the starts of tensors that overlap; 0: each has memory of its own
 };
 
 // What a cache filled with `seed` holds, tensor after tensor.
@@ -31,7 +33,7 @@ std::vector<uint8_t> PatternOf(const CacheShape &shape, uint64_t seed);
 
 llm_datadist::CacheDesc DescOf(const CacheShape &shape);
 
-// Tensors in allocations of their own, each between two canaries.
+// Tensors in allocations of their own, or overlapping in one; each allocation between two canaries.
 class Arena {
  public:
   explicit Arena(const CacheShape &shape);
@@ -41,8 +43,12 @@ class Arena {
   bool CanariesIntact() const;
 
  private:
+  uint8_t *Allocate(size_t bytes);
+
   size_t tensor_bytes_;
+  size_t allocation_bytes_;
   std::vector<std::unique_ptr<uint8_t[]>> memory_;
+  std::vector<uint8_t *> allocations_;  // into memory_
   std::vector<uint8_t *> tensors_;  // into memory_, aligned as a tensor library aligns them
 };
 
@@ -55,15 +61,15 @@ class Owner {
   virtual std::vector<uint8_t> Bytes(int64_t cache_id) = 0;
   virtual bool CanariesIntact(int64_t cache_id) = 0;
 
-  virtual CmaPeer OfferSlot(const Challenge &challenge) = 0;
-  virtual void DropSlot() = 0;
+  // Whose memory it is.
+  virtual std::shared_ptr<const PeerProcess> Process() = 0;
 
   virtual uint16_t Listen() = 0;
   // Accepts connections that wait, and serves each with a TcpServer.
   virtual void Serve(size_t connections, std::chrono::milliseconds max_request) = 0;
 
-  virtual Result<uint64_t> Grant(const TransferOp &op) = 0;
-  virtual void ReleaseGrant(uint64_t grant) = 0;
+  // Does what a push asks for.
+  virtual Status Read(const PushRequest &request) = 0;
 };
 
 // In this process.
@@ -73,22 +79,17 @@ class OwnerHere final : public Owner {
   void UnregisterAndReuse(int64_t cache_id) override;
   std::vector<uint8_t> Bytes(int64_t cache_id) override;
   bool CanariesIntact(int64_t cache_id) override;
-  CmaPeer OfferSlot(const Challenge &challenge) override;
-  void DropSlot() override { slot_.reset(); }
+  std::shared_ptr<const PeerProcess> Process() override { return PeerProcess::Self(); }
   uint16_t Listen() override;
   void Serve(size_t connections, std::chrono::milliseconds max_request) override;
-  Result<uint64_t> Grant(const TransferOp &op) override;
-  void ReleaseGrant(uint64_t grant) override;
+  Status Read(const PushRequest &request) override { return ReadFrom(PeerProcess::Self(), request); }
+  Status ReadFrom(std::shared_ptr<const PeerProcess> initiator, const PushRequest &request);
 
   const std::shared_ptr<RegionTable> &regions() const { return regions_; }
 
  private:
   std::map<int64_t, std::unique_ptr<Arena>> arenas_;  // dies last: the servers below still use it
   std::shared_ptr<RegionTable> regions_ = RegionTable::Create({});
-  std::unique_ptr<ProbeSlot> slot_;
-  std::mutex grants_mutex_;
-  std::map<uint64_t, CachePin> grants_;
-  uint64_t last_grant_ = 0;
   Fd listener_;
   std::vector<std::unique_ptr<TcpServer>> servers_;
 };

@@ -25,12 +25,9 @@ enum class Command : uint8_t {
   kUnregisterAndReuse,
   kBytes,
   kCanariesIntact,
-  kOfferSlot,
-  kDropSlot,
   kListen,
   kServe,
-  kGrant,
-  kReleaseGrant,
+  kRead,
 };
 
 // A whole test, sanitizers included, is far shorter: what waits so long is a hang.
@@ -67,6 +64,7 @@ void PutCache(const RemoteCache &cache, Writer &out) {
   out.U64(cache.geometry.num_blocks);
   out.U64(cache.geometry.tensor_bytes);
   out.U64(cache.geometry.stride);
+  out.U8(cache.geometry.tensors_overlap ? 1 : 0);
   out.U64(cache.stamp_addr);
   for (const uint64_t addr : cache.tensor_addrs) {
     out.U64(addr);
@@ -81,6 +79,7 @@ RemoteCache GetCache(Reader &in) {
   cache.geometry.num_blocks = in.U64();
   cache.geometry.tensor_bytes = in.U64();
   cache.geometry.stride = in.U64();
+  cache.geometry.tensors_overlap = in.U8() == 1;
   cache.stamp_addr = in.U64();
   for (uint32_t i = 0; i < cache.geometry.num_tensors; ++i) {
     cache.tensor_addrs.push_back(in.U64());
@@ -88,51 +87,23 @@ RemoteCache GetCache(Reader &in) {
   return cache;
 }
 
-void PutOp(const TransferOp &op, Writer &out) {
-  out.I64(op.remote->cache_id);
-  out.U64(op.remote->generation);
-  out.U32(op.remote_first_tensor);
-  out.U32(op.tensor_count);
-  out.U32(static_cast<uint32_t>(op.runs.size()));
-  for (const Run &run : op.runs) {
-    out.U64(run.remote_offset);
-    out.U64(run.length);
-  }
-}
-
-void AnswerGrant(OwnerHere &owner, Reader &in, Writer &out) {
-  RemoteCache remote;
-  remote.cache_id = in.I64();
-  remote.generation = in.U64();
-  TransferOp op;
-  op.remote = &remote;
-  op.remote_first_tensor = in.U32();
-  op.tensor_count = in.U32();
-  op.runs.resize(in.U32());
-  for (Run &run : op.runs) {
-    run.remote_offset = in.U64();
-    run.length = in.U64();
-  }
-  const auto grant = owner.Grant(op);
-  out.U32(grant.ok() ? llm_datadist::LLM_SUCCESS : grant.status().code());
-  out.U64(grant.ok() ? grant.value() : 0);
-  out.Text(grant.ok() ? "" : grant.status().text(), kMaxText);
-}
-
-void AnswerOfferSlot(OwnerHere &owner, Reader &in, Writer &out) {
-  Challenge challenge;
-  in.Bytes(challenge.data(), challenge.size());
-  const CmaPeer peer = owner.OfferSlot(challenge);
-  out.Text(peer.host.boot_id, kMaxText);
-  out.U64(peer.host.pid_namespace);
-  out.I32(peer.host.pid);
-  out.U64(peer.slot_addr);
+void AnswerRead(OwnerHere &owner, Reader &in, Writer &out) {
+  std::vector<uint8_t> body(in.remaining());
+  in.Bytes(body.data(), body.size());
+  const auto request = Decode<PushRequest>(body);
+  // Who made the channel, which the kernel knows.
+  const auto initiator = PeerProcess::Of(kChannelFd);
+  const Status status = request.ok() && initiator.ok()
+                            ? owner.ReadFrom(initiator.value(), request.value())
+                            : Status(llm_datadist::LLM_FAILED, "the owner process does not understand");
+  out.U32(status.code());
+  out.Text(status.text(), kMaxText);
 }
 
 void Answer(OwnerHere &owner, Reader in, Writer &out) {
   switch (static_cast<Command>(in.U8())) {
     case Command::kAddCache: {
-      const CacheShape shape{in.U32(), in.U64(), in.U64()};
+      const CacheShape shape{in.U32(), in.U64(), in.U64(), in.U64()};
       PutCache(owner.AddCache(shape, in.U64()), out);
       return;
     }
@@ -147,12 +118,6 @@ void Answer(OwnerHere &owner, Reader in, Writer &out) {
     case Command::kCanariesIntact:
       out.U8(owner.CanariesIntact(in.I64()) ? 1 : 0);
       return;
-    case Command::kOfferSlot:
-      AnswerOfferSlot(owner, in, out);
-      return;
-    case Command::kDropSlot:
-      owner.DropSlot();
-      return;
     case Command::kListen:
       out.U16(owner.Listen());
       return;
@@ -161,11 +126,8 @@ void Answer(OwnerHere &owner, Reader in, Writer &out) {
       owner.Serve(connections, std::chrono::milliseconds(in.U32()));
       return;
     }
-    case Command::kGrant:
-      AnswerGrant(owner, in, out);
-      return;
-    case Command::kReleaseGrant:
-      owner.ReleaseGrant(in.U64());
+    case Command::kRead:
+      AnswerRead(owner, in, out);
       return;
   }
 }
@@ -244,6 +206,7 @@ RemoteCache OwnerProcess::AddCache(const CacheShape &shape, uint64_t seed) {
   request.U32(shape.num_tensors);
   request.U64(shape.num_blocks);
   request.U64(shape.stride);
+  request.U64(shape.distance);
   request.U64(seed);
   const auto response = Call(request);
   Reader in(response.data(), response.size());
@@ -262,21 +225,7 @@ bool OwnerProcess::CanariesIntact(int64_t cache_id) {
   return Call(Request(Command::kCanariesIntact, static_cast<uint64_t>(cache_id))).at(0) == 1;
 }
 
-CmaPeer OwnerProcess::OfferSlot(const Challenge &challenge) {
-  Writer request = Request(Command::kOfferSlot);
-  request.Bytes(challenge.data(), challenge.size());
-  const auto response = Call(request);
-  Reader in(response.data(), response.size());
-  CmaPeer peer;
-  peer.host.boot_id = in.Text(kMaxText);
-  peer.host.pid_namespace = in.U64();
-  peer.host.pid = in.I32();
-  peer.slot_addr = in.U64();
-  peer.challenge = challenge;
-  return peer;
-}
-
-void OwnerProcess::DropSlot() { (void)Call(Request(Command::kDropSlot)); }
+std::shared_ptr<const PeerProcess> OwnerProcess::Process() { return PeerProcess::OfChild(pid_).value(); }
 
 uint16_t OwnerProcess::Listen() {
   const auto response = Call(Request(Command::kListen));
@@ -290,20 +239,15 @@ void OwnerProcess::Serve(size_t connections, std::chrono::milliseconds max_reque
   (void)Call(request);
 }
 
-Result<uint64_t> OwnerProcess::Grant(const TransferOp &op) {
-  Writer request = Request(Command::kGrant);
-  PutOp(op, request);
+Status OwnerProcess::Read(const PushRequest &push) {
+  Writer request = Request(Command::kRead);
+  const std::vector<uint8_t> body = Encode(push);
+  request.Bytes(body.data(), body.size());
   const auto response = Call(request);
   Reader in(response.data(), response.size());
   const llm_datadist::Status code = in.U32();
-  const uint64_t grant = in.U64();
-  if (code != llm_datadist::LLM_SUCCESS) {
-    return Status(code, in.Text(kMaxText));
-  }
-  return grant;
+  return code == llm_datadist::LLM_SUCCESS ? Status::Ok() : Status(code, in.Text(kMaxText));
 }
-
-void OwnerProcess::ReleaseGrant(uint64_t grant) { (void)Call(Request(Command::kReleaseGrant, grant)); }
 
 int TestMain(int argc, char **argv) {
   if (argc == 2 && std::strcmp(argv[1], kOwnerFlag) == 0) {

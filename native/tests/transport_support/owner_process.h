@@ -19,12 +19,10 @@ class OwnerProcess final : public Owner {
   void UnregisterAndReuse(int64_t cache_id) override;
   std::vector<uint8_t> Bytes(int64_t cache_id) override;
   bool CanariesIntact(int64_t cache_id) override;
-  CmaPeer OfferSlot(const Challenge &challenge) override;
-  void DropSlot() override;
+  std::shared_ptr<const PeerProcess> Process() override;
   uint16_t Listen() override;
   void Serve(size_t connections, std::chrono::milliseconds max_request) override;
-  Result<uint64_t> Grant(const TransferOp &op) override;
-  void ReleaseGrant(uint64_t grant) override;
+  Status Read(const PushRequest &request) override;
 
   pid_t pid() const { return pid_; }
   void Stop();   // SIGSTOP; returns when it has stopped

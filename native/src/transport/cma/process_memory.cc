@@ -57,7 +57,7 @@ void IovecBatch::Add(uint64_t remote, void *local, uint64_t length) {
   bytes_ += length;
 }
 
-Status IovecBatch::Move(pid_t pid, VmDirection direction) {
+Status IovecBatch::Read(pid_t pid) {
   IovecList local{local_, local_count_};
   IovecList remote{remote_, remote_count_};
   uint64_t left = bytes_;
@@ -65,10 +65,7 @@ Status IovecBatch::Move(pid_t pid, VmDirection direction) {
   remote_count_ = 0;
   bytes_ = 0;
   while (left > 0) {
-    const ssize_t moved =
-        direction == VmDirection::kRead
-            ? ::process_vm_readv(pid, local.next, local.count, remote.next, remote.count, 0)
-            : ::process_vm_writev(pid, local.next, local.count, remote.next, remote.count, 0);
+    const ssize_t moved = ::process_vm_readv(pid, local.next, local.count, remote.next, remote.count, 0);
     if (moved < 0 && errno == EINTR) {
       continue;
     }

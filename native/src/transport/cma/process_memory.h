@@ -1,4 +1,4 @@
-// process_vm_readv and process_vm_writev over batches of (remote address, local bytes) pairs.
+// process_vm_readv over batches of (remote address, local bytes) pairs.
 #ifndef DATADIST_TRANSPORT_CMA_PROCESS_MEMORY_H_
 #define DATADIST_TRANSPORT_CMA_PROCESS_MEMORY_H_
 
@@ -11,8 +11,6 @@
 #include "base/status.h"
 
 namespace datadist {
-
-enum class VmDirection { kRead, kWrite };
 
 // The pairs of one system call. Neighbours merge on each side by themselves: the two lists only have to be equally long
 // in bytes, and fewer remote entries mean less page pinning. Lives on the stack, uninitialised beyond its counts: to
@@ -32,9 +30,9 @@ class IovecBatch {
   uint64_t RoomBytes() const { return kMaxBytes - bytes_; }
   void Add(uint64_t remote, void *local, uint64_t length);
 
-  // Moves the whole batch, resuming where the kernel stopped short, and empties it. LLM_FAILED with the reason if the
+  // Reads the whole batch, resuming where the kernel stopped short, and empties it. LLM_FAILED with the reason if the
   // process is gone, refuses, or has no such memory.
-  Status Move(pid_t pid, VmDirection direction);
+  Status Read(pid_t pid);
 
  private:
   static constexpr size_t kMaxIovecs = 1024;  // the kernel's UIO_MAXIOV

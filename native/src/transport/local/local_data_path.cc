@@ -69,9 +69,7 @@ Status LocalDataPath::Transfer(const TransferOp &op, Direction direction, Deadli
   }
   const bool pull = direction == Direction::kPull;
   const RegisteredCache &target = pull ? op.local->cache() : remote.value().cache();
-  const uint32_t target_first = pull ? op.local_first_tensor : op.remote_first_tensor;
-  const bool in_order = RunsOverlap(op.runs, pull ? Side::kLocal : Side::kRemote) ||
-                        TensorsOverlap(target.addrs(), target_first, op.tensor_count, target.geometry().tensor_bytes);
+  const bool in_order = OrderMatters(op, pull ? Side::kLocal : Side::kRemote, target.geometry());
   return MoveParts(*pool_, PartCount(total.value(), pool_->width(), in_order), total.value(),
                    [&](uint64_t begin, uint64_t end) {
                      return Copy(op, remote.value(), direction,

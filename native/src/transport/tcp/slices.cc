@@ -40,7 +40,7 @@ PartRange PartOf(uint64_t bytes_per_tensor, uint32_t tensor_count, size_t part, 
   return {share * part, part + 1 == parts ? total : share * (part + 1)};
 }
 
-std::vector<OpSlice> SliceOp(const TransferOp &op, PartRange range) {
+std::vector<OpSlice> SliceOp(const TransferOp &op, PartRange range, bool in_order) {
   std::vector<OpSlice> slices;
   uint64_t per_tensor = 0;
   for (const Run &run : op.runs) {
@@ -51,7 +51,9 @@ std::vector<OpSlice> SliceOp(const TransferOp &op, PartRange range) {
     const uint64_t begin = range.begin % per_tensor;
     const uint64_t left = range.end - range.begin;
     if (begin == 0 && left >= per_tensor) {
-      const auto whole = static_cast<uint32_t>(left / per_tensor);
+      // Several slices of several tensors would go through the tensors once for each slice.
+      const bool one_by_one = in_order && op.runs.size() > kMaxSpansPerRequest;
+      const auto whole = one_by_one ? 1U : static_cast<uint32_t>(left / per_tensor);
       AppendSlices(op, tensor, whole, 0, per_tensor, slices);
       range.begin += whole * per_tensor;
     } else {

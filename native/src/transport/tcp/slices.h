@@ -26,9 +26,9 @@ struct OpSlice {
   std::vector<Span> local;  // paired with `remote`
 };
 
-// In an order that keeps the runs of each tensor in list order. A range that starts and ends between tensors takes one
+// In an order that keeps the runs of each tensor in list order and, `in_order`, all of a tensor before the next. A range that starts and ends between tensors takes one
 // slice, unless it has more than kMaxSpansPerRequest runs.
-std::vector<OpSlice> SliceOp(const TransferOp &op, PartRange range);
+std::vector<OpSlice> SliceOp(const TransferOp &op, PartRange range, bool in_order);
 
 }  // namespace datadist
 

@@ -23,8 +23,8 @@ Status StreamSpans(int fd, StreamDirection direction, const CachePin &pin, uint3
 Status SendSpans(int fd, CachePin pin, uint32_t first_tensor, uint32_t tensor_count, const std::vector<Span> &spans,
                  Deadline deadline);
 
-// No delay for small requests, a bound on unacknowledged bytes, the congestion control that measures best. Each is
-// best effort: a stream without them is slower, not wrong.
+// No delay for small requests, a bound on unacknowledged bytes. Best effort: a stream without them is slower, not wrong.
+// Congestion control is the administrator's choice.
 void TuneStream(int fd);
 
 }  // namespace datadist

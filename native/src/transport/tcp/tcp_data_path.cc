@@ -121,7 +121,8 @@ class TcpDataPath final : public DataPath {
 
  private:
   Status Transfer(DataOp data_op, const TransferOp &op, Deadline deadline);
-  static Outcome MovePart(int fd, DataOp data_op, const TransferOp &op, const PartRange &range, Deadline deadline);
+  static Outcome MovePart(int fd, DataOp data_op, const TransferOp &op, const std::vector<OpSlice> &slices,
+                          Deadline deadline);
   // Ends running and later calls. The first reason stays.
   void Break(const std::string &reason);
   Status BrokenStatus();
@@ -144,13 +145,14 @@ Status TcpDataPath::Transfer(DataOp data_op, const TransferOp &op, Deadline dead
   if (deadline.Expired()) {
     return Status(llm_datadist::LLM_TIMEOUT, "deadline passed before the transfer began");
   }
-  const bool in_order = RunsOverlap(op.runs, data_op == DataOp::kPull ? Side::kLocal : Side::kRemote);
+  const bool in_order = data_op == DataOp::kPull ? OrderMatters(op, Side::kLocal, op.local->cache().geometry())
+                                                 : OrderMatters(op, Side::kRemote, op.remote->geometry);
   const size_t parts = PartCount(total.value(), streams_.size(), in_order);
   const uint64_t per_tensor = total.value() / op.tensor_count;
   FirstFailure failure;
   pool_->Run(parts, [&](size_t part) {
-    const PartRange range = PartOf(per_tensor, op.tensor_count, part, parts);
-    const Outcome outcome = MovePart(streams_[part].get(), data_op, op, range, deadline);
+    const auto slices = SliceOp(op, PartOf(per_tensor, op.tensor_count, part, parts), in_order);
+    const Outcome outcome = MovePart(streams_[part].get(), data_op, op, slices, deadline);
     failure.Record(outcome.status);
     if (outcome.broken) {
       Break(outcome.status.text());
@@ -159,9 +161,9 @@ Status TcpDataPath::Transfer(DataOp data_op, const TransferOp &op, Deadline dead
   return failure.Get();
 }
 
-Outcome TcpDataPath::MovePart(int fd, DataOp data_op, const TransferOp &op, const PartRange &range,
+Outcome TcpDataPath::MovePart(int fd, DataOp data_op, const TransferOp &op, const std::vector<OpSlice> &slices,
                               Deadline deadline) {
-  for (const OpSlice &slice : SliceOp(op, range)) {
+  for (const OpSlice &slice : slices) {
     Outcome outcome = Exchange(fd, data_op, op, slice, deadline);
     if (!outcome.status.ok()) {
       return outcome;

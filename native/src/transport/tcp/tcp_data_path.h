@@ -30,6 +30,8 @@ class TcpServer {
   TcpServer(const TcpServer &) = delete;
   TcpServer &operator=(const TcpServer &) = delete;
   void Close();
+  // Returns when its thread has ended. Once closed.
+  void Join();
 
  private:
   struct State;

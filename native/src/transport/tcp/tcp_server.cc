@@ -3,10 +3,14 @@
 
 #include <algorithm>
 #include <array>
+#include <exception>
+#include <mutex>
+#include <string>
 #include <system_error>
 #include <thread>
 #include <utility>
 
+#include "base/log.h"
 #include "base/socket_io.h"
 #include "transport/tcp/stream.h"
 #include "transport/tcp/tcp_data_path.h"
@@ -46,11 +50,16 @@ struct TcpServer::State {
   std::shared_ptr<RegionTable> regions;
   milliseconds max_request;
   std::thread thread;
+  std::mutex joining;  // several may wait for its end
 
   void End() { (void)::shutdown(stream.get(), SHUT_RDWR); }
 
   void Serve() {
-    while (WaitReadable(stream.get()).ok() && ServeOne().ok()) {
+    try {
+      while (WaitReadable(stream.get()).ok() && ServeOne().ok()) {
+      }
+    } catch (const std::exception &error) {
+      Log(LogLevel::kError, std::string("data connection: ") + error.what());
     }
     End();  // the peer must not wait for an answer that never comes
   }
@@ -112,6 +121,11 @@ TcpServer::TcpServer(Fd stream, std::shared_ptr<RegionTable> regions, millisecon
 
 TcpServer::~TcpServer() {
   Close();
+  Join();
+}
+
+void TcpServer::Join() {
+  const std::lock_guard<std::mutex> lock(state_->joining);
   if (state_->thread.joinable()) {
     state_->thread.join();
   }

@@ -1,0 +1,188 @@
+// Who a peer is: what it says of itself counts for nothing where the kernel does not say the same.
+#include <gmock/gmock.h>
+#include <gtest/gtest.h>
+
+#include <thread>
+
+#include "base/random.h"
+#include "support/member.h"
+
+namespace datadist::testing {
+namespace {
+
+using llm_datadist::LLM_ALREADY_LINK;
+using llm_datadist::LLM_LINK_FAILED;
+using llm_datadist::LLM_PARAM_INVALID;
+using ::testing::HasSubstr;
+
+Deadline Soon() { return Deadline::In(kPatience); }
+
+EndpointInfo InfoOf(uint64_t cluster_id) {
+  EndpointInfo info;
+  info.cluster_id = cluster_id;
+  info.role = static_cast<int32_t>(llm_datadist::LlmRole::kMix);
+  info.incarnation = RandomBytes().value();
+  return info;
+}
+
+// Speaks the wire by hand, over TCP, as somebody from elsewhere does.
+class Stranger {
+ public:
+  explicit Stranger(const SocketAddress &address) : fd_(DialTcp(address, Soon()).value()) {}
+  explicit Stranger(Fd accepted) : fd_(std::move(accepted)) {}
+
+  void Say(MessageType type, const std::vector<uint8_t> &body, uint32_t seq = 1) {
+    ASSERT_TRUE(SendFrame(fd_.get(), type, seq, body, Soon()).ok());
+  }
+  Frame Hear(MessageType expected) {
+    const Result<Frame> frame = RecvFrame(fd_.get(), TypeSet(expected, MessageType::kReject), Soon());
+    EXPECT_TRUE(frame.ok()) << frame.status().text();
+    return frame.ok() ? frame.value() : Frame{};
+  }
+  Frame Greet(const EndpointInfo &info, bool force = false) {
+    Hello hello;
+    hello.versions = {kProtocolVersion, kProtocolVersion};
+    hello.client = info;
+    hello.remaining_ms = 60000;
+    hello.force_link = force;
+    Say(MessageType::kHello, Encode(hello));
+    return Hear(MessageType::kWelcome);
+  }
+
+ private:
+  Fd fd_;
+};
+
+Status RejectedWith(const Frame &frame) {
+  EXPECT_EQ(frame.type, MessageType::kReject);
+  const Result<Reject> reject = Decode<Reject>(frame.body);
+  return reject.ok() ? reject.value().status : reject.status();
+}
+
+// D1 of trust.md: memory is given to, and taken from, whom the kernel names, and nobody else.
+class Identity : public ::testing::TestWithParam<TransportKind> {};
+
+TEST_P(Identity, OverTcpAClientCannotTakeMemoryByItself) {
+  Member victim(2);
+  Stranger stranger(victim.Listen());
+  stranger.Greet(InfoOf(1));
+  stranger.Say(MessageType::kReady, Encode(Ready{GetParam(), ""}));
+  EXPECT_THAT(RejectedWith(stranger.Hear(MessageType::kReady)).text(), HasSubstr("that the kernel names"));
+}
+
+TEST_P(Identity, OverTcpAServerCannotTakeMemoryByItself) {
+  Member victim(1);
+  const Listeners listeners = Listen(FreeAddress()).value();
+  const SocketAddress address = SocketAddress::LocalOf(listeners.tcp.get());
+  const_cast<Fd &>(listeners.local).Reset();
+  std::thread server([&] {
+    Fd accepted;
+    while (!accepted) {
+      accepted = Fd(::accept(listeners.tcp.get(), nullptr, nullptr));
+    }
+    Stranger stranger(std::move(accepted));
+    stranger.Hear(MessageType::kHello);
+    stranger.Say(MessageType::kWelcome, Encode(Welcome{InfoOf(2), LinkToken{1}}));
+    stranger.Hear(MessageType::kReady);
+    stranger.Say(MessageType::kReady, Encode(Ready{GetParam(), ""}), 2);
+  });
+  const Status status = victim.Dial(address, 2);
+  server.join();
+  EXPECT_EQ(status.code(), LLM_LINK_FAILED) << status.text();
+  EXPECT_THAT(status.text(), HasSubstr("that the kernel names"));
+}
+
+INSTANTIATE_TEST_SUITE_P(Transports, Identity, ::testing::Values(TransportKind::kCma, TransportKind::kLocal),
+                         [](const auto &kind) { return std::string(TransportName(kind.param)); });
+
+// An incarnation that somebody has heard is no proof of being in that process.
+TEST(LocalTransport, IsNotForWhoRepeatsAnIncarnation) {
+  Member one(1);
+  Member victim(2);
+  Stranger stranger(victim.Listen());
+  EndpointInfo info = InfoOf(3);
+  info.incarnation = one.endpoint()->incarnation();
+  stranger.Greet(info);
+  stranger.Say(MessageType::kReady, Encode(Ready{TransportKind::kTcp, ""}));
+  const Result<Ready> ready = Decode<Ready>(stranger.Hear(MessageType::kReady).body);
+  ASSERT_TRUE(ready.ok());
+  EXPECT_EQ(ready.value().transport, TransportKind::kTcp);
+}
+
+// D2: a peer is who was asked for, or nobody.
+TEST(Links, ToAnotherIdThanTheExpectedOneAreRefused) {
+  Member server(2);
+  Member client(1);
+  const SocketAddress address = server.Listen();
+  const Status status = client.Dial(address, 3);
+  EXPECT_EQ(status.code(), LLM_PARAM_INVALID);
+  EXPECT_THAT(status.text(), HasSubstr("cluster 2 listens there, not cluster 3"));
+  EXPECT_FALSE(client.Linked(2));
+  EXPECT_TRUE(client.Dial(address, 2).ok());
+}
+
+TEST(Links, OfALivePeerAreNotTakenOverByWhoClaimsItsId) {
+  Member server(2);
+  Member client(1);
+  const SocketAddress address = server.Listen();
+  ASSERT_TRUE(client.Dial(address, 2).ok());
+  for (const bool knows_incarnation : {false, true}) {
+    Stranger stranger(address);
+    EndpointInfo info = InfoOf(1);
+    if (knows_incarnation) {
+      info.incarnation = client.endpoint()->incarnation();
+    }
+    EXPECT_EQ(RejectedWith(stranger.Greet(info, true)).code(), LLM_ALREADY_LINK);
+  }
+  const int64_t remote = server.AddCache(5);
+  const int64_t local = client.AddCache(6);
+  EXPECT_TRUE(client.Pull(2, remote, local, 0, 0, Member::kShape.num_blocks).ok());
+  EXPECT_EQ(client.Bytes(local), server.Bytes(remote));
+}
+
+// Two that claim one id at once: the second comes too late, also when both were let in before either was linked.
+TEST(Links, MadeMeanwhileAreNotTakenOver) {
+  Member server(2);
+  Member client(1);
+  const SocketAddress address = server.Listen();
+  Stranger stranger(address);
+  stranger.Greet(InfoOf(1));
+  LinkOptions tcp;
+  ASSERT_TRUE(client.Dial(address, 2).ok());
+  const std::shared_ptr<Link> link = server.table()->Find(1);
+  stranger.Say(MessageType::kReady, Encode(Ready{TransportKind::kTcp, ""}), 2);
+  stranger.Hear(MessageType::kReady);
+  stranger.Say(MessageType::kEstablished, {}, 3);
+  EXPECT_TRUE(Eventually([&] { return server.table()->Find(1) == link && link->alive(); }));
+}
+
+// Who has lost its half of a link, and is the same process still, gets it anew.
+TEST(Links, AreMadeAnewForTheirOwnPeer) {
+  Member server(2);
+  Member client(1);
+  const SocketAddress address = server.Listen();
+  ASSERT_TRUE(client.Dial(address, 2).ok());
+  const std::shared_ptr<Link> half = client.table()->Find(2);
+  client.table()->Remove(half.get());  // alive, and forgotten
+  const Status status = client.Dial(address, 2);
+  EXPECT_TRUE(status.ok()) << status.text();
+}
+
+// D4: what nobody here asked for leaves with its peer.
+TEST(Links, OfPeersThatDiedAreNotCounted) {
+  LinkOptions few;
+  few.max_links = 4;
+  Member server(1000, few);
+  const SocketAddress address = server.Listen();
+  for (uint64_t life = 1; life <= 100; ++life) {
+    Member client(life);
+    const Status status = client.Dial(address, 1000);
+    ASSERT_TRUE(status.ok()) << "life " << life << ": " << status.text();
+    client.table()->Find(1000)->Close("dies without a word");
+    ASSERT_TRUE(Eventually([&] { return server.table()->Find(life) == nullptr; })) << "life " << life;
+  }
+  EXPECT_TRUE(server.table()->Empty());
+}
+
+}  // namespace
+}  // namespace datadist::testing
