@@ -22,6 +22,9 @@ constexpr char OPTION_HEARTBEAT_MS[] = "datadist.HeartbeatMs";
 // "1": ask for huge pages under memory once it is registered, which makes cma two to three times as fast; default "0".
 // Registration does not wait for it: see WaitForHugePages.
 constexpr char OPTION_HUGE_PAGES[] = "datadist.HugePages";
+// What peers may do with the caches of this endpoint: "read_write" (default, as documented), "read" or "none". A peer's
+// transfer that is not allowed fails with LLM_PARAM_INVALID, at the peer.
+constexpr char OPTION_PEER_ACCESS[] = "datadist.PeerAccess";
 // The documented limits, raisable: links (default 512; no limit with OPTION_LOCAL_COMM_RES of version 1.3), addresses
 // per registration (240), registered device bytes (50 GB) and host bytes (20 GB), GB = 1024^3.
 constexpr char OPTION_MAX_LINKS[] = "datadist.MaxLinks";

@@ -23,13 +23,10 @@ using std::chrono::milliseconds;
 
 // The pin of what a request names, with every span checked against it.
 Result<CachePin> PinRequested(RegionTable &regions, const RequestHeader &header, const std::vector<Span> &spans) {
-  Result<CachePin> pin = regions.Pin(header.cache_id);
+  const PeerUse use = header.op == DataOp::kPull ? PeerUse::kRead : PeerUse::kWrite;
+  Result<CachePin> pin = regions.PinForPeer(header.cache_id, header.generation, use);
   if (!pin.ok()) {
     return pin;
-  }
-  if (pin.value().cache().generation() != header.generation) {
-    return Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST,
-                  "cache " + std::to_string(header.cache_id) + " was registered anew");
   }
   const uint64_t last_tensor = uint64_t{header.first_tensor} + header.tensor_count - 1;
   for (const Span &span : spans) {
