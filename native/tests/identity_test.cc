@@ -202,6 +202,28 @@ TEST(Floods, OfGreetingsKeepNobodyOut) {
   EXPECT_TRUE(status.ok()) << status.text();
 }
 
+// D8: nobody makes us serve more data connections, by a thread each, than we would use ourselves.
+TEST(Floods, OfDataConnectionsAreLimitedByOurOwnNumber) {
+  LinkOptions two;
+  two.tcp_streams = 2;
+  Member server(2, two);
+  const SocketAddress address = server.Listen();
+  Stranger stranger(address);
+  EndpointInfo info = InfoOf(1);
+  info.tcp_streams = 16;
+  const Result<Welcome> welcome = Decode<Welcome>(stranger.Greet(info).body);
+  ASSERT_TRUE(welcome.ok());
+  stranger.Say(MessageType::kReady, Encode(Ready{TransportKind::kTcp, ""}), 2);
+  stranger.Hear(MessageType::kReady);
+  std::vector<Fd> streams;
+  for (uint16_t index = 0; index < 3; ++index) {
+    streams.push_back(DialTcp(address, Soon()).value());
+    const Attach attach{welcome.value().token, Initiator::kClient, index};
+    ASSERT_TRUE(SendFrame(streams.back().get(), MessageType::kAttach, 1, Encode(attach), Soon()).ok());
+    EXPECT_EQ(RecvFrame(streams.back().get(), TypeSet(MessageType::kAttached), Soon()).ok(), index < 2) << index;
+  }
+}
+
 // A child of a process that listens is not that process: it keeps neither its address nor its connections.
 TEST(Forked, ChildrenKeepNothingOfOurs) {
   SocketAddress address;

@@ -15,7 +15,7 @@ namespace llm_datadist {
 constexpr char OPTION_TRANSPORT[] = "datadist.Transport";
 // Threads that share the copying of one large transfer, the caller's included: 1..64, default 2.
 constexpr char OPTION_TRANSFER_THREADS[] = "datadist.TransferThreads";
-// Data connections per direction of a tcp link: 1..16, default 2.
+// Data connections per direction of a tcp link: 1..16, default 2; of two ends the smaller number counts.
 constexpr char OPTION_TCP_STREAMS[] = "datadist.TcpStreams";
 // A link is lost after three heartbeat intervals of silence: 10..60000 ms, default 2000.
 constexpr char OPTION_HEARTBEAT_MS[] = "datadist.HeartbeatMs";
