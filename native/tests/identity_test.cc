@@ -1,6 +1,10 @@
 // Who a peer is: what it says of itself counts for nothing where the kernel does not say the same.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
+#include <signal.h>
+#include <sys/socket.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <thread>
 
@@ -182,6 +186,64 @@ TEST(Links, OfPeersThatDiedAreNotCounted) {
     ASSERT_TRUE(Eventually([&] { return server.table()->Find(life) == nullptr; })) << "life " << life;
   }
   EXPECT_TRUE(server.table()->Empty());
+}
+
+// D10: connections that greet and go no further, from one host, keep nobody out: not of another, nor of the same.
+TEST(Floods, OfGreetingsKeepNobodyOut) {
+  Member server(1000);
+  const SocketAddress address = server.Listen();
+  std::vector<Stranger> flood;
+  for (uint64_t id = 1; id <= 100; ++id) {
+    flood.emplace_back(address);
+    EXPECT_EQ(flood.back().Greet(InfoOf(id)).type, MessageType::kWelcome) << id;
+  }
+  Member client(500);
+  const Status status = client.Dial(address, 1000);
+  EXPECT_TRUE(status.ok()) << status.text();
+}
+
+// D8: nobody makes us serve more data connections, by a thread each, than we would use ourselves.
+TEST(Floods, OfDataConnectionsAreLimitedByOurOwnNumber) {
+  LinkOptions two;
+  two.tcp_streams = 2;
+  Member server(2, two);
+  const SocketAddress address = server.Listen();
+  Stranger stranger(address);
+  EndpointInfo info = InfoOf(1);
+  info.tcp_streams = 16;
+  const Result<Welcome> welcome = Decode<Welcome>(stranger.Greet(info).body);
+  ASSERT_TRUE(welcome.ok());
+  stranger.Say(MessageType::kReady, Encode(Ready{TransportKind::kTcp, ""}), 2);
+  stranger.Hear(MessageType::kReady);
+  std::vector<Fd> streams;
+  for (uint16_t index = 0; index < 3; ++index) {
+    streams.push_back(DialTcp(address, Soon()).value());
+    const Attach attach{welcome.value().token, Initiator::kClient, index};
+    ASSERT_TRUE(SendFrame(streams.back().get(), MessageType::kAttach, 1, Encode(attach), Soon()).ok());
+    EXPECT_EQ(RecvFrame(streams.back().get(), TypeSet(MessageType::kAttached), Soon()).ok(), index < 2) << index;
+  }
+}
+
+// A child of a process that listens is not that process: it keeps neither its address nor its connections.
+TEST(Forked, ChildrenKeepNothingOfOurs) {
+  SocketAddress address;
+  Member client(1);
+  pid_t child = -1;
+  {
+    Member server(2);
+    address = server.Listen();
+    ASSERT_TRUE(client.Dial(address, 2).ok());
+    child = ::fork();
+    if (child == 0) {
+      ::pause();
+      ::_exit(0);
+    }
+  }
+  EXPECT_TRUE(Eventually([&] { return !client.Linked(2); })) << "the connection ends with its owner";
+  EXPECT_EQ(client.Dial(address, 2).code(), LLM_LINK_FAILED) << "nobody listens there";
+  EXPECT_TRUE(Listen(address).ok()) << "the address is free";
+  ::kill(child, SIGKILL);
+  ::waitpid(child, nullptr, 0);
 }
 
 }  // namespace

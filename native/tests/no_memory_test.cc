@@ -104,7 +104,7 @@ TEST(NoMemory, ForAFrameEndsItsSessionAlone) {
   const Fd other(pairs[1][0]);
   const std::vector<uint8_t> frame = LongFrame(MessageType::kPush);
   {
-    const NoMemoryFrom none(kMaxFrameBody);
+    const NoMemoryFrom none(kFirstBodyBytes);
     ASSERT_EQ(::send(hungry.get(), frame.data(), kFrameHeaderSize, MSG_NOSIGNAL),
               static_cast<ssize_t>(kFrameHeaderSize));
     EXPECT_TRUE(Eventually([&] { return ends[0]->closed.load(); }));

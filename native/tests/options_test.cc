@@ -47,6 +47,7 @@ INSTANTIATE_TEST_SUITE_P(
                       Refused{OPTION_TRANSFER_THREADS, "65"}, Refused{OPTION_TCP_STREAMS, "0"},
                       Refused{OPTION_TCP_STREAMS, "17"}, Refused{OPTION_HEARTBEAT_MS, "9"},
                       Refused{OPTION_HUGE_PAGES, "2"}, Refused{OPTION_HEARTBEAT_MS, "60001"},
+                      Refused{OPTION_PEER_ACCESS, "write"},
                       Refused{OPTION_MAX_LINKS, "0"}, Refused{OPTION_MAX_ADDRS_PER_CACHE, "65537"},
                       Refused{OPTION_MAX_DEVICE_BYTES, "1GB"}, Refused{OPTION_MAX_HOST_BYTES, "18446744073709551616"},
                       Refused{"datadist.Transprot", "cma"}, Refused{OPTION_MAX_REGISTERED_ADDRS, "0"},

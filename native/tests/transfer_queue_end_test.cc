@@ -1,4 +1,6 @@
 // The end of a TransferQueue: drain, close, destruction, fork; and that nothing is lost under load.
+#include <unistd.h>
+
 #include "support/transfer_queue_fixture.h"
 
 namespace datadist {

@@ -160,6 +160,8 @@ class ConnectorWorker:
             "datadist.TransferThreads": str(config.transfer_threads),
             "datadist.TcpStreams": str(config.tcp_streams),
             "datadist.HugePages": str(int(config.huge_pages)),
+            # Blocks are pulled: nobody writes into anybody's KV cache, and nobody reads that of a D.
+            "datadist.PeerAccess": "read" if self._is_producer else "none",
             # vLLM sized its KV cache already, and each view of it counts anew: the documented limit would only refuse.
             "datadist.MaxDeviceBytes": str(MAX_BYTES),
         }

@@ -15,13 +15,16 @@ namespace llm_datadist {
 constexpr char OPTION_TRANSPORT[] = "datadist.Transport";
 // Threads that share the copying of one large transfer, the caller's included: 1..64, default 2.
 constexpr char OPTION_TRANSFER_THREADS[] = "datadist.TransferThreads";
-// Data connections per direction of a tcp link: 1..16, default 2.
+// Data connections per direction of a tcp link: 1..16, default 2; of two ends the smaller number counts.
 constexpr char OPTION_TCP_STREAMS[] = "datadist.TcpStreams";
 // A link is lost after three heartbeat intervals of silence: 10..60000 ms, default 2000.
 constexpr char OPTION_HEARTBEAT_MS[] = "datadist.HeartbeatMs";
 // "1": ask for huge pages under memory once it is registered, which makes cma two to three times as fast; default "0".
 // Registration does not wait for it: see WaitForHugePages.
 constexpr char OPTION_HUGE_PAGES[] = "datadist.HugePages";
+// What peers may do with the caches of this endpoint: "read_write" (default, as documented), "read" or "none". A peer's
+// transfer that is not allowed fails with LLM_PARAM_INVALID, at the peer.
+constexpr char OPTION_PEER_ACCESS[] = "datadist.PeerAccess";
 // The documented limits, raisable: links (default 512; no limit with OPTION_LOCAL_COMM_RES of version 1.3), addresses
 // per registration (240), registered device bytes (50 GB) and host bytes (20 GB), GB = 1024^3.
 constexpr char OPTION_MAX_LINKS[] = "datadist.MaxLinks";

@@ -1,5 +1,6 @@
 #include "control/frame.h"
 
+#include <algorithm>
 #include <cstring>
 #include <string>
 #include <utility>
@@ -114,7 +115,8 @@ Status FrameReader::StartBody(TypeSet legal) {
     return Status(LLM_FAILED, std::string(MessageName(frame_.type)) + " of " + std::to_string(body_len) +
                                   " bytes, at most " + std::to_string(BodyCap(frame_.type)));
   }
-  frame_.body.resize(body_len);
+  body_size_ = body_len;
+  frame_.body.resize(std::min(body_size_, kFirstBodyBytes));
   in_body_ = true;
   filled_ = 0;
   return Status::Ok();
@@ -142,6 +144,10 @@ Result<std::optional<Frame>> FrameReader::Filled(size_t size, TypeSet legal) {
     if (wanted() > 0) {
       return std::optional<Frame>();
     }
+  }
+  if (frame_.body.size() < body_size_) {
+    frame_.body.resize(std::min(body_size_, 2 * frame_.body.size()));
+    return std::optional<Frame>();
   }
   return Finish();
 }

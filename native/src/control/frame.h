@@ -24,6 +24,8 @@ constexpr uint32_t kFrameMagic = 0x4B444444;  // "DDDK"
 constexpr uint16_t kProtocolVersion = 3;
 constexpr size_t kFrameHeaderSize = 20;
 constexpr uint32_t kMaxFrameBody = 1U << 20;
+// What is allocated for a body before any of it has come; then twice what has. An announcement costs its sender nothing.
+constexpr size_t kFirstBodyBytes = 16U << 10;
 
 enum class MessageType : uint16_t {
   kHello = 1,
@@ -89,6 +91,7 @@ class FrameReader {
   std::array<uint8_t, kFrameHeaderSize> header_{};
   Frame frame_;
   size_t filled_ = 0;
+  size_t body_size_ = 0;  // as announced
   bool in_body_ = false;
 };
 

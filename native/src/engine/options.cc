@@ -82,6 +82,18 @@ Status ReadTransport(const OptionMap &map, std::optional<TransportKind> &out) {
   return InvalidOption(llm_datadist::OPTION_TRANSPORT, *value, "'auto', 'local', 'cma', 'tcp'");
 }
 
+Status ReadPeerAccess(const OptionMap &map, PeerAccess &out) {
+  const auto value = Find(map, llm_datadist::OPTION_PEER_ACCESS);
+  if (!value.has_value() || *value == "read_write") {
+    return Status::Ok();
+  }
+  if (*value != "read" && *value != "none") {
+    return InvalidOption(llm_datadist::OPTION_PEER_ACCESS, *value, "'read_write', 'read', 'none'");
+  }
+  out = *value == "read" ? PeerAccess::kRead : PeerAccess::kNone;
+  return Status::Ok();
+}
+
 Status ReadPool(const OptionMap &map, const char *key, std::optional<PoolConfig> &out) {
   const auto value = Find(map, key);
   if (!value.has_value()) {
@@ -159,6 +171,7 @@ Status CheckOwnKeys(const OptionMap &map) {
       llm_datadist::OPTION_MAX_LINKS,        llm_datadist::OPTION_MAX_ADDRS_PER_CACHE,
       llm_datadist::OPTION_MAX_DEVICE_BYTES, llm_datadist::OPTION_MAX_HOST_BYTES,
       llm_datadist::OPTION_HUGE_PAGES,       llm_datadist::OPTION_MAX_REGISTERED_ADDRS,
+      llm_datadist::OPTION_PEER_ACCESS,
   };
   std::string allowed;
   for (const char *key : kOwnKeys) {
@@ -240,6 +253,7 @@ Status ParseLateOptions(const OptionMap &map, EngineOptions &options) {
       CheckInternalKeys(map),
       CheckOwnKeys(map),
       ReadTransport(map, link.forced_transport),
+      ReadPeerAccess(map, limits.peer_access),
       ReadNumber(map, llm_datadist::OPTION_TRANSFER_THREADS, 1, 64, options.transfer_threads),
       ReadNumber(map, llm_datadist::OPTION_TCP_STREAMS, 1, 16, link.tcp_streams),
       ReadNumber(map, llm_datadist::OPTION_HUGE_PAGES, 0, 1, options.huge_pages),

@@ -87,9 +87,6 @@ void Acceptor::AdmitOnLoop(Fd fd) {
   if (incoming_.size() >= kMaxIncoming) {
     EvictOnLoop();
   }
-  if (incoming_.size() >= kMaxIncoming) {
-    return;
-  }
   Result<Connection> connection = Identify(std::move(fd));
   if (!connection.ok()) {
     if (log_budget_.Take()) {
@@ -100,21 +97,35 @@ void Acceptor::AdmitOnLoop(Fd fd) {
   auto &[known, process] = connection.value();
   const Key key = ++last_key_;
   std::string peer = process != nullptr ? process->Name() : SocketAddress::PeerOf(known.get()).ToString();
+  std::string source = process != nullptr ? peer : peer.substr(0, peer.rfind(':'));  // a host has many ports
   ServerHandshake handshake(endpoint_, table_, admits_, peer, process);
   Incoming &incoming =
-      *incoming_.emplace(key, std::make_unique<Incoming>(std::move(known), std::move(peer), std::move(handshake)))
+      *incoming_
+           .emplace(key, std::make_unique<Incoming>(std::move(known), std::move(peer), std::move(source),
+                                                    std::move(handshake)))
            .first->second;
   incoming.watch = endpoint_->loop()->WatchOnLoop(
       incoming.fd.get(), EPOLLIN, [self = shared_from_this(), key](uint32_t) { self->OnReadableOnLoop(key); });
   SetDeadlineOnLoop(key, incoming, kHandshakeTime);
 }
 
+// Of whoever has the most connections: first one that has said nothing, else the oldest. So nobody keeps all others out,
+// silent or greeting.
 void Acceptor::EvictOnLoop() {
-  const auto it = std::find_if(incoming_.begin(), incoming_.end(),
-                               [](const auto &entry) { return !entry.second->handshake.greeted(); });
-  if (it != incoming_.end()) {
-    DropOnLoop(it->first, "too many connections that say nothing");
+  std::map<std::string, size_t> counts;
+  for (const auto &[key, incoming] : incoming_) {
+    ++counts[incoming->source];
   }
+  const auto most = std::max_element(counts.begin(), counts.end(),
+                                     [](const auto &a, const auto &b) { return a.second < b.second; });
+  const auto of_most = [&](const auto &entry) { return entry.second->source == most->first; };
+  auto it = std::find_if(incoming_.begin(), incoming_.end(), [&](const auto &entry) {
+    return of_most(entry) && !entry.second->handshake.greeted();
+  });
+  if (it == incoming_.end()) {
+    it = std::find_if(incoming_.begin(), incoming_.end(), of_most);
+  }
+  DropOnLoop(it->first, "too many connections that are not links yet");
 }
 
 void Acceptor::SetDeadlineOnLoop(Key key, Incoming &incoming, std::chrono::milliseconds span) {

@@ -1,8 +1,8 @@
 // The listeners of one endpoint and the connections that are not links yet.
 //
 // A connection says first what it is: HELLO (a link in the making), ATTACH (a data connection of one) or UNLINK. It has
-// until its deadline to become that; at most 64 of them exist at a time. When more come, the oldest that has not even
-// said HELLO goes, so that silent connections cannot keep real peers out.
+// until its deadline to become that; at most 64 of them exist at a time. When more come, one goes of the process or host
+// that has the most, so that nobody can keep the others out.
 #ifndef DATADIST_LINK_ACCEPTOR_H_
 #define DATADIST_LINK_ACCEPTOR_H_
 
@@ -30,10 +30,14 @@ class Acceptor : public std::enable_shared_from_this<Acceptor> {
 
  private:
   struct Incoming {
-    Incoming(Fd connection, std::string address, ServerHandshake steps)
-        : fd(std::move(connection)), peer(std::move(address)), handshake(std::move(steps)) {}
+    Incoming(Fd connection, std::string name, std::string comes_from, ServerHandshake steps)
+        : fd(std::move(connection)),
+          peer(std::move(name)),
+          source(std::move(comes_from)),
+          handshake(std::move(steps)) {}
     Fd fd;
     std::string peer;
+    std::string source;  // process or host
     ServerHandshake handshake;
     FrameReader reader;
     uint64_t watch = 0;

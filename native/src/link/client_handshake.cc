@@ -180,13 +180,13 @@ Status ClientHandshake::AgreeOnTransports() {
     return status;
   }
   if (parts_.outgoing.kind == TransportKind::kTcp) {
-    if (Status status = AttachStreams(Initiator::kClient, endpoint_->options().tcp_streams, parts_.outgoing_streams);
+    if (Status status = AttachStreams(Initiator::kClient, endpoint_->StreamsWith(parts_.peer), parts_.outgoing_streams);
         !status.ok()) {
       return status;
     }
   }
   if (parts_.incoming == TransportKind::kTcp) {
-    return AttachStreams(Initiator::kServer, parts_.peer.tcp_streams, parts_.incoming_streams);
+    return AttachStreams(Initiator::kServer, endpoint_->StreamsWith(parts_.peer), parts_.incoming_streams);
   }
   return Status::Ok();
 }

@@ -2,6 +2,7 @@
 #ifndef DATADIST_LINK_ENDPOINT_H_
 #define DATADIST_LINK_ENDPOINT_H_
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
@@ -62,6 +63,8 @@ class LocalEndpoint {
   std::chrono::milliseconds MaxPeerHold() const;
 
   EndpointInfo Info() const;
+  // Data connections each way: neither end makes the other serve more than it would itself.
+  uint16_t StreamsWith(const EndpointInfo &peer) const { return std::min(options_.tcp_streams, peer.tcp_streams); }
 
  private:
   const uint64_t cluster_id_;

@@ -9,7 +9,6 @@ namespace datadist {
 namespace {
 
 using llm_datadist::LLM_FAILED;
-using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
 
 // For an unlinked peer to read the answer and close, before we do.
 constexpr std::chrono::seconds kLingerAfterUnlink{1};
@@ -54,7 +53,9 @@ Status Link::OnDescribeOnLoop(const Frame &frame) {
     return request.status();
   }
   CacheInfo info;
-  const Result<NamedCache> named = endpoint_->caches()->Find(request.value().ref);
+  const Status allowed = endpoint_->regions()->CheckPeerUse(PeerUse::kRead);
+  const Result<NamedCache> named = allowed.ok() ? endpoint_->caches()->Find(request.value().ref)
+                                                : Result<NamedCache>(allowed);
   if (named.ok()) {
     RemoteTarget &target = info.target;
     target.cache = Described(named.value().pin.cache());
@@ -107,12 +108,10 @@ Status Link::OnPushOnLoop(const Frame &frame) {
 
 // On a thread of the endpoint's. No memory for it is a failed push, not a broken process.
 Status Link::ServePush(const PushRequest &request) try {
-  const Result<CachePin> pin = endpoint_->regions()->Pin(request.cache_id);
+  const Result<CachePin> pin =
+      endpoint_->regions()->PinForPeer(request.cache_id, request.generation, PeerUse::kWrite);
   if (!pin.ok()) {
     return pin.status();
-  }
-  if (pin.value().cache().generation() != request.generation) {
-    return Status(LLM_KV_CACHE_NOT_EXIST, "cache " + std::to_string(request.cache_id) + " was registered anew");
   }
   TransferOp op;
   op.remote = &request.source;

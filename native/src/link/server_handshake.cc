@@ -179,10 +179,10 @@ Result<std::vector<uint8_t>> ServerHandshake::OnReady(const Frame &frame) {
   parts_.incoming = ready.value().transport;
   parts_.outgoing = std::move(choice).value();
   if (parts_.incoming == TransportKind::kTcp) {
-    parts_.incoming_streams.resize(parts_.peer.tcp_streams);
+    parts_.incoming_streams.resize(endpoint_->StreamsWith(parts_.peer));
   }
   if (parts_.outgoing.kind == TransportKind::kTcp) {
-    parts_.outgoing_streams.resize(endpoint_->options().tcp_streams);
+    parts_.outgoing_streams.resize(endpoint_->StreamsWith(parts_.peer));
   }
   state_ = State::kAwaitEstablished;
   return EncodeFrame(MessageType::kReady, frame.seq, Encode(Ready{parts_.outgoing.kind, parts_.outgoing.reason}));

@@ -282,6 +282,26 @@ Result<CachePin> RegionTable::Pin(int64_t cache_id) {
   return CachePin(shared_from_this(), found->second);
 }
 
+Status RegionTable::CheckPeerUse(PeerUse use) const {
+  const bool allowed = use == PeerUse::kRead ? limits_.peer_access != PeerAccess::kNone
+                                             : limits_.peer_access == PeerAccess::kReadWrite;
+  return allowed ? Status::Ok()
+                 : Invalid(std::string("peers may not ") + (use == PeerUse::kRead ? "read" : "write into") +
+                           " the caches of this endpoint (option " + llm_datadist::OPTION_PEER_ACCESS + ")");
+}
+
+Result<CachePin> RegionTable::PinForPeer(int64_t cache_id, uint64_t generation, PeerUse use) {
+  if (Status status = CheckPeerUse(use); !status.ok()) {
+    return status;
+  }
+  Result<CachePin> pin = Pin(cache_id);
+  if (pin.ok() && pin.value().cache().generation() != generation) {
+    return Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST,
+                  "cache " + std::to_string(cache_id) + " was registered anew");
+  }
+  return pin;
+}
+
 Result<RegionTable::Location> RegionTable::Locate(uint64_t address, uint64_t length) {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (const auto &[id, cache] : state_->caches) {

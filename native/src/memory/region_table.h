@@ -62,7 +62,13 @@ struct alignas(64) CacheStamp {
 // A cache's description, 8 bytes per address, must fit into one control frame of 1 MiB.
 constexpr uint32_t kMaxTensorsPerCache = 65536;
 
+// What peers may do with the caches of a table.
+enum class PeerAccess : uint8_t { kNone, kRead, kReadWrite };
+// What one of them is about to do.
+enum class PeerUse : uint8_t { kRead, kWrite };
+
 struct RegionLimits {
+  PeerAccess peer_access = PeerAccess::kReadWrite;
   uint32_t max_addrs_per_cache = 240;            // of a cache whose memory is the caller's
   uint64_t max_registered_addrs = UINT64_MAX;  // over all caches whose memory is the caller's
   uint64_t max_device_bytes = 50ULL << 30;
@@ -148,6 +154,12 @@ class RegionTable : public std::enable_shared_from_this<RegionTable> {
 
   // LLM_KV_CACHE_NOT_EXIST for an id that is unknown or being unregistered.
   Result<CachePin> Pin(int64_t cache_id);
+
+  // For a peer's transfer that means exactly that registration. Also LLM_PARAM_INVALID where peers may not do that.
+  Result<CachePin> PinForPeer(int64_t cache_id, uint64_t generation, PeerUse use);
+
+  // LLM_PARAM_INVALID, with the option that says so, where peers may not do that.
+  Status CheckPeerUse(PeerUse use) const;
 
   // Where [address, +length) lies: the lowest cache id with a tensor that holds all of it. LLM_PARAM_INVALID when there
   // is none, and for no bytes, which lie nowhere.

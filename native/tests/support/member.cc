@@ -14,8 +14,8 @@ namespace datadist::testing {
 using datadist::test::Arena;
 using datadist::test::PatternOf;
 
-Member::Member(uint64_t cluster_id, const LinkOptions &options, uint32_t max_comms)
-    : endpoint_(std::make_shared<LocalEndpoint>(cluster_id, llm_datadist::LlmRole::kMix, options, RegionLimits{},
+Member::Member(uint64_t cluster_id, const LinkOptions &options, uint32_t max_comms, const RegionLimits &limits)
+    : endpoint_(std::make_shared<LocalEndpoint>(cluster_id, llm_datadist::LlmRole::kMix, options, limits,
                                                 CacheRegistry::Pools{}, 2)),
       table_(std::make_shared<LinkTable>(cluster_id, options.max_links)),
       comms_(std::make_unique<CommTable>(endpoint_, table_, max_comms)) {

@@ -25,7 +25,8 @@ class Member {
  public:
   static constexpr datadist::test::CacheShape kShape{2, 8, 4096};
 
-  explicit Member(uint64_t cluster_id, const LinkOptions &options = {}, uint32_t max_comms = 512);
+  explicit Member(uint64_t cluster_id, const LinkOptions &options = {}, uint32_t max_comms = 512,
+                  const RegionLimits &limits = {});
   ~Member();
   Member(const Member &) = delete;
   Member &operator=(const Member &) = delete;

@@ -4,6 +4,7 @@
 #include <sys/prctl.h>
 #include <sys/socket.h>
 #include <sys/wait.h>
+#include <unistd.h>
 
 #include <csignal>
 #include <cstdlib>
@@ -134,8 +135,7 @@ PeerProcess::PeerProcess() {
     throw std::runtime_error("socketpair");
   }
   channel_ = Fd(ends[0]);
-  const Fd child_end(ends[1]);
-  pid_ = ::fork();
+  pid_ = ::fork();  // the child's end is no Fd yet: of those it has none
   if (pid_ == 0) {
     // dup2 onto itself would keep close-on-exec.
     if (ends[1] == kPeerFd) {
@@ -146,6 +146,7 @@ PeerProcess::PeerProcess() {
     ::execl("/proc/self/exe", "peer", kPeerFlag, nullptr);
     ::_exit(127);
   }
+  ::close(ends[1]);
 }
 
 PeerProcess::~PeerProcess() {

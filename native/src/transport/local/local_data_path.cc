@@ -28,7 +28,7 @@ class LocalDataPath final : public DataPath {
   void Close() override { closed_.store(true); }
 
  private:
-  Result<CachePin> PinRemote(const TransferOp &op) const;
+  Result<CachePin> PinRemote(const TransferOp &op, Direction direction) const;
   Status Transfer(const TransferOp &op, Direction direction, Deadline deadline);
   Status Copy(const TransferOp &op, const CachePin &remote, Direction direction, PieceCursor pieces,
               Deadline deadline) const;
@@ -39,18 +39,15 @@ class LocalDataPath final : public DataPath {
 };
 
 // The pin of exactly the registration that the op means, checked against what is really registered.
-Result<CachePin> LocalDataPath::PinRemote(const TransferOp &op) const {
+Result<CachePin> LocalDataPath::PinRemote(const TransferOp &op, Direction direction) const {
   const std::shared_ptr<RegionTable> table = remote_.lock();
   if (table == nullptr) {
     return Status(LLM_FAILED, "the peer endpoint in this process is gone");
   }
-  Result<CachePin> pin = table->Pin(op.remote->cache_id);
+  const PeerUse use = direction == Direction::kPull ? PeerUse::kRead : PeerUse::kWrite;
+  Result<CachePin> pin = table->PinForPeer(op.remote->cache_id, op.remote->generation, use);
   if (!pin.ok()) {
     return pin;
-  }
-  if (pin.value().cache().generation() != op.remote->generation) {
-    return Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST,
-                  "remote cache " + std::to_string(op.remote->cache_id) + " was registered anew");
   }
   if (Status status = CheckSide(op, Side::kRemote, pin.value().cache().geometry()); !status.ok()) {
     return status;
@@ -63,7 +60,7 @@ Status LocalDataPath::Transfer(const TransferOp &op, Direction direction, Deadli
   if (!total.ok()) {
     return total.status();
   }
-  const Result<CachePin> remote = PinRemote(op);
+  const Result<CachePin> remote = PinRemote(op, direction);
   if (!remote.ok()) {
     return remote.status();
   }

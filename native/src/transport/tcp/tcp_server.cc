@@ -23,13 +23,10 @@ using std::chrono::milliseconds;
 
 // The pin of what a request names, with every span checked against it.
 Result<CachePin> PinRequested(RegionTable &regions, const RequestHeader &header, const std::vector<Span> &spans) {
-  Result<CachePin> pin = regions.Pin(header.cache_id);
+  const PeerUse use = header.op == DataOp::kPull ? PeerUse::kRead : PeerUse::kWrite;
+  Result<CachePin> pin = regions.PinForPeer(header.cache_id, header.generation, use);
   if (!pin.ok()) {
     return pin;
-  }
-  if (pin.value().cache().generation() != header.generation) {
-    return Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST,
-                  "cache " + std::to_string(header.cache_id) + " was registered anew");
   }
   const uint64_t last_tensor = uint64_t{header.first_tensor} + header.tensor_count - 1;
   for (const Span &span : spans) {
@@ -76,12 +73,26 @@ struct TcpServer::State {
       return header.status();
     }
     const Deadline deadline = Deadline::Earlier(limit, Deadline::In(milliseconds(header.value().remaining_ms)));
-    std::vector<uint8_t> span_bytes(header.value().span_count * kSpanBytes);
-    if (Status status = RecvAll(stream.get(), span_bytes.data(), span_bytes.size(), deadline); !status.ok()) {
+    std::vector<uint8_t> span_bytes;
+    if (Status status = RecvGrowing(header.value().span_count * kSpanBytes, span_bytes, deadline); !status.ok()) {
       return status;
     }
     const Result<std::vector<Span>> spans = DecodeSpans(span_bytes.data(), header.value());
     return spans.ok() ? Answer(header.value(), spans.value(), deadline) : spans.status();
+  }
+
+  // Takes memory as the bytes come: an announcement costs its sender nothing.
+  Status RecvGrowing(size_t size, std::vector<uint8_t> &bytes, Deadline deadline) {
+    constexpr size_t kFirst = 4096;
+    while (bytes.size() < size) {
+      const size_t filled = bytes.size();
+      bytes.resize(std::min(size, std::max(kFirst, 2 * filled)));
+      if (Status status = RecvAll(stream.get(), bytes.data() + filled, bytes.size() - filled, deadline);
+          !status.ok()) {
+        return status;
+      }
+    }
+    return Status::Ok();
   }
 
   Status Answer(const RequestHeader &header, const std::vector<Span> &spans, Deadline deadline) {
