@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_datadist_connector.kv_groups import KVGroup
+from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.params import (
     ParamsError,
@@ -36,6 +37,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
+logger.addFilter(OthersWords())
 
 
 class _State(enum.Enum):

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
 
+from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.messages import (
     Confirm,
     Confirmed,
@@ -32,6 +33,7 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request as VllmRequest
 
 logger = logging.getLogger(__name__)
+logger.addFilter(OthersWords())
 
 _HELD_STATUSES = frozenset({RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED})
 """Ends of a prefill whose blocks D wants: max_tokens reached, or a stop token as the very first one."""

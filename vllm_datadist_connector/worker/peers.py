@@ -25,6 +25,7 @@ from typing import NamedTuple
 import msgspec
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.handshake import RankGeometry, decode_geometry, find_mismatches
 from vllm_datadist_connector.protocol.messages import Hello, Meta, Refused
 from vllm_datadist_connector.protocol.params import RemotePrefill
@@ -34,6 +35,7 @@ from vllm_datadist_connector.worker.instances import Instance, InstanceKey, Inst
 from vllm_datadist_connector.worker.pairing import MismatchError, Rank, find_gaps, pair, pair_with_itself, sources
 
 logger = logging.getLogger(__name__)
+logger.addFilter(OthersWords())
 
 MAX_INSTANCES = 1024
 MAX_RANKS = 512
