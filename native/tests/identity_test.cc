@@ -9,6 +9,7 @@
 #include <thread>
 
 #include "base/random.h"
+#include "base/socket_io.h"
 #include "support/member.h"
 
 namespace datadist::testing {
@@ -51,6 +52,11 @@ class Stranger {
     hello.force_link = force;
     Say(MessageType::kHello, Encode(hello));
     return Hear(MessageType::kWelcome);
+  }
+  // Whether the connection ends without another word.
+  bool IsTurnedAway() {
+    char byte = 0;
+    return RecvAll(fd_.get(), &byte, 1, Soon()).code() == llm_datadist::LLM_FAILED;
   }
 
  private:
@@ -150,14 +156,23 @@ TEST(Links, MadeMeanwhileAreNotTakenOver) {
   Member client(1);
   const SocketAddress address = server.Listen();
   Stranger stranger(address);
-  stranger.Greet(InfoOf(1));
-  LinkOptions tcp;
+  const Result<Welcome> welcome = Decode<Welcome>(stranger.Greet(InfoOf(1)).body);
+  ASSERT_TRUE(welcome.ok());
   ASSERT_TRUE(client.Dial(address, 2).ok());
   const std::shared_ptr<Link> link = server.table()->Find(1);
   stranger.Say(MessageType::kReady, Encode(Ready{TransportKind::kTcp, ""}), 2);
   stranger.Hear(MessageType::kReady);
+  std::vector<Fd> streams;
+  for (const Initiator initiator : {Initiator::kClient, Initiator::kServer}) {
+    streams.push_back(DialTcp(address, Soon()).value());
+    const std::vector<uint8_t> attach = Encode(Attach{welcome.value().token, initiator, 0});
+    ASSERT_TRUE(SendFrame(streams.back().get(), MessageType::kAttach, 1, attach, Soon()).ok());
+    ASSERT_TRUE(RecvFrame(streams.back().get(), TypeSet(MessageType::kAttached), Soon()).ok());
+  }
   stranger.Say(MessageType::kEstablished, {}, 3);
-  EXPECT_TRUE(Eventually([&] { return server.table()->Find(1) == link && link->alive(); }));
+  EXPECT_TRUE(stranger.IsTurnedAway());
+  EXPECT_EQ(server.table()->Find(1), link);
+  EXPECT_TRUE(link->alive());
 }
 
 // Who has lost its half of a link, and is the same process still, gets it anew.
@@ -197,6 +212,7 @@ TEST(Floods, OfGreetingsKeepNobodyOut) {
     flood.emplace_back(address);
     EXPECT_EQ(flood.back().Greet(InfoOf(id)).type, MessageType::kWelcome) << id;
   }
+  EXPECT_TRUE(flood.front().IsTurnedAway()) << "64 at a time";
   Member client(500);
   const Status status = client.Dial(address, 1000);
   EXPECT_TRUE(status.ok()) << status.text();
