@@ -53,10 +53,10 @@ class Stranger {
     Say(MessageType::kHello, Encode(hello));
     return Hear(MessageType::kWelcome);
   }
-  // Whether the connection ends without another word.
+  // Whether the connection ends without another word, well before a handshake's five seconds are over.
   bool IsTurnedAway() {
     char byte = 0;
-    return RecvAll(fd_.get(), &byte, 1, Soon()).code() == llm_datadist::LLM_FAILED;
+    return RecvAll(fd_.get(), &byte, 1, Deadline::In(std::chrono::seconds(3))).code() == llm_datadist::LLM_FAILED;
   }
 
  private:
