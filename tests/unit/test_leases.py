@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
+from support.clock import Clock
 from support.pd import OTHER_TOKEN, TOKEN
 
 from vllm_datadist_connector.protocol.params import BlockIds, LeaseTicket
@@ -18,14 +19,6 @@ LEASE_S, LONG_LEASE_S, LIMIT_S = 10.0, 50.0, 35.0
 """A lease may outlast the limit of renewals: one for a conversation's next turn is never renewed."""
 BLOCK_SIZES = (16,)
 BLOCKS: BlockIds = ((4, 2, 9),)
-
-
-class Clock:
-    def __init__(self) -> None:
-        self.now = 1000.0
-
-    def __call__(self) -> float:
-        return self.now
 
 
 @pytest.fixture

@@ -5,16 +5,11 @@ from __future__ import annotations
 import logging
 
 import pytest
+from support.clock import Clock
 
 from vllm_datadist_connector.log_filter import MAX_LINE, OthersWords
 from vllm_datadist_connector.scheduler import consumer, producer
-
-
-class Clock:
-    now = 0.0
-
-    def __call__(self) -> float:
-        return self.now
+from vllm_datadist_connector.worker import peers
 
 
 @pytest.fixture
@@ -50,7 +45,7 @@ def test_a_kind_is_bounded_in_each_interval(logger: logging.Logger, lines: list[
         logger.warning("refused: %d", number)
     logger.warning("another kind: %d", 1)
     assert lines == ["refused: 0", "refused: 1", "refused: 2", "another kind: 1"]
-    clock.now = 60.0
+    clock.now += 60.0
     logger.warning("refused: %d", 1000)
     logger.warning("refused: %d", 1001)
     assert lines[4:] == ["refused: 1000 (and 997 more like it before)", "refused: 1001"]
@@ -69,7 +64,7 @@ def test_a_record_is_cut(logger: logging.Logger, lines: list[str]) -> None:
     assert lines[0].endswith("...")
 
 
-@pytest.mark.parametrize("module", [producer, consumer])
-def test_schedulers_use_it(module: object) -> None:
+@pytest.mark.parametrize("module", [producer, consumer, peers])
+def test_who_quotes_others_uses_it(module: object) -> None:
     filters = module.logger.filters  # type: ignore[attr-defined]
     assert any(isinstance(each, OthersWords) for each in filters)

@@ -49,7 +49,7 @@ struct LinkReport {
   bool alive = false;             // false: lost, waiting for unlink or relink
   std::string transport;          // "local", "cma" or "tcp": what transfers that we initiate use
   std::string transport_reason;   // why not a faster one; empty when it is the fastest
-  std::string peer;               // "ip:port" of the control connection
+  std::string peer;               // "ip:port", or "process PID" where one of this host linked to us
   uint64_t bytes_pulled = 0;
   uint64_t bytes_pushed = 0;
 };
