@@ -11,9 +11,13 @@
 #include "control/event_loop.h"
 #include "control/messages.h"
 #include "control/session.h"
+#include "support/frames.h"
 
 namespace datadist {
 namespace {
+
+using testing::RecvFrame;
+using testing::SendFrame;
 
 using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_TIMEOUT;

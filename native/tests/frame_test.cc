@@ -48,6 +48,40 @@ TEST(Frame, IsReadBack) {
   }
 }
 
+// With a key: not a bit of it changed, in its order, no more than once, and for this direction.
+TEST(Frame, SealsHoldForOneFrameInItsPlace) {
+  ASSERT_TRUE(LoadHmac().ok());
+  const Digest key{1};
+  FrameSeal sender(key);
+  const auto next = [&sender](const std::vector<uint8_t> &body) {
+    return EncodeFrame(MessageType::kHello, 1, body, &sender);
+  };
+  const std::vector<uint8_t> first = next(std::vector<uint8_t>(300, 7));
+  const std::vector<uint8_t> second = next({});
+  EXPECT_EQ(second.size(), kFrameHeaderSize + kSealSize);
+
+  FrameReader reader{FrameSeal(key)};
+  EXPECT_TRUE(Feed(reader, first).value().has_value());
+  EXPECT_TRUE(Feed(reader, second).value().has_value());
+  EXPECT_FALSE(Feed(reader, second).ok()) << "said twice";
+  const std::vector<uint8_t> unsealed = EncodeFrame(MessageType::kHello, 1, {});
+  for (const auto &[what, frame] : {std::pair("out of order", second), std::pair("of no key", unsealed)}) {
+    FrameReader fresh{FrameSeal(key)};
+    const auto read = Feed(fresh, frame);
+    EXPECT_FALSE(read.ok() && read.value().has_value()) << what;
+  }
+  FrameReader other{FrameSeal(Digest{2})};
+  EXPECT_FALSE(Feed(other, first).ok()) << "of another key";
+
+  // The header's checksum is anybody's to make: what changes it must fail at the seal.
+  FrameSeal forger(key);
+  std::vector<uint8_t> forged = EncodeFrame(MessageType::kHello, 1, std::vector<uint8_t>(300, 7), &forger);
+  const std::vector<uint8_t> changed = EncodeFrame(MessageType::kHello, 2, std::vector<uint8_t>(300, 8));
+  std::copy(changed.begin(), changed.end(), forged.begin());
+  FrameReader careful{FrameSeal(key)};
+  EXPECT_FALSE(Feed(careful, forged).ok());
+}
+
 TEST(Frame, TruncatedIsNeverAFrame) {
   const std::vector<uint8_t> whole = EncodeFrame(MessageType::kHello, 1, std::vector<uint8_t>(30, 7));
   for (size_t size = 0; size < whole.size(); ++size) {

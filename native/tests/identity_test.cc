@@ -10,6 +10,7 @@
 
 #include "base/random.h"
 #include "base/socket_io.h"
+#include "support/frames.h"
 #include "support/member.h"
 
 namespace datadist::testing {
@@ -73,7 +74,7 @@ Status RejectedWith(const Frame &frame) {
 class Identity : public ::testing::TestWithParam<TransportKind> {};
 
 TEST_P(Identity, OverTcpAClientCannotTakeMemoryByItself) {
-  Member victim(2);
+  Member victim(2, OpenToAll());
   Stranger stranger(victim.Listen());
   stranger.Greet(InfoOf(1));
   stranger.Say(MessageType::kReady, Encode(Ready{GetParam(), ""}));
@@ -81,7 +82,7 @@ TEST_P(Identity, OverTcpAClientCannotTakeMemoryByItself) {
 }
 
 TEST_P(Identity, OverTcpAServerCannotTakeMemoryByItself) {
-  Member victim(1);
+  Member victim(1, OpenToAll());
   const Listeners listeners = Listen(FreeAddress()).value();
   const SocketAddress address = SocketAddress::LocalOf(listeners.tcp.get());
   const_cast<Fd &>(listeners.local).Reset();
@@ -108,7 +109,7 @@ INSTANTIATE_TEST_SUITE_P(Transports, Identity, ::testing::Values(TransportKind::
 // An incarnation that somebody has heard is no proof of being in that process.
 TEST(LocalTransport, IsNotForWhoRepeatsAnIncarnation) {
   Member one(1);
-  Member victim(2);
+  Member victim(2, OpenToAll());
   Stranger stranger(victim.Listen());
   EndpointInfo info = InfoOf(3);
   info.incarnation = one.endpoint()->incarnation();
@@ -132,7 +133,7 @@ TEST(Links, ToAnotherIdThanTheExpectedOneAreRefused) {
 }
 
 TEST(Links, OfALivePeerAreNotTakenOverByWhoClaimsItsId) {
-  Member server(2);
+  Member server(2, OpenToAll());
   Member client(1);
   const SocketAddress address = server.Listen();
   ASSERT_TRUE(client.Dial(address, 2).ok());
@@ -152,7 +153,7 @@ TEST(Links, OfALivePeerAreNotTakenOverByWhoClaimsItsId) {
 
 // Two that claim one id at once: the second comes too late, also when both were let in before either was linked.
 TEST(Links, MadeMeanwhileAreNotTakenOver) {
-  Member server(2);
+  Member server(2, OpenToAll());
   Member client(1);
   const SocketAddress address = server.Listen();
   Stranger stranger(address);
@@ -165,7 +166,7 @@ TEST(Links, MadeMeanwhileAreNotTakenOver) {
   std::vector<Fd> streams;
   for (const Initiator initiator : {Initiator::kClient, Initiator::kServer}) {
     streams.push_back(DialTcp(address, Soon()).value());
-    const std::vector<uint8_t> attach = Encode(Attach{welcome.value().token, initiator, 0});
+    const std::vector<uint8_t> attach = Encode(Attach{welcome.value().token, initiator, 0, {}});
     ASSERT_TRUE(SendFrame(streams.back().get(), MessageType::kAttach, 1, attach, Soon()).ok());
     ASSERT_TRUE(RecvFrame(streams.back().get(), TypeSet(MessageType::kAttached), Soon()).ok());
   }
@@ -205,7 +206,7 @@ TEST(Links, OfPeersThatDiedAreNotCounted) {
 
 // D10: connections that greet and go no further, from one host, keep nobody out: not of another, nor of the same.
 TEST(Floods, OfGreetingsKeepNobodyOut) {
-  Member server(1000);
+  Member server(1000, OpenToAll());
   const SocketAddress address = server.Listen();
   std::vector<Stranger> flood;
   for (uint64_t id = 1; id <= 100; ++id) {
@@ -220,7 +221,7 @@ TEST(Floods, OfGreetingsKeepNobodyOut) {
 
 // D8: nobody makes us serve more data connections, by a thread each, than we would use ourselves.
 TEST(Floods, OfDataConnectionsAreLimitedByOurOwnNumber) {
-  LinkOptions two;
+  LinkOptions two = OpenToAll();
   two.tcp_streams = 2;
   Member server(2, two);
   const SocketAddress address = server.Listen();
@@ -234,7 +235,7 @@ TEST(Floods, OfDataConnectionsAreLimitedByOurOwnNumber) {
   std::vector<Fd> streams;
   for (uint16_t index = 0; index < 3; ++index) {
     streams.push_back(DialTcp(address, Soon()).value());
-    const Attach attach{welcome.value().token, Initiator::kClient, index};
+    const Attach attach{welcome.value().token, Initiator::kClient, index, {}};
     ASSERT_TRUE(SendFrame(streams.back().get(), MessageType::kAttach, 1, Encode(attach), Soon()).ok());
     EXPECT_EQ(RecvFrame(streams.back().get(), TypeSet(MessageType::kAttached), Soon()).ok(), index < 2) << index;
   }

@@ -15,6 +15,7 @@
 #include "control/messages.h"
 #include "base/socket_io.h"
 #include "control/session.h"
+#include "support/frames.h"
 #include "support/member.h"
 
 namespace {

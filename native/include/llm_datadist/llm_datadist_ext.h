@@ -25,6 +25,13 @@ constexpr char OPTION_HUGE_PAGES[] = "datadist.HugePages";
 // What peers may do with the caches of this endpoint: "read_write" (default, as documented), "read" or "none". A peer's
 // transfer that is not allowed fails with LLM_PARAM_INVALID, at the peer.
 constexpr char OPTION_PEER_ACCESS[] = "datadist.PeerAccess";
+// Peers on this host that are of this process's user need no key: the kernel says who they are. Everybody else is asked
+// for one that is in this file (one or two lines of 64 hexadecimal digits; mode 0600, or 0640 and root's); both ends need
+// one in common. `vllm-datadist key FILE` makes one. Else the environment variable DATADIST_AUTH_KEY_FILE says it.
+constexpr char OPTION_AUTH_KEY_FILE[] = "datadist.AuthKeyFile";
+// "1": whoever can connect may link, unasked; default "0". Else the environment variable DATADIST_INSECURE says it.
+// To listen on anything but a loopback address needs this or a key.
+constexpr char OPTION_INSECURE[] = "datadist.Insecure";
 // The documented limits, raisable: links (default 512; no limit with OPTION_LOCAL_COMM_RES of version 1.3), addresses
 // per registration (240), registered device bytes (50 GB) and host bytes (20 GB), GB = 1024^3.
 constexpr char OPTION_MAX_LINKS[] = "datadist.MaxLinks";

@@ -111,6 +111,13 @@ uint16_t SocketAddress::port() const {
   return ntohs(reinterpret_cast<const sockaddr_in *>(&storage_)->sin_port);
 }
 
+bool SocketAddress::IsLoopback() const {
+  if (family() == AF_INET6) {
+    return IN6_IS_ADDR_LOOPBACK(&reinterpret_cast<const sockaddr_in6 *>(&storage_)->sin6_addr);
+  }
+  return family() == AF_INET && ntohl(reinterpret_cast<const sockaddr_in *>(&storage_)->sin_addr.s_addr) >> 24 == 127;
+}
+
 std::string SocketAddress::ToString() const {
   char ip[INET6_ADDRSTRLEN] = "?";
   if (family() == AF_INET6) {
@@ -210,33 +217,37 @@ Fd ConnectLocal(const LocalName &local, Deadline deadline) {
   return fd;
 }
 
-// Nobody, or a process of another user that took the name: not ours to talk to, TCP says the rest.
+// Nobody, or a process of another user: not ours to talk to within the host, over TCP it needs a key as any other.
 Connection DialLocal(const SocketAddress &address, Deadline deadline) {
   std::vector<std::string> names = {address.ToString()};
   if (const SocketAddress any = AnyOf(address); IsOurs(address) && any.ToString() != names.front()) {
     names.push_back(any.ToString());
   }
+  Connection nobody;
   for (const std::string &name : names) {
     if (Fd fd = ConnectLocal(LocalNameOf(name), deadline)) {
-      if (Result<Connection> known = Identify(std::move(fd)); known.ok()) {
+      Result<Connection> known = Identify(std::move(fd));
+      if (known.ok()) {
         return std::move(known).value();
       }
+      nobody.note = known.status().text();
     }
   }
-  return Connection{};
+  return nobody;
 }
 
 }  // namespace
 
 Result<Connection> Dial(const SocketAddress &address, Deadline deadline) {
-  if (Connection local = DialLocal(address, deadline); local.fd) {
+  Connection local = DialLocal(address, deadline);
+  if (local.fd) {
     return local;
   }
   Result<Fd> remote = DialTcp(address, deadline);
   if (!remote.ok()) {
     return remote.status();
   }
-  return Connection{std::move(remote).value(), nullptr};
+  return Connection{std::move(remote).value(), nullptr, std::move(local.note)};
 }
 
 Result<Connection> Identify(Fd accepted) {
@@ -247,13 +258,13 @@ Result<Connection> Identify(Fd accepted) {
   }
   if (family != AF_UNIX) {
     SetUpConnection(accepted.get());
-    return Connection{std::move(accepted), nullptr};
+    return Connection{std::move(accepted), nullptr, ""};
   }
   Result<std::shared_ptr<const PeerProcess>> process = PeerProcess::Of(accepted.get());
   if (!process.ok()) {
     return process.status();
   }
-  return Connection{std::move(accepted), std::move(process).value()};
+  return Connection{std::move(accepted), std::move(process).value(), ""};
 }
 
 Result<Listeners> Listen(const SocketAddress &address) {

@@ -33,6 +33,7 @@ class SocketAddress {
   socklen_t size() const { return size_; }
   int family() const { return storage_.ss_family; }
   uint16_t port() const;
+  bool IsLoopback() const;
   std::string ToString() const;
 
  private:
@@ -43,6 +44,7 @@ class SocketAddress {
 struct Connection {
   Fd fd;
   std::shared_ptr<const PeerProcess> process;  // none over TCP: nobody vouches for who is there
+  std::string note;                            // why a process of this host that listens there was not taken
 };
 
 // Within the host if a process of our user listens there, else over TCP, with TCP_NODELAY. LLM_LINK_FAILED when refused

@@ -24,11 +24,13 @@ uint32_t FrameCrc(const uint8_t *header, const std::vector<uint8_t> &body) {
 }
 
 bool IsKnown(uint16_t type) {
-  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kConsumed);
+  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kProve);
 }
 
-// A peer of another version is told so in a REJECT, so these two keep their place in every version.
-bool IsVersionIndependent(MessageType type) { return type == MessageType::kHello || type == MessageType::kReject; }
+// A peer of another version is told so in a REJECT, so these keep their place in every version.
+bool IsVersionIndependent(MessageType type) {
+  return type == MessageType::kHello || type == MessageType::kOpen || type == MessageType::kReject;
+}
 
 }  // namespace
 
@@ -68,6 +70,12 @@ const char *MessageName(MessageType type) {
       return "CONSUME";
     case MessageType::kConsumed:
       return "CONSUMED";
+    case MessageType::kOpen:
+      return "OPEN";
+    case MessageType::kOpened:
+      return "OPENED";
+    case MessageType::kProve:
+      return "PROVE";
   }
   return "?";
 }
@@ -76,9 +84,21 @@ uint32_t BodyCap(MessageType type) {
   return type == MessageType::kCacheInfo || type == MessageType::kPush ? kMaxFrameBody : kSmallBody;
 }
 
-std::vector<uint8_t> EncodeFrame(MessageType type, uint32_t seq, const std::vector<uint8_t> &body) {
+std::array<uint8_t, kSealSize> FrameSeal::Next(const uint8_t *header, const std::vector<uint8_t> &body) {
+  Writer sealed;
+  sealed.Reserve(sizeof(count_) + kFrameHeaderSize + body.size());
+  sealed.U64(count_++);
+  sealed.Bytes(header, kFrameHeaderSize);
+  sealed.Bytes(body.data(), body.size());
+  const Digest digest = HmacSha256(*key_, sealed.data(), sealed.size());
+  std::array<uint8_t, kSealSize> seal{};
+  std::copy_n(digest.begin(), seal.size(), seal.begin());
+  return seal;
+}
+
+std::vector<uint8_t> EncodeFrame(MessageType type, uint32_t seq, const std::vector<uint8_t> &body, FrameSeal *seal) {
   Writer writer;
-  writer.Reserve(kFrameHeaderSize + body.size());
+  writer.Reserve(kFrameHeaderSize + body.size() + kSealSize);
   writer.U32(kFrameMagic);
   writer.U16(kProtocolVersion);
   writer.U16(static_cast<uint16_t>(type));
@@ -87,7 +107,40 @@ std::vector<uint8_t> EncodeFrame(MessageType type, uint32_t seq, const std::vect
   writer.U32(0);
   writer.PatchU32(kCrcOffset, FrameCrc(writer.data(), body));
   writer.Bytes(body.data(), body.size());
+  if (seal != nullptr && seal->size() > 0) {
+    const auto bytes = seal->Next(writer.data(), body);
+    writer.Bytes(bytes.data(), bytes.size());
+  }
   return writer.Take();
+}
+
+uint8_t *FrameReader::next() {
+  switch (part_) {
+    case Part::kBody:
+      return frame_.body.data() + filled_;
+    case Part::kSeal:
+      return received_seal_.data() + filled_;
+    case Part::kHeader:
+      break;
+  }
+  return header_.data() + filled_;
+}
+
+size_t FrameReader::wanted() const {
+  switch (part_) {
+    case Part::kBody:
+      return frame_.body.size() - filled_;
+    case Part::kSeal:
+      return seal_.size() - filled_;
+    case Part::kHeader:
+      break;
+  }
+  return kFrameHeaderSize - filled_;
+}
+
+void FrameReader::StartPart(Part part) {
+  part_ = part;
+  filled_ = 0;
 }
 
 Status FrameReader::StartBody(TypeSet legal) {
@@ -117,8 +170,7 @@ Status FrameReader::StartBody(TypeSet legal) {
   }
   body_size_ = body_len;
   frame_.body.resize(std::min(body_size_, kFirstBodyBytes));
-  in_body_ = true;
-  filled_ = 0;
+  StartPart(Part::kBody);
   return Status::Ok();
 }
 
@@ -127,8 +179,10 @@ Result<std::optional<Frame>> FrameReader::Finish() {
   if (FrameCrc(header_.data(), frame_.body) != expected) {
     return Status(LLM_FAILED, std::string(MessageName(frame_.type)) + " with a wrong checksum");
   }
-  in_body_ = false;
-  filled_ = 0;
+  if (seal_.size() > 0 && !SameBytes(seal_.Next(header_.data(), frame_.body), received_seal_)) {
+    return Status(LLM_FAILED, std::string(MessageName(frame_.type)) + " with a wrong seal");
+  }
+  StartPart(Part::kHeader);
   return std::optional<Frame>(std::exchange(frame_, Frame()));
 }
 
@@ -137,7 +191,7 @@ Result<std::optional<Frame>> FrameReader::Filled(size_t size, TypeSet legal) {
   if (wanted() > 0) {
     return std::optional<Frame>();
   }
-  if (!in_body_) {
+  if (part_ == Part::kHeader) {
     if (Status status = StartBody(legal); !status.ok()) {
       return status;
     }
@@ -145,23 +199,30 @@ Result<std::optional<Frame>> FrameReader::Filled(size_t size, TypeSet legal) {
       return std::optional<Frame>();
     }
   }
-  if (frame_.body.size() < body_size_) {
-    frame_.body.resize(std::min(body_size_, 2 * frame_.body.size()));
-    return std::optional<Frame>();
+  if (part_ == Part::kBody) {
+    if (frame_.body.size() < body_size_) {
+      frame_.body.resize(std::min(body_size_, 2 * frame_.body.size()));
+      return std::optional<Frame>();
+    }
+    if (seal_.size() > 0) {
+      StartPart(Part::kSeal);
+      return std::optional<Frame>();
+    }
   }
   return Finish();
 }
 
-Status SendFrame(int fd, MessageType type, uint32_t seq, const std::vector<uint8_t> &body, Deadline deadline) {
-  const std::vector<uint8_t> bytes = EncodeFrame(type, seq, body);
-  return SendAll(fd, bytes.data(), bytes.size(), deadline);
+Status SendFrame(FrameSocket &socket, MessageType type, uint32_t seq, const std::vector<uint8_t> &body,
+                 Deadline deadline) {
+  const std::vector<uint8_t> bytes = EncodeFrame(type, seq, body, &socket.out);
+  return SendAll(socket.fd.get(), bytes.data(), bytes.size(), deadline);
 }
 
-Result<Frame> RecvFrame(int fd, TypeSet legal, Deadline deadline) {
-  FrameReader reader;
+Result<Frame> RecvFrame(FrameSocket &socket, TypeSet legal, Deadline deadline) {
+  FrameReader reader(socket.in);
   while (true) {
     const size_t size = reader.wanted();
-    if (Status status = RecvAll(fd, reader.next(), size, deadline); !status.ok()) {
+    if (Status status = RecvAll(socket.fd.get(), reader.next(), size, deadline); !status.ok()) {
       return status;
     }
     Result<std::optional<Frame>> frame = reader.Filled(size, legal);
@@ -169,6 +230,7 @@ Result<Frame> RecvFrame(int fd, TypeSet legal, Deadline deadline) {
       return frame.status();
     }
     if (frame.value().has_value()) {
+      socket.in = reader.seal();
       return *std::move(frame).value();
     }
   }

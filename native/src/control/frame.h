@@ -2,6 +2,7 @@
 //
 //   header, 20 bytes, little-endian:  magic u32 | version u16 | type u16 | body_len u32 | seq u32 | crc32c u32
 //   body:                             body_len bytes, see messages.h
+//   seal, 16 bytes:                   on connections that were opened by a key, see opening.h
 //
 // The checksum covers the header (its own field as zero) and the body. The length is checked against the cap of the
 // type, and the type against what is legal in the state of the connection, before a byte of the body is allocated.
@@ -13,15 +14,18 @@
 #include <cstddef>
 #include <cstdint>
 #include <optional>
+#include <utility>
 #include <vector>
 
 #include "base/deadline.h"
+#include "base/fd.h"
+#include "base/hmac.h"
 #include "base/status.h"
 
 namespace datadist {
 
 constexpr uint32_t kFrameMagic = 0x4B444444;  // "DDDK"
-constexpr uint16_t kProtocolVersion = 3;
+constexpr uint16_t kProtocolVersion = 4;
 constexpr size_t kFrameHeaderSize = 20;
 constexpr uint32_t kMaxFrameBody = 1U << 20;
 // What is allocated for a body before any of it has come; then twice what has. An announcement costs its sender nothing.
@@ -45,6 +49,9 @@ enum class MessageType : uint16_t {
   kUnlinked = 15,
   kConsume = 16,
   kConsumed = 17,
+  kOpen = 18,
+  kOpened = 19,
+  kProve = 20,
 };
 const char *MessageName(MessageType type);
 
@@ -70,34 +77,72 @@ struct Frame {
   std::vector<uint8_t> body;
 };
 
-std::vector<uint8_t> EncodeFrame(MessageType type, uint32_t seq, const std::vector<uint8_t> &body);
+constexpr size_t kSealSize = 16;
+
+// Says of the frames of one direction that they come from who knows the key, in their order and none of them twice.
+class FrameSeal {
+ public:
+  FrameSeal() = default;  // none: frames have their checksum only
+  explicit FrameSeal(const Digest &key) : key_(key) {}
+
+  size_t size() const { return key_.has_value() ? kSealSize : 0; }
+  // Of the next frame; only where size() is not zero.
+  std::array<uint8_t, kSealSize> Next(const uint8_t *header, const std::vector<uint8_t> &body);
+
+ private:
+  std::optional<Digest> key_;
+  uint64_t count_ = 0;
+};
+
+std::vector<uint8_t> EncodeFrame(MessageType type, uint32_t seq, const std::vector<uint8_t> &body,
+                                 FrameSeal *seal = nullptr);
 
 // Assembles frames from a byte stream. Holds at most one frame.
 class FrameReader {
  public:
+  explicit FrameReader(FrameSeal seal = {}) : seal_(std::move(seal)) {}
+
+  // All frames from now on have this seal. Between two frames only.
+  void Expect(FrameSeal seal) { seal_ = std::move(seal); }
+  const FrameSeal &seal() const { return seal_; }
+
   // Where the next bytes go and how many are wanted; never zero. Call Filled after reading some.
-  uint8_t *next() { return in_body_ ? frame_.body.data() + filled_ : header_.data() + filled_; }
-  size_t wanted() const { return (in_body_ ? frame_.body.size() : kFrameHeaderSize) - filled_; }
+  uint8_t *next();
+  size_t wanted() const;
 
   // A frame when it is complete, no value while more is wanted, an error when the stream is not worth reading on.
   Result<std::optional<Frame>> Filled(size_t size, TypeSet legal);
 
   // Whether the stream stands between two frames.
-  bool AtBoundary() const { return !in_body_ && filled_ == 0; }
+  bool AtBoundary() const { return part_ == Part::kHeader && filled_ == 0; }
 
  private:
+  enum class Part : uint8_t { kHeader, kBody, kSeal };
   Status StartBody(TypeSet legal);
+  void StartPart(Part part);
   Result<std::optional<Frame>> Finish();
   std::array<uint8_t, kFrameHeaderSize> header_{};
+  std::array<uint8_t, kSealSize> received_seal_{};
   Frame frame_;
-  size_t filled_ = 0;
+  Part part_ = Part::kHeader;
+  size_t filled_ = 0;     // of the part
   size_t body_size_ = 0;  // as announced
-  bool in_body_ = false;
+  FrameSeal seal_;
+};
+
+// A connected socket and the seals of both directions.
+struct FrameSocket {
+  FrameSocket() = default;
+  FrameSocket(Fd connection) : fd(std::move(connection)) {}  // NOLINT: a socket is one without seals
+  Fd fd;
+  FrameSeal in;
+  FrameSeal out;
 };
 
 // Blocking, for the dialling end.
-Status SendFrame(int fd, MessageType type, uint32_t seq, const std::vector<uint8_t> &body, Deadline deadline);
-Result<Frame> RecvFrame(int fd, TypeSet legal, Deadline deadline);
+Status SendFrame(FrameSocket &socket, MessageType type, uint32_t seq, const std::vector<uint8_t> &body,
+                 Deadline deadline);
+Result<Frame> RecvFrame(FrameSocket &socket, TypeSet legal, Deadline deadline);
 
 }  // namespace datadist
 

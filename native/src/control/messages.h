@@ -11,6 +11,8 @@
 //   ESTABLISHED ─────────────────────────────>
 //         <─────────────────────── ESTABLISHED
 //
+// Over TCP an opening by key comes before (opening.h).
+//
 // From then on either end sends PING, DESCRIBE, PUSH, CONSUME and UNLINK, and the other answers PONG, CACHE_INFO, PUSHED,
 // CONSUMED and UNLINKED, with the seq of the request. UNLINK is also legal as the first and only message of a fresh
 // connection: that is how a link is dropped whose own connection is gone.
@@ -31,6 +33,9 @@ namespace datadist {
 
 using Incarnation = std::array<uint8_t, 16>;  // one initialised endpoint; random
 using LinkToken = std::array<uint8_t, 16>;    // one link; random, known to its two ends only
+
+// Who has read the token on its way cannot make the proof. Zeros where the control connection has no key.
+using StreamProof = std::array<uint8_t, 16>;
 
 // Who one end is and where it stands.
 struct EndpointInfo {
@@ -77,6 +82,7 @@ struct Attach {
   LinkToken token{};
   Initiator initiator = Initiator::kClient;
   uint16_t index = 0;
+  StreamProof proof{};  // that the sender is at the other end of the link's control connection
 };
 
 // What the owner told of a cache that we named.
@@ -152,8 +158,10 @@ std::vector<uint8_t> Encode(const ConsumeRequest &message);
 std::vector<uint8_t> Encode(const Consumed &message);
 std::vector<uint8_t> Encode(const UnlinkRequest &message);
 
-// The start of a HELLO body has one form in every version of the protocol.
-Result<VersionRange> DecodeVersionRange(const std::vector<uint8_t> &hello_body);
+// The start of a HELLO or OPEN body has one form in every version of the protocol.
+Result<VersionRange> DecodeVersionRange(const std::vector<uint8_t> &body);
+// LLM_LINK_FAILED, naming both, where a client of these versions does not speak ours.
+Status CheckVersions(const VersionRange &client);
 
 // Decode<Hello>(body) and so on for every message with a body.
 template <typename Message>

@@ -3,6 +3,7 @@
 #include <limits>
 #include <utility>
 
+#include "control/frame.h"
 #include "control/message_fields.h"
 #include "control/messages.h"
 
@@ -53,15 +54,25 @@ std::vector<uint8_t> Encode(const Hello &message) {
   return writer.Take();
 }
 
-Result<VersionRange> DecodeVersionRange(const std::vector<uint8_t> &hello_body) {
-  Reader reader(hello_body.data(), hello_body.size());
+Result<VersionRange> DecodeVersionRange(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
   VersionRange range;
   range.lowest = reader.U16();
   range.highest = reader.U16();
   if (!reader.ok() || range.lowest > range.highest) {
-    return Malformed("HELLO");
+    return Malformed("version range");
   }
   return range;
+}
+
+Status CheckVersions(const VersionRange &client) {
+  if (client.lowest <= kProtocolVersion && client.highest >= kProtocolVersion) {
+    return Status::Ok();
+  }
+  return Status(llm_datadist::LLM_LINK_FAILED,
+                "protocol versions differ: client " + std::to_string(client.lowest) + ".." +
+                    std::to_string(client.highest) + ", server " + std::to_string(kProtocolVersion) + ".." +
+                    std::to_string(kProtocolVersion));
 }
 
 template <>
@@ -145,6 +156,7 @@ std::vector<uint8_t> Encode(const Attach &message) {
   Put(writer, message.token);
   writer.U8(static_cast<uint8_t>(message.initiator));
   writer.U16(message.index);
+  Put(writer, message.proof);
   return writer.Take();
 }
 
@@ -155,6 +167,7 @@ Result<Attach> Decode(const std::vector<uint8_t> &body) {
   Get(reader, message.token);
   const uint8_t initiator = reader.U8();
   message.index = reader.U16();
+  Get(reader, message.proof);
   const bool known = initiator == static_cast<uint8_t>(Initiator::kClient) ||
                      initiator == static_cast<uint8_t>(Initiator::kServer);
   if (!reader.Finished() || message.index >= kMaxTcpStreams || !known) {

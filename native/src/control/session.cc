@@ -30,13 +30,17 @@ constexpr TypeSet kUnasked(MessageType::kPing, MessageType::kPong, MessageType::
 
 }  // namespace
 
-std::shared_ptr<Session> Session::Create(std::shared_ptr<EventLoop> loop, Fd fd,
+std::shared_ptr<Session> Session::Create(std::shared_ptr<EventLoop> loop, FrameSocket socket,
                                          std::chrono::milliseconds heartbeat_interval) {
-  return std::shared_ptr<Session>(new Session(std::move(loop), std::move(fd), heartbeat_interval));
+  return std::shared_ptr<Session>(new Session(std::move(loop), std::move(socket), heartbeat_interval));
 }
 
-Session::Session(std::shared_ptr<EventLoop> loop, Fd fd, std::chrono::milliseconds heartbeat_interval)
-    : loop_(std::move(loop)), fd_(std::move(fd)), heartbeat_interval_(heartbeat_interval) {}
+Session::Session(std::shared_ptr<EventLoop> loop, FrameSocket socket, std::chrono::milliseconds heartbeat_interval)
+    : loop_(std::move(loop)),
+      fd_(std::move(socket.fd)),
+      heartbeat_interval_(heartbeat_interval),
+      seal_(std::move(socket.out)),
+      reader_(std::move(socket.in)) {}
 
 void Session::Start(std::weak_ptr<SessionHandler> handler) {
   loop_->Post([self = shared_from_this(), handler = std::move(handler)] {
@@ -88,13 +92,13 @@ Result<Frame> Session::Call(MessageType request, const std::vector<uint8_t> &bod
 }
 
 void Session::Send(MessageType type, uint32_t seq, const std::vector<uint8_t> &body) {
-  const std::vector<uint8_t> bytes = EncodeFrame(type, seq, body);
   bool overflow = false;
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (closed_) {
       return;
     }
+    const std::vector<uint8_t> bytes = EncodeFrame(type, seq, body, &seal_);  // sealed in the order of sending
     overflow = outbox_.size() + bytes.size() > kMaxOutbox;
     if (!overflow) {
       outbox_.insert(outbox_.end(), bytes.begin(), bytes.end());

@@ -41,7 +41,7 @@ class SessionHandler {
 
 class Session : public std::enable_shared_from_this<Session> {
  public:
-  static std::shared_ptr<Session> Create(std::shared_ptr<EventLoop> loop, Fd fd,
+  static std::shared_ptr<Session> Create(std::shared_ptr<EventLoop> loop, FrameSocket socket,
                                          std::chrono::milliseconds heartbeat_interval);
   ~Session() = default;
   Session(const Session &) = delete;
@@ -69,7 +69,7 @@ class Session : public std::enable_shared_from_this<Session> {
     std::optional<Frame> frame;
     bool given_up = false;  // nobody waits any more; at most as many as calls of ours have timed out
   };
-  Session(std::shared_ptr<EventLoop> loop, Fd fd, std::chrono::milliseconds heartbeat_interval);
+  Session(std::shared_ptr<EventLoop> loop, FrameSocket socket, std::chrono::milliseconds heartbeat_interval);
 
   void StartOnLoop();
   void OnEventsOnLoop(uint32_t events);
@@ -89,6 +89,7 @@ class Session : public std::enable_shared_from_this<Session> {
   std::condition_variable changed_;
   std::map<uint32_t, PendingCall> pending_;
   uint32_t last_seq_ = 0;
+  FrameSeal seal_;  // of what is sent
   std::vector<uint8_t> outbox_;
   bool want_writable_ = false;
   bool closed_ = false;

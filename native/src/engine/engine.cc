@@ -3,6 +3,7 @@
 #include <utility>
 
 #include "cache/memory_pool.h"
+#include "control/opening.h"
 
 namespace datadist {
 namespace {
@@ -11,8 +12,8 @@ using llm_datadist::LLM_EXIST_LINK;
 using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_FEATURE_NOT_ENABLED;
 
-Result<Listeners> ListenAt(const SocketAddress &address) {
-  Result<Listeners> bound = Listen(address);
+Result<Listeners> ListenAt(const SocketAddress &address, const Trust &trust) {
+  Result<Listeners> bound = ListenOpen(address, trust);
   if (!bound.ok()) {
     return Status(bound.status().code(),
                   std::string(llm_datadist::OPTION_LISTEN_IP_INFO) + ": " + bound.status().text());
@@ -46,7 +47,7 @@ Result<std::shared_ptr<Engine>> Engine::Start(uint64_t cluster_id, llm_datadist:
   EngineOptions &options = parsed.value();
   Listeners listeners;
   if (options.listen.has_value()) {
-    Result<Listeners> bound = ListenAt(*options.listen);
+    Result<Listeners> bound = ListenAt(*options.listen, options.link.trust);
     if (!bound.ok()) {
       return bound.status();
     }
@@ -143,7 +144,7 @@ Status Engine::MoveListener(const std::optional<SocketAddress> &wanted) {
   if (!wanted.has_value()) {
     return Status::Ok();
   }
-  Result<Listeners> bound = ListenAt(*wanted);
+  Result<Listeners> bound = ListenAt(*wanted, endpoint_->options().trust);
   if (!bound.ok()) {
     return bound.status();
   }

@@ -161,7 +161,7 @@ Status Engine::UnlinkOne(const ClusterInfo &cluster, Deadline deadline, bool for
     return Status::Ok();
   }
   const Status status = link->alive() ? link->Unlink(deadline)
-                                      : UnlinkByDialling(address, endpoint_->cluster_id(), link->token(), deadline);
+                                      : UnlinkByDialling(*endpoint_, address, link->token(), deadline);
   if (status.ok()) {
     table_->Remove(link.get());
     link->Close("unlinked");

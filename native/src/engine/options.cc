@@ -1,6 +1,7 @@
 #include "engine/options.h"
 
 #include <charconv>
+#include <cstdlib>
 #include <limits>
 #include <string>
 #include <string_view>
@@ -94,6 +95,39 @@ Status ReadPeerAccess(const OptionMap &map, PeerAccess &out) {
   return Status::Ok();
 }
 
+// An option, or for programs that cannot be changed a variable of the environment; empty: neither.
+std::string OptionOrVariable(const OptionMap &map, const char *key, const char *variable) {
+  if (const auto value = Find(map, key)) {
+    return std::string(*value);
+  }
+  const char *const value = std::getenv(variable);
+  return value != nullptr ? value : "";
+}
+
+Status ReadTrust(const OptionMap &map, Trust &trust) {
+  constexpr char kKeyVariable[] = "DATADIST_AUTH_KEY_FILE";
+  constexpr char kInsecureVariable[] = "DATADIST_INSECURE";
+  const std::string insecure = OptionOrVariable(map, llm_datadist::OPTION_INSECURE, kInsecureVariable);
+  if (!insecure.empty() && insecure != "0" && insecure != "1") {
+    return InvalidOption(llm_datadist::OPTION_INSECURE, insecure, "'0', '1'");
+  }
+  trust.insecure = insecure == "1";
+  const std::string path = OptionOrVariable(map, llm_datadist::OPTION_AUTH_KEY_FILE, kKeyVariable);
+  if (!path.empty() && trust.insecure) {
+    return Status(LLM_PARAM_INVALID, std::string(llm_datadist::OPTION_AUTH_KEY_FILE) + " (or " + kKeyVariable +
+                                         ") and " + llm_datadist::OPTION_INSECURE + " (or " + kInsecureVariable +
+                                         ") '1' exclude each other: whom a key keeps out, the other lets in");
+  }
+  if (!path.empty()) {
+    Result<std::shared_ptr<KeyRing>> keys = KeyRing::FromFile(path);
+    if (!keys.ok()) {
+      return Status(LLM_PARAM_INVALID, std::string(llm_datadist::OPTION_AUTH_KEY_FILE) + ": " + keys.status().text());
+    }
+    trust.keys = std::move(keys).value();
+  }
+  return Status::Ok();
+}
+
 Status ReadPool(const OptionMap &map, const char *key, std::optional<PoolConfig> &out) {
   const auto value = Find(map, key);
   if (!value.has_value()) {
@@ -171,7 +205,8 @@ Status CheckOwnKeys(const OptionMap &map) {
       llm_datadist::OPTION_MAX_LINKS,        llm_datadist::OPTION_MAX_ADDRS_PER_CACHE,
       llm_datadist::OPTION_MAX_DEVICE_BYTES, llm_datadist::OPTION_MAX_HOST_BYTES,
       llm_datadist::OPTION_HUGE_PAGES,       llm_datadist::OPTION_MAX_REGISTERED_ADDRS,
-      llm_datadist::OPTION_PEER_ACCESS,
+      llm_datadist::OPTION_PEER_ACCESS,      llm_datadist::OPTION_AUTH_KEY_FILE,
+      llm_datadist::OPTION_INSECURE,
   };
   std::string allowed;
   for (const char *key : kOwnKeys) {
@@ -235,6 +270,9 @@ Result<EngineOptions> ParseEarlyOptions(llm_datadist::LlmRole role, EngineApi ap
     return listen.status();
   }
   options.listen = listen.value();
+  if (Status status = ReadTrust(map, options.link.trust); !status.ok()) {
+    return status;
+  }
   if (Status status = ReadBackend(map, options); !status.ok()) {
     return status;
   }

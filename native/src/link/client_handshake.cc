@@ -4,6 +4,7 @@
 #include <utility>
 #include <vector>
 
+#include "control/opening.h"
 #include "link/loopback.h"
 
 namespace datadist {
@@ -32,7 +33,7 @@ class ClientHandshake {
   Status AgreeOnTransports();
   Status AttachStreams(Initiator initiator, uint16_t count, std::vector<Fd> &streams);
   Status Finish();
-  Result<Frame> Exchange(int fd, MessageType request, const std::vector<uint8_t> &body, MessageType answer);
+  Result<Frame> Exchange(FrameSocket &socket, MessageType request, const std::vector<uint8_t> &body, MessageType answer);
 
   const std::shared_ptr<LocalEndpoint> endpoint_;
   const std::shared_ptr<LinkTable> table_;
@@ -65,20 +66,13 @@ bool ClientHandshake::ForceLink() const {
 }
 
 // One request and its answer; a REJECT becomes the status that it carries.
-Result<Frame> ClientHandshake::Exchange(int fd, MessageType request, const std::vector<uint8_t> &body,
+Result<Frame> ClientHandshake::Exchange(FrameSocket &socket, MessageType request, const std::vector<uint8_t> &body,
                                         MessageType answer) {
-  if (Status status = SendFrame(fd, request, ++seq_, body, deadline_); !status.ok()) {
+  if (Status status = SendFrame(socket, request, ++seq_, body, deadline_); !status.ok()) {
     return status;
   }
-  Result<Frame> frame = RecvFrame(fd, TypeSet(answer, MessageType::kReject), deadline_);
-  if (!frame.ok() || frame.value().type != MessageType::kReject) {
-    return frame;
-  }
-  const Result<Reject> reject = Decode<Reject>(frame.value().body);
-  if (!reject.ok()) {
-    return reject.status();
-  }
-  return Status(reject.value().status.code(), "refused by the peer: " + reject.value().status.text());
+  Result<Frame> frame = RecvFrame(socket, TypeSet(answer, MessageType::kReject), deadline_);
+  return frame.ok() && frame.value().type == MessageType::kReject ? Refusal(frame.value()) : frame;
 }
 
 Status ClientHandshake::Greet() {
@@ -93,7 +87,7 @@ Status ClientHandshake::Greet() {
   hello.comm_name = target_.comm_name;
   hello.comm_id = target_.comm_id;
   const Result<Frame> frame =
-      Exchange(parts_.control.get(), MessageType::kHello, Encode(hello), MessageType::kWelcome);
+      Exchange(parts_.control, MessageType::kHello, Encode(hello), MessageType::kWelcome);
   if (!frame.ok()) {
     return frame.status();
   }
@@ -166,7 +160,7 @@ Status ClientHandshake::AgreeOnTransports() {
   }
   parts_.outgoing = std::move(choice).value();
   const Result<Frame> frame =
-      Exchange(parts_.control.get(), MessageType::kReady, Encode(Ready{parts_.outgoing.kind, parts_.outgoing.reason}),
+      Exchange(parts_.control, MessageType::kReady, Encode(Ready{parts_.outgoing.kind, parts_.outgoing.reason}),
                MessageType::kReady);
   if (!frame.ok()) {
     return frame.status();
@@ -193,23 +187,25 @@ Status ClientHandshake::AgreeOnTransports() {
 
 Status ClientHandshake::AttachStreams(Initiator initiator, uint16_t count, std::vector<Fd> &streams) {
   for (uint16_t index = 0; index < count; ++index) {
-    Result<Fd> stream = DialTcp(target_.address, deadline_);
-    if (!stream.ok()) {
-      return stream.status();
+    Result<Fd> dialled = DialTcp(target_.address, deadline_);
+    if (!dialled.ok()) {
+      return dialled.status();
     }
-    const Result<Frame> frame = Exchange(stream.value().get(), MessageType::kAttach,
-                                         Encode(Attach{parts_.token, initiator, index}), MessageType::kAttached);
+    FrameSocket stream(std::move(dialled).value());
+    Attach attach{parts_.token, initiator, index, {}};
+    attach.proof = ProofOf(parts_.streams, attach);
+    const Result<Frame> frame = Exchange(stream, MessageType::kAttach, Encode(attach), MessageType::kAttached);
     if (!frame.ok()) {
       return frame.status();
     }
-    streams.push_back(std::move(stream).value());
+    streams.push_back(std::move(stream.fd));
   }
   return Status::Ok();
 }
 
 Status ClientHandshake::Finish() {
   const Result<Frame> frame =
-      Exchange(parts_.control.get(), MessageType::kEstablished, {}, MessageType::kEstablished);
+      Exchange(parts_.control, MessageType::kEstablished, {}, MessageType::kEstablished);
   if (!frame.ok()) {
     return frame.status();
   }
@@ -224,11 +220,12 @@ Status ClientHandshake::Run() {
       return status;
     }
   }
-  Result<Connection> control = Dial(target_.address, deadline_);
+  Result<OpenConnection> control = DialOpen(target_.address, endpoint_->options().trust, deadline_);
   if (!control.ok()) {
     return control.status();
   }
-  parts_.control = std::move(control.value().fd);
+  parts_.control = std::move(control.value().socket);
+  parts_.streams = control.value().streams;
   parts_.process = std::move(control.value().process);
   parts_.caller_id = target_.expected_id;
   parts_.peer_address = target_.address.ToString();

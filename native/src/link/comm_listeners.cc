@@ -40,7 +40,7 @@ Result<CommListeners::Lease> CommListeners::Open(const SocketAddress &address) {
     ++it->second.leases;
     return Lease(this, key);
   }
-  Result<Listeners> listeners = Listen(address);
+  Result<Listeners> listeners = ListenOpen(address, endpoint_->options().trust);
   if (!listeners.ok()) {
     return listeners.status();
   }

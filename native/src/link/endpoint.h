@@ -16,6 +16,7 @@
 #include "base/worker_pool.h"
 #include "cache/cache_registry.h"
 #include "control/event_loop.h"
+#include "control/key_ring.h"
 #include "control/messages.h"
 #include "memory/region_table.h"
 #include "transport/cma/cma_data_path.h"
@@ -24,6 +25,7 @@
 namespace datadist {
 
 struct LinkOptions {
+  Trust trust;
   std::optional<TransportKind> forced_transport;
   uint16_t tcp_streams = 2;
   std::chrono::milliseconds heartbeat_interval{2000};

@@ -1,8 +1,10 @@
 #include "link/link.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "base/log.h"
+#include "control/opening.h"
 #include "link/link_table.h"
 #include "transport/local/local_data_path.h"
 
@@ -27,17 +29,21 @@ constexpr bool MayBecome(LinkState from, LinkState to) {
 
 }  // namespace
 
-bool SameToken(const LinkToken &a, const LinkToken &b) {
-  uint8_t difference = 0;
-  for (size_t i = 0; i < a.size(); ++i) {
-    difference = static_cast<uint8_t>(difference | (a[i] ^ b[i]));
+StreamProof ProofOf(const std::optional<Digest> &streams, const Attach &attach) {
+  StreamProof proof{};
+  if (streams.has_value()) {
+    Attach said = attach;
+    said.proof = {};
+    const std::vector<uint8_t> body = Encode(said);
+    const Digest digest = HmacSha256(*streams, body.data(), body.size());
+    std::copy_n(digest.begin(), proof.size(), proof.begin());
   }
-  return difference == 0;
+  return proof;
 }
 
 std::shared_ptr<Link> Link::Create(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> table,
                                    LinkParts parts) {
-  Fd control = std::move(parts.control);
+  FrameSocket control = std::move(parts.control);
   std::vector<Fd> outgoing_streams = std::move(parts.outgoing_streams);
   std::vector<Fd> incoming_streams = std::move(parts.incoming_streams);
   std::shared_ptr<Link> link(new Link(std::move(endpoint), std::move(table), std::move(parts)));
@@ -66,7 +72,7 @@ Link::~Link() {
   }
 }
 
-void Link::OpenPaths(Fd control, std::vector<Fd> outgoing_streams, std::vector<Fd> incoming_streams) {
+void Link::OpenPaths(FrameSocket control, std::vector<Fd> outgoing_streams, std::vector<Fd> incoming_streams) {
   session_ = Session::Create(endpoint_->loop(), std::move(control), endpoint_->options().heartbeat_interval);
   switch (outgoing_.kind) {
     case TransportKind::kLocal:
@@ -122,15 +128,15 @@ bool Link::MoveTo(LinkState next, const std::string &reason) {
   return true;
 }
 
-void Link::Establish(const std::function<void()> &announce) {
+void Link::Establish(std::optional<uint32_t> established_seq) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     if (!MayBecome(state_, LinkState::kEstablished)) {
       return;
     }
     state_ = LinkState::kEstablished;
-    if (announce) {
-      announce();
+    if (established_seq.has_value()) {
+      session_->Send(MessageType::kEstablished, *established_seq, {});
     }
   }
   const std::string why = outgoing_.reason.empty() ? "" : " (" + outgoing_.reason + ")";
@@ -271,24 +277,27 @@ void Link::OnUnlinkedByPeerOnLoop(std::function<void()> done) {
   });
 }
 
-Status UnlinkByDialling(const SocketAddress &address, uint64_t own_cluster_id, const LinkToken &token,
+Status UnlinkByDialling(const LocalEndpoint &endpoint, const SocketAddress &address, const LinkToken &token,
                         Deadline deadline) {
   const auto failure = [&](const Status &status) {
     const bool timeout = status.code() == LLM_TIMEOUT;
     return Status(timeout ? LLM_TIMEOUT : LLM_UNLINK_FAILED, "unlink at " + address.ToString() + ": " + status.text());
   };
-  const Result<Connection> connection = Dial(address, deadline);
+  Result<OpenConnection> connection = DialOpen(address, endpoint.options().trust, deadline);
   if (!connection.ok()) {
     return failure(connection.status());
   }
-  const int fd = connection.value().fd.get();
-  if (Status sent = SendFrame(fd, MessageType::kUnlink, 1,
-                              Encode(UnlinkRequest{own_cluster_id, token}), deadline);
-      !sent.ok()) {
+  FrameSocket &socket = connection.value().socket;
+  const UnlinkRequest request{endpoint.cluster_id(), token};
+  if (Status sent = SendFrame(socket, MessageType::kUnlink, 1, Encode(request), deadline); !sent.ok()) {
     return failure(sent);
   }
-  const Result<Frame> answer = RecvFrame(fd, TypeSet(MessageType::kUnlinked), deadline);
-  return answer.ok() ? Status::Ok() : failure(answer.status());
+  const Result<Frame> answer =
+      RecvFrame(socket, TypeSet(MessageType::kUnlinked, MessageType::kReject), deadline);
+  if (!answer.ok()) {
+    return failure(answer.status());
+  }
+  return answer.value().type == MessageType::kReject ? failure(Refusal(answer.value())) : Status::Ok();
 }
 
 }  // namespace datadist

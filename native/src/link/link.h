@@ -21,11 +21,14 @@
 #include <map>
 #include <memory>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
+#include "base/hmac.h"
 #include "base/peer_process.h"
 #include "control/address.h"
+#include "control/frame.h"
 #include "control/session.h"
 #include "link/endpoint.h"
 #include "link/turn_gate.h"
@@ -48,7 +51,8 @@ struct LinkParts {
   std::shared_ptr<const PeerProcess> process;  // what the kernel says of the peer; none over TCP
   TransportChoice outgoing;                    // of the transfers that we initiate
   TransportKind incoming = TransportKind::kTcp;
-  Fd control;
+  FrameSocket control;
+  std::optional<Digest> streams;  // by which data connections prove that they are of this link
   std::vector<Fd> outgoing_streams;
   std::vector<Fd> incoming_streams;
   std::string comm_name;             // of a bilateral link
@@ -56,8 +60,8 @@ struct LinkParts {
   std::shared_ptr<Link> other_half;  // of a loopback link: ends with this one
 };
 
-// In constant time.
-bool SameToken(const LinkToken &a, const LinkToken &b);
+// Zeros where no key was asked for: then the token alone says it.
+StreamProof ProofOf(const std::optional<Digest> &streams, const Attach &attach);
 
 enum class TransferDirection : uint8_t { kPull, kPush };
 
@@ -93,10 +97,10 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   bool alive() const;
   llm_datadist::LinkReport Report() const;
 
-  // Connecting -> Established; the link must be in the table, because the peer may use it from now on. `announce` tells
-  // it so, straight on the control connection and without blocking: under the lock, so that whoever hears of the link
-  // from the peer finds it established, and nobody's request overtakes the announcement.
-  void Establish(const std::function<void()> &announce = nullptr);
+  // Connecting -> Established; the link must be in the table, because the peer may use it from now on. The ESTABLISHED
+  // of that number is answered under the lock, so that whoever hears of the link from the peer finds it established, and
+  // nobody's request overtakes the answer.
+  void Establish(std::optional<uint32_t> established_seq = std::nullopt);
 
   // Nothing moves before all of the parts are known and planned, so that a wrong one leaves no other half done.
   // LLM_TIMEOUT and LLM_FAILED leave the link lost, except where the call did not get its turn in time.
@@ -127,7 +131,7 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
 
  private:
   Link(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> table, LinkParts parts);
-  void OpenPaths(Fd control, std::vector<Fd> outgoing_streams, std::vector<Fd> incoming_streams);
+  void OpenPaths(FrameSocket control, std::vector<Fd> outgoing_streams, std::vector<Fd> incoming_streams);
 
   bool MoveTo(LinkState next, const std::string &reason);
   void Lose(CloseCause cause, const std::string &reason);
@@ -189,7 +193,7 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
 
 // For a link whose own connection is gone: tells the peer over a fresh one. LLM_UNLINK_FAILED when it cannot be
 // reached, LLM_TIMEOUT.
-Status UnlinkByDialling(const SocketAddress &address, uint64_t own_cluster_id, const LinkToken &token,
+Status UnlinkByDialling(const LocalEndpoint &endpoint, const SocketAddress &address, const LinkToken &token,
                         Deadline deadline);
 
 }  // namespace datadist

@@ -15,7 +15,7 @@ constexpr std::chrono::seconds kLingerAfterUnlink{1};
 
 }  // namespace
 
-bool Link::HasToken(const LinkToken &token) const { return SameToken(token_, token); }
+bool Link::HasToken(const LinkToken &token) const { return SameBytes(token_, token); }
 
 Status Link::OnRequestOnLoop(const Frame &frame) {
   switch (frame.type) {
@@ -27,19 +27,7 @@ Status Link::OnRequestOnLoop(const Frame &frame) {
       return OnConsumeOnLoop(frame);
     case MessageType::kUnlink:
       return OnUnlinkOnLoop(frame);
-    case MessageType::kHello:
-    case MessageType::kWelcome:
-    case MessageType::kReject:
-    case MessageType::kReady:
-    case MessageType::kAttach:
-    case MessageType::kAttached:
-    case MessageType::kEstablished:
-    case MessageType::kPing:
-    case MessageType::kPong:
-    case MessageType::kCacheInfo:
-    case MessageType::kPushed:
-    case MessageType::kUnlinked:
-    case MessageType::kConsumed:
+    default:
       break;
   }
   return Status(LLM_FAILED, std::string(MessageName(frame.type)) + " is not a request");

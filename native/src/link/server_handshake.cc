@@ -14,18 +14,13 @@ using llm_datadist::LLM_LINK_FAILED;
 using llm_datadist::LLM_NOT_YET_LINK;
 using llm_datadist::LLM_PARAM_INVALID;
 
-std::string RangeText(const VersionRange &range) {
-  return std::to_string(range.lowest) + ".." + std::to_string(range.highest);
-}
-
 }  // namespace
 
 ServerHandshake::ServerHandshake(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table,
-                                 Admits admits, std::string peer_address,
-                                 std::shared_ptr<const PeerProcess> process)
+                                 Admits admits, const Caller &caller)
     : endpoint_(std::move(endpoint)), table_(std::move(table)), admits_(admits) {
-  parts_.peer_address = std::move(peer_address);
-  parts_.process = std::move(process);
+  parts_.peer_address = caller.name;
+  parts_.process = caller.process;
 }
 
 TypeSet ServerHandshake::legal() const {
@@ -40,10 +35,6 @@ TypeSet ServerHandshake::legal() const {
       break;
   }
   return TypeSet();
-}
-
-Result<std::vector<uint8_t>> ServerHandshake::OnFrame(const Frame &frame) {
-  return frame.type == MessageType::kHello ? OnHello(frame) : OnReady(frame);
 }
 
 // Our half of a link of that comm that the client has given up: it is lost, or the client's very process dials again,
@@ -124,16 +115,16 @@ void ServerHandshake::NoteRefusal(const Hello &hello, const Status &why) const {
   }
 }
 
-Result<std::vector<uint8_t>> ServerHandshake::OnHello(const Frame &frame) {
-  const Result<VersionRange> versions = DecodeVersionRange(frame.body);
+Result<std::vector<uint8_t>> ServerHandshake::OnHello(const std::vector<uint8_t> &body,
+                                                     const std::optional<Digest> &streams) {
+  const Result<VersionRange> versions = DecodeVersionRange(body);
   if (!versions.ok()) {
     return versions.status();
   }
-  if (versions.value().lowest > kProtocolVersion || versions.value().highest < kProtocolVersion) {
-    return Status(LLM_LINK_FAILED, "protocol versions differ: client " + RangeText(versions.value()) + ", server " +
-                                       RangeText(VersionRange{kProtocolVersion, kProtocolVersion}));
+  if (Status status = CheckVersions(versions.value()); !status.ok()) {
+    return status;
   }
-  Result<Hello> hello = Decode<Hello>(frame.body);
+  Result<Hello> hello = Decode<Hello>(body);
   if (!hello.ok()) {
     return hello.status();
   }
@@ -159,13 +150,13 @@ Result<std::vector<uint8_t>> ServerHandshake::OnHello(const Frame &frame) {
   parts_.peer = std::move(hello.value().client);
   parts_.caller_id = parts_.peer.cluster_id;
   parts_.token = token.value();
+  parts_.streams = streams;
   state_ = self ? State::kDone : State::kAwaitReady;
-  const Welcome welcome{endpoint_->Info(), parts_.token};
-  return EncodeFrame(MessageType::kWelcome, frame.seq, Encode(welcome));
+  return Encode(Welcome{endpoint_->Info(), parts_.token});
 }
 
-Result<std::vector<uint8_t>> ServerHandshake::OnReady(const Frame &frame) {
-  const Result<Ready> ready = Decode<Ready>(frame.body);
+Result<std::vector<uint8_t>> ServerHandshake::OnReady(const std::vector<uint8_t> &body) {
+  const Result<Ready> ready = Decode<Ready>(body);
   if (!ready.ok()) {
     return ready.status();
   }
@@ -185,12 +176,13 @@ Result<std::vector<uint8_t>> ServerHandshake::OnReady(const Frame &frame) {
     parts_.outgoing_streams.resize(endpoint_->StreamsWith(parts_.peer));
   }
   state_ = State::kAwaitEstablished;
-  return EncodeFrame(MessageType::kReady, frame.seq, Encode(Ready{parts_.outgoing.kind, parts_.outgoing.reason}));
+  return Encode(Ready{parts_.outgoing.kind, parts_.outgoing.reason});
 }
 
 bool ServerHandshake::Wants(const Attach &attach) const {
   const auto &streams = attach.initiator == Initiator::kClient ? parts_.incoming_streams : parts_.outgoing_streams;
-  return state_ == State::kAwaitEstablished && SameToken(attach.token, parts_.token) && attach.index < streams.size() &&
+  return state_ == State::kAwaitEstablished && SameBytes(attach.token, parts_.token) &&
+         SameBytes(attach.proof, ProofOf(parts_.streams, attach)) && attach.index < streams.size() &&
          !streams[attach.index];
 }
 
@@ -199,7 +191,7 @@ void ServerHandshake::TakeStream(const Attach &attach, Fd stream) {
   streams[attach.index] = std::move(stream);
 }
 
-Result<std::shared_ptr<Link>> ServerHandshake::Finish(Fd control) {
+Result<std::shared_ptr<Link>> ServerHandshake::Finish(FrameSocket control) {
   const auto attached = [](const std::vector<Fd> &streams) {
     return std::all_of(streams.begin(), streams.end(), [](const Fd &stream) { return static_cast<bool>(stream); });
   };

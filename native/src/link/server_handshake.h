@@ -8,10 +8,12 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
 #include "control/frame.h"
+#include "control/front_door.h"
 #include "link/endpoint.h"
 #include "link/link_table.h"
 
@@ -23,7 +25,7 @@ enum class Admits : uint8_t { kAll, kComms };
 class ServerHandshake {
  public:
   ServerHandshake(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, Admits admits,
-                  std::string peer_address, std::shared_ptr<const PeerProcess> process);
+                  const Caller &caller);
 
   TypeSet legal() const;
   bool greeted() const { return state_ != State::kAwaitHello; }
@@ -32,20 +34,20 @@ class ServerHandshake {
   // What the client says that it has left; of meaning once greeted.
   std::chrono::milliseconds client_patience() const { return client_patience_; }
 
-  // HELLO or READY -> the answer to send. Not ok: refuse with that status.
-  Result<std::vector<uint8_t>> OnFrame(const Frame &frame);
+  // The body of HELLO -> that of WELCOME; of READY -> that of the answer's READY. Not ok: refuse with that status.
+  // `streams` is what the opening left for data connections.
+  Result<std::vector<uint8_t>> OnHello(const std::vector<uint8_t> &body, const std::optional<Digest> &streams);
+  Result<std::vector<uint8_t>> OnReady(const std::vector<uint8_t> &body);
 
   // Whether this link waits for that data connection.
   bool Wants(const Attach &attach) const;
   void TakeStream(const Attach &attach, Fd stream);
 
   // ESTABLISHED: makes the link of `control` and puts it into the table, not yet established.
-  Result<std::shared_ptr<Link>> Finish(Fd control);
+  Result<std::shared_ptr<Link>> Finish(FrameSocket control);
 
  private:
   enum class State : uint8_t { kAwaitHello, kAwaitReady, kAwaitEstablished, kDone };
-  Result<std::vector<uint8_t>> OnHello(const Frame &frame);
-  Result<std::vector<uint8_t>> OnReady(const Frame &frame);
   Status Admit(const Hello &hello);
   Status CheckClient(const Hello &hello) const;
   Status CheckComm(const std::string &name, int64_t comm_id, const EndpointInfo &client) const;

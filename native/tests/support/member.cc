@@ -44,8 +44,11 @@ Member::~Member() {
   endpoint_->regions()->UnregisterAll();
 }
 
-SocketAddress Member::Listen() {
+SocketAddress Member::Listen(bool within_host) {
   Listeners listeners = datadist::Listen(FreeAddress()).value();
+  if (!within_host) {
+    listeners.local.Reset();
+  }
   const SocketAddress address = SocketAddress::LocalOf(listeners.tcp.get());
   acceptor_ = std::make_shared<Acceptor>(endpoint_, table_);
   endpoint_->loop()->Run([&] { acceptor_->StartOnLoop(std::move(listeners)); });
@@ -132,6 +135,12 @@ CommTable::Report Member::Settled(int64_t comm_id) {
     return report.state != CommState::kPreparing;
   })) << "comm " << comm_id << " is still preparing";
   return report;
+}
+
+LinkOptions OpenToAll() {
+  LinkOptions options;
+  options.trust.insecure = true;
+  return options;
 }
 
 std::vector<uint8_t> Copied(uint64_t from_seed, uint64_t to_seed, uint64_t from, uint64_t to, uint64_t count) {

@@ -36,8 +36,9 @@ class Member {
   const std::shared_ptr<LinkTable> &table() const { return table_; }
   CommTable &comms() { return *comms_; }
 
-  // Opens the endpoint's own listener at a port of the system's choice.
-  SocketAddress Listen();
+  // Opens the endpoint's own listener at a port of the system's choice. Without the name within the host everybody comes
+  // over TCP, as from another host.
+  SocketAddress Listen(bool within_host = true);
   Status Dial(const SocketAddress &address, uint64_t expected_id = 0, const std::string &comm_name = "",
               int64_t comm_id = 0);
   Status Unlink(uint64_t peer_id);
@@ -63,6 +64,9 @@ class Member {
   std::unique_ptr<CommTable> comms_;
   std::shared_ptr<Acceptor> acceptor_;
 };
+
+// Of an endpoint that lets in whoever comes over TCP.
+LinkOptions OpenToAll();
 
 // What PatternOf(kShape, to_seed) looks like after blocks [from, +count) of from_seed were copied onto [to, +count).
 std::vector<uint8_t> Copied(uint64_t from_seed, uint64_t to_seed, uint64_t from, uint64_t to, uint64_t count);
