@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import ipaddress
+import os
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
@@ -84,6 +85,14 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     allowed_peers: Annotated[list[str], msgspec.Meta(max_length=256)] = []
     """IP addresses or networks (CIDR) that kv_transfer_params may send us to; loopback and `host` always are."""
 
+    auth: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+    """Path of a key file (`vllm-datadist key` makes one), read again when it changes. Peers that are not processes of
+    this user on this host must know one of its keys; both ends need one in common. Not given here, nor `insecure`: the
+    environment variables DATADIST_AUTH_KEY_FILE and DATADIST_INSECURE (0 or 1) say it."""
+
+    insecure: bool = False
+    """Let in whoever can connect. A `host` that is not loopback needs this or `auth`."""
+
     provider: Literal["engine"] = "engine"
     """Implementation of the LLM-DataDist API."""
 
@@ -94,6 +103,13 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             raise ConfigError(f"host: {self.host!r} is not an IP address literal such as '127.0.0.1'") from None
         if address.is_unspecified or address.is_multicast:
             raise ConfigError(f"host: {self.host!r} is not one address of this machine; name the one peers can reach")
+        if self.auth and self.insecure:
+            raise ConfigError("auth and insecure exclude each other: whom a key keeps out, the other lets in")
+        if not (address.is_loopback or self.auth or self.insecure):
+            raise ConfigError(
+                f"host: {self.host!r} can be reached by other hosts, which needs a key file in 'auth' (made by "
+                "`vllm-datadist key FILE`) or 'insecure': true; allowed without: loopback addresses"
+            )
         for entry in self.allowed_peers:
             try:
                 ipaddress.ip_network(entry, strict=False)
@@ -120,6 +136,18 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         return any(address in ipaddress.ip_network(entry, strict=False) for entry in self.allowed_peers)
 
 
+def _trust_of_environment() -> dict[str, object]:
+    """`auth` and `insecure` for deployments whose command lines cannot be changed."""
+    trust: dict[str, object] = {}
+    if path := os.environ.get("DATADIST_AUTH_KEY_FILE"):
+        trust["auth"] = path
+    if insecure := os.environ.get("DATADIST_INSECURE"):
+        if insecure not in ("0", "1"):
+            raise ConfigError(f"environment variable DATADIST_INSECURE: {insecure!r}, allowed: 0, 1")
+        trust["insecure"] = insecure == "1"
+    return trust
+
+
 def parse_config(extra: Mapping[str, object] | None) -> ConnectorConfig:
     """Checks `kv_connector_extra_config`.
 
@@ -127,6 +155,8 @@ def parse_config(extra: Mapping[str, object] | None) -> ConnectorConfig:
         ConfigError: names the key, the value and what is allowed; for an unknown key, the nearest known one.
     """
     given = dict(extra or {})
+    if not given.keys() & {"auth", "insecure"}:
+        given |= _trust_of_environment()
     known = ConnectorConfig.__struct_fields__
     for key in given:
         if key not in known:

@@ -157,6 +157,12 @@ TEST(Auth, AServerWithoutTheKeyIsNotBelieved) {
     EXPECT_EQ(client.OnOpened(forged).status().code(), LLM_LINK_FAILED) << byte;
   }
   EXPECT_TRUE(client.OnOpened(opened).ok());
+  const SessionKeys &ours = client.session();
+  const SessionKeys &theirs = honest.session();
+  EXPECT_EQ(ours.to_server, theirs.to_server);
+  EXPECT_EQ(ours.to_client, theirs.to_client);
+  EXPECT_NE(ours.to_server, ours.to_client) << "or frames could be sent back";
+  EXPECT_NE(ours.to_server, ours.streams);
 }
 
 // Who has overheard the token of a link attaches no data connection to it.

@@ -144,6 +144,7 @@ def test_unlinked_and_linked_again(ends: Ends) -> None:
     assert mine.pull(peer, [0], [0]) == _native.LLM_SUCCESS
 
 
+@pytest.mark.usefixtures("open_to_all")
 def test_a_dial_that_arrives_late_keeps_the_link_that_crossed_it(make_endpoint: Callable[..., Endpoint]) -> None:
     """What the lower end moves over its link by then would be lost if the other's dial replaced it."""
     lower, higher = make_endpoint(cluster_id=1, **SIZES), make_endpoint(cluster_id=2, **SIZES)

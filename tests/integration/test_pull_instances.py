@@ -110,6 +110,7 @@ def test_a_new_incarnation_retires_the_old_one_at_once(
     pull(consumer, second, "after", [5], [5])
 
 
+@pytest.mark.usefixtures("open_to_all")
 def test_a_link_that_crosses_one_from_the_other_end(
     start_producer: StartProducer, start_consumer: StartConsumer, caplog: pytest.LogCaptureFixture
 ) -> None:

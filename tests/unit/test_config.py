@@ -32,11 +32,13 @@ DEFAULTS = {
     "peer_backoff_s": 1.0,
     "peer_ttl_s": 3600.0,
     "allowed_peers": [],
+    "auth": "",
+    "insecure": False,
     "provider": "engine",
 }
 
 ALLOWED: dict[str, list[object]] = {
-    "host": ["10.1.2.3", "::1", "fd00::5"],
+    "host": ["127.0.0.2", "::1"],
     "side_channel_port": [0, 65535],
     "engine_port": [0, 65535],
     "transport": ["auto", "local", "cma", "tcp"],
@@ -56,6 +58,8 @@ ALLOWED: dict[str, list[object]] = {
     "peer_backoff_s": [0.001, 86400],
     "peer_ttl_s": [0.001, 86400],
     "allowed_peers": [[], ["10.0.0.0/8", "::1", "192.168.1.7"]],
+    "auth": ["/run/secrets/datadist"],
+    "insecure": [True, False],
     "provider": ["engine"],
 }
 
@@ -80,6 +84,8 @@ REFUSED: dict[str, list[object]] = {
     "peer_backoff_s": [0, 86401],
     "peer_ttl_s": [0, 86401],
     "allowed_peers": ["10.0.0.1", ["prefill.example"], [5], ["10.0.0.0/40"], ["10.0.0.1"] * 257],
+    "auth": [5, None, "x" * 4097],
+    "insecure": [1, "true", None],
     "provider": ["cann", ""],
 }
 
@@ -140,8 +146,36 @@ def test_unknown_key_gets_the_nearest() -> None:
     ],
 )
 def test_allows_peer(host: str, allowed: bool) -> None:
-    config = parse_config({"host": "10.0.0.5", "allowed_peers": ["192.168.0.0/16", "fd00::5"]})
+    config = parse_config({"host": "10.0.0.5", "insecure": True, "allowed_peers": ["192.168.0.0/16", "fd00::5"]})
     assert config.allows_peer(host) is allowed
+
+
+KEY = {"auth": "/run/secrets/datadist"}
+
+
+@pytest.mark.parametrize("host", ["10.1.2.3", "fd00::5"])
+def test_a_host_that_others_reach_needs_a_key_or_leave(host: str) -> None:
+    with pytest.raises(ConfigError, match=rf"host: '{host}' can be reached by other hosts"):
+        parse_config({"host": host})
+    for trust in (KEY, {"insecure": True}):
+        assert parse_config({"host": host, **trust}).host == host
+
+
+def test_a_key_and_insecure_exclude_each_other() -> None:
+    with pytest.raises(ConfigError, match="auth and insecure exclude each other"):
+        parse_config({**KEY, "insecure": True})
+
+
+def test_trust_from_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("DATADIST_INSECURE", "1")
+    assert parse_config({}).insecure
+    assert parse_config(KEY).auth == KEY["auth"], "what the configuration says goes first"
+    monkeypatch.setenv("DATADIST_INSECURE", "0")
+    monkeypatch.setenv("DATADIST_AUTH_KEY_FILE", "/run/secrets/other")
+    assert parse_config({}).auth == "/run/secrets/other"
+    monkeypatch.setenv("DATADIST_INSECURE", "yes")
+    with pytest.raises(ConfigError, match="DATADIST_INSECURE: 'yes', allowed: 0, 1"):
+        parse_config({})
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
