@@ -1,7 +1,7 @@
-// Frames of the control connection.
+// Frames of control connections and of the channel.
 //
 //   header, 20 bytes, little-endian:  magic u32 | version u16 | type u16 | body_len u32 | seq u32 | crc32c u32
-//   body:                             body_len bytes, see messages.h
+//   body:                             body_len bytes, see messages.h and channel/messages.h
 //   seal, 16 bytes:                   on connections that were opened by a key, see opening.h
 //
 // The checksum covers the header (its own field as zero) and the body. The length is checked against the cap of the
@@ -25,7 +25,7 @@
 namespace datadist {
 
 constexpr uint32_t kFrameMagic = 0x4B444444;  // "DDDK"
-constexpr uint16_t kProtocolVersion = 4;
+constexpr uint16_t kProtocolVersion = 5;
 constexpr size_t kFrameHeaderSize = 20;
 constexpr uint32_t kMaxFrameBody = 1U << 20;
 // What is allocated for a body before any of it has come; then twice what has. An announcement costs its sender nothing.
@@ -52,10 +52,21 @@ enum class MessageType : uint16_t {
   kOpen = 18,
   kOpened = 19,
   kProve = 20,
+  kChannel = 21,
+  kChannelReady = 22,
+  kDescribeRank = 23,
+  kRank = 24,
+  kRenew = 25,
+  kRenewed = 26,
+  kConfirm = 27,
+  kConfirmed = 28,
+  kRelease = 29,
+  kReleased = 30,
 };
 const char *MessageName(MessageType type);
 
-// Largest body of a type: 4 KiB for all but CACHE_INFO and PUSH, which list an address per tensor.
+// Largest body of a type: 4 KiB for all but CACHE_INFO and PUSH, which list an address per tensor, RANK, which has a
+// geometry, and those of the channel that list leases.
 uint32_t BodyCap(MessageType type);
 
 // The messages that are legal in one state of a connection.
