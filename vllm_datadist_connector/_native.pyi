@@ -437,8 +437,8 @@ class LeaseTable:
     grant ──> held ──┬── release (D is done, or will never come)
                      └── expiry (no renewal for lease_s, or limit_s after the grant)
 
-    A lease leaves the table before take_ended() tells of it, so a confirmation that succeeds proves that the blocks were
-    the request's own until then. Tokens and digests are 32 hex digits.
+    A lease leaves the table before take_ended() tells of it, so a confirmation that succeeds proves that the blocks
+    were the request's own until then. Tokens and digests are 32 hex digits.
     """
 
     def __init__(self, limit_s: float, clock: ManualClock | None = None) -> None: ...
@@ -465,7 +465,7 @@ class LeaseTable:
 
 MAX_LEASES_PER_MESSAGE: Final[int]
 
-class Rank(NamedTuple):
+class RankDescription(NamedTuple):
     geometry: bytes
     """As P gave it to set_geometries()."""
 
@@ -488,7 +488,7 @@ class ChannelAnswer(NamedTuple):
     """`response` or, if it is None, why there is none."""
 
     id: int
-    response: Rank | Renewed | Confirmed | Released | Refused | None
+    response: RankDescription | Renewed | Confirmed | Released | Refused | None
     error: str
     timed_out: bool
     """The server said nothing, but somebody listens there, or nothing is known of it: to ask again may help."""
@@ -539,7 +539,7 @@ class ChannelClient:
     def describe_rank(
         self, endpoint: tuple[str, int], engine_id: str, incarnation: str, pp_rank: int, tp_rank: int, timeout_s: float
     ) -> int:
-        """Answered by Rank or Refused."""
+        """Answered by RankDescription or Refused."""
 
     def renew(self, endpoint: tuple[str, int], tokens: Sequence[str], timeout_s: float) -> int:
         """Answered by Renewed. At most MAX_LEASES_PER_MESSAGE tokens."""

@@ -187,7 +187,7 @@ void RegisterChannel(py::module_ &module) {
   const AnswerTypes types{
       DefineNamedTuple(module, "ChannelAnswer",
                        {{"id", "int"}, {"response", "object"}, {"error", "str"}, {"timed_out", "bool"}}),
-      DefineNamedTuple(module, "Rank", {{"geometry", "bytes"}}),
+      DefineNamedTuple(module, "RankDescription", {{"geometry", "bytes"}}),
       DefineNamedTuple(module, "Renewed", {{"gone", "tuple"}}),
       DefineNamedTuple(module, "Confirmed", {{"held", "bool"}, {"reason", "str"}}),
       DefineNamedTuple(module, "Released", {}),
