@@ -25,7 +25,10 @@ SlowLink = Callable[[int], tuple[Endpoint, PeerProcess, SlowRelay]]
 
 @pytest.fixture
 def slow_link(
-    open_to_all: None, make_endpoint: Callable[..., Endpoint], make_peer: Callable[..., PeerProcess], resources: ExitStack
+    open_to_all: None,  # noqa: ARG001
+    make_endpoint: Callable[..., Endpoint],
+    make_peer: Callable[..., PeerProcess],
+    resources: ExitStack,
 ) -> SlowLink:
     """slow_link(transfer timeout in ms): two ends and a wire between them that moves a layer in LAYER_S."""
 
