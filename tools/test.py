@@ -26,7 +26,8 @@ from console import SHOWN_GRACE_S, StepError, exit_status_of, run_step, stop_gro
 
 LOGS = ROOT / "logs" / "test"
 NATIVE = ROOT / "native"
-PRESETS = ("default", "asan", "tsan")
+# The optimized build is what all Python tests run; of the native ones it would see little that these two do not.
+PRESETS = ("asan", "tsan")
 PYTEST_PARTS = ("unit", "integration", "e2e")
 PARTS = ("lint", "native", *PYTEST_PARTS)
 # Each tuple's lanes run side by side, then the next tuple's: compilers fill the core that the Python tests leave idle.

@@ -20,7 +20,7 @@ P_CLUSTER = 100
 
 @pytest.fixture
 def open_to_all(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For engines made after it, in this process and its children: who comes by a relay comes over TCP, without a key."""
+    """For engines made after it, here and in child processes: who comes by a relay comes over TCP, without a key."""
     monkeypatch.setenv("DATADIST_INSECURE", "1")
 
 

@@ -127,6 +127,7 @@ RUN = {
     "cat": "*",
     "pkg-config": "*",
     "python": "-m\\ vllm_datadist_connector.*",
+    "vllm-datadist": "*",
 }
 CHECKED: dict[str, Callable[[list[str], Path], None]] = {
     "apt-get": check_apt,

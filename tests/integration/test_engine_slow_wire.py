@@ -25,7 +25,7 @@ SlowLink = Callable[[int], tuple[Endpoint, PeerProcess, SlowRelay]]
 
 @pytest.fixture
 def slow_link(
-    open_to_all: None,
+    open_to_all: None,  # noqa: ARG001
     make_endpoint: Callable[..., Endpoint],
     make_peer: Callable[..., PeerProcess],
     resources: ExitStack,

@@ -6,9 +6,9 @@ import socket
 import struct
 from typing import NamedTuple
 
-VERSION = 5
-CHANNEL, CHANNEL_READY = 21, 22
-RENEW, RENEWED, RELEASE, RELEASED = 25, 26, 29, 30
+VERSION = 6
+CHANNEL, CHANNEL_READY = 23, 24
+RENEW, RENEWED, RELEASE, RELEASED = 27, 28, 31, 32
 
 _HEADER = struct.Struct("<4sHHIII")
 _MAGIC = b"DDDK"

@@ -78,6 +78,10 @@ const char *MessageName(MessageType type) {
       return "OPENED";
     case MessageType::kProve:
       return "PROVE";
+    case MessageType::kDigest:
+      return "DIGEST";
+    case MessageType::kDigests:
+      return "DIGESTS";
     case MessageType::kChannel:
       return "CHANNEL";
     case MessageType::kChannelReady:
@@ -106,6 +110,8 @@ uint32_t BodyCap(MessageType type) {
   switch (type) {
     case MessageType::kCacheInfo:
     case MessageType::kPush:
+    case MessageType::kDigest:
+    case MessageType::kDigests:
     case MessageType::kRank:
       return kMaxFrameBody;
     case MessageType::kRenew:

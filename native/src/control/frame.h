@@ -25,7 +25,7 @@
 namespace datadist {
 
 constexpr uint32_t kFrameMagic = 0x4B444444;  // "DDDK"
-constexpr uint16_t kProtocolVersion = 5;
+constexpr uint16_t kProtocolVersion = 6;
 constexpr size_t kFrameHeaderSize = 20;
 constexpr uint32_t kMaxFrameBody = 1U << 20;
 // What is allocated for a body before any of it has come; then twice what has. An announcement costs its sender nothing.
@@ -52,34 +52,36 @@ enum class MessageType : uint16_t {
   kOpen = 18,
   kOpened = 19,
   kProve = 20,
-  kChannel = 21,
-  kChannelReady = 22,
-  kDescribeRank = 23,
-  kRank = 24,
-  kRenew = 25,
-  kRenewed = 26,
-  kConfirm = 27,
-  kConfirmed = 28,
-  kRelease = 29,
-  kReleased = 30,
+  kDigest = 21,
+  kDigests = 22,
+  kChannel = 23,
+  kChannelReady = 24,
+  kDescribeRank = 25,
+  kRank = 26,
+  kRenew = 27,
+  kRenewed = 28,
+  kConfirm = 29,
+  kConfirmed = 30,
+  kRelease = 31,
+  kReleased = 32,
 };
 const char *MessageName(MessageType type);
 
-// Largest body of a type: 4 KiB for all but CACHE_INFO and PUSH, which list an address per tensor, RANK, which has a
-// geometry, and those of the channel that list leases.
+// Largest body of a type: 4 KiB for all but those that list something per tensor, block or lease, and RANK, which has a
+// geometry.
 uint32_t BodyCap(MessageType type);
 
 // The messages that are legal in one state of a connection.
 class TypeSet {
  public:
   template <typename... Types>
-  constexpr explicit TypeSet(Types... types) : bits_((0U | ... | Bit(types))) {}
+  constexpr explicit TypeSet(Types... types) : bits_((uint64_t{0} | ... | Bit(types))) {}
   constexpr bool Has(MessageType type) const { return (bits_ & Bit(type)) != 0; }
   constexpr void Add(MessageType type) { bits_ |= Bit(type); }
 
  private:
-  static constexpr uint32_t Bit(MessageType type) { return 1U << static_cast<uint16_t>(type); }
-  uint32_t bits_;
+  static constexpr uint64_t Bit(MessageType type) { return uint64_t{1} << static_cast<uint16_t>(type); }
+  uint64_t bits_;
 };
 
 struct Frame {
