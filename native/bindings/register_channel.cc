@@ -56,8 +56,10 @@ std::shared_ptr<Channel> Made(Result<std::unique_ptr<Channel>> made) {
 template <typename Channel>
 void Close(Channel &self) {
   Channel &channel = Usable(self);
-  const py::gil_scoped_release released;
-  channel.Close();
+  (void)WithoutGil([&] {
+    channel.Close();
+    return Status::Ok();
+  });
 }
 
 std::shared_ptr<ChannelServer> ConstructServer(const std::string &host, uint16_t port, const py::str &engine_id,

@@ -213,6 +213,22 @@ TEST(ChannelServer, TakesRoomFromWhoHasTheMost) {
   EXPECT_TRUE(RecvFrame(healthy.get(), kAnyAnswer, Soon()).ok());
 }
 
+// The process needs descriptors for other things, too.
+TEST(ChannelServer, LeavesDescriptorsToTheRestOfTheProcess) {
+  rlimit before{};
+  ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &before), 0);
+  const rlimit few{64, before.rlim_max};
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &few), 0);
+  ServerEnd server;
+  ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &before), 0);
+  std::vector<std::unique_ptr<BareClient>> flood;
+  for (int i = 0; i < 33; ++i) {
+    flood.push_back(std::make_unique<BareClient>(server.port()));
+    ASSERT_TRUE(flood.back()->Greet()) << i;
+  }
+  EXPECT_TRUE(flood.front()->IsCutOff());
+}
+
 // Thousands of connections that each announce the most that they may and send nearly all of it.
 TEST(ChannelServer, UnfinishedFramesCostLittle) {
   ServerEnd server;

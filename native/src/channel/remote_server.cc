@@ -7,6 +7,7 @@ namespace datadist {
 namespace {
 
 using llm_datadist::LLM_FAILED;
+using llm_datadist::LLM_TIMEOUT;
 
 template <typename Message>
 Result<ChannelAnswer> Decoded(uint64_t id, const Frame &frame) {
@@ -71,7 +72,8 @@ void RemoteServer::DialOnLoop() {
 void RemoteServer::OnDialledOnLoop(Result<std::shared_ptr<FrameConnection>> dialled) {
   const std::unique_ptr<ChannelDial> ended = std::move(dial_);
   if (!dialled.ok()) {
-    FailOnLoop(name_ + " does not let us connect: " + dialled.status().text());
+    FailOnLoop({name_ + " does not let us connect: " + dialled.status().text(),
+                dialled.status().code() == LLM_TIMEOUT});
     return;
   }
   connection_ = std::move(dialled).value();
@@ -81,14 +83,10 @@ void RemoteServer::OnDialledOnLoop(Result<std::shared_ptr<FrameConnection>> dial
   }
 }
 
-void RemoteServer::FailOnLoop(const std::string &error) {
+// All that waits for it: while it is being dialled nothing has been sent.
+void RemoteServer::FailOnLoop(const NoAnswer &why) {
   for (const Pending &pending : std::exchange(waiting_, {})) {
-    owner_.OnAnswerOnLoop({pending.request.id, NoAnswer{error, false}});
-  }
-  for (const auto &[seq, pending] : std::exchange(pending_, {})) {
-    if (!pending.given_up) {
-      owner_.OnAnswerOnLoop({pending.request.id, NoAnswer{error, false}});
-    }
+    owner_.OnAnswerOnLoop({pending.request.id, why});
   }
   owner_.OnUnusedOnLoop(name_);  // destroys this
 }

@@ -64,7 +64,7 @@ class RemoteServer : public FrameConnection::Handler {
   void DialOnLoop();
   void OnDialledOnLoop(Result<std::shared_ptr<FrameConnection>> dialled);
   void WriteOnLoop(Pending pending);
-  void FailOnLoop(const std::string &error);
+  void FailOnLoop(const NoAnswer &why);
   bool IsWaitedFor() const;
   void RestOnLoop();
 

@@ -1,5 +1,6 @@
 #include "channel/server.h"
 
+#include <sys/resource.h>
 #include <unistd.h>
 
 #include <algorithm>
@@ -38,12 +39,22 @@ std::string NoSuchRank(const RankId &asked, const ChannelServer::Geometries &geo
   return "no worker (pp, tp) = " + RankText(asked) + "; there are [" + there + "]";
 }
 
+// Each guest has a descriptor: at most half of those that the process may have, or the rest of it would get none.
+ChannelLimits WithinDescriptors(const ChannelLimits &limits) {
+  ChannelLimits within = limits;
+  rlimit descriptors{};
+  if (::getrlimit(RLIMIT_NOFILE, &descriptors) == 0) {
+    within.guests = std::max<size_t>(1, std::min<size_t>(within.guests, descriptors.rlim_cur / 2));
+  }
+  return within;
+}
+
 }  // namespace
 
 class ChannelServer::State : public std::enable_shared_from_this<State> {
  public:
   State(Grantor grantor, Trust trust, std::shared_ptr<LeaseTable> leases, const ChannelLimits &limits)
-      : grantor_(std::move(grantor)), trust_(std::move(trust)), leases_(std::move(leases)), limits_(limits) {}
+      : grantor_(std::move(grantor)), trust_(std::move(trust)), leases_(std::move(leases)), limits_(WithinDescriptors(limits)) {}
 
   Status Start(Listeners listeners);
   void Close();
