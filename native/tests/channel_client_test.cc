@@ -166,6 +166,20 @@ INSTANTIATE_TEST_SUITE_P(
                       BadAnswer{"Unasked", MessageType::kRank, 1, std::vector<uint8_t>(100'000)}),
     [](const auto &test) { return std::string(test.param.name); });
 
+// Both kinds are asked for, and each of the other request.
+TEST(ChannelClient, TakesNoAnswerOfOneRequestForThatOfAnother) {
+  const BareServer server;
+  ClientEnd client;
+  const uint64_t renewal = client.Send(server.port(), Renew{});
+  const uint64_t release = client.Send(server.port(), Release{});
+  const Fd connection = server.Welcome();
+  ASSERT_TRUE(ReceiveRequest(connection).ok() && ReceiveRequest(connection).ok());
+  ASSERT_TRUE(SendFrame(connection.get(), MessageType::kReleased, 1, {}, Soon()).ok());
+  for (const uint64_t id : {renewal, release}) {
+    EXPECT_TRUE(std::holds_alternative<NoAnswer>(client.Wait(id).answer));
+  }
+}
+
 // A peer's text is one line of UTF-8.
 TEST(ChannelClient, TellsTextsOfServersAsData) {
   const BareServer server;

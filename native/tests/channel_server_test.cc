@@ -4,6 +4,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <atomic>
 #include <fstream>
 #include <random>
 #include <string>
@@ -151,18 +152,17 @@ TEST(ChannelServer, EndsWhatDoesNotFinishItsFrame) {
   BareClient silent(server.port());
   BareClient dripping(server.port());
   ASSERT_TRUE(resting.Greet() && silent.Greet() && dripping.Greet());
-  const std::vector<uint8_t> begun = Raw(MessageType::kRenew, Encode(Renew{{LeaseToken{}}}), 25);
+  const std::vector<uint8_t> begun = Raw(MessageType::kRenew, Encode(Renew{std::vector<LeaseToken>(4096)}), 60'000);
   silent.SendBytes(begun);
+  std::atomic<bool> over{false};
   std::thread drips([&] {
-    for (const uint8_t byte : begun) {
-      if (::send(dripping.fd.get(), &byte, 1, MSG_NOSIGNAL) != 1) {
-        return;
-      }
-      std::this_thread::sleep_for(milliseconds(50));
+    for (size_t i = 0; !over && ::send(dripping.fd.get(), &begun[i], 1, MSG_NOSIGNAL) == 1; ++i) {
+      std::this_thread::sleep_for(milliseconds(20));
     }
   });
   EXPECT_TRUE(silent.IsCutOff());
   EXPECT_TRUE(dripping.IsCutOff());
+  over = true;
   drips.join();
   EXPECT_EQ(healthy.Failure(server.port()), "");
   ASSERT_TRUE(resting.Send(MessageType::kRenew, Encode(Renew{})).ok());
