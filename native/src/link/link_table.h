@@ -8,16 +8,32 @@
 #define DATADIST_LINK_LINK_TABLE_H_
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "link/expected_comms.h"
 #include "link/link.h"
 
 namespace datadist {
+
+// A comm that is being prepared, as the accepting end of a bilateral link sees it: whom it waits for, and whom to tell
+// how the link went.
+class CommWaiter {
+ public:
+  virtual ~CommWaiter() = default;
+  // Whether it has no link to the peer yet, and had none.
+  virtual bool AwaitsOnLoop(uint64_t peer_id) const = 0;
+  virtual void OnPeerLinkedOnLoop(uint64_t peer_id) = 0;
+  // We refused the peer. It may come again.
+  virtual void OnPeerRefusedOnLoop(uint64_t peer_id, const Status &why) = 0;
+};
+
+// Who prepares the comm of that name, if the peer is a member; empty when nobody does.
+using CommFinder = std::function<std::shared_ptr<CommWaiter>(const std::string &name, uint64_t peer_id)>;
 
 class LinkTable : public std::enable_shared_from_this<LinkTable> {
  public:
@@ -56,7 +72,11 @@ class LinkTable : public std::enable_shared_from_this<LinkTable> {
   bool HasLive(uint64_t peer_id) const;
   bool Empty() const;
 
-  ExpectedComms &expected_comms() { return expected_comms_; }
+  // On the loop, or before anything is accepted.
+  void SetCommFinder(CommFinder finder) { comm_finder_ = std::move(finder); }
+  std::shared_ptr<CommWaiter> FindCommOnLoop(const std::string &name, uint64_t peer_id) const {
+    return comm_finder_ ? comm_finder_(name, peer_id) : nullptr;
+  }
 
   // Takes all links out; nothing can be inserted any more.
   std::vector<std::shared_ptr<Link>> Shut();
@@ -71,7 +91,7 @@ class LinkTable : public std::enable_shared_from_this<LinkTable> {
 
   const uint64_t own_id_;
   const uint32_t max_links_;
-  ExpectedComms expected_comms_;
+  CommFinder comm_finder_;  // of the loop
   mutable std::mutex mutex_;
   std::map<uint64_t, std::shared_ptr<Link>> links_;  // guarded by mutex_
   std::map<uint64_t, Making> making_;                // guarded by mutex_
