@@ -35,11 +35,11 @@ std::string NameOf(const CommMember &member) { return "cluster " + std::to_strin
 
 }  // namespace
 
-Comm::Comm(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, TaskRunner &runner,
+Comm::Comm(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, TaskRunner &dials,
            CommPlan plan, std::function<void()> on_turn_over)
     : endpoint_(std::move(endpoint)),
       table_(std::move(table)),
-      runner_(runner),
+      dials_(dials),
       plan_(std::move(plan)),
       on_turn_over_(std::move(on_turn_over)),
       deadline_(Deadline::In(plan_.total_time)) {
@@ -98,31 +98,40 @@ void Comm::EndOnLoop() {
 }
 
 void Comm::Leave(Deadline deadline) const {
-  if (errand_.valid()) {
-    errand_.wait();
+  if (dial_.valid()) {
+    dial_.wait();
   }
-  DropLinks(phase_ == Phase::kOk, deadline);
+  for (const std::shared_ptr<Link> &link : Links()) {
+    if (phase_ == Phase::kOk && link->alive()) {
+      if (const Status status = link->Unlink(deadline); !status.ok()) {
+        Log(LogLevel::kWarning, "comm '" + plan_.name + "': " + status.text());
+      }
+    }
+    table_->Remove(link.get());
+    link->CloseWhenIdle(deadline, "its comm '" + plan_.name + "' was unlinked");
+    link->WaitUntilServed();
+  }
 }
 
 // ---- steps on the loop ----
 
 void Comm::StepOnLoop() try {
-  if (ended_) {
+  if (!preparing()) {
     return;
   }
   endpoint_->loop()->StopTimerOnLoop(timer_);
-  if (errand_.valid()) {
-    if (errand_.wait_for(std::chrono::seconds(0)) != std::future_status::ready) {
+  if (dial_.valid()) {
+    if (dial_.wait_for(std::chrono::seconds(0)) != std::future_status::ready) {
       WakeOnLoop(Clock::now() + kLongestPause);  // that it is over may be said in vain, for want of memory
       return;
     }
-    OnErrandOnLoop(std::exchange(errand_, {}).get());
+    OnDialledOnLoop(*dialled_, std::exchange(dial_, {}).get());
   }
   if (phase_ == Phase::kPreparing) {
     LinkNextOnLoop();
   }
 } catch (const std::exception &error) {
-  // No memory to go on. What is linked is dropped when the comm is unlinked.
+  // No memory to go on. What is linked goes when the comm is unlinked.
   if (std::exchange(phase_, Phase::kFailed) == Phase::kPreparing) {
     on_turn_over_();
   }
@@ -148,21 +157,22 @@ void Comm::LinkNextOnLoop() {
     FailOnLoop(Status(LLM_TIMEOUT, Explain()));
   } else if (next == nullptr || next->next_try > Clock::now()) {
     WakeOnLoop(next == nullptr ? deadline_.at() : std::min(next->next_try, deadline_.at()));
-  } else {
-    dialled_ = next;
-    const Deadline until = Deadline::Earlier(deadline_, Deadline::In(kAttemptTime));
-    if (!SendOnLoop([this, member = next->member, until] { return LinkWith(member, until); })) {
-      FailOnLoop(Status(LLM_FAILED, "no thread to dial " + NameOf(next->member)));
-    }
+  } else if (!DialOnLoop(*next)) {
+    FailOnLoop(Status(LLM_FAILED, "no thread to dial " + NameOf(next->member)));
   }
 }
 
-void Comm::OnErrandOnLoop(const Status &status) {
-  if (phase_ == Phase::kDropping) {
-    phase_ = Phase::kFailed;
-  } else if (phase_ == Phase::kPreparing) {
-    OnDialledOnLoop(*dialled_, status);
-  }
+// False: there is no thread for it. What it throws, OnDialled meets.
+bool Comm::DialOnLoop(Other &other) {
+  const Deadline until = Deadline::Earlier(deadline_, Deadline::In(kAttemptTime));
+  const auto dial = std::make_shared<std::packaged_task<Status()>>(
+      [this, &member = other.member, until] { return LinkWith(member, until); });
+  dialled_ = &other;
+  dial_ = dial->get_future().share();
+  return dials_.Post([dial, self = shared_from_this()] {
+    (*dial)();
+    self->endpoint_->loop()->Post([self] { self->StepOnLoop(); });
+  });
 }
 
 void Comm::OnDialledOnLoop(Other &other, const Status &status) {
@@ -182,34 +192,16 @@ void Comm::OnDialledOnLoop(Other &other, const Status &status) {
   other.pause = std::min(other.pause * 2, kLongestPause);
 }
 
-// Its links go first: who is told of the failure finds none.
+// What was linked in vain, because others were not, is just closed: for its peers it is lost, so that they may come again.
 void Comm::FailOnLoop(const Status &status) {
-  phase_ = Phase::kDropping;
+  phase_ = Phase::kFailed;
   on_turn_over_();
   failure_ = status.text();
   Log(LogLevel::kWarning, "comm '" + plan_.name + "' failed: " + failure_);
-  const auto drop = [this] {
-    DropLinks(false, Deadline::In(std::chrono::milliseconds::zero()));
-    return Status::Ok();
-  };
-  if (!SendOnLoop(drop)) {
-    phase_ = Phase::kFailed;
+  for (const std::shared_ptr<Link> &link : Links()) {
+    table_->Remove(link.get());
+    link->Close("its comm '" + plan_.name + "' failed");
   }
-}
-
-// False: there is no thread for it. What it throws is its outcome.
-bool Comm::SendOnLoop(std::function<Status()> errand) {
-  const auto task = std::make_shared<std::packaged_task<Status()>>(std::move(errand));
-  std::shared_future<Status> outcome = task->get_future().share();
-  const auto loop = endpoint_->loop();
-  if (!runner_.Post([task, loop, self = shared_from_this()] {
-        (*task)();
-        loop->Post([self] { self->StepOnLoop(); });
-      })) {
-    return false;
-  }
-  errand_ = std::move(outcome);
-  return true;
 }
 
 void Comm::WakeOnLoop(Clock::time_point at) {
@@ -236,44 +228,28 @@ std::string Comm::Explain() const {
   return text;
 }
 
-// ---- what blocks, on threads of the runner and of callers ----
-
-Status Comm::LinkWith(const CommMember &other, Deadline deadline) const {
-  if (plan_.loopback()) {
-    return LinkByLoopback(other);
+std::vector<std::shared_ptr<Link>> Comm::Links() const {
+  std::vector<std::shared_ptr<Link>> links;
+  for (const CommMember &other : plan_.others) {
+    std::shared_ptr<Link> link = table_->Find(other.cluster_id);
+    if (link != nullptr && link->comm_name() == plan_.name) {
+      links.push_back(std::move(link));
+    }
   }
-  return DialLink(endpoint_, table_, DialTarget{*other.address, other.cluster_id, plan_.name, plan_.id}, deadline);
+  return links;
 }
 
-Status Comm::LinkByLoopback(const CommMember &other) const {
+// On a thread of the dials.
+Status Comm::LinkWith(const CommMember &other, Deadline deadline) const {
+  if (!plan_.loopback()) {
+    return DialLink(endpoint_, table_, DialTarget{*other.address, other.cluster_id, plan_.name, plan_.id}, deadline);
+  }
   if (table_->HasLive(other.cluster_id)) {
     return Status(LLM_ALREADY_LINK, "linked already");
   }
   const Result<LinkTable::Reservation> reservation = table_->ReserveDial(other.cluster_id);
-  if (!reservation.ok()) {
-    return reservation.status();
-  }
-  const Result<std::shared_ptr<Link>> link =
-      MakeLoopback(endpoint_, table_, LoopbackPeer{other.cluster_id, other.cluster_id, "loopback", plan_.name});
-  return link.ok() ? table_->Adopt(link.value()) : link.status();
-}
-
-// What was linked in vain, because others were not, is just closed: for its peers it is lost, so that they may come again.
-void Comm::DropLinks(bool complete, Deadline deadline) const {
-  for (const CommMember &other : plan_.others) {
-    const std::shared_ptr<Link> link = table_->Find(other.cluster_id);
-    if (link == nullptr || link->comm_name() != plan_.name) {
-      continue;
-    }
-    if (complete && link->alive()) {
-      if (const Status status = link->Unlink(deadline); !status.ok()) {
-        Log(LogLevel::kWarning, "comm '" + plan_.name + "': " + status.text());
-      }
-    }
-    table_->Remove(link.get());
-    link->CloseWhenIdle(deadline, "its comm '" + plan_.name + "' was unlinked");
-    link->WaitUntilServed();
-  }
+  return reservation.ok() ? LinkLoopback(endpoint_, table_, {other.cluster_id, other.cluster_id, "loopback", plan_.name})
+                          : reservation.status();
 }
 
 }  // namespace datadist

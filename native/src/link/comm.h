@@ -1,7 +1,7 @@
 // One comm: its states, all of which the loop owns, and the dials that it retries. See comm_table.h.
 //
 //   of the comm    Waiting ──its turn──> Preparing ──every pair linked──> Ok
-//                                            └──> Dropping ──its links are gone──> Failed
+//                                            └──deadline, refusal──> Failed
 //   of each other  to come, or between two dials ──> dialled (one at a time) ──> linked
 #ifndef DATADIST_LINK_COMM_H_
 #define DATADIST_LINK_COMM_H_
@@ -45,8 +45,8 @@ struct CommPlan {
 
 class Comm final : public CommWaiter, public std::enable_shared_from_this<Comm> {
  public:
-  // `runner` is for what blocks. `on_turn_over` runs on the loop once the comm prepares no more.
-  Comm(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, TaskRunner &runner, CommPlan plan,
+  // `dials` is where they block. `on_turn_over` runs on the loop once the comm prepares no more.
+  Comm(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, TaskRunner &dials, CommPlan plan,
        std::function<void()> on_turn_over);
 
   const std::string &name() const { return plan_.name; }
@@ -70,7 +70,7 @@ class Comm final : public CommWaiter, public std::enable_shared_from_this<Comm> 
   void OnPeerRefusedOnLoop(uint64_t peer_id, const Status &why) override;
 
  private:
-  enum class Phase : uint8_t { kWaiting, kPreparing, kDropping, kOk, kFailed };
+  enum class Phase : uint8_t { kWaiting, kPreparing, kOk, kFailed };
   struct Other {
     CommMember member;
     bool linked = false;  // once; the link may be lost by now
@@ -81,22 +81,20 @@ class Comm final : public CommWaiter, public std::enable_shared_from_this<Comm> 
 
   void StepOnLoop();
   void LinkNextOnLoop();
+  bool DialOnLoop(Other &other);
   void OnDialledOnLoop(Other &other, const Status &status);
   void FailOnLoop(const Status &status);
-  void OnErrandOnLoop(const Status &status);
-  bool SendOnLoop(std::function<Status()> errand);
   void WakeOnLoop(Deadline::Clock::time_point at);
 
   Other *Find(uint64_t cluster_id);
   bool IsLinked(const Other &other) const;
   std::string Explain() const;
   Status LinkWith(const CommMember &other, Deadline deadline) const;
-  Status LinkByLoopback(const CommMember &other) const;
-  void DropLinks(bool complete, Deadline deadline) const;
+  std::vector<std::shared_ptr<Link>> Links() const;
 
   const std::shared_ptr<LocalEndpoint> endpoint_;
   const std::shared_ptr<LinkTable> table_;
-  TaskRunner &runner_;
+  TaskRunner &dials_;
   const CommPlan plan_;
   const std::function<void()> on_turn_over_;
 
@@ -107,8 +105,8 @@ class Comm final : public CommWaiter, public std::enable_shared_from_this<Comm> 
   std::vector<Other> others_;
   Deadline deadline_;
   uint64_t timer_ = 0;
-  std::shared_future<Status> errand_;  // a dial, or the dropping of the links: what runs on a thread of the runner
   Other *dialled_ = nullptr;
+  std::shared_future<Status> dial_;  // of dialled_; none when not valid
 };
 
 }  // namespace datadist

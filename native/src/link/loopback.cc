@@ -67,8 +67,8 @@ Status Connect(const LocalEndpoint &endpoint, LinkParts &near, LinkParts &far) {
 
 }  // namespace
 
-Result<std::shared_ptr<Link>> MakeLoopback(const std::shared_ptr<LocalEndpoint> &endpoint,
-                                           const std::shared_ptr<LinkTable> &table, const LoopbackPeer &peer) {
+Status LinkLoopback(const std::shared_ptr<LocalEndpoint> &endpoint, const std::shared_ptr<LinkTable> &table,
+                    const LoopbackPeer &peer) {
   LinkParts near;
   LinkParts far;
   if (Status status = IntroduceHalves(*endpoint, near, far); !status.ok()) {
@@ -85,9 +85,10 @@ Result<std::shared_ptr<Link>> MakeLoopback(const std::shared_ptr<LocalEndpoint> 
   far.peer_address = peer.address;
   const std::shared_ptr<Link> far_half = Link::Create(endpoint, {}, std::move(far));
   near.other_half = far_half;
-  std::shared_ptr<Link> near_half = Link::Create(endpoint, table, std::move(near));
+  const std::shared_ptr<Link> near_half = Link::Create(endpoint, table, std::move(near));
+  near_half->MarkAskedHere();
   far_half->Establish();
-  return near_half;
+  return table->Adopt(near_half);
 }
 
 }  // namespace datadist
