@@ -79,7 +79,7 @@ Status ClientHandshake::Greet() {
   Hello hello;
   hello.versions = VersionRange{kProtocolVersion, kProtocolVersion};
   hello.client = endpoint_->Info();
-  hello.remaining_ms = RemainingMillis(deadline_);
+  hello.remaining_ms = deadline_.WireMillis();
   hello.force_link = force_link_ = ForceLink();
   if (const std::shared_ptr<Link> lost = table_->Find(target_.expected_id); lost != nullptr && !lost->alive()) {
     hello.replaced = lost->token();

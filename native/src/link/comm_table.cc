@@ -265,7 +265,7 @@ Result<std::shared_ptr<void>> CommTable::ListenOnLoop(const SocketAddress &addre
     return listeners.status();
   }
   const auto acceptor = std::make_shared<Acceptor>(endpoint_, table_, Admits::kComms);
-  const std::shared_ptr<void> listener(nullptr, [this, key, acceptor](void *) {
+  const std::shared_ptr<void> listener(acceptor.get(), [this, key, acceptor](void *) {
     acceptor->StopOnLoop();
     listeners_.erase(key);
   });

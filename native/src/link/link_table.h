@@ -37,32 +37,22 @@ using CommFinder = std::function<std::shared_ptr<CommWaiter>(const std::string &
 
 class LinkTable : public std::enable_shared_from_this<LinkTable> {
  public:
-  // Keeps room for one link for as long as it lives.
-  class Reservation {
-   public:
-    Reservation() = default;
-    Reservation(Reservation &&other) noexcept;
-    Reservation &operator=(Reservation &&other) noexcept;
-    ~Reservation();
-    bool Holds(uint64_t peer_id) const { return table_ != nullptr && peer_id_ == peer_id; }
-
-   private:
-    friend class LinkTable;
-    Reservation(std::shared_ptr<LinkTable> table, uint64_t peer_id, bool dialling);
-    std::shared_ptr<LinkTable> table_;
-    uint64_t peer_id_ = 0;
-    bool dialling_ = false;
+  // Keeps room for one link for as long as anybody holds it.
+  struct Reservation {
+    uint64_t peer_id = 0;
+    std::shared_ptr<void> place;
+    bool Holds(uint64_t id) const { return place != nullptr && peer_id == id; }
   };
 
   LinkTable(uint64_t own_id, uint32_t max_links) : own_id_(own_id), max_links_(max_links) {}
 
   // LLM_PROCESSING_LINK, or LLM_PARAM_INVALID when the table is full.
-  Result<Reservation> ReserveDial(uint64_t peer_id);
-  Result<Reservation> ReserveServe(uint64_t peer_id);
+  Result<Reservation> ReserveDial(uint64_t peer_id) { return Reserve(peer_id, true); }
+  Result<Reservation> ReserveServe(uint64_t peer_id) { return Reserve(peer_id, false); }
 
-  // Returns the link that the new one replaced, which the caller closes. LLM_FAILED after Shut.
-  Result<std::shared_ptr<Link>> Insert(const std::shared_ptr<Link> &link);
-  // A link whose peer is ready: inserts and establishes it, and closes the one it replaced.
+  // Closes the link that the new one replaces. LLM_FAILED after Shut.
+  Status Insert(const std::shared_ptr<Link> &link);
+  // Inserts a link whose peer is ready, and establishes it.
   Status Adopt(const std::shared_ptr<Link> &link);
   void Remove(const Link *link);
 
@@ -86,6 +76,8 @@ class LinkTable : public std::enable_shared_from_this<LinkTable> {
     uint32_t dialling = 0;
     uint32_t serving = 0;
   };
+  Result<Reservation> Reserve(uint64_t peer_id, bool dialling);
+  Status CheckTurnLocked(uint64_t peer_id, bool dialling) const;
   Status CheckRoomLocked(uint64_t peer_id) const;
   void Release(uint64_t peer_id, bool dialling);
 

@@ -214,14 +214,8 @@ Result<std::shared_ptr<Link>> ServerHandshake::Finish(FrameSocket control) {
   } catch (const std::exception &error) {
     return Status(LLM_FAILED, std::string("no memory or threads for another link: ") + error.what());
   }
-  const Result<std::shared_ptr<Link>> replaced = table_->Insert(link);
-  if (!replaced.ok()) {
-    return replaced.status();
-  }
-  if (replaced.value() != nullptr) {
-    replaced.value()->Close("replaced by a new link");
-  }
-  return link;
+  const Status inserted = table_->Insert(link);
+  return inserted.ok() ? Result<std::shared_ptr<Link>>(link) : inserted;
 }
 
 }  // namespace datadist
