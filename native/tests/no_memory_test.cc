@@ -16,7 +16,7 @@
 #include "base/socket_io.h"
 #include "control/session.h"
 #include "support/frames.h"
-#include "support/member.h"
+#include "support/comm_members.h"
 
 namespace {
 
@@ -130,6 +130,20 @@ TEST(NoMemory, ForAGreetingEndsThatConnectionAlone) {
   }
   Member client(1);
   EXPECT_TRUE(client.Dial(address, 2).ok());
+}
+
+// Less than what a dial takes, and more than it takes to ask.
+constexpr size_t kBytesOfADial = 150;
+
+TEST(NoMemory, ToDialFailsTheCommAlone) {
+  Member self(2);
+  const int64_t id = MustLink(self, "absent", Members(2));
+  {
+    const NoMemoryFrom none(kBytesOfADial);
+    EXPECT_EQ(self.Settled(id).state, CommState::kFailed);
+  }
+  ExpectOk(self, MustLink(self, "loop", WithoutAddresses(Members(2))));
+  EXPECT_TRUE(self.comms().Unlink(id).ok());
 }
 
 }  // namespace

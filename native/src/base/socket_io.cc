@@ -15,8 +15,6 @@ using llm_datadist::LLM_TIMEOUT;
 
 constexpr size_t kMaxIovecs = 1024;  // the kernel's UIO_MAXIOV
 constexpr int kForever = -1;
-// poll() takes an int of milliseconds; longer waits are made of several.
-constexpr std::chrono::milliseconds kLongestPoll{60 * 60 * 1000};
 
 enum class Direction { kSend, kRecv };
 
@@ -26,12 +24,12 @@ Status Broken(Direction direction, const std::string &why) {
 
 Status WaitFor(int fd, short events, Direction direction, Deadline deadline) {
   while (true) {
-    const auto left = std::min(deadline.Remaining(), kLongestPoll);
-    if (left.count() == 0) {
+    const int left = deadline.PollMillis();
+    if (left == 0) {
       return Status(LLM_TIMEOUT, direction == Direction::kSend ? "send: deadline passed" : "receive: deadline passed");
     }
     pollfd entry{fd, events, 0};
-    const int ready = ::poll(&entry, 1, static_cast<int>(left.count()));
+    const int ready = ::poll(&entry, 1, left);
     if (ready > 0) {
       return Status::Ok();  // errors and hang-ups show in the next send or receive, with their cause
     }

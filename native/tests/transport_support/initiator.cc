@@ -21,7 +21,7 @@ PushRequest CallsTo::RequestOf(const TransferOp &op, Deadline deadline) {
   request.source = Described(op.local->cache());
   request.source_first_tensor = op.local_first_tensor;
   request.tensor_count = op.tensor_count;
-  request.remaining_ms = RemainingMillis(deadline);
+  request.remaining_ms = deadline.WireMillis();
   for (const Run &run : op.runs) {
     request.runs.push_back({run.local_offset, run.remote_offset, run.length});
   }
