@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 
 import pytest
 import zmq
@@ -107,32 +105,6 @@ def test_answers_go_to_their_requests(server: SideChannelServer, client: SideCha
     answers = collect(client, 100)
     assert all(answers[i].response == Renewed(id=i, gone=(TOKEN,)) for i in renewals)
     assert all(answers[i].response == Released(id=i) for i in releases)
-
-
-@pytest.mark.parametrize("host", [LOOPBACK, "::1"])
-def test_binds_the_named_address_and_no_other(host: str) -> None:
-    server = serve(endpoint=Endpoint(host, 0))
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        own = {int(os.readlink(fd).strip("socket:[]")) for fd in Path("/proc/self/fd").iterdir() if _is_socket(fd)}
-        bound = []
-        for line in Path("/proc/net/tcp6" if ":" in host else "/proc/net/tcp").read_text().splitlines()[1:]:
-            fields = line.split()
-            address, _, port = fields[1].partition(":")
-            if fields[3] == "0A" and int(fields[9]) in own and int(port, 16) == server.endpoint.port:
-                bound.append(bytes.fromhex(address))
-        # The kernel prints each 32-bit word in host order.
-        words = socket.inet_pton(family, host)
-        assert bound == [b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))]
-    finally:
-        server.close()
-
-
-def _is_socket(fd: Path) -> bool:
-    try:
-        return os.readlink(fd).startswith("socket:")
-    except FileNotFoundError:
-        return False
 
 
 def test_address_in_use_is_named(server: SideChannelServer) -> None:
