@@ -28,6 +28,15 @@ FrameSeal Seal(bool sealed) {
   return sealed ? FrameSeal(key) : FrameSeal();
 }
 
+// Nothing is waited for that is longer than its type allows.
+void CheckHeader(const uint8_t *header) {
+  Reader reader(header, kFrameHeaderSize);
+  reader.U32();
+  reader.U16();
+  const auto type = static_cast<MessageType>(reader.U16());
+  FUZZ_CHECK(reader.U32() <= BodyCap(type));
+}
+
 // What came out is what went in: encoded again, a frame is the bytes that it was read from.
 void Check(const Frame &frame, const uint8_t *first, size_t size, FrameSeal &seal) {
   FUZZ_CHECK(frame.body.size() <= BodyCap(frame.type));
@@ -57,6 +66,9 @@ void ReadAll(const Bytes &stream, uint32_t cuts, bool sealed) {
     const Result<std::optional<Frame>> frame = reader.Filled(size, AllTypes());
     if (!frame.ok()) {
       return;
+    }
+    if (at - frame_at == kFrameHeaderSize) {
+      CheckHeader(stream.data() + frame_at);
     }
     if (frame.value().has_value()) {
       FUZZ_CHECK(reader.AtBoundary());

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-import http.client
 import json
+import socket
+import struct
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import pytest
+from support.endpoints import LOOPBACK, Endpoint
 from support.listeners import Address, listeners_of
 
 LOOPBACKS = ["127.0.0.1", "127.0.0.2", "::1"]
@@ -52,12 +54,38 @@ def test_cve_2025_47277_only_the_named_addresses_are_bound(host: str) -> None:
         assert listeners_of(pid) == told
 
 
+def said_to(address: Address, request: bytes) -> bytes:
+    """What a listener answers within a second to who speaks another protocol; one that waits for more says nothing."""
+    with socket.create_connection(address, timeout=1.0) as stream:
+        stream.sendall(request)
+        try:
+            return stream.recv(4096)
+        except (TimeoutError, ConnectionResetError):
+            return b""
+
+
 def test_cve_2026_103765_no_listener_answers_http() -> None:
     """Metadata and management servers of other engines let anybody read, change and run things."""
     with instance("127.0.0.1") as (_, told):
-        for host, port in told:
-            connection = http.client.HTTPConnection(host, port, timeout=10)
-            connection.request("GET", "/metadata")
-            with pytest.raises((http.client.BadStatusLine, ConnectionResetError)):
-                connection.getresponse()
-            connection.close()
+        for address in told:
+            assert b"HTTP" not in said_to(address, b"GET /metadata HTTP/1.1\r\nHost: x\r\n\r\n")
+
+
+@pytest.mark.parametrize("opcode", [0, 1, 2])
+def test_cve_2026_103764_addresses_from_the_wire_are_never_used(
+    make_endpoint: Callable[..., Endpoint], opcode: int
+) -> None:
+    """Another engine's header {size, address, opcode}, for memory of ours, at a port that lets anybody in."""
+    engine = make_endpoint(cluster_id=1, options={"datadist.Insecure": "1"})
+    before = engine.read_memory()
+    size, address = 64, engine.memory.ctypes.data
+    assert said_to((LOOPBACK, engine.port), struct.pack("<QQB", size, address, opcode) + b"\xee" * size) == b""
+    assert (engine.read_memory() == before).all()
+    make_endpoint(cluster_id=2).link(engine)
+
+
+def test_what_listens_beside_is_seen() -> None:
+    before = listeners_of()
+    with socket.create_server(("", 0)) as everywhere, socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as datagrams:
+        datagrams.bind((LOOPBACK, 0))
+        assert listeners_of() - before == {everywhere.getsockname(), datagrams.getsockname()}

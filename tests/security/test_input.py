@@ -14,16 +14,12 @@ from typing import Any
 
 import msgspec
 import pytest
-from support.pd import BLOCK_SIZE, LOOPBACK, TO_P, finish, make_geometry, make_params, make_request, make_ticket
+from support.pd import make_geometry, make_params, make_ticket
 
-from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.protocol.handshake import decode_geometry
 from vllm_datadist_connector.protocol.messages import ProtocolError, decode_request, decode_response
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, ParamsError, parse_remote_prefill
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
-from vllm_datadist_connector.scheduler.identity import InstanceIdentity
-from vllm_datadist_connector.scheduler.producer import ProducerScheduler
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "vllm_datadist_connector"
@@ -46,10 +42,11 @@ import pkgutil, sys
 import vllm_datadist_connector
 from vllm_datadist_connector.protocol import messages, params
 
+WITHOUT_VLLM = ("cli", "config", "llm_datadist", "protocol", "side_channel")
 if __debug__:
     raise SystemExit("this must run without asserts")
 for module in pkgutil.walk_packages(vllm_datadist_connector.__path__, "vllm_datadist_connector."):
-    if module.name.rpartition(".")[2] != "__main__":
+    if module.name.split(".")[1] in WITHOUT_VLLM and not module.name.endswith("__"):
         __import__(module.name)
 refused = 0
 for bad in ({}, {"remote_block_ids": [[-1]]}, {"remote_port": 0}, {"datadist": None}):
@@ -136,20 +133,3 @@ def test_cve_2026_94626_announced_lengths_cost_nothing(decode: Callable[[bytes],
                 decode(envelope + body + b"\xff" * 4)
 
         assert peak_of(refuse) < 1_000_000
-
-
-def test_cve_2026_94627_children_of_one_request_have_leases_of_their_own() -> None:
-    """n > 1: each child's blocks are held and given back for themselves."""
-    identity = InstanceIdentity("engine-p", tp_size=1, pp_size=1, dcp_size=1, groups=(KVGroup(BLOCK_SIZE),))
-    producer = ProducerScheduler(identity, Endpoint(LOOPBACK, 0), limit_s=600.0)
-    try:
-        tickets = []
-        for child in range(3):
-            request = finish(make_request(range(BLOCK_SIZE), TO_P, request_id=f"{child}_cmpl-x"))
-            held, params = producer.request_finished(request, ([child + 1],), 30.0)
-            assert held
-            tickets.append(parse_remote_prefill(params).ticket)
-        assert len({ticket.token for ticket in tickets}) == 3
-        assert len({ticket.generation for ticket in tickets}) == 3
-    finally:
-        producer.close()

@@ -115,7 +115,11 @@ def test_address_in_use_is_named(server: SideChannelServer) -> None:
 OUR_ENVELOPE = encode(Released(id=1))[:6]
 OTHER_VERSION = b"DDSC\x09\x00\x80"
 
+# Whoever loads it is gone.
+PICKLE = b"cposix\n_exit\n(I9\ntR."
+
 GARBAGE = {
+    "the pickle of CVE-2025-32444": PICKLE,
     "empty": b"",
     "text": b"GET / HTTP/1.1\r\n\r\n",
     "other version": OTHER_VERSION,
@@ -238,8 +242,8 @@ def test_a_restarted_server_on_the_same_port_gets_nothing_meant_for_its_predeces
 
 @pytest.mark.parametrize(
     "reply",
-    [b"garbage", OTHER_VERSION, encode(Refused(id=0, reason="too new")), encode(renew(1))],
-    ids=["garbage", "version", "refused", "request"],
+    [b"garbage", PICKLE, OTHER_VERSION, encode(Refused(id=0, reason="too new")), encode(renew(1))],
+    ids=["garbage", "the pickle of CVE-2025-30165", "version", "refused", "request"],
 )
 def test_a_server_that_breaks_the_protocol_fails_what_is_outstanding(
     client: SideChannelClient, raw: Callable[[int], zmq.Socket[bytes]], reply: bytes
