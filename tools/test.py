@@ -26,7 +26,8 @@ from console import SHOWN_GRACE_S, StepError, exit_status_of, run_step, stop_gro
 
 LOGS = ROOT / "logs" / "test"
 NATIVE = ROOT / "native"
-PRESETS = ("default", "asan", "tsan")
+# The optimized build is what all Python tests run; of the native ones it would see little that these two do not.
+PRESETS = ("asan", "tsan")
 PYTEST_PARTS = ("unit", "integration", "e2e")
 # What a part runs besides tests/PART.
 MORE_FOLDERS = {"unit": ("tests/security",)}

@@ -61,6 +61,8 @@ class LinkReport(NamedTuple):
     peer: str
     bytes_pulled: int
     bytes_pushed: int
+    blocks_verified: int
+    blocks_wrong: int
 
 class HugePagesReport(NamedTuple):
     allowed: bool

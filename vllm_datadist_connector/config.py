@@ -93,6 +93,9 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     insecure: bool = False
     """Let in whoever can connect. A `host` that is not loopback needs this or `auth`."""
 
+    verify: Literal["off", "log", "fail"] = "off"
+    """After a pull, compare a digest of each block with its owner's: a wrong block is logged, or fails the pull."""
+
     provider: Literal["engine"] = "engine"
     """Implementation of the LLM-DataDist API."""
 

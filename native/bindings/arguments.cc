@@ -45,7 +45,7 @@ llm_datadist::DataType ToDataType(int32_t data_type) {
 
 py::object ToLinkReport(const py::object &link_report_class, const llm_datadist::LinkReport &report) {
   return link_report_class(report.alive, report.transport, report.transport_reason, report.peer, report.bytes_pulled,
-                           report.bytes_pushed);
+                           report.bytes_pushed, report.blocks_verified, report.blocks_wrong);
 }
 
 llm_datadist::KvCacheExtParam ToExtParam(LayerRange src_layer_range, LayerRange dst_layer_range,

@@ -176,7 +176,9 @@ void RegisterDataDist(py::module_ &module) {
                                                    {"transport_reason", "str"},
                                                    {"peer", "str"},
                                                    {"bytes_pulled", "int"},
-                                                   {"bytes_pushed", "int"}});
+                                                   {"bytes_pushed", "int"},
+                                                   {"blocks_verified", "int"},
+                                                   {"blocks_wrong", "int"}});
 
   // The engine may have to wait for its threads when the last reference goes.
   py::class_<DataDist> datadist(module, "LlmDataDist", py::release_gil_before_calling_cpp_dtor());

@@ -34,6 +34,7 @@ DEFAULTS = {
     "allowed_peers": [],
     "auth": "",
     "insecure": False,
+    "verify": "off",
     "provider": "engine",
 }
 
@@ -60,6 +61,7 @@ ALLOWED: dict[str, list[object]] = {
     "allowed_peers": [[], ["10.0.0.0/8", "::1", "192.168.1.7"]],
     "auth": ["/run/secrets/datadist"],
     "insecure": [True, False],
+    "verify": ["off", "log", "fail"],
     "provider": ["engine"],
 }
 
@@ -86,6 +88,7 @@ REFUSED: dict[str, list[object]] = {
     "allowed_peers": ["10.0.0.1", ["prefill.example"], [5], ["10.0.0.0/40"], ["10.0.0.1"] * 257],
     "auth": [5, None, "x" * 4097],
     "insecure": [1, "true", None],
+    "verify": ["on", True, None],
     "provider": ["cann", ""],
 }
 

@@ -162,6 +162,7 @@ class ConnectorWorker:
             "datadist.HugePages": str(int(config.huge_pages)),
             # Blocks are pulled: nobody writes into anybody's KV cache, and nobody reads that of a D.
             "datadist.PeerAccess": "read" if self._is_producer else "none",
+            "datadist.Verify": config.verify,
             # Said in any case: what the environment says was taken into the configuration.
             "datadist.AuthKeyFile": config.auth,
             "datadist.Insecure": str(int(config.insecure)),

@@ -32,6 +32,11 @@ constexpr char OPTION_AUTH_KEY_FILE[] = "datadist.AuthKeyFile";
 // "1": whoever can connect may link, unasked; default "0". Else the environment variable DATADIST_INSECURE says it.
 // To listen on anything but a loopback address needs this or a key.
 constexpr char OPTION_INSECURE[] = "datadist.Insecure";
+// "log" or "fail": after each transfer the owner of the remote cache is asked for a digest (CRC-32C) of each block, which
+// must be that of our own; "off" is the default. A wrong block is logged, or fails the transfer with
+// LLM_KV_CACHE_NOT_EXIST. Finds what changed while it was read and what was damaged on its way, not what was forged; a
+// transfer that writes a byte twice is not checked.
+constexpr char OPTION_VERIFY[] = "datadist.Verify";
 // The documented limits, raisable: links (default 512; no limit with OPTION_LOCAL_COMM_RES of version 1.3), addresses
 // per registration (240), registered device bytes (50 GB) and host bytes (20 GB), GB = 1024^3.
 constexpr char OPTION_MAX_LINKS[] = "datadist.MaxLinks";
@@ -59,6 +64,8 @@ struct LinkReport {
   std::string peer;               // "ip:port", or "process PID" where one of this host linked to us
   uint64_t bytes_pulled = 0;
   uint64_t bytes_pushed = 0;
+  uint64_t blocks_verified = 0;   // with OPTION_VERIFY
+  uint64_t blocks_wrong = 0;      // of these
 };
 
 // LLM_NOT_YET_LINK when there is no link to that cluster.

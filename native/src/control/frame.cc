@@ -24,7 +24,7 @@ uint32_t FrameCrc(const uint8_t *header, const std::vector<uint8_t> &body) {
 }
 
 bool IsKnown(uint16_t type) {
-  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kProve);
+  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kDigests);
 }
 
 // A peer of another version is told so in a REJECT, so these keep their place in every version.
@@ -76,12 +76,18 @@ const char *MessageName(MessageType type) {
       return "OPENED";
     case MessageType::kProve:
       return "PROVE";
+    case MessageType::kDigest:
+      return "DIGEST";
+    case MessageType::kDigests:
+      return "DIGESTS";
   }
   return "?";
 }
 
 uint32_t BodyCap(MessageType type) {
-  return type == MessageType::kCacheInfo || type == MessageType::kPush ? kMaxFrameBody : kSmallBody;
+  const bool lists = type == MessageType::kCacheInfo || type == MessageType::kPush || type == MessageType::kDigest ||
+                     type == MessageType::kDigests;
+  return lists ? kMaxFrameBody : kSmallBody;
 }
 
 std::array<uint8_t, kSealSize> FrameSeal::Next(const uint8_t *header, const std::vector<uint8_t> &body) {

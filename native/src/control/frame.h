@@ -52,10 +52,12 @@ enum class MessageType : uint16_t {
   kOpen = 18,
   kOpened = 19,
   kProve = 20,
+  kDigest = 21,
+  kDigests = 22,
 };
 const char *MessageName(MessageType type);
 
-// Largest body of a type: 4 KiB for all but CACHE_INFO and PUSH, which list an address per tensor.
+// Largest body of a type: 4 KiB for all but those that list something per tensor or block.
 uint32_t BodyCap(MessageType type);
 
 // The messages that are legal in one state of a connection.

@@ -13,8 +13,8 @@
 //
 // Over TCP an opening by key comes before (opening.h).
 //
-// From then on either end sends PING, DESCRIBE, PUSH, CONSUME and UNLINK, and the other answers PONG, CACHE_INFO, PUSHED,
-// CONSUMED and UNLINKED, with the seq of the request. UNLINK is also legal as the first and only message of a fresh
+// From then on either end sends PING, DESCRIBE, PUSH, DIGEST, CONSUME and UNLINK, and the other answers PONG, CACHE_INFO,
+// PUSHED, DIGESTS, CONSUMED and UNLINKED, with the seq of the request. UNLINK is also legal as the first and only message of a fresh
 // connection: that is how a link is dropped whose own connection is gone.
 #ifndef DATADIST_CONTROL_MESSAGES_H_
 #define DATADIST_CONTROL_MESSAGES_H_
@@ -137,6 +137,27 @@ struct Pushed {
   Status status;
 };
 
+// What do these bytes of that cache look like to their owner? A range is in each of the tensors.
+struct DigestRequest {
+  struct Range {
+    uint64_t offset = 0;
+    uint64_t length = 0;
+  };
+  int64_t cache_id = 0;
+  uint64_t generation = 0;
+  uint32_t first_tensor = 0;
+  uint32_t tensor_count = 0;
+  uint32_t remaining_ms = 0;
+  std::vector<Range> ranges;
+};
+
+constexpr size_t kMaxDigestRanges = 16384;
+
+struct Digests {
+  Status status;
+  std::vector<uint32_t> values;  // per range, over its tensors in their order; empty unless status is ok
+};
+
 struct UnlinkRequest {
   uint64_t cluster_id = 0;  // of the sender
   LinkToken token{};
@@ -154,6 +175,8 @@ std::vector<uint8_t> Encode(const DescribeRequest &message);
 std::vector<uint8_t> Encode(const CacheInfo &message);
 std::vector<uint8_t> Encode(const PushRequest &message);
 std::vector<uint8_t> Encode(const Pushed &message);
+std::vector<uint8_t> Encode(const DigestRequest &message);
+std::vector<uint8_t> Encode(const Digests &message);
 std::vector<uint8_t> Encode(const ConsumeRequest &message);
 std::vector<uint8_t> Encode(const Consumed &message);
 std::vector<uint8_t> Encode(const UnlinkRequest &message);

@@ -262,6 +262,73 @@ Result<Pushed> Decode(const std::vector<uint8_t> &body) {
   return Pushed{*status};
 }
 
+std::vector<uint8_t> Encode(const DigestRequest &message) {
+  Writer writer;
+  writer.I64(message.cache_id);
+  writer.U64(message.generation);
+  writer.U32(message.first_tensor);
+  writer.U32(message.tensor_count);
+  writer.U32(message.remaining_ms);
+  writer.U32(static_cast<uint32_t>(message.ranges.size()));
+  for (const DigestRequest::Range &range : message.ranges) {
+    writer.U64(range.offset);
+    writer.U64(range.length);
+  }
+  return writer.Take();
+}
+
+template <>
+Result<DigestRequest> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  DigestRequest message;
+  message.cache_id = reader.I64();
+  message.generation = reader.U64();
+  message.first_tensor = reader.U32();
+  message.tensor_count = reader.U32();
+  message.remaining_ms = reader.U32();
+  const uint32_t ranges = reader.U32();
+  if (!reader.ok() || ranges > kMaxDigestRanges || ranges > reader.remaining() / sizeof(DigestRequest::Range)) {
+    return Malformed("DIGEST");
+  }
+  message.ranges.resize(ranges);
+  for (DigestRequest::Range &range : message.ranges) {
+    range.offset = reader.U64();
+    range.length = reader.U64();
+  }
+  if (!reader.Finished()) {
+    return Malformed("DIGEST");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const Digests &message) {
+  Writer writer;
+  Put(writer, message.status);
+  writer.U32(static_cast<uint32_t>(message.values.size()));
+  for (const uint32_t value : message.values) {
+    writer.U32(value);
+  }
+  return writer.Take();
+}
+
+template <>
+Result<Digests> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  const auto status = GetStatus(reader, {LLM_KV_CACHE_NOT_EXIST, LLM_PARAM_INVALID, LLM_TIMEOUT, LLM_FAILED});
+  const uint32_t values = reader.U32();
+  if (!status.has_value() || values > kMaxDigestRanges || values > reader.remaining() / sizeof(uint32_t)) {
+    return Malformed("DIGESTS");
+  }
+  Digests message{*status, std::vector<uint32_t>(values)};
+  for (uint32_t &value : message.values) {
+    value = reader.U32();
+  }
+  if (!reader.Finished()) {
+    return Malformed("DIGESTS");
+  }
+  return message;
+}
+
 std::vector<uint8_t> Encode(const UnlinkRequest &message) {
   Writer writer;
   writer.U64(message.cluster_id);

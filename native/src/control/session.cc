@@ -23,10 +23,10 @@ constexpr size_t kMaxOutbox = 4U << 20;
 // Then the loop looks after the others: one busy peer must not hold up the rest.
 constexpr int kReadsPerTurn = 64;
 
-constexpr TypeSet kRequests(MessageType::kPing, MessageType::kDescribe, MessageType::kPush, MessageType::kConsume,
-                            MessageType::kUnlink);
+constexpr TypeSet kRequests(MessageType::kPing, MessageType::kDescribe, MessageType::kPush, MessageType::kDigest,
+                            MessageType::kConsume, MessageType::kUnlink);
 constexpr TypeSet kUnasked(MessageType::kPing, MessageType::kPong, MessageType::kDescribe, MessageType::kPush,
-                           MessageType::kConsume, MessageType::kUnlink);
+                           MessageType::kDigest, MessageType::kConsume, MessageType::kUnlink);
 
 }  // namespace
 

@@ -95,6 +95,18 @@ Status ReadPeerAccess(const OptionMap &map, PeerAccess &out) {
   return Status::Ok();
 }
 
+Status ReadVerify(const OptionMap &map, Verify &out) {
+  const auto value = Find(map, llm_datadist::OPTION_VERIFY);
+  if (!value.has_value() || *value == "off") {
+    return Status::Ok();
+  }
+  if (*value != "log" && *value != "fail") {
+    return InvalidOption(llm_datadist::OPTION_VERIFY, *value, "'off', 'log', 'fail'");
+  }
+  out = *value == "log" ? Verify::kLog : Verify::kFail;
+  return Status::Ok();
+}
+
 // An option, or for programs that cannot be changed a variable of the environment; empty: neither.
 std::string OptionOrVariable(const OptionMap &map, const char *key, const char *variable) {
   if (const auto value = Find(map, key)) {
@@ -206,7 +218,7 @@ Status CheckOwnKeys(const OptionMap &map) {
       llm_datadist::OPTION_MAX_DEVICE_BYTES, llm_datadist::OPTION_MAX_HOST_BYTES,
       llm_datadist::OPTION_HUGE_PAGES,       llm_datadist::OPTION_MAX_REGISTERED_ADDRS,
       llm_datadist::OPTION_PEER_ACCESS,      llm_datadist::OPTION_AUTH_KEY_FILE,
-      llm_datadist::OPTION_INSECURE,
+      llm_datadist::OPTION_INSECURE,         llm_datadist::OPTION_VERIFY,
   };
   std::string allowed;
   for (const char *key : kOwnKeys) {
@@ -292,6 +304,7 @@ Status ParseLateOptions(const OptionMap &map, EngineOptions &options) {
       CheckOwnKeys(map),
       ReadTransport(map, link.forced_transport),
       ReadPeerAccess(map, limits.peer_access),
+      ReadVerify(map, link.verify),
       ReadNumber(map, llm_datadist::OPTION_TRANSFER_THREADS, 1, 64, options.transfer_threads),
       ReadNumber(map, llm_datadist::OPTION_TCP_STREAMS, 1, 16, link.tcp_streams),
       ReadNumber(map, llm_datadist::OPTION_HUGE_PAGES, 0, 1, options.huge_pages),

@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/random.h"
+#include "link/digests.h"
 #include "llm_datadist/llm_datadist_ext.h"
 
 namespace datadist {
@@ -60,6 +61,9 @@ Status LocalEndpoint::Start() {
   incarnation_ = incarnation.value();
   if (!options_.forced_transport.has_value() || *options_.forced_transport == TransportKind::kCma) {
     AllowCmaFromPeers();
+  }
+  if (Status status = options_.verify == Verify::kOff ? Status::Ok() : CheckDetector(); !status.ok()) {
+    return status;
   }
   if (Status status = loop_->Start(); !status.ok()) {
     return status;

@@ -24,8 +24,12 @@
 
 namespace datadist {
 
+// What becomes of a transfer whose bytes are not the owner's afterwards.
+enum class Verify : uint8_t { kOff, kLog, kFail };
+
 struct LinkOptions {
   Trust trust;
+  Verify verify = Verify::kOff;
   std::optional<TransportKind> forced_transport;
   uint16_t tcp_streams = 2;
   std::chrono::milliseconds heartbeat_interval{2000};

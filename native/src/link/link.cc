@@ -111,6 +111,8 @@ llm_datadist::LinkReport Link::Report() const {
   report.peer = peer_address_;
   report.bytes_pulled = bytes_pulled_.load(std::memory_order_relaxed);
   report.bytes_pushed = bytes_pushed_.load(std::memory_order_relaxed);
+  report.blocks_verified = blocks_verified_.load(std::memory_order_relaxed);
+  report.blocks_wrong = blocks_wrong_.load(std::memory_order_relaxed);
   return report;
 }
 
@@ -190,7 +192,7 @@ void Link::ShutPaths() {
 void Link::WaitUntilServed() {
   {
     std::unique_lock<std::mutex> lock(mutex_);
-    push_served_.wait(lock, [this] { return !serving_push_; });
+    served_.wait(lock, [this] { return !serving_; });
   }
   for (const auto &server : servers_) {
     server->Join();

@@ -149,6 +149,8 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   };
   Status RunTransfer(TransferDirection direction, const std::vector<Part> &parts, Deadline deadline);
   Result<PlannedPart> PlanPart(const Part &part, Deadline deadline);
+  Status VerifyPart(const TransferOp &op, Deadline deadline);
+  Result<std::vector<uint32_t>> AskDigests(const DigestRequest &request, Deadline deadline);
   Status MovePart(TransferDirection direction, const CacheRef &remote, const PlannedPart &planned, Deadline deadline);
   Result<std::shared_ptr<const RemoteTarget>> DescribeRemote(const CacheRef &ref, Deadline deadline);
   bool MayConsume(const CacheRef &remote) const;
@@ -156,9 +158,12 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
 
   Status OnDescribeOnLoop(const Frame &frame);
   Status OnPushOnLoop(const Frame &frame);
+  Status OnDigestOnLoop(const Frame &frame);
+  Status ServeOnLoop(std::function<void()> work, std::function<void()> answer);
   Status OnConsumeOnLoop(const Frame &frame);
   Status OnUnlinkOnLoop(const Frame &frame);
   Status ServePush(const PushRequest &request);
+  Digests ServeDigest(const DigestRequest &request);
 
   const std::shared_ptr<LocalEndpoint> endpoint_;
   const std::weak_ptr<LinkTable> table_;
@@ -183,12 +188,14 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   std::map<int64_t, std::shared_ptr<const RemoteTarget>> described_;
   std::atomic<uint64_t> bytes_pulled_{0};
   std::atomic<uint64_t> bytes_pushed_{0};
+  std::atomic<uint64_t> blocks_verified_{0};
+  std::atomic<uint64_t> blocks_wrong_{0};
 
   mutable std::mutex mutex_;
   LinkState state_ = LinkState::kConnecting;  // guarded by mutex_
   std::string end_reason_;                    // guarded by mutex_
-  bool serving_push_ = false;                 // guarded by mutex_
-  std::condition_variable push_served_;
+  bool serving_ = false;                      // guarded by mutex_; a request that takes a thread
+  std::condition_variable served_;
 };
 
 // For a link whose own connection is gone: tells the peer over a fresh one. LLM_UNLINK_FAILED when it cannot be

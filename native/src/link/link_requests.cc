@@ -3,6 +3,7 @@
 #include <exception>
 #include <utility>
 
+#include "link/digests.h"
 #include "link/link.h"
 
 namespace datadist {
@@ -23,6 +24,8 @@ Status Link::OnRequestOnLoop(const Frame &frame) {
       return OnDescribeOnLoop(frame);
     case MessageType::kPush:
       return OnPushOnLoop(frame);
+    case MessageType::kDigest:
+      return OnDigestOnLoop(frame);
     case MessageType::kConsume:
       return OnConsumeOnLoop(frame);
     case MessageType::kUnlink:
@@ -64,6 +67,31 @@ Status Link::OnDescribeOnLoop(const Frame &frame) {
   return Status::Ok();
 }
 
+// Runs `work` on a thread of the endpoint's, then `answer`. One at a time: the peer waits for its answer before it asks
+// for more, and who closes the link waits for the work.
+Status Link::ServeOnLoop(std::function<void()> work, std::function<void()> answer) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (serving_) {
+      return Status(LLM_FAILED, "a request before the one before it was answered");
+    }
+    serving_ = true;
+  }
+  // Ends with the task, however that ends.
+  std::shared_ptr<void> running(nullptr, [self = shared_from_this()](void *) {
+    const std::lock_guard<std::mutex> lock(self->mutex_);
+    self->serving_ = false;
+    self->served_.notify_all();
+  });
+  const bool taken = endpoint_->serving().Post(
+      [running = std::move(running), work = std::move(work), answer = std::move(answer)]() mutable {
+        work();
+        running.reset();  // the peer may send the next as soon as it reads the answer
+        answer();
+      });
+  return taken ? Status::Ok() : Status(LLM_FAILED, "no thread to serve a request with");
+}
+
 Status Link::OnPushOnLoop(const Frame &frame) {
   Result<PushRequest> request = Decode<PushRequest>(frame.body);
   if (!request.ok()) {
@@ -72,26 +100,37 @@ Status Link::OnPushOnLoop(const Frame &frame) {
   if (reading_ == nullptr) {
     return Status(LLM_FAILED, "PUSH on a link whose peer does not reach us by cma");
   }
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (serving_push_) {
-      return Status(LLM_FAILED, "PUSH before the one before it was answered");
-    }
-    serving_push_ = true;
+  const auto pushed = std::make_shared<Pushed>();
+  const std::shared_ptr<Link> self = shared_from_this();
+  return ServeOnLoop([self, pushed, request = std::move(request).value()] { pushed->status = self->ServePush(request); },
+                     [self, pushed, seq = frame.seq] {
+                       self->session_->Send(MessageType::kPushed, seq, Encode(*pushed));
+                     });
+}
+
+Status Link::OnDigestOnLoop(const Frame &frame) {
+  Result<DigestRequest> request = Decode<DigestRequest>(frame.body);
+  if (!request.ok()) {
+    return request.status();
   }
-  // Ends with the task, however that ends: who closes the link waits for it.
-  std::shared_ptr<void> running(nullptr, [self = shared_from_this()](void *) {
-    const std::lock_guard<std::mutex> lock(self->mutex_);
-    self->serving_push_ = false;
-    self->push_served_.notify_all();
-  });
-  const bool taken = endpoint_->serving().Post([self = shared_from_this(), running = std::move(running), seq = frame.seq,
-                                                request = std::move(request).value()]() mutable {
-    const Status status = self->ServePush(request);
-    running.reset();  // the peer may send the next as soon as it reads the answer
-    self->session_->Send(MessageType::kPushed, seq, Encode(Pushed{status}));
-  });
-  return taken ? Status::Ok() : Status(LLM_FAILED, "no thread to serve a push with");
+  const auto digests = std::make_shared<Digests>();
+  const std::shared_ptr<Link> self = shared_from_this();
+  return ServeOnLoop([self, digests, request = std::move(request).value()] { *digests = self->ServeDigest(request); },
+                     [self, digests, seq = frame.seq] {
+                       self->session_->Send(MessageType::kDigests, seq, Encode(*digests));
+                     });
+}
+
+Digests Link::ServeDigest(const DigestRequest &request) try {
+  const Result<CachePin> pin = endpoint_->regions()->PinForPeer(request.cache_id, request.generation, PeerUse::kRead);
+  if (!pin.ok()) {
+    return Digests{pin.status(), {}};
+  }
+  const auto hold = std::min(std::chrono::milliseconds(request.remaining_ms), endpoint_->MaxPeerHold());
+  Result<std::vector<uint32_t>> digests = DigestsOf(pin.value(), request, Deadline::In(hold));
+  return digests.ok() ? Digests{Status::Ok(), std::move(digests).value()} : Digests{digests.status(), {}};
+} catch (const std::exception &error) {
+  return Digests{Status(LLM_FAILED, std::string("digest: ") + error.what()), {}};
 }
 
 // On a thread of the endpoint's. No memory for it is a failed push, not a broken process.

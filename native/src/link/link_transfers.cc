@@ -2,7 +2,10 @@
 #include <algorithm>
 #include <utility>
 
+#include "base/log.h"
+#include "link/digests.h"
 #include "link/link.h"
+#include "transport/pieces.h"
 
 namespace datadist {
 
@@ -92,6 +95,9 @@ Status Link::MovePart(TransferDirection direction, const CacheRef &remote, const
                       Deadline deadline) {
   const bool pull = direction == TransferDirection::kPull;
   Status status = pull ? path_->Pull(planned.op, deadline) : path_->Push(planned.op, deadline);
+  if (status.ok() && endpoint_->options().verify != Verify::kOff) {
+    status = VerifyPart(planned.op, deadline);
+  }
   if (status.ok() && pull && MayConsume(remote)) {
     status = ConsumeKey(remote.key, planned.op, deadline);
   }
@@ -99,6 +105,52 @@ Status Link::MovePart(TransferDirection direction, const CacheRef &remote, const
     (pull ? bytes_pulled_ : bytes_pushed_).fetch_add(planned.bytes, std::memory_order_relaxed);
   }
   return status;
+}
+
+Status Link::VerifyPart(const TransferOp &op, Deadline deadline) {
+  if (RunsOverlap(op.runs, Side::kLocal) || RunsOverlap(op.runs, Side::kRemote)) {
+    return Status::Ok();  // the last write won: which block shows what is not the question any more
+  }
+  for (const DigestPair &pair : DigestPairs(op)) {
+    const Result<std::vector<uint32_t>> theirs = AskDigests(pair.remote, deadline);
+    const Result<std::vector<uint32_t>> ours = DigestsOf(*op.local, pair.local, deadline);
+    if (!theirs.ok() || !ours.ok()) {
+      return theirs.ok() ? ours.status() : theirs.status();
+    }
+    if (theirs.value().size() != ours.value().size()) {
+      return Status(LLM_FAILED, "the peer answered for other blocks");
+    }
+    blocks_verified_.fetch_add(ours.value().size(), std::memory_order_relaxed);
+    const auto [mine, other] = std::mismatch(ours.value().begin(), ours.value().end(), theirs.value().begin());
+    if (mine != ours.value().end()) {
+      const auto at = static_cast<size_t>(mine - ours.value().begin());
+      blocks_wrong_.fetch_add(1, std::memory_order_relaxed);
+      const Status wrong(LLM_KV_CACHE_NOT_EXIST,
+                         "the bytes that arrived are not the owner's, from offset " +
+                             std::to_string(pair.remote.ranges[at].offset) + " of cache " +
+                             std::to_string(pair.remote.cache_id) +
+                             ": they changed while they were read, or were damaged on their way");
+      Log(LogLevel::kError, Name() + ": " + wrong.text());
+      if (endpoint_->options().verify == Verify::kFail) {
+        return wrong;
+      }
+    }
+  }
+  return Status::Ok();
+}
+
+Result<std::vector<uint32_t>> Link::AskDigests(const DigestRequest &request, Deadline deadline) {
+  DigestRequest asked = request;
+  asked.remaining_ms = RemainingMillis(deadline);
+  const Result<Frame> frame = session_->Call(MessageType::kDigest, Encode(asked), MessageType::kDigests, deadline);
+  if (!frame.ok()) {
+    return frame.status();
+  }
+  Result<Digests> digests = Decode<Digests>(frame.value().body);
+  if (!digests.ok() || !digests.value().status.ok()) {
+    return digests.ok() ? digests.value().status : digests.status();
+  }
+  return std::move(digests.value().values);
 }
 
 Result<std::shared_ptr<const RemoteTarget>> Link::DescribeRemote(const CacheRef &ref, Deadline deadline) {

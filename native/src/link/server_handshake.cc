@@ -221,6 +221,8 @@ Result<std::shared_ptr<Link>> ServerHandshake::Finish(FrameSocket control) {
   if (replaced.value() != nullptr) {
     replaced.value()->Close("replaced by a new link");
   }
+  // Before the link is established: whoever sees it may ask for it too, and must not be told that it is being made.
+  reservation_ = LinkTable::Reservation();
   return link;
 }
 

@@ -1,4 +1,4 @@
-// Forwards the connections of a port to another, and cuts everything after a given number of bytes.
+// Forwards the connections of a port to another; after a given number of bytes it cuts everything, or flips one bit.
 #ifndef DATADIST_TESTS_SUPPORT_CHOPPING_PROXY_H_
 #define DATADIST_TESTS_SUPPORT_CHOPPING_PROXY_H_
 
@@ -19,8 +19,9 @@ namespace datadist::testing {
 
 class ChoppingProxy {
  public:
-  ChoppingProxy(uint16_t target, uint64_t byte_limit)
-      : target_(SocketAddress::FromIp("127.0.0.1", target).value()), left_(byte_limit) {
+  enum class Fault { kCut, kFlip };
+  ChoppingProxy(uint16_t target, uint64_t byte_limit, Fault fault = Fault::kCut)
+      : target_(SocketAddress::FromIp("127.0.0.1", target).value()), fault_(fault), left_(byte_limit) {
     listener_ = std::move(Listen(SocketAddress::FromIp("127.0.0.1", 0).value()).value().tcp);
     if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, stop_) != 0) {
       ::abort();
@@ -38,6 +39,7 @@ class ChoppingProxy {
 
   uint16_t port() const { return SocketAddress::LocalOf(listener_.get()).port(); }
   bool cut() const { return cut_.load(); }
+  bool flipped() const { return flipped_.load(); }
 
  private:
   void Forward() {
@@ -70,22 +72,29 @@ class ChoppingProxy {
 
   void Move(int from, int to) {
     std::array<char, 4096> buffer;
-    const ssize_t size = ::recv(from, buffer.data(), std::min<uint64_t>(buffer.size(), left_), MSG_DONTWAIT);
+    const uint64_t most = flipped_.load() ? buffer.size() : std::min<uint64_t>(buffer.size(), left_);
+    const ssize_t size = ::recv(from, buffer.data(), most, MSG_DONTWAIT);
     if (size > 0) {
+      if (fault_ == Fault::kFlip && !flipped_.load() && static_cast<uint64_t>(size) == left_) {
+        buffer[static_cast<size_t>(size) - 1] = static_cast<char>(buffer[static_cast<size_t>(size) - 1] ^ 1);
+        flipped_.store(true);
+      }
       ::send(to, buffer.data(), static_cast<size_t>(size), MSG_NOSIGNAL);
       left_ -= static_cast<uint64_t>(size);
     } else {
       ::shutdown(to, SHUT_WR);
       ::shutdown(from, SHUT_RD);
     }
-    if (left_ == 0) {
+    if (left_ == 0 && fault_ == Fault::kCut) {
       cut_.store(true);
     }
   }
 
   const SocketAddress target_;
+  const Fault fault_;
   uint64_t left_;
   std::atomic<bool> cut_{false};
+  std::atomic<bool> flipped_{false};
   Fd listener_;
   int stop_[2] = {-1, -1};
   std::vector<std::pair<Fd, Fd>> pipes_;
