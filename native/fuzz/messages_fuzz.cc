@@ -21,8 +21,8 @@ void WithText(const Bytes &body) {
   if (message.ok()) {
     const Bytes encoded = Encode(message.value());
     FUZZ_CHECK(encoded.size() <= body.size());
-    Exact<Message>(encoded);
     FUZZ_CHECK(Decode<Message>(encoded).ok());
+    Exact<Message>(encoded);
   }
 }
 
@@ -38,6 +38,7 @@ constexpr void (*kMessages[])(const Bytes &) = {
     Exact<Hello>,           Exact<Welcome>,      WithText<Reject>,     WithText<Ready>,    Exact<Attach>,
     Exact<DescribeRequest>, WithText<CacheInfo>, Exact<PushRequest>,   WithText<Pushed>,   Exact<ConsumeRequest>,
     WithText<Consumed>,     Exact<UnlinkRequest>, Range,               Empty,
+    Exact<DigestRequest>,   WithText<Digests>,
 };
 
 }  // namespace

@@ -7,6 +7,7 @@ namespace datadist::fuzz {
 namespace {
 
 enum Step : uint8_t { kOpen, kProve, kOpened };
+constexpr size_t kCountOffset = 20;  // of the number of keys in OPEN
 
 std::vector<Key> OurKeys() {
   Key first;
@@ -22,6 +23,7 @@ void Serve(const Bytes &open, const Bytes &proof) {
   ServerOpening server(OurKeys());
   const Result<Bytes> opened = server.OnOpen(open);
   FUZZ_CHECK(!opened.ok() || opened.value().size() == sizeof(KeyId) + 16 + sizeof(Digest));
+  FUZZ_CHECK(!opened.ok() || open.at(kCountOffset) <= kMaxKeys);
   FUZZ_CHECK(!server.OnProve(proof).ok());
 }
 

@@ -77,6 +77,8 @@ std::vector<Bytes> Messages() {
       Encode(UnlinkRequest{8, {}}),
       Bytes{4, 0, 4, 0},
       Bytes{},
+      Encode(DigestRequest{3, 9, 0, 2, 1000, {{0, 64}, {128, 32}}}),
+      Encode(Digests{Status::Ok(), {1, 2}}),
   };
 }
 
@@ -121,10 +123,14 @@ void WriteTcpWire(Folder &out) {
 
 void WriteOptions(Folder &out) {
   using namespace std::string_view_literals;
-  out.Write("options", 0, R"({"version": "1.3", "status": "completed", "net_instance_list": [{"a": [1, -2.5e3, null]}]})");
+  out.Write("options", 0, R"({"version": "1.3", "status": "completed", "net_instance_list": [{"a": [1, -2.5e3]}]})");
   out.Write("options", 0, R"({"memory_size": 2147483648, "page_shift": 16, "a\u00e4\"": true})");
-  out.Write("options", 1, "llm.DeviceId=0\0llm.SyncKvCacheWaitTime=1000\0datadist.Transport=tcp\0llm.ListenIpInfo=[::1]:1"sv);
+  out.Write("options", 1,
+            "llm.DeviceId=0\0llm.SyncKvCacheWaitTime=1000\0datadist.Transport=tcp\0llm.ListenIpInfo=[::1]:1"sv);
   out.Write("options", 1, "llm.DeviceId=0\0llm.MemPoolConfig={\"memory_size\": 4096}\0datadist.PeerAccess=read"sv);
+  out.Write("options", 1,
+            "llm.DeviceId=0\0datadist.TransferThreads=1\0datadist.TcpStreams=1\0datadist.HeartbeatMs=10\0"
+            "datadist.MaxLinks=1\0datadist.MaxAddrsPerCache=1"sv);
 }
 
 void WriteText(Folder &out) {

@@ -4,7 +4,7 @@
 //
 // Every input that is named is run once; then, with a number of runs or seconds (whichever ends first), changed ones.
 // Where the engine was compiled with -fsanitize-coverage=trace-pc, which GCC has too, inputs that reach what none before
-// them did are kept and changed further. What ends the process is written to a file before: CRASH-SEED-RUN.
+// them did are kept and changed further. What ends the process is written to a file before: crash-SEED-RUN.
 #include <fcntl.h>
 #include <unistd.h>
 
