@@ -5,6 +5,7 @@
 #include "base/log.h"
 #include "link/link_table.h"
 #include "transport/local/local_data_path.h"
+#include "transport/tcp/tcp_data_path.h"
 
 namespace datadist {
 namespace {
@@ -84,7 +85,7 @@ void Link::OpenPaths(Fd control, std::vector<Fd> outgoing_streams, std::vector<F
   }
   for (Fd &stream : incoming_streams) {
     servers_.push_back(
-        std::make_unique<TcpServer>(std::move(stream), endpoint_->regions(), endpoint_->MaxPeerHold()));
+        std::make_unique<TcpServer>(endpoint_->streams(), std::move(stream), endpoint_->regions(), endpoint_->MaxPeerHold()));
   }
 }
 
