@@ -46,18 +46,18 @@ std::vector<uint8_t> Encoded(const Status &status, uint64_t total_bytes) {
 TcpConnection::TcpConnection(int fd, std::shared_ptr<RegionTable> regions, milliseconds max_request)
     : fd_(fd), regions_(std::move(regions)), max_request_(max_request) {}
 
-TcpConnection::Outcome TcpConnection::Serve() {
+TcpConnection::Next TcpConnection::Serve() {
   calls_left_ = kTurnCalls;
   bytes_left_ = kTurnBytes;
   while (true) {
     if (deadline_.has_value() && deadline_->Expired()) {
-      return {Next::kEnd, false};
+      return Next::kEnd;
     }
     if (const std::optional<Next> next = Step()) {
-      return {*next, false};
+      return *next;
     }
     if (calls_left_ == 0 || bytes_left_ == 0) {
-      return {phase_ == Phase::kAnswer ? Next::kWrite : Next::kRead, true};
+      return phase_ == Phase::kAnswer ? Next::kWrite : Next::kRead;
     }
   }
 }
@@ -141,32 +141,38 @@ std::optional<TcpConnection::Next> TcpConnection::WriteAnswer() {
   if (pull && pin_ && cursor_->left() <= kTailBytes && !TakeTail()) {
     return Next::kEnd;
   }
-  Chunk chunk;
-  if (answered_ < answer_.size()) {
-    chunk.Add(answer_.data() + answered_, answer_.size() - answered_);
+  if (answered_ == answer_.size()) {
+    return WriteBytes();
   }
-  if (pull && pin_ && !cursor_->Gather(spans_, pin_, cursor_->left() - kTailBytes, chunk).ok()) {
+  Chunk chunk;
+  chunk.Add(answer_.data() + answered_, answer_.size() - answered_);
+  size_t moved = 0;
+  if (const auto next = Move(chunk, Next::kWrite, moved)) {
+    return next;
+  }
+  answered_ += moved;
+  if (answered_ < answer_.size() || (pull && pin_)) {
+    return std::nullopt;
+  }
+  if (pin_) {  // "go"
+    phase_ = Phase::kBytesIn;
+    return std::nullopt;
+  }
+  EndRequest();
+  return Next::kRead;
+}
+
+// Not in one call with the answer: bytes that lie 20 off in the kernel's pages are a sixth dearer to copy, on both ends.
+std::optional<TcpConnection::Next> TcpConnection::WriteBytes() {
+  Chunk chunk;
+  if (!cursor_->Gather(spans_, pin_, cursor_->left() - kTailBytes, chunk).ok()) {
     return Next::kEnd;
   }
   size_t moved = 0;
   if (const auto next = Move(chunk, Next::kWrite, moved)) {
     return next;
   }
-  const size_t of_answer = std::min(moved, answer_.size() - answered_);
-  answered_ += of_answer;
-  if (moved > of_answer) {
-    cursor_->Advance(spans_, moved - of_answer);
-  }
-  if (answered_ < answer_.size()) {
-    return std::nullopt;
-  }
-  if (!pin_) {  // refused, a whole pull, or the "done" of a push
-    EndRequest();
-    return Next::kRead;
-  }
-  if (!pull) {
-    phase_ = Phase::kBytesIn;
-  }
+  cursor_->Advance(spans_, moved);
   return std::nullopt;
 }
 

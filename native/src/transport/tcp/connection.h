@@ -29,12 +29,9 @@ class TcpConnection {
   TcpConnection(int fd, std::shared_ptr<RegionTable> regions, std::chrono::milliseconds max_request);
 
   enum class Next : uint8_t { kRead, kWrite, kEnd };
-  struct Outcome {
-    Next next;
-    bool turn_over;  // the socket may have more for us at once
-  };
-  // Does what the socket takes and gives, a bounded amount of it, so that others get their turn.
-  Outcome Serve();
+  // One turn: does what the socket takes and gives, a bounded amount of it, so that others get theirs. What to wait for
+  // then may be there at once.
+  Next Serve();
 
   // Of the request that is being served.
   const std::optional<Deadline> &deadline() const { return deadline_; }
@@ -47,6 +44,7 @@ class TcpConnection {
   std::optional<Next> ReadHeader();
   std::optional<Next> ReadSpans();
   std::optional<Next> WriteAnswer();
+  std::optional<Next> WriteBytes();
   std::optional<Next> ReadBytes();
 
   // How a system call went: none, and the bytes in `moved`, or what to wait for.

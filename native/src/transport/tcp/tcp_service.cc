@@ -9,7 +9,7 @@
 #include <cerrno>
 #include <condition_variable>
 #include <exception>
-#include <map>
+#include <memory>
 #include <mutex>
 #include <optional>
 #include <set>
@@ -27,42 +27,50 @@ namespace {
 
 using Clock = Deadline::Clock;
 
-constexpr int kForever = -1;
-
 }  // namespace
 
-// At any time one of: watched, in the hands of one thread, or ended.
 struct TcpServer::Served {
   Served(Fd given, std::shared_ptr<RegionTable> regions, std::chrono::milliseconds max_request)
       : stream(std::move(given)), connection(std::in_place, stream.get(), std::move(regions), max_request) {}
 
   void Shut() { (void)::shutdown(stream.get(), SHUT_RDWR); }
 
-  Fd stream;                                // closed with its TcpServer only: Close may come at any time
+  Fd stream;               // closed with its TcpServer only: Close may come at any time
+  Worker *worker = nullptr;
+  bool ended = false;      // guarded by State::mutex_
+
+  // Of its worker's thread.
   std::optional<TcpConnection> connection;  // none once ended
-  std::optional<Clock::time_point> due;     // its entry in State::waiting_
-  bool ended = false;                       // guarded by State::mutex_
+  TcpConnection::Next awaited = TcpConnection::Next::kRead;
+  std::optional<Clock::time_point> due;  // its entry in Worker::due
+};
+
+// A thread and what it serves.
+struct TcpServer::Worker {
+  Fd epoll;
+  std::thread thread;
+  std::set<Served *> served;  // guarded by State::mutex_
+  // Requests that have not ended, by deadline. Of the thread.
+  std::set<std::pair<Clock::time_point, Served *>> due;
 };
 
 class TcpService::State {
  public:
   using Served = TcpServer::Served;
+  using Worker = TcpServer::Worker;
+  using Next = TcpConnection::Next;
 
-  explicit State(size_t max_threads) : max_threads_(max_threads) {
-    epoll_ = Fd(::epoll_create1(EPOLL_CLOEXEC));
-    stop_ = Fd(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC));
-    epoll_event event{};
-    event.events = EPOLLIN;
-    event.data.ptr = nullptr;  // stays readable: every thread hears of it
-    (void)::epoll_ctl(epoll_.get(), EPOLL_CTL_ADD, stop_.get(), &event);
+  explicit State(size_t max_threads) : max_threads_(max_threads), stop_(::eventfd(0, EFD_NONBLOCK | EFD_CLOEXEC)) {
+    workers_.reserve(max_threads);
   }
 
   void Add(Served *served) {
     {
       const std::lock_guard<std::mutex> lock(mutex_);
-      if (!stopping_ && HasThreadLocked(all_.size() + 1)) {
-        all_.insert(served);
-        if (Watch(served, EPOLL_CTL_ADD, EPOLLIN)) {
+      served->worker = stopping_ ? nullptr : FindWorkerLocked();
+      if (served->worker != nullptr) {
+        served->worker->served.insert(served);
+        if (Watch(*served, EPOLL_CTL_ADD)) {
           return;
         }
       }
@@ -77,162 +85,151 @@ class TcpService::State {
 
   void Stop() {
     const std::lock_guard<std::mutex> one_at_a_time(stop_mutex_);
-    std::vector<std::thread> threads;
     {
       const std::lock_guard<std::mutex> lock(mutex_);
       stopping_ = true;
-      threads.swap(threads_);
     }
     const uint64_t one = 1;
     (void)!::write(stop_.get(), &one, sizeof(one));
-    for (std::thread &thread : threads) {
-      thread.join();
-    }
-    while (Served *const served = AnyLeft()) {
-      End(served);
+    for (const auto &worker : workers_) {  // stopping: there will be no more
+      if (worker->thread.joinable()) {
+        worker->thread.join();
+      }
+      while (!worker->served.empty()) {
+        End(*worker->served.begin());
+      }
     }
   }
 
  private:
-  // Starts a thread for `wanted` connections where there are fewer, within the limit. False: there is none.
-  bool HasThreadLocked(size_t wanted) {
-    if (!epoll_ || !stop_) {
+  // The one with the fewest connections; a new one while all have some, within the limit. Null: there is none.
+  Worker *FindWorkerLocked() {
+    const auto fewest = std::min_element(workers_.begin(), workers_.end(), [](const auto &a, const auto &b) {
+      return a->served.size() < b->served.size();
+    });
+    if (fewest != workers_.end() && ((*fewest)->served.empty() || workers_.size() == max_threads_)) {
+      return fewest->get();
+    }
+    if (std::unique_ptr<Worker> fresh = StartWorker()) {
+      workers_.push_back(std::move(fresh));
+      return workers_.back().get();
+    }
+    return fewest != workers_.end() ? fewest->get() : nullptr;
+  }
+
+  std::unique_ptr<Worker> StartWorker() {
+    auto worker = std::make_unique<Worker>();
+    worker->epoll = Fd(::epoll_create1(EPOLL_CLOEXEC));
+    epoll_event event{};
+    event.events = EPOLLIN;
+    event.data.ptr = nullptr;
+    if (!stop_ || ::epoll_ctl(worker->epoll.get(), EPOLL_CTL_ADD, stop_.get(), &event) != 0) {
+      return nullptr;
+    }
+    try {
+      worker->thread = std::thread([this, raw = worker.get()] { ThreadMain(*raw); });
+    } catch (const std::system_error &) {
+      return nullptr;
+    }
+    return worker;
+  }
+
+  static bool Watch(Served &served, int operation) {
+    epoll_event event{};
+    event.events = served.awaited == Next::kWrite ? EPOLLOUT : EPOLLIN;
+    event.data.ptr = &served;
+    return ::epoll_ctl(served.worker->epoll.get(), operation, served.stream.get(), &event) == 0;
+  }
+
+  void ThreadMain(Worker &worker) {
+    while (true) {
+      // One at a time: who has more to do than a turn goes behind those that are ready.
+      epoll_event event{};
+      const int ready = ::epoll_wait(worker.epoll.get(), &event, 1, WaitMillis(worker));
+      if (ready <= 0) {
+        continue;
+      }
+      if (event.data.ptr == nullptr) {
+        return;
+      }
+      auto *const served = static_cast<Served *>(event.data.ptr);
+      if (!TakeTurn(worker, *served)) {
+        End(served);
+      }
+    }
+  }
+
+  // False: it has come to its end.
+  static bool TakeTurn(Worker &worker, Served &served) {
+    try {
+      const Next next = served.connection->Serve();
+      if (next == Next::kEnd) {
+        return false;
+      }
+      const auto &deadline = served.connection->deadline();
+      const auto due = deadline.has_value() ? std::make_optional(deadline->at()) : std::nullopt;
+      if (due != served.due) {
+        Forget(worker, served);
+        if (due.has_value()) {
+          worker.due.emplace(*due, &served);
+          served.due = due;
+        }
+      }
+      return std::exchange(served.awaited, next) == next || Watch(served, EPOLL_CTL_MOD);
+    } catch (const std::exception &error) {
+      Log(LogLevel::kError, std::string("data connection: ") + error.what());
       return false;
     }
-    if (threads_.size() < std::min(wanted, max_threads_)) {
-      try {
-        threads_.emplace_back([this] { ThreadMain(); });
-      } catch (const std::system_error &) {
-        // Those that there are serve it too.
-      }
-    }
-    return !threads_.empty();
   }
 
-  Served *AnyLeft() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    return all_.empty() ? nullptr : *all_.begin();
-  }
-
-  bool Watch(Served *served, int operation, uint32_t events) {
-    epoll_event event{};
-    event.events = events | EPOLLONESHOT;
-    event.data.ptr = served;
-    return ::epoll_ctl(epoll_.get(), operation, served->stream.get(), &event) == 0;
-  }
-
-  void ThreadMain() {
-    Served *mine = nullptr;  // one whose turn is over, and that has more to do at once
-    TcpConnection::Next next{};
-    while (true) {
-      epoll_event event{};
-      const int wait = WaitMillis();
-      const int ready = ::epoll_wait(epoll_.get(), &event, 1, mine != nullptr ? 0 : wait);
-      if (ready > 0 && event.data.ptr == nullptr) {
-        return;
-      }
-      if (ready > 0) {
-        if (mine != nullptr) {
-          GiveBack(mine, next);  // behind those that are ready
-        }
-        mine = static_cast<Served *>(event.data.ptr);
-        Forget(mine);
-      }
-      if (mine != nullptr && !TakeTurn(mine, next)) {
-        mine = nullptr;
-      }
+  static void Forget(Worker &worker, Served &served) {
+    if (served.due.has_value()) {
+      worker.due.erase({*served.due, &served});
+      served.due.reset();
     }
   }
 
-  // True where it could go on at once.
-  bool TakeTurn(Served *served, TcpConnection::Next &next) {
-    bool turn_over = false;
-    try {
-      const TcpConnection::Outcome outcome = served->connection->Serve();
-      next = outcome.next;
-      turn_over = outcome.turn_over;
-    } catch (const std::exception &error) {
-      Log(LogLevel::kError, std::string("data connection: ") + error.what());
-      next = TcpConnection::Next::kEnd;
-    }
-    if (!turn_over) {
-      GiveBack(served, next);
-    }
-    return turn_over;
-  }
-
-  void GiveBack(Served *served, TcpConnection::Next next) {
-    try {
-      if (next != TcpConnection::Next::kEnd && Await(served, next)) {
-        return;
-      }
-    } catch (const std::exception &error) {
-      Log(LogLevel::kError, std::string("data connection: ") + error.what());
-    }
-    End(served);
-  }
-
-  // Others may have it from here on, where it says true.
-  bool Await(Served *served, TcpConnection::Next next) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (const auto &deadline = served->connection->deadline()) {
-      waiting_.emplace(deadline->at(), served);
-      served->due = deadline->at();
-    }
-    return Watch(served, EPOLL_CTL_MOD, next == TcpConnection::Next::kWrite ? EPOLLOUT : EPOLLIN);
-  }
-
-  void Forget(Served *served) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ForgetLocked(served);
-  }
-
-  void ForgetLocked(Served *served) {
-    if (served->due.has_value()) {
-      waiting_.erase({*served->due, served});
-      served->due.reset();
-    }
-  }
-
-  // Until the next request is due. Those whose time is over are shut: whose turn that makes it ends them.
-  int WaitMillis() {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    const auto now = Clock::now();
-    while (!waiting_.empty() && waiting_.begin()->first <= now) {
-      Served *const served = waiting_.begin()->second;
-      ForgetLocked(served);
-      served->Shut();
-    }
-    if (waiting_.empty()) {
+  // Until the next request is due. Those whose time is over are shut, which gives them the turn that ends them.
+  static int WaitMillis(Worker &worker) {
+    constexpr int kForever = -1;
+    constexpr std::chrono::milliseconds kLongest = std::chrono::hours(1);
+    if (worker.due.empty()) {
       return kForever;
     }
-    constexpr std::chrono::milliseconds kLongest = std::chrono::hours(1);
-    const auto left = std::chrono::ceil<std::chrono::milliseconds>(waiting_.begin()->first - now);
+    const auto now = Clock::now();
+    while (!worker.due.empty() && worker.due.begin()->first <= now) {
+      Served &late = *worker.due.begin()->second;
+      Forget(worker, late);
+      late.Shut();
+    }
+    if (worker.due.empty()) {
+      return kForever;
+    }
+    const auto left = std::chrono::ceil<std::chrono::milliseconds>(worker.due.begin()->first - now);
     return static_cast<int>(std::min(left, kLongest).count());
   }
 
-  // The last that is done with it: its TcpServer may go at once.
+  // On its worker's thread, or where there is none. The last that touches it: its TcpServer may go at once.
   void End(Served *served) {
     served->connection.reset();  // lets go of the cache, whose owner may be told on this thread
     served->Shut();              // the peer must not wait for an answer that never comes
     const std::lock_guard<std::mutex> lock(mutex_);
-    (void)::epoll_ctl(epoll_.get(), EPOLL_CTL_DEL, served->stream.get(), nullptr);
-    ForgetLocked(served);
-    all_.erase(served);
+    if (Worker *const worker = served->worker) {
+      (void)::epoll_ctl(worker->epoll.get(), EPOLL_CTL_DEL, served->stream.get(), nullptr);
+      Forget(*worker, *served);
+      worker->served.erase(served);
+    }
     served->ended = true;
     ended_.notify_all();
   }
 
   const size_t max_threads_;
-  Fd epoll_;
-  Fd stop_;
+  const Fd stop_;  // stays readable once written: every thread hears of it
   std::mutex stop_mutex_;  // taken before mutex_
   std::mutex mutex_;
   std::condition_variable ended_;
-  std::vector<std::thread> threads_;                       // guarded by mutex_
-  std::set<Served *> all_;                                 // guarded by mutex_
-  std::set<std::pair<Clock::time_point, Served *>> waiting_;  // for their peers, with a deadline; guarded by mutex_
-  bool stopping_ = false;                                  // guarded by mutex_
+  std::vector<std::unique_ptr<Worker>> workers_;  // guarded by mutex_; grows until stopping
+  bool stopping_ = false;                         // guarded by mutex_
 };
 
 TcpService::TcpService(size_t max_threads) : state_(std::make_shared<State>(max_threads)) {}

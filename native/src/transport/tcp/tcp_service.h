@@ -1,9 +1,10 @@
 // Serves all data connections of an endpoint, however many there are, with a few threads:
 //
-//   TcpServer (one per connection) ──> TcpService ── epoll, one connection at a time per thread ──> TcpConnection
+//   TcpServer (one per connection) ──> TcpService ──> the thread with the fewest of them, its epoll ──> TcpConnection
 //
-// A connection is watched while it waits for its peer, and gets turns of bounded length, in the order in which
-// connections became ready: a peer that is slow, or stopped, takes no thread. A thread is started when there is a
+// A connection stays with its thread, which keeps it and its client's thread on one core where that is faster; those of
+// one link are on several. It is watched while it waits for its peer, and gets turns of bounded length, in the order in
+// which connections became ready: a peer that is slow, or stopped, holds up nobody. A thread is started when there is a
 // connection for it, and sleeps when there is nothing to do.
 #ifndef DATADIST_TRANSPORT_TCP_TCP_SERVICE_H_
 #define DATADIST_TRANSPORT_TCP_TCP_SERVICE_H_
@@ -52,6 +53,7 @@ class TcpServer {
  private:
   friend class TcpService;
   struct Served;
+  struct Worker;
   const std::shared_ptr<TcpService::State> service_;
   const std::unique_ptr<Served> served_;
 };
