@@ -179,6 +179,8 @@ TEST_F(FrozenPeers, HoldUpNobody) {
   std::vector<RemoteCache> targets;
   for (size_t i = 0; i < kFrozen / 2; ++i) {
     readers.push_back(Connect());
+    const int small = 64 << 10;  // or the kernel would take all of it
+    ASSERT_EQ(::setsockopt(readers.back().get(), SOL_SOCKET, SO_RCVBUF, &small, sizeof(small)), 0);
     const std::vector<uint8_t> request = Encoded(pull, kWhole);
     ASSERT_TRUE(Send(readers.back(), request, request.size()).ok());
     ASSERT_TRUE(HearGo(readers.back()).ok());  // and then reads no further
