@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "base/socket_io.h"
+#include "transport/tcp/tcp_data_path.h"
 #include "transport_support/initiator.h"
 #include "transport_support/requests.h"
 

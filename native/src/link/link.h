@@ -33,7 +33,7 @@
 #include "link/endpoint.h"
 #include "link/turn_gate.h"
 #include "llm_datadist/llm_datadist_ext.h"
-#include "transport/tcp/tcp_data_path.h"
+#include "transport/tcp/tcp_service.h"
 
 namespace datadist {
 

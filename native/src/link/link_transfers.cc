@@ -141,7 +141,7 @@ Status Link::VerifyPart(const TransferOp &op, Deadline deadline) {
 
 Result<std::vector<uint32_t>> Link::AskDigests(const DigestRequest &request, Deadline deadline) {
   DigestRequest asked = request;
-  asked.remaining_ms = RemainingMillis(deadline);
+  asked.remaining_ms = deadline.WireMillis();
   const Result<Frame> frame = session_->Call(MessageType::kDigest, Encode(asked), MessageType::kDigests, deadline);
   if (!frame.ok()) {
     return frame.status();

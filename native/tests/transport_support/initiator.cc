@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "transport/tcp/tcp_data_path.h"
+
 namespace datadist::test {
 
 LocalCache::LocalCache(const CacheShape &shape, uint64_t seed) : arena_(shape) {
