@@ -1,5 +1,5 @@
-# Fuzz targets: fuzz_NAME for each fuzz/NAME_fuzz.cc, see fuzz/README.md. Under ctest each replays what it begins from and
-# what was found before, then tries changed inputs: always the same ones, so that a failure is a change's.
+# Fuzz targets: fuzz_NAME for each fuzz/NAME_fuzz.cc, see fuzz/README.md. Under ctest each replays what it begins from
+# and what was found before, then tries changed inputs: always the same ones, so that a failure is a change's.
 option(DATADIST_FUZZ_COVERAGE "Compile the engine so that the fuzz targets see what an input reaches" OFF)
 
 file(GLOB fuzz_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/fuzz/*_fuzz.cc)

@@ -3,8 +3,8 @@
 //   TARGET [-seed=N] [-runs=N] [-max_total_time=SECONDS] [-max_len=BYTES] [-artifact_prefix=PATH] [FILE or FOLDER...]
 //
 // Every input that is named is run once; then, with a number of runs or seconds (whichever ends first), changed ones.
-// Where the engine was compiled with -fsanitize-coverage=trace-pc, which GCC has too, inputs that reach what none before
-// them did are kept and changed further. What ends the process is written to a file before: crash-SEED-RUN.
+// Where the engine was compiled with -fsanitize-coverage=trace-pc, which GCC has too, inputs that reach what none did
+// before are kept and changed further. What ends the process is written to a file first: crash-SEED-RUN.
 #include <fcntl.h>
 #include <unistd.h>
 

@@ -65,6 +65,7 @@ void Shown(const std::string &text) {
 void Address(const std::string &text) {
   const Result<SocketAddress> address = SocketAddress::Parse(text);
   if (address.ok()) {
+    FUZZ_CHECK(text.find('\0') == std::string::npos);
     const std::string shown = address.value().ToString();
     const Result<SocketAddress> again = SocketAddress::Parse(shown);
     FUZZ_CHECK(again.ok() && again.value().ToString() == shown);
