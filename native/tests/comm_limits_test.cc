@@ -80,8 +80,8 @@ TEST(CommLimits, WithoutAThreadToDialTheCommFails) {
                                            CommPlan{1, "dials", members[1], {members[0]}, kLong},
                                            [&] { turn_over = true; });
   self.endpoint()->loop()->Run([&] { comm->PrepareOnLoop(); });
-  EXPECT_EQ(comm->state(), CommState::kFailed);
-  EXPECT_THAT(comm->failure(), HasSubstr("no thread to dial cluster 1"));
+  EXPECT_EQ(comm->Report().state, CommState::kFailed);
+  EXPECT_THAT(comm->Report().reason, HasSubstr("no thread to dial cluster 1"));
   EXPECT_TRUE(turn_over);
 }
 

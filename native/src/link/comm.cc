@@ -48,8 +48,11 @@ Comm::Comm(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> t
   }
 }
 
-CommState Comm::state() const {
-  return phase_ == Phase::kOk ? CommState::kOk : phase_ == Phase::kFailed ? CommState::kFailed : CommState::kPreparing;
+CommReport Comm::Report() const {
+  if (phase_ == Phase::kFailed) {
+    return {CommState::kFailed, failure_};
+  }
+  return {phase_ == Phase::kOk ? CommState::kOk : CommState::kPreparing, ""};
 }
 
 bool Comm::HasMember(uint64_t cluster_id) const {
@@ -122,7 +125,7 @@ void Comm::StepOnLoop() try {
   endpoint_->loop()->StopTimerOnLoop(timer_);
   if (dial_.valid()) {
     if (dial_.wait_for(std::chrono::seconds(0)) != std::future_status::ready) {
-      WakeOnLoop(Clock::now() + kLongestPause);  // that it is over may be said in vain, for want of memory
+      WakeOnLoop(Clock::now() + kLongestPause);
       return;
     }
     OnDialledOnLoop(*dialled_, std::exchange(dial_, {}).get());
@@ -167,6 +170,7 @@ bool Comm::DialOnLoop(Other &other) {
   const Deadline until = Deadline::Earlier(deadline_, Deadline::In(kAttemptTime));
   const auto dial = std::make_shared<std::packaged_task<Status()>>(
       [this, &member = other.member, until] { return LinkWith(member, until); });
+  WakeOnLoop(until.at() + kLongestPause);  // that it is over may be said in vain, for want of memory
   dialled_ = &other;
   dial_ = dial->get_future().share();
   return dials_.Post([dial, self = shared_from_this()] {

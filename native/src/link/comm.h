@@ -18,6 +18,7 @@
 #include "base/deadline.h"
 #include "base/task_runner.h"
 #include "control/address.h"
+#include "link/comm_report.h"
 #include "link/link_table.h"
 
 namespace datadist {
@@ -27,8 +28,6 @@ struct CommMember {
   uint32_t rank = 0;
   std::optional<SocketAddress> address;  // where it listens; empty for all members: loopback
 };
-
-enum class CommState : uint8_t { kOk = 0, kPreparing = 1, kFailed = 2 };
 
 // What our call says, checked.
 struct CommPlan {
@@ -53,8 +52,7 @@ class Comm final : public CommWaiter, public std::enable_shared_from_this<Comm> 
   bool waiting() const { return phase_ == Phase::kWaiting && !ended_; }
   bool preparing() const { return phase_ == Phase::kPreparing && !ended_; }
   bool ended() const { return ended_; }
-  CommState state() const;
-  const std::string &failure() const { return failure_; }
+  CommReport Report() const;
   bool HasMember(uint64_t cluster_id) const;
 
   void PrepareOnLoop();

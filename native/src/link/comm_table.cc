@@ -75,9 +75,10 @@ Result<CommPlan> MakePlan(const std::string &name, const std::vector<CommMember>
 }
 
 Status NotReady(const Comm &comm, uint64_t cluster_id) {
-  const std::string where = "cluster " + std::to_string(cluster_id) + ": comm '" + comm.name() + "' ";
-  return Status(LLM_NOT_YET_LINK, comm.state() == CommState::kPreparing ? where + "is still being prepared"
-                                                                        : where + "failed: " + comm.failure());
+  const CommReport report = comm.Report();
+  return Status(LLM_NOT_YET_LINK,
+                "cluster " + std::to_string(cluster_id) + ": comm '" + comm.name() + "' " +
+                    (report.state == CommState::kFailed ? "failed: " + report.reason : "is still being prepared"));
 }
 
 Status Unknown(int64_t comm_id) {
@@ -143,7 +144,7 @@ Result<CommTable::Report> CommTable::Query(int64_t comm_id) const {
   Result<Report> report(Unknown(comm_id));
   endpoint_->loop()->Run([&] {
     if (const std::shared_ptr<Comm> comm = FindOnLoop(comm_id)) {
-      report = Report{comm->state(), comm->state() == CommState::kFailed ? comm->failure() : ""};
+      report = comm->Report();
     }
   });
   return report;
@@ -242,7 +243,7 @@ Status CommTable::CheckReadyOnLoop(uint64_t cluster_id, datadist::Link *link) co
   for (const auto &[id, entry] : comms_) {
     const Comm &comm = *entry.comm;
     const bool theirs = link != nullptr ? comm.name() == link->comm_name() : comm.HasMember(cluster_id);
-    if (theirs && comm.state() != CommState::kOk) {
+    if (theirs && comm.Report().state != CommState::kOk) {
       return NotReady(comm, cluster_id);
     }
   }

@@ -51,10 +51,7 @@ class CommTable {
   // Ends the preparation if need be, and waits for the transfers that run on its links. LLM_NOT_YET_LINK: unknown id.
   Status Unlink(int64_t comm_id);
 
-  struct Report {
-    CommState state = CommState::kPreparing;
-    std::string reason;  // why it failed
-  };
+  using Report = CommReport;
   // LLM_NOT_YET_LINK: unknown id.
   Result<Report> Query(int64_t comm_id) const;
 
