@@ -29,6 +29,8 @@ NATIVE = ROOT / "native"
 # The optimized build is what all Python tests run; of the native ones it would see little that these two do not.
 PRESETS = ("asan", "tsan")
 PYTEST_PARTS = ("unit", "integration", "e2e")
+# What a part runs besides tests/PART.
+MORE_FOLDERS = {"unit": ("tests/security",)}
 PARTS = ("lint", "native", *PYTEST_PARTS)
 # Each tuple's lanes run side by side, then the next tuple's: compilers fill the core that the Python tests leave idle.
 # Servers have the machine to themselves: their tests wait for what needs all cores.
@@ -142,14 +144,19 @@ def steps_of(part: str, environment: Environment, pytest_arguments: Sequence[str
         ]
     paths = [each for each in pytest_arguments if part_of(each)]
     rest = [each for each in pytest_arguments if not part_of(each)]
-    chosen = [path for path in paths if part_of(path) == part] if paths else [f"tests/{part}"]
+    chosen = [path for path in paths if part_of(path) == part] if paths else folders_of(part)
     return [Step(part, tool("pytest", *chosen, *rest))]
+
+
+def folders_of(part: str) -> list[str]:
+    return [f"tests/{part}", *MORE_FOLDERS.get(part, ())]
 
 
 def part_of(argument: str) -> str | None:
     """The part that a path of pytest's (`tests/unit/test_x.py::test_y`) belongs to; None for what is no such path."""
     path = (ROOT / argument.split("::")[0]).resolve()
-    return next((part for part in PYTEST_PARTS if path.is_relative_to(ROOT / "tests" / part) and path.exists()), None)
+    folders = {ROOT / folder: part for part in PYTEST_PARTS for folder in folders_of(part)}
+    return next((part for folder, part in folders.items() if path.is_relative_to(folder) and path.exists()), None)
 
 
 def parse_arguments(arguments: Sequence[str]) -> tuple[list[str], list[str]]:

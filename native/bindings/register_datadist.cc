@@ -6,6 +6,7 @@
 
 #include "arguments.h"
 #include "calls.h"
+#include "endpoint.h"
 #include "memory/huge_pages.h"
 #include "memory/region_table.h"
 #include "named_tuple.h"
@@ -17,7 +18,6 @@ namespace datadist::bindings {
 namespace {
 
 using llm_datadist::LlmRole;
-using StatusPerCluster = std::pair<llm_datadist::Status, std::vector<llm_datadist::Status>>;
 
 constexpr LayerRange kAllLayers = {-1, -1};
 constexpr uint8_t kKeyAndValue = 2;
@@ -41,20 +41,6 @@ std::vector<llm_datadist::ClusterInfo> ToClusterInfos(const std::vector<ClusterA
   return infos;
 }
 
-StatusPerCluster Link(DataDist &self, const std::vector<ClusterArgument> &clusters, int32_t timeout_ms) {
-  const auto infos = ToClusterInfos(clusters);
-  std::vector<llm_datadist::Status> rets;
-  const Status status = WithoutGil([&] { return self.provider->Link(infos, rets, timeout_ms); });
-  return {Report(status), std::move(rets)};
-}
-
-StatusPerCluster Unlink(DataDist &self, const std::vector<ClusterArgument> &clusters, int32_t timeout_ms, bool force) {
-  const auto infos = ToClusterInfos(clusters);
-  std::vector<llm_datadist::Status> rets;
-  const Status status = WithoutGil([&] { return self.provider->Unlink(infos, rets, timeout_ms, force); });
-  return {Report(status), std::move(rets)};
-}
-
 std::pair<llm_datadist::Status, int64_t> RegisterKvCache(DataDist &self, const std::vector<int64_t> &shape,
                                                          int32_t data_type, const std::vector<uint64_t> &addrs,
                                                          uint32_t placement) {
@@ -64,7 +50,7 @@ std::pair<llm_datadist::Status, int64_t> RegisterKvCache(DataDist &self, const s
   desc.data_type = ToDataType(data_type);
   desc.shape = shape;
   const auto cache_id = WithoutGil([&] { return self.provider->RegisterKvCache(desc, addrs); });
-  return {Report(cache_id.ok() ? Status::Ok() : cache_id.status()), cache_id.ok() ? cache_id.value() : -1};
+  return ReportResult(cache_id, int64_t{-1});
 }
 
 llm_datadist::Status PullKvBlocks(DataDist &self, uint64_t src_cluster_id, int64_t src_cache_id, int64_t dst_cache_id,
@@ -117,11 +103,6 @@ std::pair<llm_datadist::Status, int64_t> TensorBytes(const std::vector<int64_t> 
           geometry.ok() ? static_cast<int64_t>(geometry.value().tensor_bytes) : -1};
 }
 
-std::pair<llm_datadist::Status, uint16_t> ListenPort(DataDist &self) {
-  const auto port = WithoutGil([&] { return self.provider->ListenPort(); });
-  return {Report(port.ok() ? Status::Ok() : port.status()), port.ok() ? port.value() : uint16_t{0}};
-}
-
 void RegisterClusterInfo(py::module_ &module) {
   py::class_<ClusterArgument>(module, "ClusterInfo")
       .def(py::init([](uint64_t remote_cluster_id, const py::object &remote_ip_infos, const py::object &local_ip_infos,
@@ -158,6 +139,28 @@ void RegisterTransfers(py::class_<DataDist> &datadist) {
 
 }  // namespace
 
+StatusPerCluster Link(DataDist &self, const std::vector<ClusterArgument> &clusters, int32_t timeout_ms) {
+  const auto infos = ToClusterInfos(clusters);
+  std::vector<llm_datadist::Status> rets;
+  const Status status = WithoutGil([&] { return self.provider->Link(infos, rets, timeout_ms); });
+  return {Report(status), std::move(rets)};
+}
+
+StatusPerCluster Unlink(DataDist &self, const std::vector<ClusterArgument> &clusters, int32_t timeout_ms, bool force) {
+  const auto infos = ToClusterInfos(clusters);
+  std::vector<llm_datadist::Status> rets;
+  const Status status = WithoutGil([&] { return self.provider->Unlink(infos, rets, timeout_ms, force); });
+  return {Report(status), std::move(rets)};
+}
+
+py::tuple QueryLink(DataDist &self, uint64_t cluster_id, const py::object &link_report) {
+  const auto found = WithoutGil([&] { return self.provider->QueryLink(cluster_id); });
+  if (!found.ok()) {
+    return py::make_tuple(Report(found.status()), py::none());
+  }
+  return py::make_tuple(Report(Status::Ok()), ToLinkReport(link_report, found.value()));
+}
+
 void RegisterDataDist(py::module_ &module) {
   module.def("providers", &ProviderNames);
   module.def("tensor_bytes", &TensorBytes, py::arg("shape"), py::arg("data_type"));
@@ -184,29 +187,7 @@ void RegisterDataDist(py::module_ &module) {
   py::class_<DataDist> datadist(module, "LlmDataDist", py::release_gil_before_calling_cpp_dtor());
   datadist
       .def(py::init(&Construct), py::arg("cluster_id"), py::arg("role"), py::arg("provider") = "engine")
-      .def_readonly("cluster_id", &DataDist::cluster_id)
       .def_readonly("provider", &DataDist::provider_name)
-      .def(
-          "initialize",
-          [](DataDist &self, const Options &options) {
-            return Report(WithoutGil([&] { return self.provider->Initialize(options); }));
-          },
-          py::arg("options"))
-      .def("finalize",
-           [](DataDist &self) {
-             Report(WithoutGil([&] {
-               self.provider->Finalize();
-               return Status::Ok();
-             }));
-           })
-      .def(
-          "set_role",
-          [](DataDist &self, int32_t role, const Options &options) {
-            return Report(WithoutGil([&] { return self.provider->SetRole(static_cast<LlmRole>(role), options); }));
-          },
-          py::arg("role"), py::arg("options") = Options())
-      .def("link_clusters", &Link, py::arg("clusters"), py::arg("timeout_ms") = 1000)
-      .def("unlink_clusters", &Unlink, py::arg("clusters"), py::arg("timeout_ms") = 1000, py::arg("force") = false)
       .def("register_kv_cache", &RegisterKvCache, py::arg("shape"), py::arg("data_type"), py::arg("addrs"),
            py::arg("placement") = 1)
       .def(
@@ -215,17 +196,6 @@ void RegisterDataDist(py::module_ &module) {
             return Report(WithoutGil([&] { return self.provider->UnregisterKvCache(cache_id); }));
           },
           py::arg("cache_id"))
-      .def("listen_port", &ListenPort)
-      .def(
-          "query_link",
-          [link_report](DataDist &self, uint64_t cluster_id) -> py::tuple {
-            const auto found = WithoutGil([&] { return self.provider->QueryLink(cluster_id); });
-            if (!found.ok()) {
-              return py::make_tuple(Report(found.status()), py::none());
-            }
-            return py::make_tuple(Report(Status::Ok()), ToLinkReport(link_report, found.value()));
-          },
-          py::arg("cluster_id"))
       .def("wait_for_huge_pages", [huge_pages_report](DataDist &self) -> py::tuple {
         const auto waited = WithoutGil([&] { return self.provider->WaitForHugePages(); });
         if (!waited.ok()) {
@@ -235,6 +205,7 @@ void RegisterDataDist(py::module_ &module) {
         return py::make_tuple(Report(Status::Ok()),
                               huge_pages_report(report.allowed, report.bytes, report.huge_bytes, report.seconds));
       });
+  DefineEndpoint(datadist, link_report);
   RegisterTransfers(datadist);
 }
 

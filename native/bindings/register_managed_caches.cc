@@ -4,6 +4,7 @@
 
 #include "arguments.h"
 #include "block_ids.h"
+#include "endpoint.h"
 #include "managed.h"
 
 namespace py = pybind11;
@@ -34,42 +35,38 @@ std::pair<llm_datadist::Status, int64_t> RegisterCache(ManagedDataDist &self, in
                                                        const std::vector<int64_t> &shape, int32_t data_type,
                                                        uint32_t placement, const std::vector<uint64_t> &addrs,
                                                        const KeyArguments &keys, bool remote_accessible) {
-  const auto id = self.Call([&](Engine &engine) -> Result<int64_t> {
-    const Result<CacheLayout> known_layout = ToLayout(layout);
-    const Result<RowKeys> row_keys = ToRowKeys(keys);
-    if (!known_layout.ok() || !row_keys.ok()) {
-      return known_layout.ok() ? row_keys.status() : known_layout.status();
-    }
-    const Registration registration{known_layout.value(), remote_accessible, false};
-    return engine.RegisterCache(ToDesc(num_tensors, shape, data_type, placement), addrs, registration,
-                                row_keys.value());
-  });
-  return ReportResult(id, int64_t{-1});
+  const Result<CacheLayout> known_layout = ToLayout(layout);
+  const Result<RowKeys> row_keys = ToRowKeys(keys);
+  if (!known_layout.ok() || !row_keys.ok()) {
+    return {Report(known_layout.ok() ? row_keys.status() : known_layout.status()), -1};
+  }
+  const auto desc = ToDesc(num_tensors, shape, data_type, placement);
+  const Registration registration{known_layout.value(), remote_accessible, false};
+  return ReportResult(
+      WithoutGil([&] { return self.extension().RegisterCache(desc, addrs, registration, row_keys.value()); }),
+      int64_t{-1});
 }
 
 std::tuple<llm_datadist::Status, int64_t, std::vector<uint64_t>> AllocateCache(
     ManagedDataDist &self, int32_t layout, uint32_t num_tensors, const std::vector<int64_t> &shape, int32_t data_type,
     uint32_t placement, const KeyArguments &keys) {
-  const auto made = self.Call([&](Engine &engine) -> Result<CacheRegistry::Allocation> {
-    const Result<CacheLayout> known_layout = ToLayout(layout);
-    const Result<RowKeys> row_keys = ToRowKeys(keys);
-    if (!known_layout.ok() || !row_keys.ok()) {
-      return known_layout.ok() ? row_keys.status() : known_layout.status();
-    }
-    return engine.caches().Allocate(ToDesc(num_tensors, shape, data_type, placement), known_layout.value(),
-                                    row_keys.value());
-  });
+  const Result<CacheLayout> known_layout = ToLayout(layout);
+  const Result<RowKeys> row_keys = ToRowKeys(keys);
+  if (!known_layout.ok() || !row_keys.ok()) {
+    return {Report(known_layout.ok() ? row_keys.status() : known_layout.status()), -1, {}};
+  }
+  const auto desc = ToDesc(num_tensors, shape, data_type, placement);
+  const auto made =
+      WithoutGil([&] { return self.extension().AllocateCache(desc, known_layout.value(), row_keys.value()); });
   if (!made.ok()) {
     return {Report(made.status()), -1, {}};
   }
-  return {Report(Status::Ok()), made.value().cache_id, made.value().addrs};
+  return {Report(Status::Ok()), made.value().cache_id, made.value().tensor_addrs};
 }
 
 llm_datadist::Status RemoveCacheKey(ManagedDataDist &self, const KeyArgument &argument) {
-  return Report(self.Call([&](Engine &engine) -> Status {
-    const Result<CacheKey> key = ToKey(argument);
-    return key.ok() ? engine.caches().RemoveKey(key.value()) : key.status();
-  }));
+  const Result<CacheKey> key = ToKey(argument);
+  return Report(key.ok() ? WithoutGil([&] { return self.extension().RemoveCacheKey(key.value()); }) : key.status());
 }
 
 llm_datadist::Status CopyBlocks(ManagedDataDist &self, int64_t cache_id, py::handle src_blocks,
@@ -79,7 +76,7 @@ llm_datadist::Status CopyBlocks(ManagedDataDist &self, int64_t cache_id, py::han
     return Report(lists.status());
   }
   const BlockMove move{lists.value().src, lists.value().dst};
-  return Report(self.Call([&](Engine &engine) { return engine.CopyBlocks(cache_id, move); }));
+  return Report(WithoutGil([&] { return self.extension().CopyBlocks(cache_id, move); }));
 }
 
 llm_datadist::Status SwapBlocks(ManagedDataDist &self, int64_t src_cache_id, const std::vector<uint64_t> &src_addrs,
@@ -90,9 +87,9 @@ llm_datadist::Status SwapBlocks(ManagedDataDist &self, int64_t src_cache_id, con
     return Report(lists.status());
   }
   const BlockMove move{lists.value().src, lists.value().dst};
-  const Engine::LocalCache from{src_cache_id, src_addrs};
-  const Engine::LocalCache to{dst_cache_id, dst_addrs};
-  return Report(self.Call([&](Engine &engine) { return engine.CopyBlocksBetween(from, to, block_bytes, move); }));
+  const CopySide from{src_cache_id, src_addrs};
+  const CopySide to{dst_cache_id, dst_addrs};
+  return Report(WithoutGil([&] { return self.extension().CopyBlocksBetween(from, to, block_bytes, move); }));
 }
 
 }  // namespace
@@ -106,10 +103,7 @@ void RegisterManagedCaches(ManagedClass &managed) {
       .def(
           "unregister_cache",
           [](ManagedDataDist &self, int64_t cache_id) {
-            return Report(self.Call([&](Engine &engine) {
-              engine.UnregisterCache(cache_id);
-              return Status::Ok();
-            }));
+            return Report(WithoutGil([&] { return self.provider->UnregisterKvCache(cache_id); }));
           },
           py::arg("cache_id"))
       .def("allocate_cache", &AllocateCache, py::arg("layout"), py::arg("num_tensors"), py::arg("shape"),
@@ -117,7 +111,7 @@ void RegisterManagedCaches(ManagedClass &managed) {
       .def(
           "deallocate_cache",
           [](ManagedDataDist &self, int64_t cache_id) {
-            return Report(self.Call([&](Engine &engine) { return engine.caches().Deallocate(cache_id); }));
+            return Report(WithoutGil([&] { return self.extension().DeallocateCache(cache_id); }));
           },
           py::arg("cache_id"))
       .def("remove_cache_key", &RemoveCacheKey, py::arg("key"))
@@ -125,9 +119,8 @@ void RegisterManagedCaches(ManagedClass &managed) {
           "copy_row",
           [](ManagedDataDist &self, int64_t dst_cache_id, int64_t src_cache_id, uint32_t dst_row, uint32_t src_row,
              uint64_t offset, int64_t size) {
-            return Report(self.Call([&](Engine &engine) {
-              return engine.CopyRow(dst_cache_id, src_cache_id, dst_row, src_row, offset, size);
-            }));
+            const RowCopy copy{dst_cache_id, src_cache_id, dst_row, src_row, offset, size};
+            return Report(WithoutGil([&] { return self.extension().CopyRow(copy); }));
           },
           py::arg("dst_cache_id"), py::arg("src_cache_id"), py::arg("dst_batch_index") = 0,
           py::arg("src_batch_index") = 0, py::arg("offset") = 0, py::arg("size") = -1)

@@ -25,18 +25,14 @@ llm_datadist::Status PullRows(ManagedDataDist &self, uint64_t src_cluster_id, co
                               int64_t dst_cache_id, uint32_t src_row, uint32_t dst_row, int64_t size,
                               const SpanArgument &src_layers, const SpanArgument &dst_layers,
                               uint32_t tensors_per_layer, uint64_t src_offset, uint64_t dst_offset) {
-  return Report(self.Call([&](Engine &engine) -> Status {
-    const Result<CacheRef> ref = ToRef(src);
-    if (!ref.ok()) {
-      return ref.status();
-    }
-    if (Status status = CheckRowSize(size); !status.ok()) {
-      return status;
-    }
-    const LayerChoice layers = ToLayers(src_layers, dst_layers, tensors_per_layer);
-    return engine.Pull({src_cluster_id, ref.value(), src_row, dst_cache_id, layers},
-                       RowMove{src_row, dst_row, size, src_offset, dst_offset});
-  }));
+  const Result<CacheRef> ref = ToRef(src);
+  if (!ref.ok()) {
+    return Report(ref.status());
+  }
+  const PullTarget target{src_cluster_id, ref.value(), src_row, dst_cache_id,
+                          ToLayers(src_layers, dst_layers, tensors_per_layer)};
+  const RowMove move{src_row, dst_row, size, src_offset, dst_offset};
+  return Report(WithoutGil([&] { return self.extension().Pull(target, move); }));
 }
 
 llm_datadist::Status PullBlocks(ManagedDataDist &self, uint64_t src_cluster_id, const RefArgument &src,
@@ -48,35 +44,26 @@ llm_datadist::Status PullBlocks(ManagedDataDist &self, uint64_t src_cluster_id, 
     return Report(lists.status());
   }
   const BlockLists &blocks = lists.value();
-  return Report(self.Call([&](Engine &engine) -> Status {
-    const Result<CacheRef> ref = ToRef(src);
-    if (!ref.ok()) {
-      return ref.status();
-    }
-    const PullTarget target{src_cluster_id, ref.value(), src_row, dst_cache_id,
-                            ToLayers(src_layers, dst_layers, tensors_per_layer)};
-    if (blocks.src.empty() && !blocks.dst.empty()) {
-      return engine.Pull(target, PieceMove{src_row, 0, blocks.dst});
-    }
-    if (Status status = CheckBlockLists(blocks.src, blocks.dst); !status.ok()) {
-      return status;
-    }
-    return engine.Pull(target, BlockMove{blocks.src, blocks.dst});
-  }));
+  const Result<CacheRef> ref = ToRef(src);
+  if (!ref.ok()) {
+    return Report(ref.status());
+  }
+  const PullTarget target{src_cluster_id, ref.value(), src_row, dst_cache_id,
+                          ToLayers(src_layers, dst_layers, tensors_per_layer)};
+  const bool pieces = blocks.src.empty() && !blocks.dst.empty();
+  const Move move = pieces ? Move(PieceMove{src_row, 0, blocks.dst}) : Move(BlockMove{blocks.src, blocks.dst});
+  return Report(WithoutGil([&] { return self.extension().Pull(target, move); }));
 }
 
 // What a push moves, by which lists are given: none, both, or only the destination's.
-Result<Move> ToPushMove(const BlockLists &blocks, uint32_t src_row, uint32_t dst_row, uint64_t dst_block_bytes) {
+Move ToPushMove(const BlockLists &blocks, uint32_t src_row, uint32_t dst_row, uint64_t dst_block_bytes) {
   if (blocks.src.empty() && blocks.dst.empty()) {
-    return Move(RowMove{src_row, dst_row, -1, 0, 0});
+    return RowMove{src_row, dst_row, -1, 0, 0};
   }
   if (blocks.src.empty()) {
-    return Move(PieceMove{src_row, dst_block_bytes, blocks.dst});
+    return PieceMove{src_row, dst_block_bytes, blocks.dst};
   }
-  if (Status status = CheckBlockLists(blocks.src, blocks.dst); !status.ok()) {
-    return status;
-  }
-  return Move(BlockMove{blocks.src, blocks.dst});
+  return BlockMove{blocks.src, blocks.dst};
 }
 
 llm_datadist::Status PushLayer(ManagedDataDist &self, int64_t src_cache_id, int64_t src_layer, uint64_t dst_cluster_id,
@@ -87,18 +74,13 @@ llm_datadist::Status PushLayer(ManagedDataDist &self, int64_t src_cache_id, int6
   if (!lists.ok()) {
     return Report(lists.status());
   }
-  return Report(self.Call([&](Engine &engine) -> Status {
-    if (!engine.remote_accessible()) {
-      return Status(llm_datadist::LLM_FEATURE_NOT_ENABLED, "a push needs llm.EnableRemoteCacheAccessible");
-    }
-    const Result<CacheRef> ref = ToRef(dst);
-    const Result<Move> move = ToPushMove(lists.value(), src_row, dst_row, dst_block_bytes);
-    if (!ref.ok() || !move.ok()) {
-      return ref.ok() ? move.status() : ref.status();
-    }
-    return engine.PushLayer({src_cache_id, src_layer, dst_cluster_id, dst_layer, tensors_per_layer}, ref.value(),
-                            move.value());
-  }));
+  const Result<CacheRef> ref = ToRef(dst);
+  if (!ref.ok()) {
+    return Report(ref.status());
+  }
+  const PushTarget target{src_cache_id, src_layer, dst_cluster_id, dst_layer, tensors_per_layer};
+  const Move move = ToPushMove(lists.value(), src_row, dst_row, dst_block_bytes);
+  return Report(WithoutGil([&] { return self.extension().PushLayer(target, ref.value(), move); }));
 }
 
 llm_datadist::Status PushLayerToAddrs(ManagedDataDist &self, int64_t src_cache_id, int64_t src_layer,
@@ -109,15 +91,9 @@ llm_datadist::Status PushLayerToAddrs(ManagedDataDist &self, int64_t src_cache_i
   if (!lists.ok()) {
     return Report(lists.status());
   }
-  return Report(self.Call([&](Engine &engine) -> Status {
-    const Result<Move> move = ToPushMove(lists.value(), src_row, 0, dst_block_bytes);
-    if (!move.ok()) {
-      return move.status();
-    }
-    const auto tensors_per_layer = static_cast<uint32_t>(dst_addrs.size());
-    return engine.PushLayerToAddresses({src_cache_id, src_layer, dst_cluster_id, 0, tensors_per_layer}, dst_addrs,
-                                       move.value());
-  }));
+  const PushTarget target{src_cache_id, src_layer, dst_cluster_id, 0, static_cast<uint32_t>(dst_addrs.size())};
+  const Move move = ToPushMove(lists.value(), src_row, 0, dst_block_bytes);
+  return Report(WithoutGil([&] { return self.extension().PushLayerToAddresses(target, dst_addrs, move); }));
 }
 
 }  // namespace

@@ -169,14 +169,14 @@ TEST(SocketIo, EndOfThePeerIsAFailureNotASignal) {
   char byte = 0;
   EXPECT_EQ(RecvAll(pair.b.get(), &byte, 1, Soon()).code(), LLM_FAILED);
   EXPECT_EQ(SendAll(pair.b.get(), &byte, 1, Soon()).code(), LLM_FAILED);
-  EXPECT_TRUE(WaitReadable(pair.b.get()).ok()) << "the end shows in the next receive";
+  EXPECT_TRUE(WaitReadable(pair.b.get(), Soon()).ok()) << "the end shows in the next receive";
 }
 
 TEST(SocketIo, ShutdownWakesAWaiter) {
   const SocketPair pair;
   std::thread waiter([&] {
     char byte = 0;
-    EXPECT_TRUE(WaitReadable(pair.a.get()).ok());
+    EXPECT_TRUE(WaitReadable(pair.a.get(), Soon()).ok());
     EXPECT_EQ(RecvAll(pair.a.get(), &byte, 1, Soon()).code(), LLM_FAILED);
   });
   ::shutdown(pair.a.get(), SHUT_RDWR);

@@ -57,6 +57,34 @@ TEST(CommLimits, SixteenPrepareAtATimeTheNextWaitsItsTurn) {
   ExpectOk(self, waiting);
 }
 
+TEST(CommLimits, SilentMembersDoNotKeepTheOthersFromTheirTurn) {
+  Member self(4);
+  Member third(3);
+  std::vector<CommMember> members = Members(4);
+  std::vector<Listeners> silent;
+  for (CommMember *const member : {&members[0], &members[1]}) {
+    silent.push_back(Listen(*member->address).value());
+  }
+  MustLink(third, "all", members);
+  MustLink(self, "all", members);
+  EXPECT_TRUE(Eventually([&] { return self.Linked(3) && third.Linked(4); }));
+}
+
+TEST(CommLimits, WithoutAThreadToDialTheCommFails) {
+  Member self(2);
+  TaskRunner none(1);
+  none.Stop();
+  const std::vector<CommMember> members = Members(2);
+  bool turn_over = false;
+  const auto comm = std::make_shared<Comm>(self.endpoint(), self.table(), none,
+                                           CommPlan{1, "dials", members[1], {members[0]}, kLong},
+                                           [&] { turn_over = true; });
+  self.endpoint()->loop()->Run([&] { comm->PrepareOnLoop(); });
+  EXPECT_EQ(comm->Report().state, CommState::kFailed);
+  EXPECT_THAT(comm->Report().reason, HasSubstr("no thread to dial cluster 1"));
+  EXPECT_TRUE(turn_over);
+}
+
 TEST(CommLimits, LinksOfCommsCountAsLinks) {
   LinkOptions options;
   options.max_links = 1;

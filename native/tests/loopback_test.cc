@@ -35,10 +35,9 @@ LinkOptions Hixl() {
 class Loopback : public ::testing::TestWithParam<TransportKind> {
  protected:
   void Link(uint64_t peer_id) {
-    const auto link = MakeLoopback(self_.endpoint(), self_.table(), LoopbackPeer{peer_id, peer_id, "loopback", ""});
-    ASSERT_TRUE(link.ok()) << link.status().text();
-    ASSERT_TRUE(self_.table()->Adopt(link.value()).ok());
-    ASSERT_EQ(link.value()->Report().transport, TransportName(GetParam()));
+    const Status status = LinkLoopback(self_.endpoint(), self_.table(), {peer_id, peer_id, "loopback", ""});
+    ASSERT_TRUE(status.ok()) << status.text();
+    ASSERT_EQ(self_.table()->Find(peer_id)->Report().transport, TransportName(GetParam()));
   }
   Member self_{kSelf, Forced(GetParam())};
 };

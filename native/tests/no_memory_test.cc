@@ -15,8 +15,10 @@
 #include "control/messages.h"
 #include "base/socket_io.h"
 #include "control/session.h"
+#include "support/comm_members.h"
 #include "support/frames.h"
 #include "support/member.h"
+#include "transport_support/requests.h"
 
 namespace {
 
@@ -130,6 +132,43 @@ TEST(NoMemory, ForAGreetingEndsThatConnectionAlone) {
   }
   Member client(1);
   EXPECT_TRUE(client.Dial(address, 2).ok());
+}
+
+// Less than what a dial takes, and more than it takes to ask.
+constexpr size_t kBytesOfADial = 150;
+
+TEST(NoMemory, ToDialFailsTheCommAlone) {
+  Member self(2);
+  const int64_t id = MustLink(self, "absent", Members(2));
+  {
+    const NoMemoryFrom none(kBytesOfADial);
+    EXPECT_EQ(self.Settled(id).state, CommState::kFailed);
+  }
+  ExpectOk(self, MustLink(self, "loop", WithoutAddresses(Members(2))));
+  EXPECT_TRUE(self.comms().Unlink(id).ok());
+}
+
+TEST(NoMemory, ForAListOfSpansEndsThatDataConnectionAlone) {
+  test::OwnerHere owner;
+  const RemoteCache cache = owner.AddCache({2, 4, 64}, 1);
+  const uint16_t port = owner.Listen();
+  const Fd hungry = test::Dial(port);
+  const Fd other = test::Dial(port);
+  owner.Serve(2, kPatience);
+  RequestHeader header = test::GoodHeader(cache);
+  header.span_count = kMaxSpansPerRequest;
+  header.total_bytes = 2 * uint64_t{header.span_count};
+  const auto request = test::Encoded(header, std::vector<Span>(header.span_count, Span{0, 1}));
+  {
+    const NoMemoryFrom none(request.size() / 2);
+    (void)SendAll(hungry.get(), request.data(), request.size(), Deadline::In(kPatience));
+    char byte = 0;
+    EXPECT_EQ(RecvAll(hungry.get(), &byte, 1, Deadline::In(kPatience)).code(), llm_datadist::LLM_FAILED) << "closed";
+  }
+  const auto modest = test::Encoded(test::GoodHeader(cache), {{0, 64}});
+  ASSERT_TRUE(SendAll(other.get(), modest.data(), modest.size(), Deadline::In(kPatience)).ok());
+  uint8_t bytes[kResponseHeaderBytes];
+  EXPECT_TRUE(RecvAll(other.get(), bytes, sizeof(bytes), Deadline::In(kPatience)).ok());
 }
 
 }  // namespace

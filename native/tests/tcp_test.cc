@@ -7,6 +7,7 @@
 #include <thread>
 
 #include "base/socket_io.h"
+#include "transport/tcp/tcp_data_path.h"
 #include "transport_support/initiator.h"
 #include "transport_support/requests.h"
 
@@ -125,6 +126,37 @@ TEST_F(TcpOwner, RefusesWhatIsOutsideTheCache) {
       const auto response = Response(stream);
       ASSERT_TRUE(response.ok());
       EXPECT_EQ(response.value().status, test.code);
+    }
+  }
+  EXPECT_EQ(owner_.Bytes(remote_.cache_id), PatternOf(kShape, 1));
+  EXPECT_TRUE(owner_.CanariesIntact(remote_.cache_id));
+}
+
+// The header of another engine, {size, address, opcode}, which that engine dereferenced; and requests of our own form with
+// addresses of the owner for names.
+TEST_F(TcpOwner, Cve2026_103764AddressesAreNoNames) {
+  const uint64_t address = remote_.tensor_addrs.at(0);
+  for (const uint8_t opcode : {uint8_t{0}, uint8_t{1}, uint8_t{2}}) {
+    Writer header;
+    header.U64(64);
+    header.U64(address);
+    header.U8(opcode);
+    std::vector<uint8_t> bytes = header.Take();
+    bytes.resize(kRequestHeaderBytes, 0xEE);
+    const Fd stream = Connect();
+    ASSERT_TRUE(Send(stream, bytes).ok());
+    EXPECT_TRUE(EndsWithoutAnswer(stream));
+  }
+  const Fd stream = Connect();
+  for (const DataOp op : {DataOp::kPull, DataOp::kPush}) {
+    for (const bool as_cache : {true, false}) {
+      RequestHeader header = GoodHeader(remote_);
+      header.op = op;
+      header.cache_id = as_cache ? static_cast<int64_t>(address) : header.cache_id;
+      ASSERT_TRUE(Send(stream, Encoded(header, {{as_cache ? 0 : address, 64}})).ok());
+      const auto response = Response(stream);
+      ASSERT_TRUE(response.ok());
+      EXPECT_EQ(response.value().status, as_cache ? LLM_KV_CACHE_NOT_EXIST : LLM_PARAM_INVALID);
     }
   }
   EXPECT_EQ(owner_.Bytes(remote_.cache_id), PatternOf(kShape, 1));

@@ -77,6 +77,44 @@ TEST_F(TransferQueueTest, ABusyClusterDoesNotStarveOthers) {
   EXPECT_THAT(provider_->order(), ElementsAre(10, 20, 11, 12));
 }
 
+// Peers that do not answer hold no turn of others, as long as there are threads to be had.
+TEST_F(TransferQueueTest, StalledOperationsHoldUpNobody) {
+  constexpr uint64_t kStalled = TransferQueue::kMaxThreads - 1;
+  constexpr uint64_t kHealthy = 1000;
+  Start(4, 256, true, milliseconds(1));
+  std::set<uint64_t> stalled;
+  for (uint64_t cluster = 1; cluster <= kStalled; ++cluster) {
+    Submit(Pull(cluster, cluster));
+    stalled.insert(cluster);
+  }
+  provider_->AwaitStarted(stalled);
+  for (uint64_t label = kHealthy; label < kHealthy + 100; ++label) {
+    provider_->Open(label);
+    const uint64_t id = Submit(Pull(kHealthy, label));
+    EXPECT_EQ(CollectOne().id, id);
+  }
+  Submit(Pull(kHealthy, 1));  // stalls, too
+  const uint64_t too_many = Submit(Pull(kHealthy + 1, 2000), milliseconds(200));
+  EXPECT_EQ(CollectOne().id, too_many) << "there is an end to threads";
+  for (const uint64_t label : stalled) {
+    provider_->Open(label);
+  }
+  Collect(kStalled + 1);
+  EXPECT_FALSE(provider_->lane_violated());
+}
+
+TEST_F(TransferQueueTest, NoMoreThanItsThreadsRunWhileTheyAreNotStalled) {
+  Start(2);
+  for (uint64_t cluster = 1; cluster <= 3; ++cluster) {
+    Submit(Pull(cluster, cluster), cluster < 3 ? kNoDeadline : kSoon);
+  }
+  EXPECT_EQ(CollectOne().status, llm_datadist::LLM_TIMEOUT);
+  EXPECT_EQ(provider_->order().size(), 2U);
+  provider_->Open(1);
+  provider_->Open(2);
+  Collect(2);
+}
+
 TEST_F(TransferQueueTest, ExpiresAtTheDeadlineWhileEveryThreadIsBusy) {
   Start(1);
   const uint64_t running = Submit(Pull(1, 1));

@@ -9,11 +9,7 @@
 #include <string>
 #include <thread>
 
-#include "transfer/moves.h"
-#include "transport/local/local_data_path.h"
-#include "transport_support/initiator.h"
-#include "transport_support/owner.h"
-#include "transport_support/owner_process.h"
+#include "transport_support/transports.h"
 
 namespace datadist::test {
 namespace {
@@ -23,65 +19,10 @@ using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
 using llm_datadist::LLM_PARAM_INVALID;
 using llm_datadist::LLM_TIMEOUT;
 using std::chrono::milliseconds;
-using std::chrono::seconds;
 
-struct Setting {
-  TransportKind kind;
-  bool second_process;
-};
-
-std::string NameOf(const testing::TestParamInfo<Setting> &info) {
-  return std::string(TransportName(info.param.kind)) + (info.param.second_process ? "_process" : "_here");
-}
-
-Deadline Soon() { return Deadline::In(seconds(30)); }
-
-class TransportContract : public testing::TestWithParam<Setting> {
- protected:
-  void SetUp() override {
-    if (GetParam().second_process) {
-      owner_ = std::make_unique<OwnerProcess>();
-    } else {
-      owner_ = std::make_unique<OwnerHere>();
-    }
-    path_ = MakePath();
-  }
-
-  std::unique_ptr<DataPath> MakePath() {
-    switch (GetParam().kind) {
-      case TransportKind::kLocal:
-        return MakeLocalDataPath(static_cast<OwnerHere &>(*owner_).regions(), pool_);
-      case TransportKind::kCma:
-        return ConnectCma(*owner_, &calls_, pool_);
-      case TransportKind::kTcp:
-        return ConnectTcp(*owner_, 2, pool_, seconds(30));
-    }
-    return nullptr;
-  }
-
-  bool OwnerChecksPulls() const { return GetParam().kind != TransportKind::kCma; }
-
-  std::shared_ptr<WorkerPool> pool_ = std::make_shared<WorkerPool>(2);
-  std::unique_ptr<Owner> owner_;
-  CallsTo calls_{owner_};
-  std::unique_ptr<DataPath> path_;
-};
+class TransportContract : public EachTransport {};
 
 // Block lists of any order, with repeated sources and destinations.
-// As the engine makes them.
-std::vector<Run> BlockRuns(const std::vector<uint64_t> &remote_blocks, const std::vector<uint64_t> &local_blocks,
-                           uint64_t stride) {
-  CacheGeometry geometry;
-  geometry.stride = stride;
-  const auto built =
-      BuildRuns(BlockMove{remote_blocks, local_blocks}, geometry, geometry, LocalSide::kDestination, false);
-  std::vector<Run> runs;
-  for (const ByteRun &run : built.value()) {
-    runs.push_back({run.src_offset, run.dst_offset, run.length});
-  }
-  return runs;
-}
-
 std::vector<uint64_t> RandomBlocks(std::mt19937_64 &random, size_t count, uint64_t num_blocks) {
   std::vector<uint64_t> blocks(count);
   uint64_t next = 0;
@@ -199,25 +140,6 @@ TEST_P(TransportContract, MovesLargePermutationsByteExact) {
   }
 }
 
-TEST_P(TransportContract, LastOfRepeatedDestinationsWinsInLargeTransfers) {
-  const CacheShape shape{2, 512, 4096};
-  const RemoteCache remote = owner_->AddCache(shape, 5);
-  LocalCache local(shape, 6);
-  TransferOp op{&remote, &local.pin(), 0, 0, 2, {}};
-  for (uint64_t i = 0; i < shape.num_blocks; ++i) {  // descending sources into two alternating blocks
-    op.runs.push_back({(shape.num_blocks - 1 - i) * shape.stride, (i % 2) * shape.stride, shape.stride});
-  }
-  ASSERT_TRUE(path_->Pull(op, Soon()).ok());
-  std::vector<uint8_t> expected = PatternOf(shape, 6);
-  const std::vector<uint8_t> source = PatternOf(shape, 5);
-  for (uint64_t tensor = 0; tensor < 2; ++tensor) {
-    const uint64_t base = tensor * shape.num_blocks * shape.stride;
-    std::memcpy(&expected[base], &source[base + shape.stride], shape.stride);
-    std::memcpy(&expected[base + shape.stride], &source[base], shape.stride);
-  }
-  ASSERT_EQ(local.Bytes(), expected);
-}
-
 // ---- bounds ----
 
 struct BadRange {
@@ -255,45 +177,6 @@ TEST_P(TransportContract, RefusesRangesOutside) {
   }
   EXPECT_EQ(local.Bytes(), PatternOf(shape, 2));
   EXPECT_EQ(owner_->Bytes(remote.cache_id), PatternOf(shape, 1));
-}
-
-// Tensor after tensor and run after run: the last write of a byte stays, whichever tensor it was meant for.
-TEST_P(TransportContract, WritesTensorsThatOverlapInOrder) {
-  const CacheShape apart{5, 200, 4096};
-  CacheShape overlapping = apart;
-  overlapping.distance = 50 * apart.stride;
-  const size_t tensor_bytes = apart.num_blocks * apart.stride;
-  for (uint64_t seed = 1; seed <= 10; ++seed) {
-    const bool pull = seed % 2 == 0;
-    SCOPED_TRACE("seed " + std::to_string(seed));
-    const RemoteCache remote = owner_->AddCache(pull ? apart : overlapping, seed);
-    LocalCache local(pull ? overlapping : apart, ~seed);
-    std::mt19937_64 random(seed);
-    std::vector<uint64_t> from(apart.num_blocks);
-    std::iota(from.begin(), from.end(), 0);
-    std::vector<uint64_t> to = from;
-    std::shuffle(from.begin(), from.end(), random);
-    std::shuffle(to.begin(), to.end(), random);
-    const auto runs = pull ? BlockRuns(from, to, apart.stride) : BlockRuns(to, from, apart.stride);
-    const TransferOp op{&remote, &local.pin(), 0, 0, apart.num_tensors, runs};
-    const std::vector<uint8_t> source = pull ? owner_->Bytes(remote.cache_id) : local.Bytes();
-    ASSERT_TRUE((pull ? path_->Pull(op, Soon()) : path_->Push(op, Soon())).ok());
-
-    // Every byte of every tensor is written.
-    std::vector<uint8_t> memory(tensor_bytes + (apart.num_tensors - 1) * overlapping.distance);
-    for (size_t tensor = 0; tensor < apart.num_tensors; ++tensor) {
-      for (size_t i = 0; i < from.size(); ++i) {
-        std::memcpy(&memory[tensor * overlapping.distance + to[i] * apart.stride],
-                    &source[tensor * tensor_bytes + from[i] * apart.stride], apart.stride);
-      }
-    }
-    std::vector<uint8_t> expected;
-    for (size_t tensor = 0; tensor < apart.num_tensors; ++tensor) {
-      const auto start = memory.begin() + static_cast<std::ptrdiff_t>(tensor * overlapping.distance);
-      expected.insert(expected.end(), start, start + static_cast<std::ptrdiff_t>(tensor_bytes));
-    }
-    ASSERT_EQ(pull ? local.Bytes() : owner_->Bytes(remote.cache_id), expected);
-  }
 }
 
 // An initiator that believes, or pretends, that the cache is larger than it is.
@@ -411,11 +294,7 @@ TEST_P(TransportContract, CloseEndsRunningAndLaterCalls) {
   EXPECT_TRUE(fresh->Pull(op, Soon()).ok());
 }
 
-INSTANTIATE_TEST_SUITE_P(All, TransportContract,
-                         testing::Values(Setting{TransportKind::kLocal, false}, Setting{TransportKind::kCma, false},
-                                         Setting{TransportKind::kCma, true}, Setting{TransportKind::kTcp, false},
-                                         Setting{TransportKind::kTcp, true}),
-                         NameOf);
+INSTANTIATE_TEST_SUITE_P(All, TransportContract, kAllTransports, NameOf);
 
 }  // namespace
 }  // namespace datadist::test

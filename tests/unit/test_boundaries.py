@@ -1,4 +1,4 @@
-"""What may import what, and what may be used nowhere."""
+"""What may import what."""
 
 from __future__ import annotations
 
@@ -13,13 +13,6 @@ from vllm_datadist_connector.connector import DataDistConnector
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "vllm_datadist_connector"
-SOURCES = sorted(
-    path
-    for folder in ("vllm_datadist_connector", "tests", "tools", "benchmarks")
-    for path in (ROOT / folder).rglob("*.py")
-)
-UNSAFE_MODULES = {"pickle", "cPickle", "cloudpickle", "dill", "marshal", "shelve"}
-UNSAFE_CALLS = {"eval", "exec", "recv_pyobj", "send_pyobj"}
 
 
 def imports_of(path: Path) -> set[str]:
@@ -36,20 +29,6 @@ def imports_of(path: Path) -> set[str]:
             found |= {node.module} | {f"{node.module}.{alias.name}" for alias in node.names}
         nodes += ast.iter_child_nodes(node)
     return found
-
-
-@pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
-def test_nothing_that_runs_what_it_is_sent(path: Path) -> None:
-    assert {name.partition(".")[0] for name in imports_of(path)}.isdisjoint(UNSAFE_MODULES)
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Call):
-            name = node.func.id if isinstance(node.func, ast.Name) else getattr(node.func, "attr", "")
-            assert name not in UNSAFE_CALLS, f"{path}:{node.lineno}"
-
-
-@pytest.mark.parametrize("path", sorted(PACKAGE.rglob("*.py")), ids=lambda path: str(path.relative_to(PACKAGE)))
-def test_no_assert_in_the_package(path: Path) -> None:
-    assert not any(isinstance(node, ast.Assert) for node in ast.walk(ast.parse(path.read_text())))
 
 
 FORBIDDEN = {

@@ -26,6 +26,7 @@ A_FILE, A_TEST = "tests/unit/test_config.py", "tests/integration/test_statistics
         (["--only", "unit,lint"], ["lint", "unit"]),
         (["--", A_FILE], ["unit"]),
         (["--", "-q", A_TEST, A_FILE], ["unit", "integration"]),
+        (["--", "tests/security"], ["unit"]),
         (["--only", "native,unit", "--", A_FILE], ["native", "unit"]),
         (["--", "-k", "config"], list(runner.PARTS)),
     ],
@@ -45,7 +46,7 @@ def test_a_path_stands_in_for_the_folder() -> None:
     (step,) = runner.steps_of("unit", ENVIRONMENT, ["-q", A_FILE, A_TEST])
     assert step.command[1:] == (A_FILE, "-q")
     (step,) = runner.steps_of("unit", ENVIRONMENT, ["-q"])
-    assert step.command[1:] == ("tests/unit", "-q")
+    assert step.command[1:] == ("tests/unit", "tests/security", "-q")
 
 
 def test_every_part_is_in_one_lane() -> None:

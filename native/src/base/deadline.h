@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <chrono>
 #include <cstdint>
+#include <limits>
 
 namespace datadist {
 
@@ -19,10 +20,19 @@ class Deadline {
   bool Expired() const { return Clock::now() >= at_; }
   Clock::time_point at() const { return at_; }
 
-  // Rounded up, so that a poll() with it does not spin through the last millisecond; 0 when expired.
+  // Rounded up; 0 when expired.
   std::chrono::milliseconds Remaining() const {
     const auto left = std::chrono::ceil<std::chrono::milliseconds>(at_ - Clock::now());
     return std::max(left, std::chrono::milliseconds::zero());
+  }
+  // For the wire: never 0, which the peer would take for no time at all.
+  uint32_t WireMillis() const {
+    return static_cast<uint32_t>(std::clamp<int64_t>(Remaining().count(), 1, std::numeric_limits<uint32_t>::max()));
+  }
+  // For a poll(), which may end before the deadline: its int is short. 0 only when expired, so that a loop of polls does
+  // not spin through the last millisecond.
+  int PollMillis() const {
+    return static_cast<int>(std::min<int64_t>(Remaining().count(), std::numeric_limits<int>::max()));
   }
 
  private:

@@ -7,16 +7,13 @@
 #include <cerrno>
 #include <system_error>
 
+#include "base/iovecs.h"
+
 namespace datadist {
 namespace {
 
 using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_TIMEOUT;
-
-constexpr size_t kMaxIovecs = 1024;  // the kernel's UIO_MAXIOV
-constexpr int kForever = -1;
-// poll() takes an int of milliseconds; longer waits are made of several.
-constexpr std::chrono::milliseconds kLongestPoll{60 * 60 * 1000};
 
 enum class Direction { kSend, kRecv };
 
@@ -26,12 +23,12 @@ Status Broken(Direction direction, const std::string &why) {
 
 Status WaitFor(int fd, short events, Direction direction, Deadline deadline) {
   while (true) {
-    const auto left = std::min(deadline.Remaining(), kLongestPoll);
-    if (left.count() == 0) {
+    const int left = deadline.PollMillis();
+    if (left == 0) {
       return Status(LLM_TIMEOUT, direction == Direction::kSend ? "send: deadline passed" : "receive: deadline passed");
     }
     pollfd entry{fd, events, 0};
-    const int ready = ::poll(&entry, 1, static_cast<int>(left.count()));
+    const int ready = ::poll(&entry, 1, left);
     if (ready > 0) {
       return Status::Ok();  // errors and hang-ups show in the next send or receive, with their cause
     }
@@ -41,36 +38,18 @@ Status WaitFor(int fd, short events, Direction direction, Deadline deadline) {
   }
 }
 
-// Drops the first `done` bytes of the list; true when none are left.
-bool Advance(iovec *&iov, size_t &count, size_t done) {
-  while (count > 0 && done >= iov->iov_len) {
-    done -= iov->iov_len;
-    ++iov;
-    --count;
-  }
-  if (count > 0) {
-    iov->iov_base = static_cast<char *>(iov->iov_base) + done;
-    iov->iov_len -= done;
-  }
-  return count == 0;
-}
-
 Status Move(int fd, iovec *iov, size_t count, Direction direction, Deadline deadline) {
   const bool sending = direction == Direction::kSend;
-  if (Advance(iov, count, 0)) {
-    return Status::Ok();
-  }
-  while (true) {
+  AdvanceIovecs(iov, count, 0);
+  while (count > 0) {
     msghdr message{};
     message.msg_iov = iov;
     message.msg_iovlen = std::min(count, kMaxIovecs);
     const ssize_t moved = sending ? ::sendmsg(fd, &message, MSG_DONTWAIT | MSG_NOSIGNAL)
                                   : ::recvmsg(fd, &message, MSG_DONTWAIT);
     if (moved > 0) {
-      if (Advance(iov, count, static_cast<size_t>(moved))) {
-        return Status::Ok();
-      }
-      if (deadline.Expired()) {  // a peer that trickles bytes never lets us come to poll()
+      AdvanceIovecs(iov, count, static_cast<size_t>(moved));
+      if (count > 0 && deadline.Expired()) {  // a peer that trickles bytes never lets us come to poll()
         return Status(LLM_TIMEOUT, sending ? "send: deadline passed" : "receive: deadline passed");
       }
     } else if (moved == 0) {
@@ -84,6 +63,7 @@ Status Move(int fd, iovec *iov, size_t count, Direction direction, Deadline dead
       return Broken(direction, ErrnoText(errno));
     }
   }
+  return Status::Ok();
 }
 
 }  // namespace
@@ -109,18 +89,5 @@ Status RecvVec(int fd, iovec *iov, size_t count, Deadline deadline) {
 }
 
 Status WaitReadable(int fd, Deadline deadline) { return WaitFor(fd, POLLIN, Direction::kRecv, deadline); }
-
-Status WaitReadable(int fd) {
-  while (true) {
-    pollfd entry{fd, POLLIN, 0};
-    const int ready = ::poll(&entry, 1, kForever);
-    if (ready > 0) {
-      return Status::Ok();
-    }
-    if (ready < 0 && errno != EINTR) {
-      return Broken(Direction::kRecv, ErrnoText(errno));
-    }
-  }
-}
 
 }  // namespace datadist

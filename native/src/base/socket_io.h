@@ -25,8 +25,6 @@ Status RecvVec(int fd, iovec *iov, size_t count, Deadline deadline);
 
 // Waits until the socket has bytes or has ended.
 Status WaitReadable(int fd, Deadline deadline);
-// The same with no limit of time: for the idle end of a connection, which shutdown() wakes.
-Status WaitReadable(int fd);
 
 // "Connection reset by peer" and so on.
 std::string ErrnoText(int error);

@@ -3,8 +3,10 @@
 #define DATADIST_CACHE_CACHE_KEY_H_
 
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <tuple>
+#include <vector>
 
 namespace datadist {
 
@@ -24,6 +26,9 @@ struct CacheKey {
   }
 };
 std::string Text(const CacheKey &key);
+
+// keys[i] is bound to row i, nothing where it is empty; a blocks cache has at most one.
+using RowKeys = std::vector<std::optional<CacheKey>>;
 
 struct CacheRef {
   enum class By : uint8_t { kId = 1, kKey = 2, kAddress = 3 };

@@ -26,9 +26,6 @@
 
 namespace datadist {
 
-// keys[i] is bound to row i, nothing where it is empty; a blocks cache has at most one.
-using RowKeys = std::vector<std::optional<CacheKey>>;
-
 // A cache that a peer named, pinned.
 struct NamedCache {
   CachePin pin;

@@ -169,8 +169,7 @@ Result<Fd> DialTcp(const SocketAddress &address, Deadline deadline) {
   pollfd waiter{fd.value().get(), POLLOUT, 0};
   int ready = 0;
   do {
-    const auto left = std::min<std::chrono::milliseconds::rep>(deadline.Remaining().count(), INT32_MAX);
-    ready = ::poll(&waiter, 1, static_cast<int>(left));
+    ready = ::poll(&waiter, 1, deadline.PollMillis());
   } while ((ready < 0 && errno == EINTR) || (ready == 0 && !deadline.Expired()));
   if (ready == 0) {
     return Status(LLM_TIMEOUT, ConnectTo(address) + "no answer in time");

@@ -24,7 +24,6 @@
 #include <string>
 #include <vector>
 
-#include "base/deadline.h"
 #include "base/status.h"
 #include "cache/cache_key.h"
 #include "transport/transport.h"
@@ -162,9 +161,6 @@ struct UnlinkRequest {
   uint64_t cluster_id = 0;  // of the sender
   LinkToken token{};
 };
-
-// A deadline crosses as the time that is left.
-uint32_t RemainingMillis(Deadline deadline);
 
 std::vector<uint8_t> Encode(const Hello &message);
 std::vector<uint8_t> Encode(const Welcome &message);

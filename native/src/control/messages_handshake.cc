@@ -1,6 +1,5 @@
 // The messages that make a link.
 #include <algorithm>
-#include <limits>
 #include <utility>
 
 #include "control/frame.h"
@@ -36,10 +35,6 @@ bool IsTransport(uint8_t kind) {
 }
 
 }  // namespace
-
-uint32_t RemainingMillis(Deadline deadline) {
-  return static_cast<uint32_t>(std::min<int64_t>(deadline.Remaining().count(), std::numeric_limits<uint32_t>::max()));
-}
 
 std::vector<uint8_t> Encode(const Hello &message) {
   Writer writer;

@@ -100,6 +100,7 @@ void Engine::Stop() {
     link->WaitUntilServed();
   }
   endpoint_->serving().Stop();
+  endpoint_->streams().Stop();
   endpoint_->loop()->Stop();
   links.clear();
   endpoint_->caches()->Clear();

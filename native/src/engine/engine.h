@@ -22,27 +22,9 @@
 #include "llm_datadist/llm_datadist_ext.h"
 #include "memory/huge_pages.h"
 #include "transfer/moves.h"
-#include "transfer/plan.h"
+#include "transfer/targets.h"
 
 namespace datadist {
-
-// Of a Pull: where the bytes come from and which tensors. `src_row` is for a cache named by id: a key says its own.
-struct PullTarget {
-  uint64_t src_cluster_id = 0;
-  CacheRef src;
-  uint32_t src_row = 0;
-  int64_t dst_cache_id = 0;
-  LayerChoice layers;
-};
-
-// Of one layer of a Push. `dst_layer` and `dst_row` have no meaning when bare addresses are pushed to.
-struct PushTarget {
-  int64_t src_cache_id = 0;
-  int64_t src_layer = 0;
-  uint64_t dst_cluster_id = 0;
-  int64_t dst_layer = 0;
-  uint32_t tensors_per_layer = 2;
-};
 
 class Engine {
  public:
@@ -97,15 +79,9 @@ class Engine {
   Status PushLayerToAddresses(const PushTarget &target, const std::vector<uint64_t> &dst_addrs, const Move &move);
 
   // ---- copies within this process ----
-  Status CopyRow(int64_t dst_cache_id, int64_t src_cache_id, uint32_t dst_row, uint32_t src_row, uint64_t offset,
-                 int64_t size);
+  Status CopyRow(const RowCopy &copy);
   Status CopyBlocks(int64_t cache_id, const BlockMove &move);
-  // Between two caches, either of which may be memory of the caller's that is not registered.
-  struct LocalCache {
-    int64_t cache_id = 0;  // above 0: that cache; otherwise the addresses, for whose size the caller answers
-    std::vector<uint64_t> addrs;
-  };
-  Status CopyBlocksBetween(const LocalCache &src, const LocalCache &dst, uint64_t block_bytes, const BlockMove &move);
+  Status CopyBlocksBetween(const CopySide &src, const CopySide &dst, uint64_t block_bytes, const BlockMove &move);
 
   Result<uint16_t> ListenPort() const;
   Result<llm_datadist::LinkReport> QueryLink(uint64_t cluster_id) const;

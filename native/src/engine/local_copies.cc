@@ -51,16 +51,15 @@ Status CheckSide(const char *name, const BlockSide &side, uint64_t block_bytes) 
 
 }  // namespace
 
-Status Engine::CopyRow(int64_t dst_cache_id, int64_t src_cache_id, uint32_t dst_row, uint32_t src_row, uint64_t offset,
-                       int64_t size) {
-  if (Status status = CheckRowSize(size); !status.ok()) {
+Status Engine::CopyRow(const RowCopy &copy) {
+  if (Status status = CheckRowSize(copy.size); !status.ok()) {
     return status;
   }
-  const Result<CachePin> src = endpoint_->caches()->Pin(src_cache_id);
+  const Result<CachePin> src = endpoint_->caches()->Pin(copy.src_cache_id);
   if (!src.ok()) {
     return src.status();
   }
-  const Result<CachePin> dst = endpoint_->caches()->Pin(dst_cache_id);
+  const Result<CachePin> dst = endpoint_->caches()->Pin(copy.dst_cache_id);
   if (!dst.ok()) {
     return dst.status();
   }
@@ -70,7 +69,7 @@ Status Engine::CopyRow(int64_t dst_cache_id, int64_t src_cache_id, uint32_t dst_
     return Invalid("the source cache has " + std::to_string(from.num_tensors) + " tensors, the destination cache " +
                    std::to_string(to.num_tensors));
   }
-  const RowMove move{src_row, dst_row, size, offset, offset};
+  const RowMove move{copy.src_row, copy.dst_row, copy.size, copy.offset, copy.offset};
   const Result<std::vector<ByteRun>> runs = BuildRuns(move, from, to, LocalSide::kSource, true);
   return runs.ok() ? CopyRuns(src.value(), dst.value(), runs.value()) : runs.status();
 }
@@ -98,10 +97,10 @@ Status Engine::CopyBlocks(int64_t cache_id, const BlockMove &move) {
   return Status::Ok();
 }
 
-Status Engine::CopyBlocksBetween(const LocalCache &src, const LocalCache &dst, uint64_t block_bytes,
+Status Engine::CopyBlocksBetween(const CopySide &src, const CopySide &dst, uint64_t block_bytes,
                                  const BlockMove &move) {
   BlockSide sides[2];
-  const LocalCache *const caches[2] = {&src, &dst};
+  const CopySide *const caches[2] = {&src, &dst};
   for (size_t i = 0; i < 2; ++i) {
     sides[i].addrs = &caches[i]->addrs;
     if (caches[i]->cache_id > 0) {

@@ -77,10 +77,8 @@ void Acceptor::UnlinkOnLoop(const UnlinkRequest &request, uint64_t visit, uint32
 }
 
 void Acceptor::AnnounceOnLoop(const Link &link) {
-  ExpectedComms &comms = table_->expected_comms();
-  comms.Linked(link.comm_name(), link.peer_id());
-  if (const auto waiter = comms.Find(link.comm_name(), link.peer_id())) {
-    waiter->OnPeerLinkedOnLoop(link.peer_id());
+  if (const auto comm = table_->FindCommOnLoop(link.comm_name(), link.peer_id())) {
+    comm->OnPeerLinkedOnLoop(link.peer_id());
   }
 }
 

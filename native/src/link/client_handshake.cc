@@ -79,7 +79,7 @@ Status ClientHandshake::Greet() {
   Hello hello;
   hello.versions = VersionRange{kProtocolVersion, kProtocolVersion};
   hello.client = endpoint_->Info();
-  hello.remaining_ms = RemainingMillis(deadline_);
+  hello.remaining_ms = deadline_.WireMillis();
   hello.force_link = force_link_ = ForceLink();
   if (const std::shared_ptr<Link> lost = table_->Find(target_.expected_id); lost != nullptr && !lost->alive()) {
     hello.replaced = lost->token();
@@ -142,15 +142,9 @@ Status ClientHandshake::MeetPeer() {
 }
 
 Status ClientHandshake::LinkToSelf() {
-  const Result<std::shared_ptr<Link>> link = MakeLoopback(
-      endpoint_, table_,
-      LoopbackPeer{endpoint_->cluster_id(), target_.expected_id, target_.address.ToString(), target_.comm_name});
-  if (!link.ok()) {
-    return link.status();
-  }
-  link.value()->MarkAskedHere();
   linked_ = true;
-  return table_->Adopt(link.value());
+  return LinkLoopback(endpoint_, table_,
+                      {endpoint_->cluster_id(), target_.expected_id, target_.address.ToString(), target_.comm_name});
 }
 
 Status ClientHandshake::AgreeOnTransports() {

@@ -1,7 +1,7 @@
 #include "link/comm.h"
 
 #include <algorithm>
-#include <system_error>
+#include <exception>
 #include <utility>
 
 #include "base/log.h"
@@ -17,11 +17,11 @@ using llm_datadist::LLM_LINK_FAILED;
 using llm_datadist::LLM_NOT_YET_LINK;
 using llm_datadist::LLM_PROCESSING_LINK;
 using llm_datadist::LLM_TIMEOUT;
+using Clock = Deadline::Clock;
 
-constexpr uint32_t kMaxPreparing = 16;
 // So that one member that accepts and then says nothing does not use up the time of the others.
 constexpr std::chrono::milliseconds kAttemptTime{2000};
-// Between two rounds of dials: members usually start within moments of each other, late ones within seconds.
+// Between two dials: members usually start within moments of each other, late ones within seconds.
 constexpr std::chrono::milliseconds kFirstPause{20};
 constexpr std::chrono::milliseconds kLongestPause{100};
 
@@ -31,70 +31,28 @@ bool MayPass(const Status &status) {
          status.code() == LLM_PROCESSING_LINK;
 }
 
+std::string NameOf(const CommMember &member) { return "cluster " + std::to_string(member.cluster_id); }
+
 }  // namespace
 
-// ---- PreparationSlots ----
-
-bool PreparationSlots::Take(const std::atomic<bool> &cancelled) {
-  std::unique_lock<std::mutex> lock(mutex_);
-  changed_.wait(lock, [&] { return cancelled.load() || used_ < kMaxPreparing; });
-  if (cancelled.load()) {
-    return false;
+Comm::Comm(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, TaskRunner &dials,
+           CommPlan plan, std::function<void()> on_turn_over)
+    : endpoint_(std::move(endpoint)),
+      table_(std::move(table)),
+      dials_(dials),
+      plan_(std::move(plan)),
+      on_turn_over_(std::move(on_turn_over)),
+      deadline_(Deadline::In(plan_.total_time)) {
+  for (const CommMember &member : plan_.others) {
+    others_.push_back(Other{member, false, {}, kFirstPause, ""});
   }
-  ++used_;
-  return true;
 }
 
-void PreparationSlots::Give() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  --used_;
-  changed_.notify_all();
-}
-
-void PreparationSlots::WakeCancelled() {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  changed_.notify_all();
-}
-
-// ---- Comm ----
-
-Comm::Comm(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, PreparationSlots &slots,
-           CommPlan plan)
-    : endpoint_(std::move(endpoint)), table_(std::move(table)), slots_(slots), plan_(std::move(plan)) {}
-
-Comm::~Comm() { End(); }
-
-Status Comm::Start() {
-  std::set<uint64_t> peer_ids;
-  for (const CommMember &other : plan_.others) {
-    peer_ids.insert(other.cluster_id);
+CommReport Comm::Report() const {
+  if (phase_ == Phase::kFailed) {
+    return {CommState::kFailed, failure_};
   }
-  // Before the thread has its turn: members that dial us need not wait for that.
-  table_->expected_comms().Expect(plan_.name, std::move(peer_ids), weak_from_this());
-  try {
-    thread_ = std::thread([this] { Prepare(); });
-  } catch (const std::system_error &error) {
-    table_->expected_comms().Forget(plan_.name);
-    return Status(LLM_FAILED, "no thread to prepare comm '" + plan_.name + "': " + error.what());
-  }
-  return Status::Ok();
-}
-
-void Comm::Cancel() {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    ending_.store(true);
-    changed_.notify_all();
-  }
-  slots_.WakeCancelled();
-}
-
-void Comm::End() {
-  Cancel();
-  const std::lock_guard<std::mutex> lock(end_mutex_);
-  if (thread_.joinable()) {
-    thread_.join();
-  }
+  return {phase_ == Phase::kOk ? CommState::kOk : CommState::kPreparing, ""};
 }
 
 bool Comm::HasMember(uint64_t cluster_id) const {
@@ -102,175 +60,52 @@ bool Comm::HasMember(uint64_t cluster_id) const {
                      [&](const CommMember &other) { return other.cluster_id == cluster_id; });
 }
 
-CommTable::Report Comm::report() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return report_;
+Comm::Other *Comm::Find(uint64_t cluster_id) {
+  const auto it = std::find_if(others_.begin(), others_.end(),
+                               [&](const Other &other) { return other.member.cluster_id == cluster_id; });
+  return it == others_.end() ? nullptr : &*it;
 }
 
-void Comm::OnPeerLinkedOnLoop(uint64_t peer_id) { NoteLinked(peer_id); }
+bool Comm::AwaitsOnLoop(uint64_t peer_id) const {
+  return std::any_of(others_.begin(), others_.end(), [&](const Other &other) {
+    return other.member.cluster_id == peer_id && !other.linked;
+  });
+}
+
+void Comm::OnPeerLinkedOnLoop(uint64_t peer_id) {
+  if (Other *const other = Find(peer_id)) {
+    other->linked = true;
+    StepOnLoop();
+  }
+}
 
 void Comm::OnPeerRefusedOnLoop(uint64_t peer_id, const Status &why) {
-  NoteFailure(peer_id, "refused by us: " + why.text());
-}
-
-void Comm::NoteLinked(uint64_t peer_id) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  linked_.insert(peer_id);
-  ++links_made_;
-  changed_.notify_all();
-}
-
-uint64_t Comm::links_made() const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return links_made_;
-}
-
-void Comm::NoteFailure(uint64_t peer_id, const std::string &why) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  last_why_[peer_id] = why;
-}
-
-bool Comm::HasFailed(uint64_t peer_id) const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  return last_why_.count(peer_id) != 0;
-}
-
-// ---- preparation ----
-
-void Comm::Prepare() {
-  Status status(LLM_FAILED, "ended before its turn");
-  if (slots_.Take(ending_)) {
-    try {
-      status = LinkAll(Deadline::In(plan_.total_time));
-    } catch (const std::exception &error) {
-      status = Status(LLM_FAILED, error.what());
-    }
-    slots_.Give();
+  if (Other *const other = Find(peer_id)) {
+    other->why = "refused by us: " + why.text();
   }
-  if (status.ok()) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    report_.state = CommState::kOk;
-  }
-  // Who comes now comes for a later comm of that name, which we do not know yet.
-  table_->expected_comms().Forget(plan_.name);
-  if (status.ok() || ending_.load()) {
-    return;
-  }
-  Log(LogLevel::kWarning, "comm '" + plan_.name + "' failed: " + status.text());
-  DropLinks(Deadline::In(std::chrono::milliseconds::zero()));
-  const std::lock_guard<std::mutex> lock(mutex_);
-  report_ = CommTable::Report{CommState::kFailed, status.text()};
 }
 
-Status Comm::LinkAll(Deadline deadline) {
-  std::chrono::milliseconds pause = kFirstPause;
-  while (!ending_.load()) {
-    if (Status status = DialMissing(Missing(), deadline); !status.ok()) {
-      return status;
-    }
-    const uint64_t seen = links_made();  // before the look at what is missing, so that no later link goes unnoticed
-    const std::vector<CommMember> missing = Missing();
-    if (missing.empty()) {
-      return Status::Ok();
-    }
-    if (deadline.Expired()) {
-      return Status(LLM_TIMEOUT, Explain(missing));
-    }
-    // Who only waits to be dialled is woken by that.
-    const bool dials = std::any_of(missing.begin(), missing.end(),
-                                   [this](const CommMember &other) { return plan_.Dials(other); });
-    const Deadline until = dials ? Deadline::Earlier(deadline, Deadline::In(pause)) : deadline;
-    pause = std::min(pause * 2, kLongestPause);
-    std::unique_lock<std::mutex> lock(mutex_);
-    changed_.wait_until(lock, until.at(), [&] { return ending_.load() || links_made_ != seen; });
-  }
-  return Status(LLM_FAILED, "unlinked while it was being prepared");
+void Comm::PrepareOnLoop() {
+  phase_ = Phase::kPreparing;
+  deadline_ = Deadline::In(plan_.total_time);
+  StepOnLoop();
 }
 
-// Not ok: a reason that no waiting removes.
-Status Comm::DialMissing(const std::vector<CommMember> &missing, Deadline deadline) {
-  for (const CommMember &other : missing) {
-    if (!plan_.Dials(other) || ending_.load()) {
-      continue;
-    }
-    const Status status = LinkWith(other, Deadline::Earlier(deadline, Deadline::In(kAttemptTime)));
-    if (status.ok()) {
-      NoteLinked(other.cluster_id);
-      continue;
-    }
-    if (!MayPass(status)) {
-      return Status(status.code(), "cluster " + std::to_string(other.cluster_id) + ": " + status.text());
-    }
-    // A dial that was cut short by the end of the time says less than the one before it.
-    if (!deadline.Expired() || !HasFailed(other.cluster_id)) {
-      NoteFailure(other.cluster_id, status.text());
-    }
+void Comm::EndOnLoop() {
+  const bool had_turn = preparing();
+  ended_ = true;
+  endpoint_->loop()->StopTimerOnLoop(timer_);
+  if (had_turn) {
+    on_turn_over_();
   }
-  return Status::Ok();
 }
 
-Status Comm::LinkWith(const CommMember &other, Deadline deadline) {
-  if (plan_.loopback()) {
-    return LinkByLoopback(other);
+void Comm::Leave(Deadline deadline) const {
+  if (dial_.valid()) {
+    dial_.wait();
   }
-  return DialLink(endpoint_, table_, DialTarget{*other.address, other.cluster_id, plan_.name, plan_.id}, deadline);
-}
-
-Status Comm::LinkByLoopback(const CommMember &other) {
-  if (table_->HasLive(other.cluster_id)) {
-    return Status(LLM_ALREADY_LINK, "linked already");
-  }
-  const Result<LinkTable::Reservation> reservation = table_->ReserveDial(other.cluster_id);
-  if (!reservation.ok()) {
-    return reservation.status();
-  }
-  const Result<std::shared_ptr<Link>> link =
-      MakeLoopback(endpoint_, table_, LoopbackPeer{other.cluster_id, other.cluster_id, "loopback", plan_.name});
-  return link.ok() ? table_->Adopt(link.value()) : link.status();
-}
-
-std::vector<CommMember> Comm::Missing() const {
-  std::set<uint64_t> linked;
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    linked = linked_;
-  }
-  std::vector<CommMember> missing;
-  for (const CommMember &other : plan_.others) {
-    const std::shared_ptr<Link> link = table_->Find(other.cluster_id);
-    const bool ours = link != nullptr && link->comm_name() == plan_.name;
-    // A link that was made and is gone: its peer has seen the comm complete and unlinked it already.
-    if (ours ? !link->alive() : linked.count(other.cluster_id) == 0) {
-      missing.push_back(other);
-    }
-  }
-  return missing;
-}
-
-std::string Comm::Explain(const std::vector<CommMember> &missing) const {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  std::string text = "not linked within " + std::to_string(plan_.total_time.count()) + " s:";
-  for (const CommMember &other : missing) {
-    const auto why = last_why_.find(other.cluster_id);
-    text += " cluster " + std::to_string(other.cluster_id) + " (rank " + std::to_string(other.rank) + "): " +
-            (why != last_why_.end() ? why->second : "it never linked to us") + ";";
-  }
-  text.pop_back();
-  return text;
-}
-
-// ---- the end ----
-
-void Comm::DropLinks(Deadline deadline) {
-  // A link that was being accepted when the comm was forgotten is in the table once the loop comes round.
-  endpoint_->loop()->Run([] {});
-  const bool complete = report().state == CommState::kOk;
-  for (const CommMember &other : plan_.others) {
-    const std::shared_ptr<Link> link = table_->Find(other.cluster_id);
-    if (link == nullptr || link->comm_name() != plan_.name) {
-      continue;
-    }
-    if (complete && link->alive()) {
+  for (const std::shared_ptr<Link> &link : Links()) {
+    if (phase_ == Phase::kOk && link->alive()) {
       if (const Status status = link->Unlink(deadline); !status.ok()) {
         Log(LogLevel::kWarning, "comm '" + plan_.name + "': " + status.text());
       }
@@ -279,6 +114,146 @@ void Comm::DropLinks(Deadline deadline) {
     link->CloseWhenIdle(deadline, "its comm '" + plan_.name + "' was unlinked");
     link->WaitUntilServed();
   }
+}
+
+// ---- steps on the loop ----
+
+void Comm::StepOnLoop() try {
+  if (!preparing()) {
+    return;
+  }
+  endpoint_->loop()->StopTimerOnLoop(timer_);
+  if (dial_.valid()) {
+    if (dial_.wait_for(std::chrono::seconds(0)) != std::future_status::ready) {
+      WakeOnLoop(Clock::now() + kLongestPause);
+      return;
+    }
+    OnDialledOnLoop(*dialled_, std::exchange(dial_, {}).get());
+  }
+  if (phase_ == Phase::kPreparing) {
+    LinkNextOnLoop();
+  }
+} catch (const std::exception &error) {
+  // No memory to go on. What is linked goes when the comm is unlinked.
+  if (std::exchange(phase_, Phase::kFailed) == Phase::kPreparing) {
+    on_turn_over_();
+  }
+  failure_ = error.what();
+}
+
+void Comm::LinkNextOnLoop() {
+  bool complete = true;
+  Other *next = nullptr;  // who has waited longest to be dialled, so that none keeps the others from their turn
+  for (Other &other : others_) {
+    if (IsLinked(other)) {
+      continue;
+    }
+    complete = false;
+    if (plan_.Dials(other.member) && (next == nullptr || other.next_try < next->next_try)) {
+      next = &other;
+    }
+  }
+  if (complete) {
+    phase_ = Phase::kOk;
+    on_turn_over_();
+  } else if (deadline_.Expired()) {
+    FailOnLoop(Status(LLM_TIMEOUT, Explain()));
+  } else if (next == nullptr || next->next_try > Clock::now()) {
+    WakeOnLoop(next == nullptr ? deadline_.at() : std::min(next->next_try, deadline_.at()));
+  } else if (!DialOnLoop(*next)) {
+    FailOnLoop(Status(LLM_FAILED, "no thread to dial " + NameOf(next->member)));
+  }
+}
+
+// False: there is no thread for it. What it throws, OnDialled meets.
+bool Comm::DialOnLoop(Other &other) {
+  const Deadline until = Deadline::Earlier(deadline_, Deadline::In(kAttemptTime));
+  const auto dial = std::make_shared<std::packaged_task<Status()>>(
+      [this, &member = other.member, until] { return LinkWith(member, until); });
+  WakeOnLoop(until.at() + kLongestPause);  // that it is over may be said in vain, for want of memory
+  dialled_ = &other;
+  dial_ = dial->get_future().share();
+  return dials_.Post([dial, self = shared_from_this()] {
+    (*dial)();
+    self->endpoint_->loop()->Post([self] { self->StepOnLoop(); });
+  });
+}
+
+void Comm::OnDialledOnLoop(Other &other, const Status &status) {
+  if (status.ok()) {
+    other.linked = true;
+    return;
+  }
+  if (!MayPass(status)) {
+    FailOnLoop(Status(status.code(), NameOf(other.member) + ": " + status.text()));
+    return;
+  }
+  // A dial that was cut short by the end of the time says less than the one before it.
+  if (!deadline_.Expired() || other.why.empty()) {
+    other.why = status.text();
+  }
+  other.next_try = Clock::now() + other.pause;
+  other.pause = std::min(other.pause * 2, kLongestPause);
+}
+
+// What was linked in vain, because others were not, is just closed: for its peers it is lost, so that they may come again.
+void Comm::FailOnLoop(const Status &status) {
+  phase_ = Phase::kFailed;
+  on_turn_over_();
+  failure_ = status.text();
+  Log(LogLevel::kWarning, "comm '" + plan_.name + "' failed: " + failure_);
+  for (const std::shared_ptr<Link> &link : Links()) {
+    table_->Remove(link.get());
+    link->Close("its comm '" + plan_.name + "' failed");
+  }
+}
+
+void Comm::WakeOnLoop(Clock::time_point at) {
+  timer_ = endpoint_->loop()->StartTimerOnLoop(at, [self = shared_from_this()] { self->StepOnLoop(); });
+}
+
+bool Comm::IsLinked(const Other &other) const {
+  const std::shared_ptr<Link> link = table_->Find(other.member.cluster_id);
+  const bool ours = link != nullptr && link->comm_name() == plan_.name;
+  // A link that was made and is gone: its peer has seen the comm complete and unlinked it already.
+  return ours ? link->alive() : other.linked;
+}
+
+std::string Comm::Explain() const {
+  std::string text = "not linked within " + std::to_string(plan_.total_time.count()) + " s:";
+  const char *separator = " ";
+  for (const Other &other : others_) {
+    if (!IsLinked(other)) {
+      const char *const silent = plan_.Dials(other.member) ? "its turn never came" : "it never linked to us";
+      text += std::exchange(separator, "; ") + NameOf(other.member) + " (rank " + std::to_string(other.member.rank) +
+              "): " + (other.why.empty() ? silent : other.why);
+    }
+  }
+  return text;
+}
+
+std::vector<std::shared_ptr<Link>> Comm::Links() const {
+  std::vector<std::shared_ptr<Link>> links;
+  for (const CommMember &other : plan_.others) {
+    std::shared_ptr<Link> link = table_->Find(other.cluster_id);
+    if (link != nullptr && link->comm_name() == plan_.name) {
+      links.push_back(std::move(link));
+    }
+  }
+  return links;
+}
+
+// On a thread of the dials.
+Status Comm::LinkWith(const CommMember &other, Deadline deadline) const {
+  if (!plan_.loopback()) {
+    return DialLink(endpoint_, table_, DialTarget{*other.address, other.cluster_id, plan_.name, plan_.id}, deadline);
+  }
+  if (table_->HasLive(other.cluster_id)) {
+    return Status(LLM_ALREADY_LINK, "linked already");
+  }
+  const Result<LinkTable::Reservation> reservation = table_->ReserveDial(other.cluster_id);
+  return reservation.ok() ? LinkLoopback(endpoint_, table_, {other.cluster_id, other.cluster_id, "loopback", plan_.name})
+                          : reservation.status();
 }
 
 }  // namespace datadist

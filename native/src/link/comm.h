@@ -1,24 +1,33 @@
-// One comm: the preparation of its links on a thread of its own, and what became of it. See comm_table.h.
+// One comm: its states, all of which the loop owns, and the dials that it retries. See comm_table.h.
+//
+//   of the comm    Waiting ──its turn──> Preparing ──every pair linked──> Ok
+//                                            └──deadline, refusal──> Failed
+//   of each other  to come, or between two dials ──> dialled (one at a time) ──> linked
 #ifndef DATADIST_LINK_COMM_H_
 #define DATADIST_LINK_COMM_H_
 
-#include <atomic>
 #include <chrono>
-#include <condition_variable>
 #include <cstdint>
-#include <map>
+#include <functional>
+#include <future>
 #include <memory>
-#include <mutex>
-#include <set>
+#include <optional>
 #include <string>
-#include <thread>
 #include <vector>
 
 #include "base/deadline.h"
-#include "link/comm_table.h"
-#include "link/expected_comms.h"
+#include "base/task_runner.h"
+#include "control/address.h"
+#include "link/comm_report.h"
+#include "link/link_table.h"
 
 namespace datadist {
+
+struct CommMember {
+  uint64_t cluster_id = 0;
+  uint32_t rank = 0;
+  std::optional<SocketAddress> address;  // where it listens; empty for all members: loopback
+};
 
 // What our call says, checked.
 struct CommPlan {
@@ -33,73 +42,69 @@ struct CommPlan {
   bool listens() const { return !loopback() && others.back().rank > self.rank; }
 };
 
-// How many comms prepare at a time.
-class PreparationSlots {
- public:
-  // Waits for a slot: those that have one give it back at their deadline. False when `cancelled` became true.
-  bool Take(const std::atomic<bool> &cancelled);
-  void Give();
-  void WakeCancelled();
-
- private:
-  std::mutex mutex_;
-  std::condition_variable changed_;
-  uint32_t used_ = 0;  // guarded by mutex_
-};
-
 class Comm final : public CommWaiter, public std::enable_shared_from_this<Comm> {
  public:
-  Comm(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, PreparationSlots &slots,
-       CommPlan plan);
-  ~Comm() override;
-  Comm(const Comm &) = delete;
-  Comm &operator=(const Comm &) = delete;
-
-  // Begins to prepare. LLM_FAILED: no thread to be had.
-  Status Start();
-  // Tells the preparation, if it still runs, to end.
-  void Cancel();
-  // Cancels and joins it; from then on no link joins the comm. Idempotent.
-  void End();
-  // After End: unlinks what was linked, after the transfers that run on it and no later than the deadline. What was
-  // linked in vain, because others were not, is just closed: for its peers it is lost, so that they may come again.
-  void DropLinks(Deadline deadline);
+  // `dials` is where they block. `on_turn_over` runs on the loop once the comm prepares no more.
+  Comm(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, TaskRunner &dials, CommPlan plan,
+       std::function<void()> on_turn_over);
 
   const std::string &name() const { return plan_.name; }
+  bool waiting() const { return phase_ == Phase::kWaiting && !ended_; }
+  bool preparing() const { return phase_ == Phase::kPreparing && !ended_; }
+  bool ended() const { return ended_; }
+  CommReport Report() const;
   bool HasMember(uint64_t cluster_id) const;
-  CommTable::Report report() const;
+
+  void PrepareOnLoop();
+  // From then on no link joins the comm, but by the dial that is under way.
+  void EndOnLoop();
+  // After EndOnLoop, not on the loop: waits for that dial, then unlinks what is linked, after the transfers that run on
+  // it and no later than the deadline.
+  void Leave(Deadline deadline) const;
 
   // CommWaiter
+  bool AwaitsOnLoop(uint64_t peer_id) const override;
   void OnPeerLinkedOnLoop(uint64_t peer_id) override;
   void OnPeerRefusedOnLoop(uint64_t peer_id, const Status &why) override;
 
  private:
-  void Prepare();
-  Status LinkAll(Deadline deadline);
-  Status DialMissing(const std::vector<CommMember> &missing, Deadline deadline);
-  Status LinkWith(const CommMember &other, Deadline deadline);
-  Status LinkByLoopback(const CommMember &other);
-  std::vector<CommMember> Missing() const;
-  std::string Explain(const std::vector<CommMember> &missing) const;
-  void NoteLinked(uint64_t peer_id);
-  void NoteFailure(uint64_t peer_id, const std::string &why);
-  bool HasFailed(uint64_t peer_id) const;
-  uint64_t links_made() const;
+  enum class Phase : uint8_t { kWaiting, kPreparing, kOk, kFailed };
+  struct Other {
+    CommMember member;
+    bool linked = false;  // once; the link may be lost by now
+    Deadline::Clock::time_point next_try{};
+    std::chrono::milliseconds pause;
+    std::string why;  // there is no link yet
+  };
+
+  void StepOnLoop();
+  void LinkNextOnLoop();
+  bool DialOnLoop(Other &other);
+  void OnDialledOnLoop(Other &other, const Status &status);
+  void FailOnLoop(const Status &status);
+  void WakeOnLoop(Deadline::Clock::time_point at);
+
+  Other *Find(uint64_t cluster_id);
+  bool IsLinked(const Other &other) const;
+  std::string Explain() const;
+  Status LinkWith(const CommMember &other, Deadline deadline) const;
+  std::vector<std::shared_ptr<Link>> Links() const;
 
   const std::shared_ptr<LocalEndpoint> endpoint_;
   const std::shared_ptr<LinkTable> table_;
-  PreparationSlots &slots_;
+  TaskRunner &dials_;
   const CommPlan plan_;
-  std::atomic<bool> ending_{false};
-  std::mutex end_mutex_;  // one End at a time joins
-  std::thread thread_;    // guarded by end_mutex_ once started
+  const std::function<void()> on_turn_over_;
 
-  mutable std::mutex mutex_;
-  std::condition_variable changed_;
-  uint64_t links_made_ = 0;                   // a count; guarded by mutex_
-  std::set<uint64_t> linked_;                 // peers that were linked once; guarded by mutex_
-  std::map<uint64_t, std::string> last_why_;  // why there is no link yet, by peer; guarded by mutex_
-  CommTable::Report report_;                  // guarded by mutex_
+  // Owned by the loop thread; nothing of it changes any more once ended.
+  Phase phase_ = Phase::kWaiting;
+  bool ended_ = false;
+  std::string failure_;
+  std::vector<Other> others_;
+  Deadline deadline_;
+  uint64_t timer_ = 0;
+  Other *dialled_ = nullptr;
+  std::shared_future<Status> dial_;  // of dialled_; none when not valid
 };
 
 }  // namespace datadist

@@ -1,13 +1,8 @@
 #include "link/comm_table.h"
 
 #include <algorithm>
-#include <map>
-#include <mutex>
 #include <set>
 #include <utility>
-
-#include "link/comm.h"
-#include "link/comm_listeners.h"
 
 namespace datadist {
 namespace {
@@ -15,6 +10,7 @@ namespace {
 using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_NOT_YET_LINK;
 
+constexpr int kMaxPreparing = 16;
 constexpr size_t kMaxNameBytes = 127;
 constexpr size_t kMinMembers = 2;
 constexpr size_t kMaxMembers = 4;
@@ -79,169 +75,204 @@ Result<CommPlan> MakePlan(const std::string &name, const std::vector<CommMember>
 }
 
 Status NotReady(const Comm &comm, uint64_t cluster_id) {
-  const CommTable::Report report = comm.report();
-  const std::string where = "cluster " + std::to_string(cluster_id) + ": comm '" + comm.name() + "' ";
-  switch (report.state) {
-    case CommState::kOk:
-      return Status::Ok();
-    case CommState::kPreparing:
-      return Status(LLM_NOT_YET_LINK, where + "is still being prepared");
-    case CommState::kFailed:
-      return Status(LLM_NOT_YET_LINK, where + "failed: " + report.reason);
-  }
-  return Status(LLM_FAILED, where);
+  const CommReport report = comm.Report();
+  return Status(LLM_NOT_YET_LINK,
+                "cluster " + std::to_string(cluster_id) + ": comm '" + comm.name() + "' " +
+                    (report.state == CommState::kFailed ? "failed: " + report.reason : "is still being prepared"));
+}
+
+Status Unknown(int64_t comm_id) {
+  return Status(LLM_NOT_YET_LINK, "comm_id: " + std::to_string(comm_id) + " is not linked");
+}
+
+bool Covers(const SocketAddress &server, const SocketAddress &address) {
+  const std::string text = server.ToString();
+  const bool any = text.rfind("0.0.0.0:", 0) == 0 || text.rfind("[::]:", 0) == 0;
+  return server.port() == address.port() && server.family() == address.family() &&
+         (any || text == address.ToString());
 }
 
 }  // namespace
 
-struct CommTable::State {
-  struct Entry {
-    std::shared_ptr<Comm> comm;
-    CommListeners::Lease lease;
-    bool ending = false;  // by an Unlink, which will erase it
-  };
-
-  State(std::shared_ptr<LocalEndpoint> local, std::shared_ptr<LinkTable> links, uint32_t most)
-      : endpoint(std::move(local)), table(std::move(links)), max_comms(most), listeners(endpoint, table) {}
-
-  Status CheckRoomLocked(const std::string &name) const;
-  const Comm *FindByNameLocked(const std::string &name) const;
-
-  const std::shared_ptr<LocalEndpoint> endpoint;
-  const std::shared_ptr<LinkTable> table;
-  const uint32_t max_comms;
-  PreparationSlots slots;
-  CommListeners listeners;
-
-  mutable std::mutex mutex;
-  std::map<int64_t, Entry> comms;  // guarded by mutex
-  int64_t last_id = 0;             // guarded by mutex
-  bool stopped = false;            // guarded by mutex
-};
-
-const Comm *CommTable::State::FindByNameLocked(const std::string &name) const {
-  const auto it = std::find_if(comms.begin(), comms.end(),
-                               [&](const auto &entry) { return entry.second.comm->name() == name; });
-  return it == comms.end() ? nullptr : it->second.comm.get();
-}
-
-Status CommTable::State::CheckRoomLocked(const std::string &name) const {
-  if (stopped) {
-    return Status(LLM_FAILED, "finalized");
-  }
-  if (FindByNameLocked(name) != nullptr) {
-    return Invalid("comm_name: '" + name + "' is in use, unlink that comm first");
-  }
-  if (comms.size() >= max_comms) {
-    return Invalid("comm '" + name + "': " + std::to_string(comms.size()) + " comms exist, at most " +
-                   std::to_string(max_comms));
-  }
-  return Status::Ok();
-}
-
+// As many threads as comms prepare, each of which dials one member at a time: so no dial waits for another that gets no
+// answer.
 CommTable::CommTable(std::shared_ptr<LocalEndpoint> endpoint, std::shared_ptr<LinkTable> table, uint32_t max_comms)
-    : state_(std::make_shared<State>(std::move(endpoint), std::move(table), max_comms)) {}
+    : endpoint_(std::move(endpoint)), table_(std::move(table)), max_comms_(max_comms), runner_(kMaxPreparing) {
+  table_->SetCommFinder([this](const std::string &name, uint64_t peer_id) -> std::shared_ptr<CommWaiter> {
+    const std::shared_ptr<Comm> comm = FindByNameOnLoop(name);
+    return comm != nullptr && (comm->waiting() || comm->preparing()) && comm->HasMember(peer_id) ? comm : nullptr;
+  });
+}
 
 CommTable::~CommTable() { Stop(); }
 
+// ---- calls ----
+
 void CommTable::SetServerAddress(std::optional<SocketAddress> address) {
-  state_->listeners.SetServerAddress(std::move(address));
+  endpoint_->loop()->Run([&] { server_address_ = std::move(address); });
 }
 
 Result<int64_t> CommTable::Link(const std::string &name, const std::vector<CommMember> &members,
                                 std::chrono::seconds total_time) {
-  Result<CommPlan> plan = MakePlan(name, members, state_->endpoint->cluster_id(), total_time);
+  Result<CommPlan> plan = MakePlan(name, members, endpoint_->cluster_id(), total_time);
   if (!plan.ok()) {
     return plan.status();
   }
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  if (Status status = state_->CheckRoomLocked(name); !status.ok()) {
-    return status;
-  }
-  CommListeners::Lease lease;
-  if (plan.value().listens()) {
-    Result<CommListeners::Lease> opened = state_->listeners.Open(*plan.value().self.address);
-    if (!opened.ok()) {
-      return Status(opened.status().code(), "comm '" + name + "': " + opened.status().text());
-    }
-    lease = std::move(opened).value();
-  }
-  plan.value().id = state_->last_id + 1;
-  const auto comm = std::make_shared<Comm>(state_->endpoint, state_->table, state_->slots, std::move(plan).value());
-  if (Status status = comm->Start(); !status.ok()) {
-    return status;
-  }
-  state_->comms[++state_->last_id] = State::Entry{comm, std::move(lease), false};
-  return state_->last_id;
+  Result<int64_t> id(Status(LLM_FAILED, "finalized, or out of memory"));
+  endpoint_->loop()->Run([&] { id = LinkOnLoop(std::move(plan).value()); });
+  return id;
 }
 
 Status CommTable::Unlink(int64_t comm_id) {
   std::shared_ptr<Comm> comm;
-  {
-    const std::lock_guard<std::mutex> lock(state_->mutex);
-    const auto it = state_->comms.find(comm_id);
-    if (it == state_->comms.end() || it->second.ending) {
-      return Status(LLM_NOT_YET_LINK, "comm_id: " + std::to_string(comm_id) + " is not linked");
+  endpoint_->loop()->Run([&] {
+    comm = FindOnLoop(comm_id);
+    if (comm != nullptr) {
+      comm->EndOnLoop();
     }
-    it->second.ending = true;
-    comm = it->second.comm;
+  });
+  if (comm == nullptr) {
+    return Unknown(comm_id);
   }
-  comm->End();
   // Transfers end by their own deadlines, which are sooner.
-  comm->DropLinks(Deadline::In(state_->endpoint->MaxPeerHold()));
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  state_->comms.erase(comm_id);
+  comm->Leave(Deadline::In(endpoint_->MaxPeerHold()));
+  endpoint_->loop()->Run([&] { comms_.erase(comm_id); });
   return Status::Ok();
 }
 
 Result<CommTable::Report> CommTable::Query(int64_t comm_id) const {
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  const auto it = state_->comms.find(comm_id);
-  if (it == state_->comms.end() || it->second.ending) {
-    return Status(LLM_NOT_YET_LINK, "comm_id: " + std::to_string(comm_id) + " is not linked");
-  }
-  return it->second.comm->report();
+  Result<Report> report(Unknown(comm_id));
+  endpoint_->loop()->Run([&] {
+    if (const std::shared_ptr<Comm> comm = FindOnLoop(comm_id)) {
+      report = comm->Report();
+    }
+  });
+  return report;
 }
 
 Status CommTable::CheckReady(uint64_t cluster_id) const {
-  const std::shared_ptr<datadist::Link> link = state_->table->Find(cluster_id);
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  if (link != nullptr) {
-    const Comm *comm = link->comm_name().empty() ? nullptr : state_->FindByNameLocked(link->comm_name());
-    return comm == nullptr ? Status::Ok() : NotReady(*comm, cluster_id);
+  const std::shared_ptr<datadist::Link> link = table_->Find(cluster_id);
+  if (link != nullptr && (link->comm_name().empty() || link->comm_ok())) {
+    return Status::Ok();
   }
-  for (const auto &[id, entry] : state_->comms) {
-    if (entry.comm->HasMember(cluster_id)) {
-      if (Status status = NotReady(*entry.comm, cluster_id); !status.ok()) {
-        return status;
-      }
+  Status status(LLM_NOT_YET_LINK, "cluster " + std::to_string(cluster_id) + ": finalized, or out of memory");
+  endpoint_->loop()->Run([&] { status = CheckReadyOnLoop(cluster_id, link.get()); });
+  return status;
+}
+
+bool CommTable::Empty() const {
+  bool empty = true;
+  endpoint_->loop()->Run([&] { empty = comms_.empty(); });
+  return empty;
+}
+
+void CommTable::Stop() {
+  endpoint_->loop()->Run([this] {
+    stopped_ = true;
+    table_->SetCommFinder(nullptr);
+    for (const auto &[id, entry] : comms_) {
+      entry.comm->EndOnLoop();
     }
+  });
+  runner_.Stop();
+  endpoint_->loop()->Run([this] { comms_.clear(); });
+}
+
+// ---- on the loop ----
+
+// One that is being unlinked is unknown already.
+std::shared_ptr<Comm> CommTable::FindOnLoop(int64_t comm_id) const {
+  const auto it = comms_.find(comm_id);
+  return it == comms_.end() || it->second.comm->ended() ? nullptr : it->second.comm;
+}
+
+std::shared_ptr<Comm> CommTable::FindByNameOnLoop(const std::string &name) const {
+  const auto it = std::find_if(comms_.begin(), comms_.end(),
+                               [&](const auto &entry) { return entry.second.comm->name() == name; });
+  return it == comms_.end() ? nullptr : it->second.comm;
+}
+
+Status CommTable::CheckRoomOnLoop(const std::string &name) const {
+  if (stopped_) {
+    return Status(LLM_FAILED, "finalized");
+  }
+  if (FindByNameOnLoop(name) != nullptr) {
+    return Invalid("comm_name: '" + name + "' is in use, unlink that comm first");
+  }
+  if (comms_.size() >= max_comms_) {
+    return Invalid("comm '" + name + "': " + std::to_string(comms_.size()) + " comms exist, at most " +
+                   std::to_string(max_comms_));
   }
   return Status::Ok();
 }
 
-bool CommTable::Empty() const {
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  return state_->comms.empty();
-}
-
-void CommTable::Stop() {
-  std::vector<std::shared_ptr<Comm>> comms;
-  {
-    const std::lock_guard<std::mutex> lock(state_->mutex);
-    state_->stopped = true;
-    for (const auto &[id, entry] : state_->comms) {
-      comms.push_back(entry.comm);
+Result<int64_t> CommTable::LinkOnLoop(CommPlan plan) {
+  if (Status status = CheckRoomOnLoop(plan.name); !status.ok()) {
+    return status;
+  }
+  Result<std::shared_ptr<void>> listener(nullptr);
+  if (plan.listens()) {
+    listener = ListenOnLoop(*plan.self.address);
+    if (!listener.ok()) {
+      return Status(listener.status().code(), "comm '" + plan.name + "': " + listener.status().text());
     }
   }
-  for (const std::shared_ptr<Comm> &comm : comms) {
-    comm->Cancel();  // all before the first join, which may wait for a dial
+  plan.id = last_id_ + 1;
+  const auto comm =
+      std::make_shared<Comm>(endpoint_, table_, runner_, std::move(plan), [this] { PrepareNextOnLoop(); });
+  comms_[last_id_ + 1] = Entry{comm, std::move(listener).value()};
+  ++last_id_;
+  PrepareNextOnLoop();
+  return last_id_;
+}
+
+void CommTable::PrepareNextOnLoop() {
+  const auto prepares = [](const auto &entry) { return entry.second.comm->preparing(); };
+  for (const auto &[id, entry] : comms_) {
+    if (!entry.comm->waiting()) {
+      continue;
+    }
+    if (stopped_ || std::count_if(comms_.begin(), comms_.end(), prepares) >= kMaxPreparing) {
+      return;
+    }
+    entry.comm->PrepareOnLoop();
   }
-  for (const std::shared_ptr<Comm> &comm : comms) {
-    comm->End();
+}
+
+Status CommTable::CheckReadyOnLoop(uint64_t cluster_id, datadist::Link *link) const {
+  for (const auto &[id, entry] : comms_) {
+    const Comm &comm = *entry.comm;
+    const bool theirs = link != nullptr ? comm.name() == link->comm_name() : comm.HasMember(cluster_id);
+    if (theirs && comm.Report().state != CommState::kOk) {
+      return NotReady(comm, cluster_id);
+    }
   }
-  const std::lock_guard<std::mutex> lock(state_->mutex);
-  state_->comms.clear();
+  if (link != nullptr) {
+    link->MarkCommOk();
+  }
+  return Status::Ok();
+}
+
+Result<std::shared_ptr<void>> CommTable::ListenOnLoop(const SocketAddress &address) {
+  if (server_address_.has_value() && Covers(*server_address_, address)) {
+    return std::shared_ptr<void>();
+  }
+  const std::string key = address.ToString();
+  if (const auto it = listeners_.find(key); it != listeners_.end()) {
+    return it->second.lock();
+  }
+  Result<Listeners> listeners = Listen(address);
+  if (!listeners.ok()) {
+    return listeners.status();
+  }
+  const auto acceptor = std::make_shared<Acceptor>(endpoint_, table_, Admits::kComms);
+  const std::shared_ptr<void> listener(acceptor.get(), [this, key, acceptor](void *) {
+    acceptor->StopOnLoop();
+    listeners_.erase(key);
+  });
+  listeners_[key] = listener;
+  acceptor->StartOnLoop(std::move(listeners).value());
+  return listener;
 }
 
 }  // namespace datadist

@@ -10,32 +10,26 @@
 // The links of a comm stand in the LinkTable like any other; until the comm is Ok they are not to be used (CheckReady).
 // A comm that failed or is unlinked takes its links along.
 //
-// At most 16 comms prepare at a time, the others wait their turn; each preparation has a thread of its own, which
-// Unlink and Stop wake, end and join. Only a dial that is under way keeps them waiting, 2 s at most.
+// At most 16 comms prepare at a time, the others wait their turn. The loop owns all of it: what is called here runs there,
+// and what blocks, a dial, runs on one of a few threads. Only a dial that is under way keeps Unlink and Stop waiting, 2 s
+// at most. A comm's address of ours has a listener for as long as a comm uses it; where the endpoint's own listener, for
+// clients, has that address, that one serves.
 #ifndef DATADIST_LINK_COMM_TABLE_H_
 #define DATADIST_LINK_COMM_TABLE_H_
 
 #include <chrono>
 #include <cstdint>
+#include <map>
 #include <memory>
 #include <optional>
 #include <string>
 #include <vector>
 
 #include "base/status.h"
-#include "control/address.h"
-#include "link/endpoint.h"
-#include "link/link_table.h"
+#include "link/acceptor.h"
+#include "link/comm.h"
 
 namespace datadist {
-
-struct CommMember {
-  uint64_t cluster_id = 0;
-  uint32_t rank = 0;
-  std::optional<SocketAddress> address;  // where it listens; empty for all members: loopback
-};
-
-enum class CommState : uint8_t { kOk = 0, kPreparing = 1, kFailed = 2 };
 
 class CommTable {
  public:
@@ -57,10 +51,7 @@ class CommTable {
   // Ends the preparation if need be, and waits for the transfers that run on its links. LLM_NOT_YET_LINK: unknown id.
   Status Unlink(int64_t comm_id);
 
-  struct Report {
-    CommState state = CommState::kPreparing;
-    std::string reason;  // why it failed
-  };
+  using Report = CommReport;
   // LLM_NOT_YET_LINK: unknown id.
   Result<Report> Query(int64_t comm_id) const;
 
@@ -72,8 +63,29 @@ class CommTable {
   void Stop();
 
  private:
-  struct State;
-  const std::shared_ptr<State> state_;
+  struct Entry {
+    std::shared_ptr<Comm> comm;
+    std::shared_ptr<void> listener;  // open for as long as anybody holds it; empty where none is needed
+  };
+  std::shared_ptr<Comm> FindByNameOnLoop(const std::string &name) const;
+  std::shared_ptr<Comm> FindOnLoop(int64_t comm_id) const;
+  Status CheckRoomOnLoop(const std::string &name) const;
+  Result<int64_t> LinkOnLoop(CommPlan plan);
+  void PrepareNextOnLoop();
+  Status CheckReadyOnLoop(uint64_t cluster_id, datadist::Link *link) const;
+  Result<std::shared_ptr<void>> ListenOnLoop(const SocketAddress &address);
+
+  const std::shared_ptr<LocalEndpoint> endpoint_;
+  const std::shared_ptr<LinkTable> table_;
+  const uint32_t max_comms_;
+  TaskRunner runner_;
+
+  // Owned by the loop thread.
+  std::optional<SocketAddress> server_address_;
+  std::map<std::string, std::weak_ptr<void>> listeners_;
+  std::map<int64_t, Entry> comms_;
+  int64_t last_id_ = 0;
+  bool stopped_ = false;
 };
 
 }  // namespace datadist

@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <map>
 #include <mutex>
+#include <thread>
 #include <utility>
 
 #include "base/random.h"
@@ -20,6 +21,9 @@ using llm_datadist::LLM_LINK_FAILED;
 constexpr std::chrono::milliseconds kMaxPeerHold{30000};
 // Peers' pushes at a time; more wait for one another.
 constexpr size_t kServingThreads = 4;
+
+// For the data connections of all links. A thread copies several GB/s, more than most networks carry.
+size_t DataThreads() { return std::clamp<size_t>(std::thread::hardware_concurrency(), 2, 8); }
 
 // The live endpoints of this process. A child made by fork() has a copy of its parent's entries, whose memory is not
 // the parent's any more: hence the pid.
@@ -49,7 +53,8 @@ LocalEndpoint::LocalEndpoint(uint64_t cluster_id, llm_datadist::LlmRole role, Li
       caches_(std::make_shared<CacheRegistry>(regions_, pools, !options_.remote_accessible)),
       loop_(std::make_shared<EventLoop>()),
       pool_(std::make_shared<WorkerPool>(transfer_threads)),
-      serving_(kServingThreads) {}
+      serving_(kServingThreads),
+      streams_(DataThreads()) {}
 
 LocalEndpoint::~LocalEndpoint() { Retire(); }
 

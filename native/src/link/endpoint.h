@@ -20,6 +20,7 @@
 #include "control/messages.h"
 #include "memory/region_table.h"
 #include "transport/cma/cma_data_path.h"
+#include "transport/tcp/tcp_service.h"
 #include "transport/transport.h"
 
 namespace datadist {
@@ -64,6 +65,8 @@ class LocalEndpoint {
   const std::shared_ptr<WorkerPool> &pool() const { return pool_; }
   // Copies that peers have asked for.
   TaskRunner &serving() { return serving_; }
+  // Data connections that peers have dialled or taken.
+  TcpService &streams() { return streams_; }
 
   // The longest that a peer's request may hold memory of ours.
   std::chrono::milliseconds MaxPeerHold() const;
@@ -81,6 +84,7 @@ class LocalEndpoint {
   const std::shared_ptr<EventLoop> loop_;
   const std::shared_ptr<WorkerPool> pool_;
   TaskRunner serving_;
+  TcpService streams_;
   Incarnation incarnation_{};
 };
 

@@ -7,6 +7,7 @@
 #include "control/opening.h"
 #include "link/link_table.h"
 #include "transport/local/local_data_path.h"
+#include "transport/tcp/tcp_data_path.h"
 
 namespace datadist {
 namespace {
@@ -90,7 +91,7 @@ void Link::OpenPaths(FrameSocket control, std::vector<Fd> outgoing_streams, std:
   }
   for (Fd &stream : incoming_streams) {
     servers_.push_back(
-        std::make_unique<TcpServer>(std::move(stream), endpoint_->regions(), endpoint_->MaxPeerHold()));
+        std::make_unique<TcpServer>(endpoint_->streams(), std::move(stream), endpoint_->regions(), endpoint_->MaxPeerHold()));
   }
 }
 

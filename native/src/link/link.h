@@ -33,7 +33,7 @@
 #include "link/endpoint.h"
 #include "link/turn_gate.h"
 #include "llm_datadist/llm_datadist_ext.h"
-#include "transport/tcp/tcp_data_path.h"
+#include "transport/tcp/tcp_service.h"
 
 namespace datadist {
 
@@ -91,6 +91,9 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   bool LoseIfGone();
   const std::string &comm_name() const { return comm_name_; }
   int64_t comm_id() const { return comm_id_; }
+  // Whether its comm was found to be linked with every member, which lasts.
+  bool comm_ok() const { return comm_ok_.load(); }
+  void MarkCommOk() { comm_ok_.store(true); }
   // Whether the caller of this end asked for the link; otherwise only the peer's did so far.
   bool asked_here() const { return asked_here_.load(); }
   void MarkAskedHere() { asked_here_.store(true); }
@@ -178,6 +181,7 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   const int64_t comm_id_;
   const std::shared_ptr<Link> other_half_;
   std::atomic<bool> asked_here_{false};
+  std::atomic<bool> comm_ok_{false};
   std::shared_ptr<Session> session_;
   std::unique_ptr<DataPath> path_;
   std::unique_ptr<DataPath> reading_;  // what the peer pushes; none where it does not come by cma

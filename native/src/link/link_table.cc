@@ -8,25 +8,6 @@ using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_PARAM_INVALID;
 using llm_datadist::LLM_PROCESSING_LINK;
 
-LinkTable::Reservation::Reservation(std::shared_ptr<LinkTable> table, uint64_t peer_id, bool dialling)
-    : table_(std::move(table)), peer_id_(peer_id), dialling_(dialling) {}
-
-LinkTable::Reservation::Reservation(Reservation &&other) noexcept
-    : table_(std::move(other.table_)), peer_id_(other.peer_id_), dialling_(other.dialling_) {}
-
-LinkTable::Reservation &LinkTable::Reservation::operator=(Reservation &&other) noexcept {
-  std::swap(table_, other.table_);
-  std::swap(peer_id_, other.peer_id_);
-  std::swap(dialling_, other.dialling_);
-  return *this;
-}
-
-LinkTable::Reservation::~Reservation() {
-  if (table_ != nullptr) {
-    table_->Release(peer_id_, dialling_);
-  }
-}
-
 Status LinkTable::CheckRoomLocked(uint64_t peer_id) const {
   const auto live = [this](uint64_t id) {
     const auto it = links_.find(id);
@@ -48,30 +29,32 @@ Status LinkTable::CheckRoomLocked(uint64_t peer_id) const {
   return Status::Ok();
 }
 
-Result<LinkTable::Reservation> LinkTable::ReserveDial(uint64_t peer_id) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (making_.count(peer_id) != 0) {
+Status LinkTable::CheckTurnLocked(uint64_t peer_id, bool dialling) const {
+  const auto it = making_.find(peer_id);
+  if (it != making_.end() && dialling) {
     return Status(LLM_PROCESSING_LINK, "a link to cluster " + std::to_string(peer_id) + " is just being made");
   }
-  if (Status room = CheckRoomLocked(peer_id); !room.ok()) {
-    return room;
-  }
-  ++making_[peer_id].dialling;
-  return Reservation(shared_from_this(), peer_id, true);
-}
-
-Result<LinkTable::Reservation> LinkTable::ReserveServe(uint64_t peer_id) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const auto it = making_.find(peer_id);
   if (it != making_.end() && it->second.dialling > 0 && own_id_ < peer_id) {
     return Status(LLM_PROCESSING_LINK, "cluster " + std::to_string(own_id_) + " is itself just linking to cluster " +
                                            std::to_string(peer_id));
   }
-  if (Status room = CheckRoomLocked(peer_id); !room.ok()) {
-    return room;
+  return Status::Ok();
+}
+
+Result<LinkTable::Reservation> LinkTable::Reserve(uint64_t peer_id, bool dialling) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (Status turn = CheckTurnLocked(peer_id, dialling); !turn.ok()) {
+      return turn;
+    }
+    if (Status room = CheckRoomLocked(peer_id); !room.ok()) {
+      return room;
+    }
+    Making &making = making_[peer_id];
+    ++(dialling ? making.dialling : making.serving);
   }
-  ++making_[peer_id].serving;
-  return Reservation(shared_from_this(), peer_id, false);
+  const auto release = [self = shared_from_this(), peer_id, dialling](void *) { self->Release(peer_id, dialling); };
+  return Reservation{peer_id, std::shared_ptr<void>(this, release)};
 }
 
 void LinkTable::Release(uint64_t peer_id, bool dialling) {
@@ -83,24 +66,27 @@ void LinkTable::Release(uint64_t peer_id, bool dialling) {
   }
 }
 
-Result<std::shared_ptr<Link>> LinkTable::Insert(const std::shared_ptr<Link> &link) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  if (shut_) {
-    return Status(LLM_FAILED, "finalized while linking");
+Status LinkTable::Insert(const std::shared_ptr<Link> &link) {
+  std::shared_ptr<Link> replaced;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (shut_) {
+      return Status(LLM_FAILED, "finalized while linking");
+    }
+    replaced = std::exchange(links_[link->peer_id()], link);
   }
-  return std::exchange(links_[link->peer_id()], link);
+  if (replaced != nullptr) {
+    replaced->Close("replaced by a new link");
+  }
+  return Status::Ok();
 }
 
 Status LinkTable::Adopt(const std::shared_ptr<Link> &link) {
-  const Result<std::shared_ptr<Link>> replaced = Insert(link);
-  if (!replaced.ok()) {
-    return replaced.status();
+  Status inserted = Insert(link);
+  if (inserted.ok()) {
+    link->Establish();
   }
-  link->Establish();
-  if (replaced.value() != nullptr) {
-    replaced.value()->Close("replaced by a new link");
-  }
-  return Status::Ok();
+  return inserted;
 }
 
 void LinkTable::Remove(const Link *link) {

@@ -8,45 +8,51 @@
 #define DATADIST_LINK_LINK_TABLE_H_
 
 #include <cstdint>
+#include <functional>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
+#include <utility>
 #include <vector>
 
-#include "link/expected_comms.h"
 #include "link/link.h"
 
 namespace datadist {
 
+// A comm that is being prepared, as the accepting end of a bilateral link sees it: whom it waits for, and whom to tell
+// how the link went.
+class CommWaiter {
+ public:
+  virtual ~CommWaiter() = default;
+  // Whether it has no link to the peer yet, and had none.
+  virtual bool AwaitsOnLoop(uint64_t peer_id) const = 0;
+  virtual void OnPeerLinkedOnLoop(uint64_t peer_id) = 0;
+  // We refused the peer. It may come again.
+  virtual void OnPeerRefusedOnLoop(uint64_t peer_id, const Status &why) = 0;
+};
+
+// Who prepares the comm of that name, if the peer is a member; empty when nobody does.
+using CommFinder = std::function<std::shared_ptr<CommWaiter>(const std::string &name, uint64_t peer_id)>;
+
 class LinkTable : public std::enable_shared_from_this<LinkTable> {
  public:
-  // Keeps room for one link for as long as it lives.
-  class Reservation {
-   public:
-    Reservation() = default;
-    Reservation(Reservation &&other) noexcept;
-    Reservation &operator=(Reservation &&other) noexcept;
-    ~Reservation();
-    bool Holds(uint64_t peer_id) const { return table_ != nullptr && peer_id_ == peer_id; }
-
-   private:
-    friend class LinkTable;
-    Reservation(std::shared_ptr<LinkTable> table, uint64_t peer_id, bool dialling);
-    std::shared_ptr<LinkTable> table_;
-    uint64_t peer_id_ = 0;
-    bool dialling_ = false;
+  // Keeps room for one link for as long as anybody holds it.
+  struct Reservation {
+    uint64_t peer_id = 0;
+    std::shared_ptr<void> place;
+    bool Holds(uint64_t id) const { return place != nullptr && peer_id == id; }
   };
 
   LinkTable(uint64_t own_id, uint32_t max_links) : own_id_(own_id), max_links_(max_links) {}
 
   // LLM_PROCESSING_LINK, or LLM_PARAM_INVALID when the table is full.
-  Result<Reservation> ReserveDial(uint64_t peer_id);
-  Result<Reservation> ReserveServe(uint64_t peer_id);
+  Result<Reservation> ReserveDial(uint64_t peer_id) { return Reserve(peer_id, true); }
+  Result<Reservation> ReserveServe(uint64_t peer_id) { return Reserve(peer_id, false); }
 
-  // Returns the link that the new one replaced, which the caller closes. LLM_FAILED after Shut.
-  Result<std::shared_ptr<Link>> Insert(const std::shared_ptr<Link> &link);
-  // A link whose peer is ready: inserts and establishes it, and closes the one it replaced.
+  // Closes the link that the new one replaces. LLM_FAILED after Shut.
+  Status Insert(const std::shared_ptr<Link> &link);
+  // Inserts a link whose peer is ready, and establishes it.
   Status Adopt(const std::shared_ptr<Link> &link);
   void Remove(const Link *link);
 
@@ -56,7 +62,11 @@ class LinkTable : public std::enable_shared_from_this<LinkTable> {
   bool HasLive(uint64_t peer_id) const;
   bool Empty() const;
 
-  ExpectedComms &expected_comms() { return expected_comms_; }
+  // On the loop, or before anything is accepted.
+  void SetCommFinder(CommFinder finder) { comm_finder_ = std::move(finder); }
+  std::shared_ptr<CommWaiter> FindCommOnLoop(const std::string &name, uint64_t peer_id) const {
+    return comm_finder_ ? comm_finder_(name, peer_id) : nullptr;
+  }
 
   // Takes all links out; nothing can be inserted any more.
   std::vector<std::shared_ptr<Link>> Shut();
@@ -66,12 +76,14 @@ class LinkTable : public std::enable_shared_from_this<LinkTable> {
     uint32_t dialling = 0;
     uint32_t serving = 0;
   };
+  Result<Reservation> Reserve(uint64_t peer_id, bool dialling);
+  Status CheckTurnLocked(uint64_t peer_id, bool dialling) const;
   Status CheckRoomLocked(uint64_t peer_id) const;
   void Release(uint64_t peer_id, bool dialling);
 
   const uint64_t own_id_;
   const uint32_t max_links_;
-  ExpectedComms expected_comms_;
+  CommFinder comm_finder_;  // of the loop
   mutable std::mutex mutex_;
   std::map<uint64_t, std::shared_ptr<Link>> links_;  // guarded by mutex_
   std::map<uint64_t, Making> making_;                // guarded by mutex_

@@ -141,7 +141,7 @@ Status Link::VerifyPart(const TransferOp &op, Deadline deadline) {
 
 Result<std::vector<uint32_t>> Link::AskDigests(const DigestRequest &request, Deadline deadline) {
   DigestRequest asked = request;
-  asked.remaining_ms = RemainingMillis(deadline);
+  asked.remaining_ms = deadline.WireMillis();
   const Result<Frame> frame = session_->Call(MessageType::kDigest, Encode(asked), MessageType::kDigests, deadline);
   if (!frame.ok()) {
     return frame.status();
@@ -218,7 +218,7 @@ Status Link::AskToRead(const TransferOp &op, Deadline deadline) {
     for (size_t i = begin; i < std::min(begin + kMaxPushRuns, op.runs.size()); ++i) {
       request.runs.push_back(Run{op.runs[i].local_offset, op.runs[i].remote_offset, op.runs[i].length});
     }
-    request.remaining_ms = RemainingMillis(deadline);
+    request.remaining_ms = deadline.WireMillis();
     const Result<Frame> frame =
         session_->Call(MessageType::kPush, Encode(request), MessageType::kPushed, deadline);
     if (!frame.ok()) {

@@ -14,17 +14,14 @@ namespace {
 
 using llm_datadist::LLM_LINK_FAILED;
 
-struct SocketPair {
-  Fd near;
-  Fd far;
-};
-
-Result<SocketPair> MakeSocketPair() {
+Status ConnectPair(Fd &near, Fd &far) {
   int fds[2] = {-1, -1};
   if (::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, fds) != 0) {
     return Status(LLM_LINK_FAILED, "socketpair: " + ErrnoText(errno));
   }
-  return SocketPair{Fd(fds[0]), Fd(fds[1])};
+  near = Fd(fds[0]);
+  far = Fd(fds[1]);
+  return Status::Ok();
 }
 
 Status IntroduceHalves(const LocalEndpoint &endpoint, LinkParts &near, LinkParts &far) {
@@ -47,28 +44,23 @@ Status Connect(const LocalEndpoint &endpoint, LinkParts &near, LinkParts &far) {
   far.incoming = near.outgoing.kind;
   // Nobody initiates from the far half: it is in no table.
   far.outgoing.kind = near.incoming = TransportKind::kLocal;
-  Result<SocketPair> control = MakeSocketPair();
-  if (!control.ok()) {
-    return control.status();
+  Fd near_control;
+  Fd far_control;
+  Status status = ConnectPair(near_control, far_control);
+  near.control = std::move(near_control);
+  far.control = std::move(far_control);
+  near.outgoing_streams.resize(near.outgoing.kind == TransportKind::kTcp ? endpoint.options().tcp_streams : 0);
+  far.incoming_streams.resize(near.outgoing_streams.size());
+  for (size_t i = 0; status.ok() && i < near.outgoing_streams.size(); ++i) {
+    status = ConnectPair(near.outgoing_streams[i], far.incoming_streams[i]);
   }
-  near.control = std::move(control.value().near);
-  far.control = std::move(control.value().far);
-  const uint16_t streams = near.outgoing.kind == TransportKind::kTcp ? endpoint.options().tcp_streams : uint16_t{0};
-  for (uint16_t i = 0; i < streams; ++i) {
-    Result<SocketPair> stream = MakeSocketPair();
-    if (!stream.ok()) {
-      return stream.status();
-    }
-    near.outgoing_streams.push_back(std::move(stream.value().near));
-    far.incoming_streams.push_back(std::move(stream.value().far));
-  }
-  return Status::Ok();
+  return status;
 }
 
 }  // namespace
 
-Result<std::shared_ptr<Link>> MakeLoopback(const std::shared_ptr<LocalEndpoint> &endpoint,
-                                           const std::shared_ptr<LinkTable> &table, const LoopbackPeer &peer) {
+Status LinkLoopback(const std::shared_ptr<LocalEndpoint> &endpoint, const std::shared_ptr<LinkTable> &table,
+                    const LoopbackPeer &peer) {
   LinkParts near;
   LinkParts far;
   if (Status status = IntroduceHalves(*endpoint, near, far); !status.ok()) {
@@ -85,9 +77,10 @@ Result<std::shared_ptr<Link>> MakeLoopback(const std::shared_ptr<LocalEndpoint> 
   far.peer_address = peer.address;
   const std::shared_ptr<Link> far_half = Link::Create(endpoint, {}, std::move(far));
   near.other_half = far_half;
-  std::shared_ptr<Link> near_half = Link::Create(endpoint, table, std::move(near));
+  const std::shared_ptr<Link> near_half = Link::Create(endpoint, table, std::move(near));
+  near_half->MarkAskedHere();
   far_half->Establish();
-  return near_half;
+  return table->Adopt(near_half);
 }
 
 }  // namespace datadist

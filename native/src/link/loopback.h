@@ -11,7 +11,7 @@
 
 #include "base/status.h"
 #include "link/endpoint.h"
-#include "link/link.h"
+#include "link/link_table.h"
 
 namespace datadist {
 
@@ -22,9 +22,9 @@ struct LoopbackPeer {
   std::string comm_name;   // of a bilateral link
 };
 
-// The half that initiates, for LinkTable::Adopt; the other half is established.
-Result<std::shared_ptr<Link>> MakeLoopback(const std::shared_ptr<LocalEndpoint> &endpoint,
-                                           const std::shared_ptr<LinkTable> &table, const LoopbackPeer &peer);
+// Establishes it and puts it into the table; the caller has reserved its place.
+Status LinkLoopback(const std::shared_ptr<LocalEndpoint> &endpoint, const std::shared_ptr<LinkTable> &table,
+                    const LoopbackPeer &peer);
 
 }  // namespace datadist
 

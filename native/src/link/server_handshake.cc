@@ -67,12 +67,12 @@ Status ServerHandshake::CheckComm(const std::string &name, int64_t comm_id, cons
                : Status(LLM_LINK_FAILED, "this address is for bilateral links, not for clients of a server");
   }
   const uint64_t id = client.cluster_id;
-  ExpectedComms &expected = table_->expected_comms();
+  const std::shared_ptr<CommWaiter> comm = table_->FindCommOnLoop(name, id);
   const std::shared_ptr<Link> abandoned = FindAbandoned(name, client);
   const bool again = abandoned != nullptr &&
-                     (expected.Find(name, id) != nullptr ||
+                     (comm != nullptr ||
                       (abandoned->comm_id() == comm_id && abandoned->peer_incarnation() == client.incarnation));
-  if (!again && !expected.Awaits(name, id)) {
+  if (!again && (comm == nullptr || !comm->AwaitsOnLoop(id))) {
     return Status(LLM_NOT_YET_LINK, "cluster " + std::to_string(endpoint_->cluster_id()) +
                                         " does not wait for cluster " + std::to_string(id) + " in comm '" + name +
                                         "'");
@@ -110,8 +110,8 @@ Status ServerHandshake::Admit(const Hello &hello) {
 }
 
 void ServerHandshake::NoteRefusal(const Hello &hello, const Status &why) const {
-  if (const auto waiter = table_->expected_comms().Find(hello.comm_name, hello.client.cluster_id)) {
-    waiter->OnPeerRefusedOnLoop(hello.client.cluster_id, why);
+  if (const auto comm = table_->FindCommOnLoop(hello.comm_name, hello.client.cluster_id)) {
+    comm->OnPeerRefusedOnLoop(hello.client.cluster_id, why);
   }
 }
 
@@ -214,12 +214,8 @@ Result<std::shared_ptr<Link>> ServerHandshake::Finish(FrameSocket control) {
   } catch (const std::exception &error) {
     return Status(LLM_FAILED, std::string("no memory or threads for another link: ") + error.what());
   }
-  const Result<std::shared_ptr<Link>> replaced = table_->Insert(link);
-  if (!replaced.ok()) {
-    return replaced.status();
-  }
-  if (replaced.value() != nullptr) {
-    replaced.value()->Close("replaced by a new link");
+  if (Status inserted = table_->Insert(link); !inserted.ok()) {
+    return inserted;
   }
   // Before the link is established: whoever sees it may ask for it too, and must not be told that it is being made.
   reservation_ = LinkTable::Reservation();

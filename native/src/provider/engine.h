@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <memory>
 
+#include "engine/options.h"
 #include "provider/provider.h"
 
 namespace datadist {
 
-std::unique_ptr<Provider> MakeEngineProvider(uint64_t cluster_id, llm_datadist::LlmRole role);
+// Its reasons begin with the name of the call where the C++ class is spoken, as that class's do.
+std::unique_ptr<Provider> MakeEngineProvider(uint64_t cluster_id, llm_datadist::LlmRole role, EngineApi api);
 
 }  // namespace datadist
 

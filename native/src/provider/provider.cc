@@ -16,13 +16,17 @@ std::vector<std::string> ProviderNames() { return {kEngine}; }
 Result<std::unique_ptr<Provider>> MakeProvider(const std::string &name, uint64_t cluster_id,
                                                llm_datadist::LlmRole role) {
   if (name == kEngine) {
-    return MakeEngineProvider(cluster_id, role);
+    return MakeEngineProvider(cluster_id, role, EngineApi::kCpp);
   }
   std::string available;
   for (const std::string &candidate : ProviderNames()) {
     available += (available.empty() ? "'" : ", '") + candidate + "'";
   }
   return Status(llm_datadist::LLM_PARAM_INVALID, "provider is '" + name + "'; available here: " + available);
+}
+
+std::unique_ptr<Provider> MakeExtendedProvider(uint64_t cluster_id, llm_datadist::LlmRole role) {
+  return MakeEngineProvider(cluster_id, role, EngineApi::kPython);
 }
 
 }  // namespace datadist

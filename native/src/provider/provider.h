@@ -1,6 +1,6 @@
 // One endpoint of the LLM-DataDist API, whoever implements it: the seam between bindings and engines.
 //
-//   bindings, TransferQueue ──> Provider ──┬── engine.cc   our engine, linked in
+//   bindings, TransferQueue ──> Provider ──┬── engine.cc   our engine, linked in; it alone has the Extension
 //                                          └── others are found at run time and listed by ProviderNames()
 //
 // The members are those of llm_datadist::LlmDataDist with their semantics, plus what llm_datadist_ext.h adds. The reason
@@ -44,6 +44,8 @@ struct CacheTransfer {
   llm_datadist::KvCacheExtParam ext;
 };
 
+class Extension;
+
 class Provider {
  public:
   virtual ~Provider() = default;
@@ -71,6 +73,9 @@ class Provider {
   virtual Result<llm_datadist::LinkReport> QueryLink(uint64_t cluster_id) = 0;
   // Waits as long as it takes, and no longer than until Finalize.
   virtual Result<llm_datadist::HugePagesReport> WaitForHugePages() = 0;
+
+  // What the Python API offers beyond this; lives as long as the provider. Null where there is none.
+  virtual Extension *extension() { return nullptr; }
 };
 
 // Names that MakeProvider accepts in this process, preferred first.
@@ -79,6 +84,9 @@ std::vector<std::string> ProviderNames();
 // LLM_PARAM_INVALID, naming what there is, for any other name.
 Result<std::unique_ptr<Provider>> MakeProvider(const std::string &name, uint64_t cluster_id,
                                                llm_datadist::LlmRole role);
+
+// With an extension(), and the defaults of the Python API.
+std::unique_ptr<Provider> MakeExtendedProvider(uint64_t cluster_id, llm_datadist::LlmRole role);
 
 }  // namespace datadist
 

@@ -10,6 +10,7 @@
 #include <mutex>
 #include <new>
 #include <optional>
+#include <set>
 #include <system_error>
 #include <thread>
 #include <utility>
@@ -66,14 +67,19 @@ Status RunOperation(Provider &provider, const Operation &operation) {
 
 class TransferQueue::State {
  public:
-  State(std::shared_ptr<Provider> provider, size_t capacity, Fd event)
-      : provider_(std::move(provider)), capacity_(capacity), event_(std::move(event)) {}
+  State(std::shared_ptr<Provider> provider, size_t width, size_t capacity, std::chrono::milliseconds patience, Fd event)
+      : provider_(std::move(provider)),
+        width_(width),
+        capacity_(capacity),
+        patience_(Bounded(patience)),
+        event_(std::move(event)) {}
 
-  void StartThreads(size_t threads) {
-    threads_.reserve(threads + 1);
-    threads_.emplace_back([this] { TimerLoop(); });
-    for (size_t i = 0; i < threads; ++i) {
-      threads_.emplace_back([this] { WorkerLoop(); });
+  void StartThreads() {
+    timer_thread_ = std::thread([this] { TimerLoop(); });
+    const std::lock_guard<std::mutex> lock(mutex_);
+    workers_.reserve(kMaxThreads);
+    while (workers_.size() < width_) {
+      workers_.emplace_back([this] { WorkerLoop(); });
     }
   }
 
@@ -94,9 +100,7 @@ class TransferQueue::State {
     const auto next = lanes_.NextDeadline();
     const bool sooner = !next || op.deadline < *next;
     lanes_.Add(std::move(op));
-    if (lanes_.CanStart()) {
-      work_.notify_one();
-    }
+    StartNextLocked();
     if (sooner) {
       timer_.notify_one();
     }
@@ -135,10 +139,13 @@ class TransferQueue::State {
       work_.notify_all();
       timer_.notify_all();
     }
-    for (std::thread &thread : threads_) {
-      thread.join();
+    if (timer_thread_.joinable()) {
+      timer_thread_.join();
     }
-    threads_.clear();
+    for (std::thread &worker : workers_) {  // closed: there will be no more
+      worker.join();
+    }
+    workers_.clear();
   }
 
   bool in_forked_child() const { return ::getpid() != pid_; }
@@ -149,7 +156,7 @@ class TransferQueue::State {
   void WorkerLoop() {
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
-      work_.wait(lock, [this] { return closed_ || lanes_.CanStart(); });
+      work_.wait(lock, [this] { return closed_ || (lanes_.CanStart() && HasTurnLocked()); });
       std::optional<WaitingOp> op = lanes_.Start();
       if (!op) {
         return;  // closed, and nothing can be added any more
@@ -165,21 +172,43 @@ class TransferQueue::State {
       lanes_.Finish(op.cluster_id);
     } else {
       ++running_;
+      prompt_.emplace(started, op.id);
+      StartNextLocked();
       lock.unlock();
       const Status status = RunOperation(*provider_, op.operation);
       const auto ended = Clock::now();
       op.operation = RefusedOp{};  // frees the block lists outside the lock
       lock.lock();
+      prompt_.erase({started, op.id});
       --running_;
       lanes_.Finish(op.cluster_id);
       Complete({op.id, status.code(), false, status.text(), started - op.submitted, ended - started});
     }
-    if (lanes_.CanStart()) {
-      work_.notify_one();
-    }
+    StartNextLocked();
     if (running_ == 0) {
       idle_.notify_all();
     }
+  }
+
+  bool HasTurnLocked() const { return prompt_.size() < width_; }
+
+  // Wakes whoever can start what waits: a thread, a new one where all wait for peers, or the timer, to say when they do.
+  void StartNextLocked() {
+    if (!lanes_.CanStart()) {
+      return;
+    }
+    if (!HasTurnLocked()) {
+      timer_.notify_one();
+      return;
+    }
+    if (running_ == workers_.size() && workers_.size() < size_t{kMaxThreads} && !closed_) {
+      try {
+        workers_.emplace_back([this] { WorkerLoop(); });
+      } catch (const std::system_error &) {
+        // The system has no more threads to give: it is started by the next that is free.
+      }
+    }
+    work_.notify_one();
   }
 
   void TimerLoop() {
@@ -188,7 +217,16 @@ class TransferQueue::State {
       for (const WaitingOp &op : lanes_.RemoveExpired(Clock::now())) {
         CompleteExpired(op);
       }
-      const auto next = lanes_.NextDeadline();
+      auto next = lanes_.NextDeadline();
+      if (lanes_.CanStart() && !HasTurnLocked()) {
+        const auto stalled = prompt_.begin()->first + patience_;
+        if (stalled <= Clock::now()) {
+          prompt_.erase(prompt_.begin());
+          StartNextLocked();
+          continue;
+        }
+        next = std::min(stalled, next.value_or(stalled));
+      }
       if (next) {
         timer_.wait_until(lock, *next);
       } else {
@@ -222,26 +260,30 @@ class TransferQueue::State {
   }
 
   const std::shared_ptr<Provider> provider_;
+  const size_t width_;
   const size_t capacity_;
+  const std::chrono::milliseconds patience_;
   const Fd event_;
   const pid_t pid_ = ::getpid();
 
   std::mutex mutex_;
-  std::condition_variable work_;   // a lane can start, or closed
-  std::condition_variable timer_;  // an earlier deadline, or closed
+  std::condition_variable work_;   // a lane can start and has a turn, or closed
+  std::condition_variable timer_;  // an earlier deadline, a lane that can start but has no turn, or closed
   std::condition_variable idle_;   // nothing runs
   Lanes lanes_;
   std::vector<Completion> completions_;
   uint64_t last_id_ = 0;
   size_t running_ = 0;
+  std::set<std::pair<Clock::time_point, uint64_t>> prompt_;  // those that run, since when, and are not taken for stalled
   bool closed_ = false;
+  std::vector<std::thread> workers_;  // grows until closed
 
   std::mutex join_mutex_;  // taken before mutex_
-  std::vector<std::thread> threads_;
+  std::thread timer_thread_;
 };
 
 Result<std::unique_ptr<TransferQueue>> TransferQueue::Create(std::shared_ptr<Provider> provider, int64_t threads,
-                                                             int64_t capacity) {
+                                                             int64_t capacity, std::chrono::milliseconds patience) {
   if (threads < 1 || threads > kMaxThreads) {
     return Status(llm_datadist::LLM_PARAM_INVALID,
                   "threads is " + std::to_string(threads) + "; allowed: 1.." + std::to_string(kMaxThreads));
@@ -255,9 +297,10 @@ Result<std::unique_ptr<TransferQueue>> TransferQueue::Create(std::shared_ptr<Pro
     return Status(llm_datadist::LLM_FAILED, std::string("eventfd: ") + std::strerror(errno));
   }
   std::unique_ptr<TransferQueue> queue(
-      new TransferQueue(std::make_unique<State>(std::move(provider), static_cast<size_t>(capacity), std::move(event))));
+      new TransferQueue(std::make_unique<State>(std::move(provider), static_cast<size_t>(threads),
+                                                static_cast<size_t>(capacity), patience, std::move(event))));
   try {
-    queue->state_->StartThreads(static_cast<size_t>(threads));
+    queue->state_->StartThreads();
   } catch (const std::system_error &error) {
     return Status(llm_datadist::LLM_FAILED, std::string("starting threads: ") + error.what());
   }

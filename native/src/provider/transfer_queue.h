@@ -9,6 +9,9 @@
 //   - Every accepted id appears in exactly one Completion, also when the queue is drained or closed under it.
 //   - Operations to one cluster run one at a time, in order of submission; different clusters run in parallel. The
 //     engine would serialise them per link anyway: a lane keeps one slow peer from taking every thread.
+//   - At most `threads` operations run at once, but for those that have run for `patience`: they wait for a peer, and
+//     peers that do not answer must not cost others their turn. For those that wait instead there are more threads, up
+//     to kMaxThreads in all, started when they are needed.
 //   - An operation that has not started at its deadline completes then, whether or not a thread is free. One that has
 //     started runs to its end, which the provider's own timeouts bound.
 //   - Completions that were not polled yet do not count against the capacity.
@@ -45,10 +48,13 @@ class TransferQueue {
  public:
   static constexpr int64_t kMaxThreads = 64;
   static constexpr int64_t kMaxCapacity = 1 << 20;
+  // Longer than most transfers take, shorter than anybody minds.
+  static constexpr std::chrono::milliseconds kPatience{20};
 
   // LLM_PARAM_INVALID for a size out of range, LLM_FAILED when the system refuses threads or the eventfd.
   static Result<std::unique_ptr<TransferQueue>> Create(std::shared_ptr<Provider> provider, int64_t threads,
-                                                       int64_t capacity);
+                                                       int64_t capacity,
+                                                       std::chrono::milliseconds patience = kPatience);
   ~TransferQueue();  // Close
   TransferQueue(const TransferQueue &) = delete;
   TransferQueue &operator=(const TransferQueue &) = delete;

@@ -3,7 +3,7 @@
 //   transfer/ ── TransferOp ──> DataPath (one per link and direction of initiative) ──> bytes
 //                                  │ needs of the control connection: PeerCalls
 //
-// Contract, tested for every transport by tests/transport_contract_test.cc:
+// Contract, tested for every transport by tests/transport_contract_test.cc and transport_order_test.cc:
 //   - Pull and Push block until every byte moved or the call failed, and no later than their deadline plus the time the
 //     kernel needs to give back one system call. After they returned, this process does not touch the local buffers.
 //   - A failed transfer may have written part of its destination, never anything outside the runs of the op.

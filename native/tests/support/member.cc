@@ -40,6 +40,7 @@ Member::~Member() {
     link->WaitUntilServed();
   }
   endpoint_->serving().Stop();
+  endpoint_->streams().Stop();
   endpoint_->loop()->Stop();
   endpoint_->regions()->UnregisterAll();
 }

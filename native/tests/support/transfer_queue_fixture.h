@@ -42,9 +42,10 @@ inline Operation Pull(uint64_t cluster, uint64_t label) {
 
 class TransferQueueTest : public ::testing::Test {
  protected:
-  void Start(int64_t threads, int64_t capacity = 64, bool gated = true) {
+  // Exactly `threads` at once, unless `patience` says when the queue takes those for stalled.
+  void Start(int64_t threads, int64_t capacity = 64, bool gated = true, milliseconds patience = milliseconds::max()) {
     provider_ = std::make_shared<GatedProvider>(gated);
-    auto created = TransferQueue::Create(provider_, threads, capacity);
+    auto created = TransferQueue::Create(provider_, threads, capacity, patience);
     ASSERT_TRUE(created.ok()) << created.status().text();
     queue_ = std::move(created).value();
   }

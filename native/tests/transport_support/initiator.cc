@@ -4,6 +4,8 @@
 
 #include <utility>
 
+#include "transport/tcp/tcp_data_path.h"
+
 namespace datadist::test {
 
 LocalCache::LocalCache(const CacheShape &shape, uint64_t seed) : arena_(shape) {
@@ -21,7 +23,7 @@ PushRequest CallsTo::RequestOf(const TransferOp &op, Deadline deadline) {
   request.source = Described(op.local->cache());
   request.source_first_tensor = op.local_first_tensor;
   request.tensor_count = op.tensor_count;
-  request.remaining_ms = RemainingMillis(deadline);
+  request.remaining_ms = deadline.WireMillis();
   for (const Run &run : op.runs) {
     request.runs.push_back({run.local_offset, run.remote_offset, run.length});
   }

@@ -16,7 +16,7 @@
 #include "control/messages.h"
 #include "memory/region_table.h"
 #include "transport/cma/cma_data_path.h"
-#include "transport/tcp/tcp_data_path.h"
+#include "transport/tcp/tcp_service.h"
 #include "transport/transport.h"
 
 namespace datadist::test {
@@ -91,6 +91,7 @@ class OwnerHere final : public Owner {
   std::map<int64_t, std::unique_ptr<Arena>> arenas_;  // dies last: the servers below still use it
   std::shared_ptr<RegionTable> regions_ = RegionTable::Create({});
   Fd listener_;
+  TcpService streams_{2};
   std::vector<std::unique_ptr<TcpServer>> servers_;
 };
 

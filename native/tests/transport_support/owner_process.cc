@@ -44,7 +44,7 @@ Status SendMessage(int fd, const Writer &message) {
 
 Result<std::vector<uint8_t>> RecvMessage(int fd) {
   uint8_t header[sizeof(uint64_t)];
-  if (Status status = WaitReadable(fd); !status.ok()) {
+  if (Status status = WaitReadable(fd, Deadline::In(std::chrono::hours(1))); !status.ok()) {
     return status;
   }
   if (Status status = RecvAll(fd, header, sizeof(header), Patience()); !status.ok()) {

@@ -3,35 +3,10 @@
 #include <cerrno>
 #include <string>
 #include <system_error>
+#include <utility>
 
 namespace datadist {
 namespace {
-
-struct IovecList {
-  iovec *next;
-  size_t count;
-
-  void Advance(size_t done) {
-    while (count > 0 && done >= next->iov_len) {
-      done -= next->iov_len;
-      ++next;
-      --count;
-    }
-    if (done > 0) {
-      next->iov_base = reinterpret_cast<void *>(reinterpret_cast<uintptr_t>(next->iov_base) + done);
-      next->iov_len -= done;
-    }
-  }
-};
-
-// Addresses stay integers: those of another process are no pointers here.
-void Append(iovec *list, size_t &count, uintptr_t base, size_t length) {
-  if (count > 0 && reinterpret_cast<uintptr_t>(list[count - 1].iov_base) + list[count - 1].iov_len == base) {
-    list[count - 1].iov_len += length;
-    return;
-  }
-  list[count++] = {reinterpret_cast<void *>(base), length};
-}
 
 Status VmFailed(pid_t pid, int error) {
   const std::string process = "process " + std::to_string(pid);
@@ -52,20 +27,19 @@ Status VmFailed(pid_t pid, int error) {
 }  // namespace
 
 void IovecBatch::Add(uint64_t remote, void *local, uint64_t length) {
-  Append(local_, local_count_, reinterpret_cast<uintptr_t>(local), length);
-  Append(remote_, remote_count_, static_cast<uintptr_t>(remote), length);
+  AppendIovec(local_, local_count_, reinterpret_cast<uintptr_t>(local), length);
+  AppendIovec(remote_, remote_count_, static_cast<uintptr_t>(remote), length);
   bytes_ += length;
 }
 
 Status IovecBatch::Read(pid_t pid) {
-  IovecList local{local_, local_count_};
-  IovecList remote{remote_, remote_count_};
-  uint64_t left = bytes_;
-  local_count_ = 0;
-  remote_count_ = 0;
-  bytes_ = 0;
+  iovec *local = local_;
+  iovec *remote = remote_;
+  size_t local_count = std::exchange(local_count_, 0);
+  size_t remote_count = std::exchange(remote_count_, 0);
+  uint64_t left = std::exchange(bytes_, 0);
   while (left > 0) {
-    const ssize_t moved = ::process_vm_readv(pid, local.next, local.count, remote.next, remote.count, 0);
+    const ssize_t moved = ::process_vm_readv(pid, local, local_count, remote, remote_count, 0);
     if (moved < 0 && errno == EINTR) {
       continue;
     }
@@ -73,8 +47,8 @@ Status IovecBatch::Read(pid_t pid) {
       return VmFailed(pid, moved < 0 ? errno : EFAULT);
     }
     left -= static_cast<uint64_t>(moved);
-    local.Advance(static_cast<size_t>(moved));
-    remote.Advance(static_cast<size_t>(moved));
+    AdvanceIovecs(local, local_count, static_cast<size_t>(moved));
+    AdvanceIovecs(remote, remote_count, static_cast<size_t>(moved));
   }
   return Status::Ok();
 }

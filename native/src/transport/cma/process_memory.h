@@ -8,6 +8,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "base/iovecs.h"
 #include "base/status.h"
 
 namespace datadist {
@@ -35,7 +36,6 @@ class IovecBatch {
   Status Read(pid_t pid);
 
  private:
-  static constexpr size_t kMaxIovecs = 1024;  // the kernel's UIO_MAXIOV
   static constexpr size_t kSpareIovecs = 2;
 
   iovec local_[kMaxIovecs];

@@ -5,7 +5,6 @@
 
 #include <algorithm>
 #include <array>
-#include <limits>
 #include <mutex>
 #include <string>
 #include <utility>
@@ -27,11 +26,6 @@ struct Outcome {
   bool broken = false;
 };
 Outcome Broken(Status status) { return {std::move(status), true}; }
-
-uint32_t RemainingMs(Deadline deadline) {
-  constexpr int64_t kMost = std::numeric_limits<uint32_t>::max();
-  return static_cast<uint32_t>(std::clamp<int64_t>(deadline.Remaining().count(), 1, kMost));
-}
 
 Outcome ReadResponse(int fd, uint64_t total_bytes, Deadline deadline) {
   std::array<uint8_t, kResponseHeaderBytes> bytes;
@@ -59,7 +53,7 @@ Outcome ReadResponse(int fd, uint64_t total_bytes, Deadline deadline) {
 Outcome Exchange(int fd, DataOp data_op, const TransferOp &op, const OpSlice &slice, Deadline deadline) {
   RequestHeader header;
   header.op = data_op;
-  header.remaining_ms = RemainingMs(deadline);
+  header.remaining_ms = deadline.WireMillis();
   header.cache_id = op.remote->cache_id;
   header.generation = op.remote->generation;
   header.first_tensor = op.remote_first_tensor + slice.first_tensor;

@@ -1,0 +1,28 @@
+# cmake -DDRIVER=fuzz_planted -DFOLDER=empty folder -P check.cmake: what the driver promises.
+file(REMOVE_RECURSE ${FOLDER})
+file(MAKE_DIRECTORY ${FOLDER}/none)
+
+execute_process(COMMAND ${DRIVER} -seed=1 -runs=200000 -artifact_prefix=${FOLDER}/ RESULT_VARIABLE found OUTPUT_VARIABLE said ERROR_QUIET)
+if(found EQUAL 0)
+  message(FATAL_ERROR "the planted defect was not found: ${said}")
+endif()
+if(NOT said MATCHES "seed 1\n")
+  message(FATAL_ERROR "the seed was not said: ${said}")
+endif()
+file(GLOB kept ${FOLDER}/crash-1-*)
+list(LENGTH kept count)
+if(NOT count EQUAL 1)
+  message(FATAL_ERROR "the input was not kept: '${kept}'")
+endif()
+execute_process(COMMAND ${DRIVER} ${kept} RESULT_VARIABLE again OUTPUT_QUIET ERROR_VARIABLE report)
+if(again EQUAL 0 OR NOT report MATCHES "heap-buffer-overflow")
+  message(FATAL_ERROR "the kept input does not show the defect: ${report}")
+endif()
+
+# What executes nothing has tested nothing.
+foreach(nothing "" ${FOLDER}/none ${FOLDER}/missing -runs=0)
+  execute_process(COMMAND ${DRIVER} ${nothing} RESULT_VARIABLE status OUTPUT_QUIET ERROR_QUIET)
+  if(status EQUAL 0)
+    message(FATAL_ERROR "'${nothing}' executes nothing, and passed")
+  endif()
+endforeach()
