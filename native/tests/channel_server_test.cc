@@ -4,6 +4,7 @@
 #include <sys/resource.h>
 #include <unistd.h>
 
+#include <algorithm>
 #include <atomic>
 #include <fstream>
 #include <random>
@@ -285,7 +286,11 @@ TEST(ChannelServer, AnswersThatNobodyReadsAreBounded) {
     EXPECT_EQ(healthy.Failure(server.port()), "");
   }
   EXPECT_TRUE(!kMemoryIsOurs || ResidentBytes() - before < kFlood * kMaxGeometry / 2);
-  EXPECT_TRUE(flood.front()->IsCutOff()) << "whoever left it unread for longest";
+  const auto cut_off = std::count_if(flood.begin(), flood.end(), [](const auto &guest) {
+    pollfd end{guest->fd.get(), 0, 0};
+    return ::poll(&end, 1, 0) == 1;
+  });
+  EXPECT_GT(cut_off, 0);
   const ChannelAnswer answer = healthy.Ask(server.port(), AskRank(0));
   EXPECT_EQ(std::get<RankAnswer>(answer.answer).geometry.size(), kMaxGeometry);
 }
