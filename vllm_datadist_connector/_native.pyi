@@ -421,3 +421,148 @@ class TransferQueue:
     def fileno(self) -> int: ...
     def close(self) -> None:
         """drain, then joins the threads: waits for running operations, which their own timeouts bound. Idempotent."""
+
+class EndedLease(NamedTuple):
+    request_id: str
+    why: str
+    """released or expired"""
+
+class ManualClock:
+    """Stands still until somebody sets `now` (seconds): for tests, which cannot wait for leases to run out."""
+
+    now: float
+    def __init__(self) -> None: ...
+
+class LeaseTable:
+    """P's promises to keep finished requests' blocks, the only place that knows which still stand.
+
+    grant ──> held ──┬── release (D is done, or will never come)
+                     └── expiry (no renewal for lease_s, or limit_s after the grant)
+
+    A lease leaves the table before take_ended() tells of it, so a confirmation that succeeds proves that the blocks
+    were the request's own until then. Tokens and digests are 32 hex digits.
+    """
+
+    def __init__(self, limit_s: float, clock: ManualClock | None = None) -> None: ...
+    def grant(
+        self, request_id: str, prompt_digest: str, blocks_digest: str, num_blocks: int, lease_s: float
+    ) -> tuple[str, int]:
+        """Keeps a request's blocks until `lease_s` pass without a renewal: (token, generation)."""
+
+    def confirm(self, token: str, generation: int, prompt_digest: str, blocks_digest: str) -> str:
+        """Empty if the lease stands, for this prompt and these blocks; otherwise why the read does not count."""
+
+    def renew(self, tokens: Sequence[str]) -> tuple[str, ...]:
+        """Extends leases by their duration from now, within their limit; returns the tokens that name none."""
+
+    def release(self, tokens: Sequence[str]) -> None: ...
+    def take_ended(self) -> list[EndedLease]:
+        """Leases that ended since the last call, each once."""
+
+    def take_refused(self) -> dict[str, int]:
+        """Confirmations that were refused since the last call, by reason."""
+
+    def held(self) -> tuple[int, int]:
+        """(leases, blocks) that are held now."""
+
+MAX_LEASES_PER_MESSAGE: Final[int]
+
+class RankDescription(NamedTuple):
+    geometry: bytes
+    """As P gave it to set_geometries()."""
+
+class Renewed(NamedTuple):
+    gone: tuple[str, ...]
+    """Tokens that name no lease (any more)."""
+
+class Confirmed(NamedTuple):
+    held: bool
+    reason: str
+
+class Released(NamedTuple): ...
+
+class Refused(NamedTuple):
+    """P has no such rank, or is another one."""
+
+    reason: str
+
+class ChannelAnswer(NamedTuple):
+    """`response` or, if it is None, why there is none."""
+
+    id: int
+    response: RankDescription | Renewed | Confirmed | Released | Refused | None
+    error: str
+    timed_out: bool
+    """The server said nothing, but somebody listens there, or nothing is known of it: to ask again may help."""
+
+class ChannelServer:
+    """P's end of the side channel: answers from its LeaseTable and geometries on a native thread, without the GIL."""
+
+    port: int
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        engine_id: str,
+        incarnation: str,
+        content_version: int,
+        leases: LeaseTable,
+        auth: str = "",
+        insecure: bool = False,
+    ) -> None:
+        """Listens at once; port 0 lets the system choose. `auth` is the path of a key file.
+
+        Raises:
+            OSError: the address cannot be bound.
+            ValueError: it is none, or other hosts can reach it and neither `auth` nor `insecure` says who may.
+        """
+
+    def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
+        """By (pp rank, tp rank). ValueError for one that is too large for a message."""
+
+    def close(self) -> None:
+        """Ends all connections and gives the address back. Idempotent."""
+
+class ChannelClient:
+    """D's end of the side channel: requests to many servers, sent by a native thread.
+
+    Each method sends one request and returns its id at once. Every id comes back from take() exactly once, as an answer
+    or as the reason why there is none, at the latest after `timeout_s`; fileno() is readable while some wait.
+    """
+
+    def __init__(
+        self,
+        content_version: int,
+        auth: str = "",
+        insecure: bool = False,
+        max_servers: int = 256,
+        idle_s: float = 300.0,
+    ) -> None: ...
+    def describe_rank(
+        self, endpoint: tuple[str, int], engine_id: str, incarnation: str, pp_rank: int, tp_rank: int, timeout_s: float
+    ) -> int:
+        """Answered by RankDescription or Refused."""
+
+    def renew(self, endpoint: tuple[str, int], tokens: Sequence[str], timeout_s: float) -> int:
+        """Answered by Renewed. At most MAX_LEASES_PER_MESSAGE tokens."""
+
+    def release(self, endpoint: tuple[str, int], tokens: Sequence[str], timeout_s: float) -> int:
+        """Answered by Released. At most MAX_LEASES_PER_MESSAGE tokens."""
+
+    def confirm(
+        self,
+        endpoint: tuple[str, int],
+        token: str,
+        generation: int,
+        prompt_digest: str,
+        blocks_digest: str,
+        timeout_s: float,
+    ) -> int:
+        """Answered by Confirmed."""
+
+    def take(self) -> list[ChannelAnswer]:
+        """What has come back, oldest first; never blocks. Resets fileno()."""
+
+    def fileno(self) -> int: ...
+    def close(self) -> None:
+        """Drops what is outstanding, and waits for nobody. Idempotent."""

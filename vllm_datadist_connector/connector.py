@@ -1,7 +1,7 @@
 """DataDistConnector: vLLM's KV connector interface, routed to the scheduler or the worker side. No logic of its own.
 
-Importable without the native library and without a device: vLLM imports it in its API server, too. The worker side,
-which needs the library, is imported when a worker is made.
+Importable without the native library and without a device: vLLM imports it in its API server, too. Either side needs
+the library, and is imported when it is made.
 """
 
 from __future__ import annotations
@@ -23,7 +23,6 @@ from vllm_datadist_connector import compat
 from vllm_datadist_connector.config import ConfigError, parse_config
 from vllm_datadist_connector.metadata import RankHandshake, StepMetadata
 from vllm_datadist_connector.metrics import DataDistPromMetrics, DataDistStats
-from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
 
 if TYPE_CHECKING:
     import torch
@@ -35,6 +34,7 @@ if TYPE_CHECKING:
     from vllm.v1.outputs import KVConnectorOutput
     from vllm.v1.request import Request
 
+    from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
     from vllm_datadist_connector.worker.transfers import FinishedPulls
     from vllm_datadist_connector.worker.worker import ConnectorWorker
 
@@ -67,6 +67,8 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         self._huge_pages = config.huge_pages
         if role == KVConnectorRole.SCHEDULER:
             compat.guard_failed_loads()
+            from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
+
             self._scheduler = ConnectorScheduler(config, vllm_config, groups)
         else:
             from vllm_datadist_connector.worker.build import build_worker

@@ -6,5 +6,7 @@ PYBIND11_MODULE(_native, module) {
   datadist::bindings::RegisterStatus(module);
   datadist::bindings::RegisterDataDist(module);
   datadist::bindings::RegisterTransferQueue(module);
+  datadist::bindings::RegisterLeases(module);
+  datadist::bindings::RegisterChannel(module);
   datadist::bindings::RegisterManaged(module);
 }

@@ -10,6 +10,8 @@ void RegisterExit(pybind11::module_ &module);
 void RegisterStatus(pybind11::module_ &module);
 void RegisterDataDist(pybind11::module_ &module);
 void RegisterTransferQueue(pybind11::module_ &module);
+void RegisterLeases(pybind11::module_ &module);
+void RegisterChannel(pybind11::module_ &module);
 void RegisterManaged(pybind11::module_ &module);
 
 }  // namespace datadist::bindings

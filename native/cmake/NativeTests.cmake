@@ -10,7 +10,7 @@ list(REMOVE_ITEM support_sources ${test_sources})
 
 # Threads are what TSan looks for: tests that start none say nothing under it.
 if(DATADIST_SANITIZE STREQUAL "thread")
-  list(FILTER test_sources EXCLUDE REGEX "/(cache_model|frame|json_check|moves|options|plan|tcp_wire)_test\\.cc$")
+  list(FILTER test_sources EXCLUDE REGEX "/(cache_model|channel_messages|frame|json_check|moves|options|plan|tcp_wire)_test\\.cc$")
 endif()
 
 add_library(datadist_test_support STATIC ${support_sources})

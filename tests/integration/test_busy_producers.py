@@ -33,7 +33,7 @@ def test_a_p_that_is_too_busy_to_be_met_is_greeted_again(
     producer: ProducerProcess, start_consumer: Callable[..., Consumer], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     consumer = start_consumer(handshake_timeout_s=0.3)
-    greeted_again = on_second_call(monkeypatch, consumer.driver._client, "send")
+    greeted_again = on_second_call(monkeypatch, consumer.driver._instances, "_greet")
     remote = producer.prefill("r", [1])
     consumer.expect(producer, remote, [2])
     producer.stop()
@@ -97,7 +97,7 @@ def test_the_deadline_ends_the_greeting_of_a_stopped_p(
 ) -> None:
     """Nobody is left who waits: neither the request nor, after the answer that does not come, the instance."""
     consumer = start_consumer(handshake_timeout_s=0.2)
-    greeted_again = on_second_call(monkeypatch, consumer.driver._client, "send")
+    greeted_again = on_second_call(monkeypatch, consumer.driver._instances, "_greet")
     remote = producer.prefill("r", [1])
     producer.stop()
     consumer.pull("r", remote, [1], deadline_s=0.5)
@@ -119,7 +119,7 @@ def test_a_busy_p_is_asked_again_to_confirm(
     consumer.expect(producer, warm, [1])
     consumer.pull("warm", warm, [1])
     consumer.wait(1)
-    asked_again = on_second_call(monkeypatch, consumer.driver._client, "send")
+    asked_again = on_second_call(monkeypatch, consumer.driver, "_confirm")
     producer.stop()
     consumer.expect(producer, remote, [2])
     consumer.pull("r", remote, [2])

@@ -101,8 +101,7 @@ def test_p_is_killed(start_producer: Callable[..., ProducerProcess], consumer: C
 def test_p_restarts_on_the_same_address(
     start_producer: Callable[..., ProducerProcess], start_consumer: Callable[..., Consumer]
 ) -> None:
-    # A restart takes so long that the side channel tries its address every two seconds only.
-    first, consumer = start_producer(P_CLUSTER), start_consumer(handshake_timeout_s=5.0)
+    first, consumer = start_producer(P_CLUSTER), start_consumer()
     remote, stale = first.prefill("a", [1]), first.prefill("stale", [2])
     consumer.expect(first, remote, [1])
     consumer.pull("a", remote, [1])

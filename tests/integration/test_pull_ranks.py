@@ -245,8 +245,7 @@ def test_one_refused_instance_leaves_another_linked(
 def test_a_rank_of_several_is_killed_with_its_instance_and_met_again(
     start_producer: StartProducer, start_consumer: StartConsumer
 ) -> None:
-    # A restart takes so long that the side channel tries its address every two seconds only.
-    first, consumer = start_producer(tp_size=2), start_consumer(handshake_timeout_s=5.0)
+    first, consumer = start_producer(tp_size=2), start_consumer()
     pull_and_check(first, [consumer], P_BLOCKS, D_BLOCKS)
     first.kill()
     second = start_producer(110, tp_size=2, port=first.port)

@@ -2,23 +2,22 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from contextlib import closing
 from typing import Any
 
 import numpy as np
 
+from support.channels import wait_for
 from support.kv_ranks import DECODER_ROLE, KV, MIX_ROLE, Place, RankEngine, copy_tokens, make_kv
 from support.pd import WAIT_S, wait_until
 from support.producer_process import ProducerProcess, prefill, start_scheduler
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.metadata import PullJob
-from vllm_datadist_connector.protocol.messages import Release
 from vllm_datadist_connector.protocol.params import RemotePrefill, parse_remote_prefill
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
-from vllm_datadist_connector.side_channel.client import SideChannelClient
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.side_channel.client import open_client
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 from vllm_datadist_connector.worker.driver import PullDriver
 from vllm_datadist_connector.worker.transfers import Failure, Transfer
 
@@ -27,10 +26,9 @@ D_CLUSTER = 900
 
 def release(remote: RemotePrefill) -> None:
     """Returns once P has ended the lease."""
-    with closing(SideChannelClient()) as client:
+    with closing(open_client(Trust())) as client:
         endpoint = Endpoint(remote.remote_host, remote.remote_port)
-        client.send(endpoint, lambda i: Release(id=i, tokens=(remote.ticket.token,)), WAIT_S)
-        ((answer,), _) = client.wait([], time.monotonic() + WAIT_S)
+        answer = wait_for(client, client.release(endpoint, (remote.ticket.token,), WAIT_S))
         assert answer.response is not None, answer.error
 
 

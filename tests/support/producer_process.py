@@ -19,7 +19,7 @@ from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.protocol.params import RemotePrefill, parse_remote_prefill
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 from . import pd
 from .kv_ranks import PROMPT_ROLE, Place, RankEngine, make_kv
@@ -37,7 +37,7 @@ def start_scheduler(
 ) -> ProducerScheduler:
     """P's scheduler side."""
     identity = InstanceIdentity("engine-p", tp_size, pp_size, dcp_size=1, groups=(KVGroup(block_size),))
-    return ProducerScheduler(identity, Endpoint(pd.LOOPBACK, port), LIMIT_S)
+    return ProducerScheduler(identity, Endpoint(pd.LOOPBACK, port), LIMIT_S, Trust())
 
 
 def prefill(producer: ProducerScheduler, request_id: str, blocks: list[int], block_size: int = pd.BLOCK_SIZE) -> Any:

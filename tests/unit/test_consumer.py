@@ -18,7 +18,7 @@ from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, parse_remote_prefill
 from vllm_datadist_connector.scheduler import consumer as consumer_module
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 PROMPT = list(range(100, 100 + 5 * BLOCK_SIZE - 3))
 REMOTE = (11, 4, 9, 2, 30)
@@ -39,6 +39,7 @@ def make_consumer(ourselves: tuple[Endpoint, str] | None = None) -> ConsumerSche
         allows_peer=lambda host: host == LOOPBACK,
         recv_deadline_s=60.0,
         answer_timeout_s=5.0,
+        trust=Trust(),
         recompute_threshold=None,
         ourselves=ourselves,
     )
@@ -336,7 +337,7 @@ def test_any_sequence_of_calls(calls: list[tuple[str, int]]) -> None:
     """vLLM may call in any order about any request: no exception, and each lease is released exactly once."""
     with pytest.MonkeyPatch.context() as patch:
         keeper = CountingKeeper()
-        patch.setattr(consumer_module, "LeaseKeeper", lambda _: keeper)
+        patch.setattr(consumer_module, "LeaseKeeper", lambda *_: keeper)
         consumer = make_consumer()
         requests = [d_request(params_for(PROMPT), request_id=str(i)) for i in range(3)]
         pulled: Counter[str] = Counter()

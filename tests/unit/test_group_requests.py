@@ -30,7 +30,7 @@ from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
 from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 PROMPT = list(range(100, 100 + 4 * BLOCK_SIZE - 3))
 ATTENTION = (KVGroup(BLOCK_SIZE), KVGroup(BLOCK_SIZE))
@@ -50,7 +50,7 @@ MakeProducer = Callable[[tuple[KVGroup, ...]], ProducerScheduler]
 @pytest.fixture
 def make_consumer(keeper: CountingKeeper) -> MakeConsumer:
     del keeper
-    return lambda groups: ConsumerScheduler(groups, lambda _: True, 60.0, 5.0, recompute_threshold=None)
+    return lambda groups: ConsumerScheduler(groups, lambda _: True, 60.0, 5.0, Trust(), recompute_threshold=None)
 
 
 @pytest.fixture
@@ -59,7 +59,7 @@ def make_producer() -> Iterator[MakeProducer]:
 
     def make(groups: tuple[KVGroup, ...]) -> ProducerScheduler:
         identity = InstanceIdentity("engine-p", tp_size=1, pp_size=1, dcp_size=1, groups=groups)
-        made.append(ProducerScheduler(identity, Endpoint(LOOPBACK, 0), limit_s=600.0))
+        made.append(ProducerScheduler(identity, Endpoint(LOOPBACK, 0), 600.0, Trust()))
         return made[-1]
 
     yield make

@@ -8,15 +8,16 @@ from collections.abc import Iterator
 
 import msgspec
 import pytest
+from support.channels import BareServer
+from support.frames import RELEASE, RELEASED, RENEW, RENEWED, Frame, pack_tokens, unpack_tokens
 from support.pd import LOOPBACK, OTHER_TOKEN, TOKEN, WAIT_S, make_ticket, wait_until
 
-from vllm_datadist_connector.protocol.messages import Release, Released, Renew, Renewed, Request, Response
 from vllm_datadist_connector.protocol.params import LeaseTicket
 from vllm_datadist_connector.scheduler import keeper as keeper_module
 from vllm_datadist_connector.scheduler.keeper import LeaseKeeper
-from vllm_datadist_connector.scheduler.leases import EndedLease, LeaseTable
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
-from vllm_datadist_connector.side_channel.server import SideChannelServer
+from vllm_datadist_connector.scheduler.leases import Leases
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
+from vllm_datadist_connector.side_channel.server import EndedLease
 
 LEASE_S, TOLD_LEASE_S = 4.0, 1.0
 """P grants more than it tells, so that a busy machine cannot lose a lease between two renewals."""
@@ -25,40 +26,39 @@ LEASE_S, TOLD_LEASE_S = 4.0, 1.0
 class Producer:
     """A lease table behind a side channel that can be told not to hear."""
 
-    def __init__(self, endpoint: Endpoint | None = None) -> None:
-        self.leases = LeaseTable(TOKEN, (16,), 600.0)
-        self.seen: list[Request] = []
+    def __init__(self) -> None:
+        self._leases = Leases(TOKEN, (16,), 600.0)
+        self.table = self._leases.table
+        self.seen: list[int] = []
         self.deaf_to_releases = 0
         self.ended: list[EndedLease] = []
-        self._server = SideChannelServer(endpoint or Endpoint(LOOPBACK, 0))
+        self._server = BareServer(self._answer)
         self.endpoint = self._server.endpoint
-        self._server.start(self._answer)
 
     def grant(self, request_id: str = "r") -> LeaseTicket:
-        ticket = self.leases.grant(request_id, ((1,),), OTHER_TOKEN, LEASE_S)
+        ticket = self._leases.grant(request_id, ((1,),), OTHER_TOKEN, LEASE_S)
         return msgspec.structs.replace(ticket, lease_s=TOLD_LEASE_S)
 
-    def count(self, kind: type[Request]) -> int:
-        return sum(isinstance(request, kind) for request in self.seen)
+    def count(self, kind: int) -> int:
+        return self.seen.count(kind)
 
     def has_ended(self) -> bool:
-        self.ended += self.leases.take_ended()
+        self.ended += self.table.take_ended()
         return bool(self.ended)
 
     def close(self) -> None:
         self._server.close()
 
-    def _answer(self, request: Request) -> Response:
-        self.seen.append(request)
-        if isinstance(request, Renew):
-            return Renewed(id=request.id, gone=self.leases.renew(request.tokens))
-        if isinstance(request, Release):
-            if self.deaf_to_releases:
-                self.deaf_to_releases -= 1
-                # Answers with the id of no request: to the keeper this answer is lost.
-                return Released(id=2**60)
-            self.leases.release(request.tokens)
-        return Released(id=request.id)
+    def _answer(self, request: Frame) -> Frame | None:
+        self.seen.append(request.kind)
+        tokens = unpack_tokens(request.body)
+        if request.kind == RENEW:
+            return Frame(RENEWED, request.seq, pack_tokens(self.table.renew(tokens)))
+        if self.deaf_to_releases:
+            self.deaf_to_releases -= 1
+            return None
+        self.table.release(tokens)
+        return Frame(RELEASED, request.seq, b"")
 
 
 @pytest.fixture
@@ -70,7 +70,7 @@ def producer() -> Iterator[Producer]:
 
 @pytest.fixture
 def keeper() -> Iterator[LeaseKeeper]:
-    keeper = LeaseKeeper(answer_timeout_s=0.2)
+    keeper = LeaseKeeper(0.2, Trust())
     yield keeper
     keeper.close()
 
@@ -78,7 +78,7 @@ def keeper() -> Iterator[LeaseKeeper]:
 def test_renews_for_longer_than_the_lease_then_releases(producer: Producer, keeper: LeaseKeeper) -> None:
     ticket = producer.grant()
     assert keeper.hold(producer.endpoint, ticket)
-    wait_until(lambda: producer.count(Renew) > 4 * LEASE_S / TOLD_LEASE_S, "renewals beyond the first lease")
+    wait_until(lambda: producer.count(RENEW) > 4 * LEASE_S / TOLD_LEASE_S, "renewals beyond the first lease")
     assert not producer.has_ended()
     assert keeper.holds(ticket)
     keeper.release(ticket)
@@ -113,7 +113,7 @@ def test_a_lost_answer_is_asked_for_again(
     keeper.release(ticket)
     wait_until(producer.has_ended, "the release")
     assert producer.ended == [EndedLease("r", "released")]
-    assert producer.count(Release) == 3
+    assert producer.count(RELEASE) == 3
 
 
 def test_gives_up_when_the_lease_has_run_out_anyway(
@@ -125,16 +125,16 @@ def test_gives_up_when_the_lease_has_run_out_anyway(
     keeper.hold(producer.endpoint, ticket)
     keeper.release(ticket)
     wait_until(lambda: not keeper._kept, "the end of the retries")
-    assert producer.count(Release) >= 2
+    assert producer.count(RELEASE) >= 2
 
 
 def test_a_lease_that_is_gone_is_known_and_no_longer_renewed(producer: Producer, keeper: LeaseKeeper) -> None:
     stale = make_ticket(lease_s=1.0)
     keeper.hold(producer.endpoint, stale)
     wait_until(lambda: not keeper.holds(stale), "the news that the lease is gone")
-    assert producer.count(Renew) == 1
+    assert producer.count(RENEW) == 1
     keeper.release(stale)
-    assert producer.count(Release) == 0
+    assert producer.count(RELEASE) == 0
 
 
 def test_a_dead_endpoint_does_not_starve_another(producer: Producer, keeper: LeaseKeeper) -> None:
@@ -143,7 +143,7 @@ def test_a_dead_endpoint_does_not_starve_another(producer: Producer, keeper: Lea
         keeper.hold(Endpoint(LOOPBACK, silent.getsockname()[1]), dead)
         ticket = producer.grant()
         keeper.hold(producer.endpoint, ticket)
-        wait_until(lambda: producer.count(Renew) >= 5, "renewals beside a dead endpoint")
+        wait_until(lambda: producer.count(RENEW) >= 5, "renewals beside a dead endpoint")
         assert not producer.has_ended()
         assert keeper.holds(dead)
 
@@ -154,8 +154,8 @@ def test_many_leases_of_one_endpoint_share_messages(producer: Producer, keeper: 
         keeper.hold(producer.endpoint, ticket)
     for ticket in tickets:
         keeper.release(ticket)
-    wait_until(lambda: producer.leases.held() == (0, 0), "all releases")
-    assert producer.count(Release) < 500
+    wait_until(lambda: producer.table.held() == (0, 0), "all releases")
+    assert producer.count(RELEASE) < 500
 
 
 def test_bounded(producer: Producer, keeper: LeaseKeeper, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -179,11 +179,11 @@ def test_survives_a_round_that_fails(
     monkeypatch.setattr(keeper_module, "_batches", fail_once)
     keeper.hold(producer.endpoint, producer.grant())
     assert failed.wait(WAIT_S)
-    wait_until(lambda: producer.count(Renew) >= 2, "renewals after the fault")
+    wait_until(lambda: producer.count(RENEW) >= 2, "renewals after the fault")
     assert "a round failed" in caplog.text
 
 
 def test_closes_without_having_held_anything() -> None:
-    keeper = LeaseKeeper(answer_timeout_s=0.2)
+    keeper = LeaseKeeper(0.2, Trust())
     keeper.close()
     keeper.close()

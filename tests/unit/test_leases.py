@@ -1,4 +1,4 @@
-"""LeaseTable against a model, and what a confirmation may prove."""
+"""Leases and their native table against a model, and what a confirmation may prove."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from dataclasses import dataclass
 import pytest
 from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
-from support.clock import Clock
 from support.pd import OTHER_TOKEN, TOKEN
 
+from vllm_datadist_connector.protocol.digest import blocks_digest
 from vllm_datadist_connector.protocol.params import BlockIds, LeaseTicket
-from vllm_datadist_connector.scheduler.leases import EndedLease, LeaseTable
+from vllm_datadist_connector.scheduler.leases import Leases
+from vllm_datadist_connector.side_channel.server import EndedLease, ManualClock
 
 LEASE_S, LONG_LEASE_S, LIMIT_S = 10.0, 50.0, 35.0
 """A lease may outlast the limit of renewals: one for a conversation's next turn is never renewed."""
@@ -22,127 +23,127 @@ BLOCKS: BlockIds = ((4, 2, 9),)
 
 
 @pytest.fixture
-def clock() -> Clock:
-    return Clock()
+def clock() -> ManualClock:
+    return ManualClock()
 
 
 @pytest.fixture
-def table(clock: Clock) -> LeaseTable:
-    return LeaseTable(TOKEN, BLOCK_SIZES, LIMIT_S, clock)
+def leases(clock: ManualClock) -> Leases:
+    return Leases(TOKEN, BLOCK_SIZES, LIMIT_S, clock)
 
 
-def confirm(table: LeaseTable, ticket: LeaseTicket, blocks: BlockIds = BLOCKS, **changes: object) -> str:
+def confirm(leases: Leases, ticket: LeaseTicket, blocks: BlockIds = BLOCKS, **changes: object) -> str:
     values = {"token": ticket.token, "generation": ticket.generation, "prompt_digest": ticket.prompt_digest}
-    return table.confirm(**(values | changes), blocks=blocks)  # type: ignore[arg-type]
+    return leases.table.confirm(**(values | changes), blocks_digest=blocks_digest(blocks))  # type: ignore[arg-type]
 
 
-def test_ticket_tells_what_d_needs(table: LeaseTable) -> None:
-    first = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
-    second = table.grant("b", BLOCKS, OTHER_TOKEN, LONG_LEASE_S)
+def test_ticket_tells_what_d_needs(leases: Leases) -> None:
+    first = leases.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
+    second = leases.grant("b", BLOCKS, OTHER_TOKEN, LONG_LEASE_S)
     assert (first.incarnation, first.prompt_digest, first.block_sizes) == (TOKEN, OTHER_TOKEN, BLOCK_SIZES)
     assert (first.lease_s, second.lease_s) == (LEASE_S, LONG_LEASE_S)
     assert first.token != second.token
     assert first.generation != second.generation
-    assert confirm(table, first) == ""
+    assert confirm(leases, first) == ""
 
 
 @pytest.mark.parametrize(
     "changes", [{"token": TOKEN}, {"generation": 2}, {"generation": 0}, {"prompt_digest": "0" * 32}]
 )
-def test_confirmation_of_something_else_is_refused(table: LeaseTable, changes: dict[str, object]) -> None:
-    ticket = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
-    assert confirm(table, ticket, **changes) != ""
-    assert confirm(table, ticket) == ""
-    assert table.take_refused_confirms() == 1
-    assert table.take_refused_confirms() == 0
+def test_confirmation_of_something_else_is_refused(leases: Leases, changes: dict[str, object]) -> None:
+    ticket = leases.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
+    assert confirm(leases, ticket, **changes) != ""
+    assert confirm(leases, ticket) == ""
+    assert sum(leases.table.take_refused().values()) == 1
+    assert leases.table.take_refused() == {}
 
 
 @pytest.mark.parametrize("blocks", [((4, 2),), ((2, 4, 9),), ((4, 2, 9, 9),), ((4, 2, 8),), ((4, 2, 9), ()), ((),), ()])
-def test_only_exactly_the_granted_blocks_are_confirmed(table: LeaseTable, blocks: BlockIds) -> None:
+def test_only_exactly_the_granted_blocks_are_confirmed(leases: Leases, blocks: BlockIds) -> None:
     """Params pass through clients: other blocks, or the same in another order, are another prompt's KV to D."""
-    ticket = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
-    assert "blocks" in confirm(table, ticket, blocks)
+    ticket = leases.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
+    assert "blocks" in confirm(leases, ticket, blocks)
 
 
-def test_expires_at_its_time_and_not_before(table: LeaseTable, clock: Clock) -> None:
-    ticket = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
+def test_expires_at_its_time_and_not_before(leases: Leases, clock: ManualClock) -> None:
+    ticket = leases.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
     clock.now += LEASE_S - 0.001
-    assert confirm(table, ticket) == ""
-    assert table.take_ended() == []
+    assert confirm(leases, ticket) == ""
+    assert leases.table.take_ended() == []
     clock.now += 0.001
-    assert "ended" in confirm(table, ticket)
-    assert table.take_ended() == [EndedLease("a", "expired")]
+    assert "ended" in confirm(leases, ticket)
+    assert leases.table.take_ended() == [EndedLease("a", "expired")]
 
 
-def test_a_lease_that_ran_out_cannot_be_renewed(table: LeaseTable, clock: Clock) -> None:
-    ticket = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
+def test_a_lease_that_ran_out_cannot_be_renewed(leases: Leases, clock: ManualClock) -> None:
+    ticket = leases.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
     clock.now += LEASE_S
-    assert table.renew([ticket.token]) == (ticket.token,)
-    assert table.take_ended() == [EndedLease("a", "expired")]
+    assert leases.table.renew([ticket.token]) == (ticket.token,)
+    assert leases.table.take_ended() == [EndedLease("a", "expired")]
 
 
-def test_renewals_end_at_the_limit(table: LeaseTable, clock: Clock) -> None:
-    ticket = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
+def test_renewals_end_at_the_limit(leases: Leases, clock: ManualClock) -> None:
+    ticket = leases.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
     granted = clock.now
-    while table.renew([ticket.token]) == ():
+    while leases.table.renew([ticket.token]) == ():
         clock.now += LEASE_S / 4
         assert clock.now <= granted + LIMIT_S
     assert clock.now == granted + LIMIT_S
 
 
-def test_one_that_is_renewed_does_not_keep_another_alive(table: LeaseTable, clock: Clock) -> None:
-    renewed = table.grant("renewed", BLOCKS, OTHER_TOKEN, LEASE_S)
-    left = table.grant("left", BLOCKS, OTHER_TOKEN, LEASE_S)
+def test_one_that_is_renewed_does_not_keep_another_alive(leases: Leases, clock: ManualClock) -> None:
+    renewed = leases.grant("renewed", BLOCKS, OTHER_TOKEN, LEASE_S)
+    left = leases.grant("left", BLOCKS, OTHER_TOKEN, LEASE_S)
     clock.now += LEASE_S / 2
-    assert table.renew([renewed.token, TOKEN]) == (TOKEN,)
+    assert leases.table.renew([renewed.token, TOKEN]) == (TOKEN,)
     clock.now += LEASE_S / 2
-    assert table.take_ended() == [EndedLease("left", "expired")]
-    assert "ended" in confirm(table, left)
-    assert confirm(table, renewed) == ""
-    assert table.held() == (1, 3)
+    assert leases.table.take_ended() == [EndedLease("left", "expired")]
+    assert "ended" in confirm(leases, left)
+    assert confirm(leases, renewed) == ""
+    assert leases.table.held() == (1, 3)
 
 
-def test_each_lease_lasts_its_own_time(table: LeaseTable, clock: Clock) -> None:
-    long, short = (table.grant(str(s), BLOCKS, OTHER_TOKEN, s) for s in (LONG_LEASE_S, LEASE_S))
+def test_each_lease_lasts_its_own_time(leases: Leases, clock: ManualClock) -> None:
+    long, short = (leases.grant(str(s), BLOCKS, OTHER_TOKEN, s) for s in (LONG_LEASE_S, LEASE_S))
     clock.now += LEASE_S
-    assert table.take_ended() == [EndedLease(str(LEASE_S), "expired")]
-    assert "ended" in confirm(table, short)
+    assert leases.table.take_ended() == [EndedLease(str(LEASE_S), "expired")]
+    assert "ended" in confirm(leases, short)
     clock.now += LONG_LEASE_S - LEASE_S - 0.001
-    assert confirm(table, long) == ""
+    assert confirm(leases, long) == ""
     clock.now += 0.001
-    assert table.take_ended() == [EndedLease(str(LONG_LEASE_S), "expired")]
+    assert leases.table.take_ended() == [EndedLease(str(LONG_LEASE_S), "expired")]
 
 
-def test_a_renewal_lasts_as_long_as_the_lease_and_shortens_none(table: LeaseTable, clock: Clock) -> None:
-    short = table.grant("short", BLOCKS, OTHER_TOKEN, LEASE_S)
-    long = table.grant("long", BLOCKS, OTHER_TOKEN, LONG_LEASE_S)
+def test_a_renewal_lasts_as_long_as_the_lease_and_shortens_none(leases: Leases, clock: ManualClock) -> None:
+    short = leases.grant("short", BLOCKS, OTHER_TOKEN, LEASE_S)
+    long = leases.grant("long", BLOCKS, OTHER_TOKEN, LONG_LEASE_S)
     clock.now += LEASE_S / 2
-    assert table.renew([long.token, short.token]) == ()
+    assert leases.table.renew([long.token, short.token]) == ()
     clock.now += LEASE_S
-    assert table.take_ended() == [EndedLease("short", "expired")]
+    assert leases.table.take_ended() == [EndedLease("short", "expired")]
     # Renewed or not, the long lease ends at its limit, which is its own duration here.
     clock.now += LONG_LEASE_S - 1.5 * LEASE_S - 0.001
-    assert confirm(table, long) == ""
+    assert confirm(leases, long) == ""
     clock.now += 0.001
-    assert table.renew([long.token]) == (long.token,)
+    assert leases.table.renew([long.token]) == (long.token,)
 
 
-def test_null_blocks_are_confirmed_but_not_counted(table: LeaseTable) -> None:
+def test_null_blocks_are_confirmed_but_not_counted(leases: Leases) -> None:
     blocks = ((0, 0, 7, 8), (3,))
-    ticket = table.grant("a", blocks, OTHER_TOKEN, LEASE_S)
-    assert confirm(table, ticket, blocks) == ""
+    ticket = leases.grant("a", blocks, OTHER_TOKEN, LEASE_S)
+    assert confirm(leases, ticket, blocks) == ""
     for others in (((7, 8), (3,)), ((0, 7, 0, 8), (3,)), ((3,), (0, 0, 7, 8))):
-        assert "blocks" in confirm(table, ticket, others)
-    assert table.held() == (1, 3)
+        assert "blocks" in confirm(leases, ticket, others)
+    assert leases.table.held() == (1, 3)
 
 
-def test_released_twice_ends_once(table: LeaseTable) -> None:
-    ticket = table.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
-    table.release([ticket.token, ticket.token, TOKEN])
-    table.release([ticket.token])
-    assert table.take_ended() == [EndedLease("a", "released")]
-    assert table.take_ended() == []
-    assert table.held() == (0, 0)
+def test_released_twice_ends_once(leases: Leases) -> None:
+    ticket = leases.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
+    leases.table.release([ticket.token, ticket.token, TOKEN])
+    leases.table.release([ticket.token])
+    assert leases.table.take_ended() == [EndedLease("a", "released")]
+    assert leases.table.take_ended() == []
+    assert leases.table.held() == (0, 0)
 
 
 @dataclass
@@ -160,8 +161,8 @@ class LeaseModel(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.clock = Clock()
-        self.table = LeaseTable(TOKEN, BLOCK_SIZES, LIMIT_S, self.clock)
+        self.clock = ManualClock()
+        self.leases = Leases(TOKEN, BLOCK_SIZES, LIMIT_S, self.clock)
         self.held: dict[str, Expected] = {}
         self.to_end: list[EndedLease] = []
         self.granted = 0
@@ -170,14 +171,15 @@ class LeaseModel(RuleBasedStateMachine):
     def grant(self, lease_s: float) -> LeaseTicket:
         self.granted += 1
         request_id = str(self.granted)
-        ticket = self.table.grant(request_id, BLOCKS, OTHER_TOKEN, lease_s)
+        ticket = self.leases.grant(request_id, BLOCKS, OTHER_TOKEN, lease_s)
         now = self.clock.now
-        self.held[ticket.token] = Expected(request_id, ticket, now + lease_s, now + max(LIMIT_S, lease_s))
+        limit = round(now + max(LIMIT_S, lease_s), 3)
+        self.held[ticket.token] = Expected(request_id, ticket, round(now + lease_s, 3), limit)
         return ticket
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 2.5, 5.0, 9.999, 10.0, 40.0]))
     def pass_time(self, seconds: float) -> None:
-        self.clock.now += seconds
+        self.clock.now = round(self.clock.now + seconds, 3)
         for token, lease in list(self.held.items()):
             if lease.expires <= self.clock.now:
                 del self.held[token]
@@ -185,33 +187,33 @@ class LeaseModel(RuleBasedStateMachine):
 
     @rule(tickets=st.lists(tickets, max_size=3))
     def renew(self, tickets: list[LeaseTicket]) -> None:
-        gone = self.table.renew([ticket.token for ticket in tickets])
+        gone = self.leases.table.renew([ticket.token for ticket in tickets])
         assert gone == tuple(ticket.token for ticket in tickets if ticket.token not in self.held)
         for ticket in tickets:
             lease = self.held.get(ticket.token)
             if lease is not None:
-                lease.expires = min(self.clock.now + lease.ticket.lease_s, lease.limit)
+                lease.expires = min(round(self.clock.now + lease.ticket.lease_s, 3), lease.limit)
 
     @rule(ticket=tickets)
     def release(self, ticket: LeaseTicket) -> None:
-        self.table.release([ticket.token])
+        self.leases.table.release([ticket.token])
         lease = self.held.pop(ticket.token, None)
         if lease is not None:
             self.to_end.append(EndedLease(lease.request_id, "released"))
 
     @rule(ticket=tickets)
     def confirm(self, ticket: LeaseTicket) -> None:
-        assert (confirm(self.table, ticket) == "") == (ticket.token in self.held)
+        assert (confirm(self.leases, ticket) == "") == (ticket.token in self.held)
 
     @rule()
     def take_ended(self) -> None:
-        assert sorted(self.table.take_ended()) == sorted(self.to_end)
+        assert sorted(self.leases.table.take_ended()) == sorted(self.to_end)
         self.to_end = []
 
     @invariant()
     def held_counts(self) -> None:
         # What ran out leaves the table with the next call that looks; held() is only a measurement.
-        leases, blocks = self.table.held()
+        leases, blocks = self.leases.table.held()
         assert leases >= len(self.held)
         assert blocks == 3 * leases
 
@@ -220,27 +222,27 @@ TestLeaseModel = LeaseModel.TestCase
 
 
 def test_threads_that_race_end_each_lease_once() -> None:
-    table = LeaseTable(TOKEN, BLOCK_SIZES, LIMIT_S)
-    tickets = [table.grant(str(i), BLOCKS, OTHER_TOKEN, LEASE_S) for i in range(400)]
+    leases = Leases(TOKEN, BLOCK_SIZES, LIMIT_S)
+    tickets = [leases.grant(str(i), BLOCKS, OTHER_TOKEN, LEASE_S) for i in range(400)]
     start = threading.Barrier(5)
     ended: list[EndedLease] = []
 
     def release_all() -> None:
         start.wait()
         for ticket in tickets:
-            table.renew([ticket.token])
-            table.release([ticket.token])
-            assert confirm(table, ticket) != ""
+            leases.table.renew([ticket.token])
+            leases.table.release([ticket.token])
+            assert confirm(leases, ticket) != ""
 
     threads = [threading.Thread(target=release_all) for _ in range(4)]
     for thread in threads:
         thread.start()
     start.wait()
     while any(thread.is_alive() for thread in threads):
-        ended += table.take_ended()
+        ended += leases.table.take_ended()
     for thread in threads:
         thread.join()
-    ended += table.take_ended()
+    ended += leases.table.take_ended()
     assert Counter(lease.request_id for lease in ended) == Counter(str(i) for i in range(400))
-    assert table.take_refused_confirms() == 1600
-    assert table.held() == (0, 0)
+    assert leases.table.take_refused() == {"the lease has ended or never was": 1600}
+    assert leases.table.held() == (0, 0)

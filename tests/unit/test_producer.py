@@ -9,29 +9,25 @@ from typing import Any
 
 import pytest
 import torch
+from support.channels import wait_for
 from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TO_P, TOKEN, WAIT_S, finish, make_request
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector.kv_groups import KVGroup
-from vllm_datadist_connector.protocol.digest import prompt_digest
-from vllm_datadist_connector.protocol.messages import (
-    Confirm,
-    Confirmed,
-    Hello,
-    Meta,
-    Refused,
-    Release,
-    Released,
-    Renew,
-    Renewed,
-    Response,
-)
-from vllm_datadist_connector.protocol.messages import Request as Message
+from vllm_datadist_connector.protocol.digest import blocks_digest, prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, RemotePrefill, parse_remote_prefill
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity, digest_of
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
-from vllm_datadist_connector.side_channel.client import SideChannelClient
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.side_channel.client import (
+    ChannelClient,
+    Confirmed,
+    RankDescription,
+    Refused,
+    Released,
+    Renewed,
+    open_client,
+)
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 IDENTITY = InstanceIdentity("engine-p", tp_size=2, pp_size=1, dcp_size=1, groups=(KVGroup(BLOCK_SIZE),))
 BLOCKS = [7, 3, 5, 9]
@@ -41,21 +37,21 @@ PROMPT = list(range(3 * BLOCK_SIZE - 5))
 
 @pytest.fixture
 def producer() -> Iterator[ProducerScheduler]:
-    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), limit_s=600.0)
+    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), 600.0, Trust())
     yield producer
     producer.close()
 
 
 @pytest.fixture
-def client() -> Iterator[SideChannelClient]:
-    client = SideChannelClient()
+def client() -> Iterator[ChannelClient]:
+    client = open_client(Trust())
     yield client
     client.close()
 
 
-def ask(client: SideChannelClient, producer: ProducerScheduler, kind: type[Message], **fields: Any) -> Response:
-    client.send(producer.endpoint, lambda i: kind(id=i, **fields), WAIT_S)
-    ((answer,), _) = client.wait([], time.monotonic() + WAIT_S)
+def ask(client: ChannelClient, producer: ProducerScheduler, kind: str, **fields: Any) -> object:
+    """The answer to the client's request of that name."""
+    answer = wait_for(client, getattr(client, kind)(producer.endpoint, **fields, timeout_s=WAIT_S))
     assert answer.response is not None, answer.error
     return answer.response
 
@@ -72,7 +68,7 @@ def confirmation(remote: RemotePrefill, **changes: Any) -> dict[str, Any]:
         "token": ticket.token,
         "generation": ticket.generation,
         "prompt_digest": ticket.prompt_digest,
-        "blocks": remote.remote_block_ids,
+        "blocks_digest": blocks_digest(remote.remote_block_ids),
     }
     return values | changes
 
@@ -152,10 +148,10 @@ def test_each_lease_lasts_as_long_as_asked(producer: ProducerScheduler) -> None:
     assert producer.held() == (1, 3)
 
 
-def test_release_gives_back_once(producer: ProducerScheduler, client: SideChannelClient) -> None:
+def test_release_gives_back_once(producer: ProducerScheduler, client: ChannelClient) -> None:
     remote = hold(producer)
     for _ in range(2):
-        assert isinstance(ask(client, producer, Release, tokens=(remote.ticket.token,)), Released)
+        assert ask(client, producer, "release", tokens=(remote.ticket.token,)) == Released()
     assert producer.take_ended() == (remote.remote_request_id,)
     assert producer.take_ended() == ()
     assert producer.take_counts() == ({"released": 1}, 0)
@@ -164,7 +160,7 @@ def test_release_gives_back_once(producer: ProducerScheduler, client: SideChanne
 
 
 def test_expiry_gives_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), limit_s=600.0)
+    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), 600.0, Trust())
     try:
         remote_id = "cmpl-late-0-00000000"
         assert producer.request_finished(finish(make_request(PROMPT, TO_P, remote_id)), (BLOCKS,), 0.01)[0]
@@ -179,30 +175,32 @@ def test_expiry_gives_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None
         producer.close()
 
 
-def test_renew_tells_what_is_gone(producer: ProducerScheduler, client: SideChannelClient) -> None:
+def test_renew_tells_what_is_gone(producer: ProducerScheduler, client: ChannelClient) -> None:
     token = hold(producer).ticket.token
-    answer = ask(client, producer, Renew, tokens=(token, OTHER_TOKEN))
-    assert isinstance(answer, Renewed)
-    assert answer.gone == (OTHER_TOKEN,)
+    assert ask(client, producer, "renew", tokens=(token, OTHER_TOKEN)) == Renewed((OTHER_TOKEN,))
 
 
-def test_confirm(producer: ProducerScheduler, client: SideChannelClient) -> None:
+def test_confirm(producer: ProducerScheduler, client: ChannelClient, caplog: pytest.LogCaptureFixture) -> None:
     remote = hold(producer)
-    held = ask(client, producer, Confirm, **confirmation(remote))
-    assert held == Confirmed(id=held.id, held=True, reason="")
-    for changes in ({"blocks": ((3, 7, 5),)}, {"generation": 99}, {"prompt_digest": TOKEN}, {"token": TOKEN}):
-        refused = ask(client, producer, Confirm, **confirmation(remote, **changes))
+    assert ask(client, producer, "confirm", **confirmation(remote)) == Confirmed(True, "")
+    changed = {"blocks_digest": blocks_digest(((3, 7, 5),)), "generation": 99, "prompt_digest": TOKEN, "token": TOKEN}
+    for name, value in changed.items():
+        refused = ask(client, producer, "confirm", **confirmation(remote, **{name: value}))
         assert isinstance(refused, Confirmed)
         assert not refused.held
         assert refused.reason
     assert producer.take_counts() == ({}, 4)
-    ask(client, producer, Release, tokens=(remote.ticket.token,))
-    late = ask(client, producer, Confirm, **confirmation(remote))
+    assert producer.take_counts() == ({}, 0)
+    assert [record.levelno for record in caplog.records if "refused to confirm" in record.message] == [
+        logging.WARNING
+    ] * 3, "one line for each reason"
+    ask(client, producer, "release", tokens=(remote.ticket.token,))
+    late = ask(client, producer, "confirm", **confirmation(remote))
     assert isinstance(late, Confirmed)
     assert not late.held
 
 
-def test_hello(producer: ProducerScheduler, client: SideChannelClient) -> None:
+def test_describe_rank(producer: ProducerScheduler, client: ChannelClient) -> None:
     producer.set_geometries({(0, 0): b"rank 0", (0, 1): b"rank 1"})
     good: dict[str, Any] = {
         "engine_id": "engine-p",
@@ -210,12 +208,11 @@ def test_hello(producer: ProducerScheduler, client: SideChannelClient) -> None:
         "pp_rank": 0,
         "tp_rank": 1,
     }
-    met = ask(client, producer, Hello, **good)
-    assert met == Meta(id=met.id, geometry=b"rank 1")
+    assert ask(client, producer, "describe_rank", **good) == RankDescription(b"rank 1")
     for changes in ({"engine_id": "other"}, {"incarnation": TOKEN}):
-        refused = ask(client, producer, Hello, **(good | changes))
+        refused = ask(client, producer, "describe_rank", **(good | changes))
         assert isinstance(refused, Refused)
         assert "another instance" in refused.reason
-    refused = ask(client, producer, Hello, **(good | {"tp_rank": 2}))
+    refused = ask(client, producer, "describe_rank", **(good | {"tp_rank": 2}))
     assert isinstance(refused, Refused)
     assert "(0, 2); there are [(0, 0), (0, 1)]" in refused.reason

@@ -1,333 +1,230 @@
-"""Side channel over real sockets: what peers may do to each other, and what they may not."""
+"""Side channel as the connector's Python uses it; what hostile ends may do to each other: native/tests/channel_*.cc."""
 
 from __future__ import annotations
 
-import contextlib
+import os
 import socket
-import threading
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
-import zmq
-from support.pd import LOOPBACK, TOKEN, WAIT_S
+from support.channels import collect, wait_for
+from support.pd import LOOPBACK, OTHER_TOKEN, TOKEN, WAIT_S
 
-from vllm_datadist_connector.protocol.messages import (
-    MAX_BODY_BYTES,
+from vllm_datadist_connector.side_channel.client import (
+    MAX_LEASES_PER_MESSAGE,
+    ChannelClient,
     Confirmed,
-    Meta,
+    RankDescription,
     Refused,
-    Release,
     Released,
-    Renew,
     Renewed,
-    Request,
-    Response,
-    decode_response,
-    encode,
+    open_client,
 )
-from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
-from vllm_datadist_connector.side_channel import client as client_module
-from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
-from vllm_datadist_connector.side_channel.endpoint import Endpoint, zmq_url
-from vllm_datadist_connector.side_channel.server import SideChannelServer
-from vllm_datadist_connector.wakeup import Wakeup
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
+from vllm_datadist_connector.side_channel.server import ChannelServer, LeaseTable, serve
+from vllm_datadist_connector.wakeup import Wakeup, wait_readable
 
-
-def renew(request_id: int) -> Request:
-    return Renew(id=request_id, tokens=(TOKEN,))
-
-
-def release(request_id: int) -> Request:
-    return Release(id=request_id, tokens=())
-
-
-def answer(request: Request) -> Response:
-    if isinstance(request, Renew):
-        return Renewed(id=request.id, gone=request.tokens)
-    return Released(id=request.id)
-
-
-def serve(handler: Callable[[Request], Response] = answer, endpoint: Endpoint | None = None) -> SideChannelServer:
-    server = SideChannelServer(endpoint or Endpoint(LOOPBACK, 0))
-    server.start(handler)
-    return server
+ENGINE_ID = "engine-\ud800"
+"""Ids are texts of clients' and administrators': also one that UTF-8 has no form for comes through as it is."""
 
 
 @pytest.fixture
-def server() -> Iterator[SideChannelServer]:
-    server = serve()
+def leases() -> LeaseTable:
+    return LeaseTable(600.0)
+
+
+@pytest.fixture
+def server(leases: LeaseTable) -> Iterator[ChannelServer]:
+    server = serve(Endpoint(LOOPBACK, 0), ENGINE_ID, TOKEN, leases, Trust())
     yield server
     server.close()
 
 
 @pytest.fixture
-def client() -> Iterator[SideChannelClient]:
-    client = SideChannelClient()
+def endpoint(server: ChannelServer) -> Endpoint:
+    return Endpoint(LOOPBACK, server.port)
+
+
+@pytest.fixture
+def client() -> Iterator[ChannelClient]:
+    client = open_client(Trust())
     yield client
     client.close()
 
 
-@pytest.fixture
-def raw() -> Iterator[Callable[[int], zmq.Socket[bytes]]]:
-    """Sockets of no client of ours."""
-    context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-    sockets: list[zmq.Socket[bytes]] = []
-
-    def make(kind: int) -> zmq.Socket[bytes]:
-        made = context.socket(kind)
-        made.linger, made.rcvtimeo = 0, int(WAIT_S * 1000)
-        sockets.append(made)
-        return made
-
-    yield make
-    context.destroy(linger=0)
-
-
-def collect(client: SideChannelClient, count: int) -> dict[int, Answer]:
-    answers: dict[int, Answer] = {}
-    end = time.monotonic() + WAIT_S
-    while len(answers) < count and time.monotonic() < end:
-        for one in client.wait([], end)[0]:
-            assert one.id not in answers
-            answers[one.id] = one
-    return answers
-
-
-def ask(client: SideChannelClient, endpoint: Endpoint, timeout_s: float = WAIT_S) -> Answer:
-    sent = client.send(endpoint, renew, timeout_s)
-    return collect(client, 1)[sent]
-
-
-def test_answers_go_to_their_requests(server: SideChannelServer, client: SideChannelClient) -> None:
-    renewals = [client.send(server.endpoint, renew, WAIT_S) for _ in range(50)]
-    releases = [client.send(server.endpoint, release, WAIT_S) for _ in range(50)]
-    answers = collect(client, 100)
-    assert all(answers[i].response == Renewed(id=i, gone=(TOKEN,)) for i in renewals)
-    assert all(answers[i].response == Released(id=i) for i in releases)
-
-
-def test_address_in_use_is_named(server: SideChannelServer) -> None:
-    with pytest.raises(OSError, match=f"cannot listen on {server.endpoint}"):
-        SideChannelServer(server.endpoint)
-
-
-OUR_ENVELOPE = encode(Released(id=1))[:6]
-OTHER_VERSION = b"DDSC\x09\x00\x80"
-
-# Whoever loads it is gone.
-PICKLE = b"cposix\n_exit\n(I9\ntR."
-
-GARBAGE = {
-    "the pickle of CVE-2025-32444": PICKLE,
-    "empty": b"",
-    "text": b"GET / HTTP/1.1\r\n\r\n",
-    "other version": OTHER_VERSION,
-    "not UTF-8": OUR_ENVELOPE + b"\x81\xa4type\xa4\xff\xff\xff\xff",
-    "nesting": OUR_ENVELOPE + b"\x91" * 100_000,
-    "a response": encode(Released(id=1)),
-    "as large as allowed": b"\0" * MAX_BODY_BYTES,
-}
-
-
-@pytest.mark.parametrize("frame", GARBAGE.values(), ids=GARBAGE.keys())
-def test_server_refuses_garbage_and_lives(
-    server: SideChannelServer,
-    client: SideChannelClient,
-    raw: Callable[[int], zmq.Socket[bytes]],
-    frame: bytes,
+def test_answers_go_to_their_requests(
+    server: ChannelServer, endpoint: Endpoint, leases: LeaseTable, client: ChannelClient
 ) -> None:
-    dealer = raw(zmq.DEALER)
-    dealer.connect(zmq_url(server.endpoint))
-    dealer.send(frame)
-    refusal = decode_response(dealer.recv())
-    assert isinstance(refusal, Refused)
-    assert refusal.id == 0
-    assert ask(client, server.endpoint).response is not None
+    server.set_geometries({(0, 0): b"rank 0", (0, 1): b"rank 1"})
+    token, generation = leases.grant("r", TOKEN, OTHER_TOKEN, 3, 60.0)
+    expected = {}
+    for rank in (1, 0):
+        sent = client.describe_rank(endpoint, ENGINE_ID, TOKEN, 0, rank, WAIT_S)
+        expected[sent] = RankDescription(f"rank {rank}".encode())
+    expected[client.renew(endpoint, (token, OTHER_TOKEN), WAIT_S)] = Renewed((OTHER_TOKEN,))
+    expected[client.confirm(endpoint, token, generation, TOKEN, OTHER_TOKEN, WAIT_S)] = Confirmed(True, "")
+    other_prompt = client.confirm(endpoint, token, generation, OTHER_TOKEN, OTHER_TOKEN, WAIT_S)
+    expected[other_prompt] = Confirmed(False, "the lease is for another prompt")
+    expected[client.release(endpoint, [token], WAIT_S)] = Released()
+    expected[client.describe_rank(endpoint, "other", TOKEN, 0, 0, WAIT_S)] = Refused(
+        "another instance lives at this address now"
+    )
+    answers = collect(client, len(expected))
+    assert {sent: answer.response for sent, answer in answers.items()} == expected
+    assert not any(answer.error or answer.timed_out for answer in answers.values())
+    assert leases.take_refused() == {"the lease is for another prompt": 1}
 
 
-def test_foreign_version_is_told_both(server: SideChannelServer, raw: Callable[[int], zmq.Socket[bytes]]) -> None:
-    dealer = raw(zmq.DEALER)
-    dealer.connect(zmq_url(server.endpoint))
-    dealer.send(OTHER_VERSION)
-    reason = f"protocol version 9; this instance speaks {PROTOCOL_VERSION}"
-    assert decode_response(dealer.recv()) == Refused(id=0, reason=reason)
+def test_a_full_batch_of_tokens_fits(endpoint: Endpoint, client: ChannelClient) -> None:
+    tokens = (TOKEN,) * MAX_LEASES_PER_MESSAGE
+    assert wait_for(client, client.renew(endpoint, tokens, WAIT_S)).response == Renewed(tokens)
 
 
-def test_server_ignores_several_frames_and_cuts_oversize_ones(
-    server: SideChannelServer, client: SideChannelClient, raw: Callable[[int], zmq.Socket[bytes]]
-) -> None:
-    dealer = raw(zmq.DEALER)
-    dealer.connect(zmq_url(server.endpoint))
-    dealer.send_multipart([b"a", encode(renew(1))])
-    dealer.send(b"\0" * (MAX_BODY_BYTES + 1000))
-    assert ask(client, server.endpoint).response is not None
-    with socket.create_connection(server.endpoint) as stream:
-        stream.sendall(b"\xff" * 64)
-    assert ask(client, server.endpoint).response is not None
-
-
-def test_server_survives_its_handler(client: SideChannelClient, caplog: pytest.LogCaptureFixture) -> None:
-    def broken(request: Request) -> Response:
-        if isinstance(request, Renew):
-            raise KeyError("bug")
-        return Meta(id=request.id, geometry=b"\0" * MAX_BODY_BYTES)
-
-    server = serve(broken)
+@pytest.mark.parametrize("host", [LOOPBACK, "::1"])
+def test_binds_the_named_address_and_no_other(host: str, leases: LeaseTable) -> None:
+    server = serve(Endpoint(host, 0), ENGINE_ID, TOKEN, leases, Trust())
     try:
-        for build in (renew, release):
-            sent = client.send(server.endpoint, build, WAIT_S)
-            assert collect(client, 1)[sent].response == Refused(id=sent, reason="internal error")
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        own = {int(os.readlink(fd).strip("socket:[]")) for fd in Path("/proc/self/fd").iterdir() if _is_socket(fd)}
+        bound = []
+        for line in Path("/proc/net/tcp6" if ":" in host else "/proc/net/tcp").read_text().splitlines()[1:]:
+            fields = line.split()
+            address, _, port = fields[1].partition(":")
+            if fields[3] == "0A" and int(fields[9]) in own and int(port, 16) == server.port:
+                bound.append(bytes.fromhex(address))
+        # The kernel prints each 32-bit word in host order.
+        words = socket.inet_pton(family, host)
+        assert bound == [b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))]
     finally:
         server.close()
-    assert len(caplog.records) == 2
 
 
-def test_a_peer_that_does_not_read_does_not_stop_the_others(
-    server: SideChannelServer, client: SideChannelClient, raw: Callable[[int], zmq.Socket[bytes]]
-) -> None:
-    slow = raw(zmq.DEALER)
-    slow.sndhwm = slow.rcvhwm = 1
-    slow.sndtimeo = 100
-    slow.connect(zmq_url(server.endpoint))
-    request = encode(Renew(id=1, tokens=(TOKEN,) * 4096))
-    with contextlib.suppress(zmq.Again):
-        for _ in range(300):
-            slow.send(request)
-    assert ask(client, server.endpoint).response is not None
+def _is_socket(fd: Path) -> bool:
+    try:
+        return os.readlink(fd).startswith("socket:")
+    except FileNotFoundError:
+        return False
 
 
-def test_no_answer_fails_at_its_deadline(client: SideChannelClient) -> None:
+def test_address_in_use_is_named(endpoint: Endpoint, leases: LeaseTable) -> None:
+    with pytest.raises(OSError, match=f"cannot listen on {endpoint}"):
+        serve(endpoint, ENGINE_ID, TOKEN, leases, Trust())
+
+
+def test_a_key_file_that_others_may_read_is_refused(tmp_path: Path, leases: LeaseTable) -> None:
+    keys = tmp_path / "keys"
+    keys.write_text("a" * 64)
+    keys.chmod(0o644)
+    with pytest.raises(ValueError, match=str(keys)):
+        serve(Endpoint(LOOPBACK, 0), ENGINE_ID, TOKEN, leases, Trust(auth=str(keys)))
+    with pytest.raises(ValueError, match=str(keys)):
+        open_client(Trust(auth=str(keys)))
+
+
+def test_no_answer_fails_at_its_deadline() -> None:
+    client = open_client(Trust(insecure=True))
     with socket.create_server((LOOPBACK, 0)) as silent:
         endpoint = Endpoint(LOOPBACK, silent.getsockname()[1])
         started = time.monotonic()
-        failed = ask(client, endpoint, timeout_s=0.2)
+        failed = wait_for(client, client.renew(endpoint, (), 0.2))
         assert failed.response is None
         assert failed.error == f"{endpoint} did not answer in time"
         assert failed.timed_out
         assert 0.2 <= time.monotonic() - started < 2
+    client.close()
 
 
-def test_where_nobody_listens_it_is_no_use_to_ask_again(client: SideChannelClient) -> None:
-    with socket.create_server((LOOPBACK, 0)) as silent:
-        endpoint = Endpoint(LOOPBACK, silent.getsockname()[1])
-        assert ask(client, endpoint, timeout_s=0.1).timed_out
-    failed = ask(client, endpoint, timeout_s=1.0)
-    assert failed.error == f"{endpoint} does not let us connect"
+def test_where_nobody_listens_it_is_no_use_to_wait_or_to_ask_again(client: ChannelClient) -> None:
+    with socket.create_server((LOOPBACK, 0)) as closed:
+        endpoint = Endpoint(LOOPBACK, closed.getsockname()[1])
+    failed = wait_for(client, client.renew(endpoint, (), 60.0))
+    assert failed.error.startswith(f"{endpoint} does not let us connect: ")
+    assert "refused" in failed.error
     assert not failed.timed_out
-    with socket.create_server((LOOPBACK, endpoint.port)):
-        assert ask(client, endpoint, timeout_s=0.2).timed_out
 
 
-def test_a_restarted_server_on_the_same_port_gets_nothing_meant_for_its_predecessor(client: SideChannelClient) -> None:
-    first = serve()
-    assert ask(client, first.endpoint).response is not None
-    first.close()
-    assert ask(client, first.endpoint, timeout_s=0.2).response is None
-
-    seen: list[Request] = []
-
-    def remember(request: Request) -> Response:
-        seen.append(request)
-        return answer(request)
-
-    second = serve(remember, first.endpoint)
-    try:
-        again = ask(client, first.endpoint)
-        assert again.response is not None
-        assert [request.id for request in seen] == [again.id]
-    finally:
-        second.close()
+@pytest.mark.parametrize("host", ["not an address", "\ud800", ""])
+def test_endpoints_that_cannot_be_dialled_come_back_as_failures(client: ChannelClient, host: str) -> None:
+    failed = wait_for(client, client.renew(Endpoint(host, 1), (), WAIT_S))
+    assert failed.response is None
+    assert failed.error
 
 
-@pytest.mark.parametrize(
-    "reply",
-    [b"garbage", PICKLE, OTHER_VERSION, encode(Refused(id=0, reason="too new")), encode(renew(1))],
-    ids=["garbage", "the pickle of CVE-2025-30165", "version", "refused", "request"],
-)
-def test_a_server_that_breaks_the_protocol_fails_what_is_outstanding(
-    client: SideChannelClient, raw: Callable[[int], zmq.Socket[bytes]], reply: bytes
-) -> None:
-    router = raw(zmq.ROUTER)
-    endpoint = Endpoint(LOOPBACK, router.bind_to_random_port(f"tcp://{LOOPBACK}"))
-    sent = {client.send(endpoint, renew, WAIT_S) for _ in range(2)}
-    identity, _ = router.recv_multipart()
-    router.send_multipart([identity, reply])
-    answers = collect(client, 2)
-    assert set(answers) == sent
-    assert all(one.response is None and str(endpoint) in one.error for one in answers.values())
+@pytest.mark.parametrize("token", ["", TOKEN[1:], TOKEN.upper(), TOKEN + "\n", "\ud800" * 32])
+def test_tokens_that_are_none_are_refused(endpoint: Endpoint, client: ChannelClient, token: str) -> None:
+    with pytest.raises((ValueError, TypeError)):
+        client.renew(endpoint, (token,), WAIT_S)
 
 
-def test_answers_that_nobody_asked_for_are_dropped(
-    client: SideChannelClient, raw: Callable[[int], zmq.Socket[bytes]]
-) -> None:
-    router = raw(zmq.ROUTER)
-    endpoint = Endpoint(LOOPBACK, router.bind_to_random_port(f"tcp://{LOOPBACK}"))
-    sent = client.send(endpoint, renew, WAIT_S)
-    identity, _ = router.recv_multipart()
-    for reply_id in (sent + 1, sent, sent):
-        router.send_multipart([identity, encode(Released(id=reply_id))])
-    assert collect(client, 1) == {sent: Answer(sent, Released(id=sent), "")}
+HOLDS_THE_GIL = f"""
+import ctypes, sys
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
+from vllm_datadist_connector.side_channel.server import LeaseTable, serve
+leases = LeaseTable(600.0)
+server = serve(Endpoint("{LOOPBACK}", 0), "p", "{TOKEN}", leases, Trust())
+server.set_geometries({{(0, 0): b"geometry"}})
+token, generation = leases.grant("r", "{TOKEN}", "{OTHER_TOKEN}", 1, 60.0)
+print(server.port, token, generation, flush=True)
+ctypes.PyDLL(None).sleep(600)
+"""
+"""Functions of a PyDLL are called with the GIL held."""
 
 
-def test_an_answer_from_another_server_is_dropped(
-    client: SideChannelClient, raw: Callable[[int], zmq.Socket[bytes]]
-) -> None:
-    router = raw(zmq.ROUTER)
-    liar = Endpoint(LOOPBACK, router.bind_to_random_port(f"tcp://{LOOPBACK}"))
-    with socket.create_server((LOOPBACK, 0)) as silent:
-        waiting = client.send(Endpoint(LOOPBACK, silent.getsockname()[1]), renew, WAIT_S)
-        to_liar = client.send(liar, renew, WAIT_S)
-        identity, _ = router.recv_multipart()
-        router.send_multipart([identity, encode(Confirmed(id=waiting, held=True, reason=""))])
-        router.send_multipart([identity, encode(Released(id=to_liar))])
-        assert set(collect(client, 1)) == {to_liar}
+def test_answers_do_not_wait_for_the_gil(client: ChannelClient) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLDS_THE_GIL], stdout=subprocess.PIPE, text=True) as process:
+        try:
+            assert process.stdout is not None
+            port, token, generation = process.stdout.readline().split()
+            endpoint = Endpoint(LOOPBACK, int(port))
+            for _ in range(3):
+                sent = client.confirm(endpoint, token, int(generation), TOKEN, OTHER_TOKEN, WAIT_S)
+                assert wait_for(client, sent).response == Confirmed(True, "")
+            described = wait_for(client, client.describe_rank(endpoint, "p", TOKEN, 0, 0, WAIT_S))
+            assert described.response == RankDescription(b"geometry")
+            assert process.poll() is None
+        finally:
+            process.kill()
 
 
-def test_open_connections_are_bounded(client: SideChannelClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(client_module, "MAX_ENDPOINTS", 3)
-    servers = [serve() for _ in range(4)]
-    try:
-        answers = [ask(client, server.endpoint) for server in servers]
-        assert [one.response is not None for one in answers] == [True, True, True, False]
-        assert "more than 3 side channels" in answers[3].error
-        monkeypatch.setattr(client_module, "IDLE_S", 0.0)
-        client.wait([], time.monotonic())
-        assert ask(client, servers[3].endpoint).response is not None
-    finally:
-        for server in servers:
-            server.close()
+EXITS = f"""
+from vllm_datadist_connector.side_channel.client import open_client
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
+from vllm_datadist_connector.side_channel.server import LeaseTable, serve
+server = serve(Endpoint("{LOOPBACK}", 0), "p", "{TOKEN}", LeaseTable(600.0), Trust())
+client = open_client(Trust())
+client.renew(("{LOOPBACK}", server.port), (), 600.0)
+"""
 
 
-@pytest.mark.parametrize("host", ["not an address", "\ud800"])
-def test_endpoints_that_cannot_be_dialled_come_back_as_failures(client: SideChannelClient, host: str) -> None:
-    assert ask(client, Endpoint(host, 1)).response is None
+def test_a_process_ends_with_its_ends_open() -> None:
+    subprocess.run([sys.executable, "-c", EXITS], check=True, timeout=60)
 
 
-def test_wait_returns_for_file_descriptors_and_for_time(client: SideChannelClient) -> None:
+def test_waits_for_file_descriptors_and_for_time(endpoint: Endpoint, client: ChannelClient) -> None:
     wakeup = Wakeup()
-    assert client.wait([wakeup.fileno()], time.monotonic() + 0.05) == ([], set())
-    waker = threading.Thread(target=wakeup.set)
-    waker.start()
-    assert client.wait([wakeup.fileno()], time.monotonic() + WAIT_S) == ([], {wakeup.fileno()})
-    waker.join()
+    fds = [wakeup.fileno(), client.fileno()]
+    assert wait_readable(fds, time.monotonic() + 0.05) == set()
+    wakeup.set()
+    assert wait_readable(fds, None) == {wakeup.fileno()}
     wakeup.clear()
-    assert client.wait([wakeup.fileno()], time.monotonic()) == ([], set())
+    client.renew(endpoint, (), WAIT_S)
+    assert wait_readable(fds, time.monotonic() + WAIT_S) == {client.fileno()}
+    assert len(client.take()) == 1
+    assert wait_readable(fds, time.monotonic()) == set()
+    assert client.take() == []
 
 
-def test_close_does_not_wait_for_what_is_outstanding() -> None:
-    client = SideChannelClient()
+def test_closes_twice_and_does_not_wait_for_what_is_outstanding(server: ChannelServer) -> None:
+    client = open_client(Trust(insecure=True))
     with socket.create_server((LOOPBACK, 0)) as silent:
-        client.send(Endpoint(LOOPBACK, silent.getsockname()[1]), renew, 60.0)
+        client.renew(Endpoint(LOOPBACK, silent.getsockname()[1]), (), 60.0)
         started = time.monotonic()
         client.close()
+        client.close()
         assert time.monotonic() - started < 2
-
-
-def test_server_closes_twice_and_before_it_has_started() -> None:
-    server = SideChannelServer(Endpoint(LOOPBACK, 0))
     server.close()
     server.close()
-    started = serve(endpoint=server.endpoint)
-    started.close()
-    started.close()

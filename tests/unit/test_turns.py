@@ -17,6 +17,7 @@ from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, names_earlier_turn, parse_remote_prefill
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
+from vllm_datadist_connector.side_channel.endpoint import Trust
 
 FIRST_TURN = list(range(100, 100 + 3 * BLOCK_SIZE))
 ANSWER = list(range(500, 500 + BLOCK_SIZE + 1))
@@ -34,7 +35,7 @@ MakeScheduler = Callable[..., ConnectorScheduler]
 def make_consumer(keeper: CountingKeeper) -> MakeConsumer:
     del keeper
     return lambda threshold: ConsumerScheduler(
-        (KVGroup(BLOCK_SIZE),), lambda host: host == LOOPBACK, 60.0, 5.0, threshold
+        (KVGroup(BLOCK_SIZE),), lambda host: host == LOOPBACK, 60.0, 5.0, Trust(), threshold
     )
 
 

@@ -1,7 +1,8 @@
-"""Digest of everything that decides a prompt's KV cache besides the weights.
+"""Digests of everything that decides a prompt's KV cache besides the weights, and of the blocks that hold it.
 
-P puts it into the lease, D compares it with its own request's before it pulls and again when it confirms. Without it a
-client that sends one prompt to P and another to D would put wrong KV into D's prefix cache, for every later user.
+P puts them into the lease. D compares the prompt's with its own request's before it pulls, and both are part of the
+confirmation: without them a client that sends one prompt to P and another to D, or changes the blocks on their way,
+would put wrong KV into D's prefix cache, for every later user.
 """
 
 from __future__ import annotations
@@ -11,15 +12,30 @@ import sys
 from array import array
 from collections.abc import Sequence
 
+from vllm_datadist_connector.protocol.params import BlockIds
+
 
 def prompt_digest(token_ids: Sequence[int], lora_name: str | None = None, mm_hashes: Sequence[str] = ()) -> str:
     """32 hex digits of token ids, LoRA adapter and multi-modal content hashes (in prompt order)."""
-    tokens = array("q", token_ids)
-    if sys.byteorder == "big":
-        tokens.byteswap()
-    state = hashlib.blake2b(tokens, digest_size=16)
+    state = hashlib.blake2b(_words(token_ids), digest_size=16)
     for part in (lora_name or "", *mm_hashes):
         encoded = part.encode(errors="surrogatepass")
         state.update(len(encoded).to_bytes(4, "little"))
         state.update(encoded)
     return state.hexdigest()
+
+
+def blocks_digest(blocks: BlockIds) -> str:
+    """32 hex digits of all blocks that the params name, in their order."""
+    state = hashlib.blake2b(digest_size=16)
+    for group in blocks:
+        state.update(len(group).to_bytes(4, "little"))
+        state.update(_words(group))
+    return state.hexdigest()
+
+
+def _words(values: Sequence[int]) -> array[int]:
+    words = array("q", values)
+    if sys.byteorder == "big":
+        words.byteswap()
+    return words

@@ -31,7 +31,7 @@ from vllm_datadist_connector.protocol.params import (
 )
 from vllm_datadist_connector.scheduler.identity import digest_of, is_token_prompt
 from vllm_datadist_connector.scheduler.keeper import LeaseKeeper
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -65,6 +65,7 @@ class ConsumerScheduler:
         allows_peer: Callable[[str], bool],
         recv_deadline_s: float,
         answer_timeout_s: float,
+        trust: Trust,
         recompute_threshold: int | None,
         prompt_tail: int = 1,
         ourselves: tuple[Endpoint, str] | None = None,
@@ -82,7 +83,7 @@ class ConsumerScheduler:
         self._ourselves = ourselves
         self._allows_peer = allows_peer
         self._recv_deadline_s = recv_deadline_s
-        self._keeper = LeaseKeeper(answer_timeout_s)
+        self._keeper = LeaseKeeper(answer_timeout_s, trust)
         self._requests: dict[str, _Tracked] = {}
         self._pulls: list[PullJob] = []
         self._cancels: list[str] = []

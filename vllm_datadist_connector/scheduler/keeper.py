@@ -11,13 +11,11 @@ import threading
 import time
 from collections import defaultdict
 from dataclasses import dataclass
-from functools import partial
 
-from vllm_datadist_connector.protocol.messages import MAX_TOKENS_PER_MESSAGE, Release, Renew, Renewed, Request
 from vllm_datadist_connector.protocol.params import LeaseTicket
-from vllm_datadist_connector.side_channel.client import SideChannelClient
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
-from vllm_datadist_connector.wakeup import Wakeup
+from vllm_datadist_connector.side_channel.client import MAX_LEASES_PER_MESSAGE, Renewed, open_client
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
+from vllm_datadist_connector.wakeup import Wakeup, wait_readable
 
 logger = logging.getLogger(__name__)
 
@@ -43,11 +41,12 @@ class _Kept:
 class LeaseKeeper:
     """hold() and release() come from the scheduler thread and never block; the thread starts with the first hold()."""
 
-    def __init__(self, answer_timeout_s: float) -> None:
+    def __init__(self, answer_timeout_s: float, trust: Trust) -> None:
         self._answer_timeout_s = answer_timeout_s
         self._lock = threading.Lock()
         self._kept: dict[str, _Kept] = {}
         self._wakeup = Wakeup()
+        self._client = open_client(trust)
         self._thread: threading.Thread | None = None
         self._stopping = False
 
@@ -97,17 +96,16 @@ class LeaseKeeper:
         self._wakeup.set()
         if thread is not None:
             thread.join(timeout=2.0)
+        self._client.close()
 
     def _run(self) -> None:
-        client = SideChannelClient()
         releases_sent: dict[int, tuple[str, ...]] = {}
         while not self._stopping:
             try:
-                until = self._send_due(client, releases_sent)
-                answers, ready = client.wait([self._wakeup.fileno()], until)
-                if ready:
+                until = self._send_due(releases_sent)
+                if self._wakeup.fileno() in wait_readable([self._wakeup.fileno(), self._client.fileno()], until):
                     self._wakeup.clear()
-                for answer in answers:
+                for answer in self._client.take():
                     released = releases_sent.pop(answer.id, ())
                     if answer.response is None:
                         logger.debug("lease keeper: %s", answer.error)
@@ -119,9 +117,8 @@ class LeaseKeeper:
                 # Leases must go on being renewed whatever one answer did to us; a fault that stays must not spin.
                 logger.exception("lease keeper: a round failed")
                 time.sleep(_PAUSE_AFTER_FAULT_S)
-        client.close()
 
-    def _send_due(self, client: SideChannelClient, releases_sent: dict[int, tuple[str, ...]]) -> float | None:
+    def _send_due(self, releases_sent: dict[int, tuple[str, ...]]) -> float | None:
         """Sends what is due, batched per endpoint; returns when the next is."""
         now = time.monotonic()
         renewals: defaultdict[Endpoint, list[str]] = defaultdict(list)
@@ -141,11 +138,10 @@ class LeaseKeeper:
             until = min((kept.next_send for kept in self._kept.values()), default=None)
         for endpoint, tokens in renewals.items():
             for batch in _batches(tokens):
-                client.send(endpoint, partial(_renew, tokens=batch), self._answer_timeout_s)
+                self._client.renew(endpoint, batch, self._answer_timeout_s)
         for endpoint, tokens in releases.items():
             for batch in _batches(tokens):
-                sent = client.send(endpoint, partial(_release, tokens=batch), self._answer_timeout_s)
-                releases_sent[sent] = batch
+                releases_sent[self._client.release(endpoint, batch, self._answer_timeout_s)] = batch
         return until
 
     def _forget(self, tokens: tuple[str, ...]) -> None:
@@ -162,14 +158,6 @@ class LeaseKeeper:
                 self._kept.pop(token, None)
 
 
-def _renew(request_id: int, tokens: tuple[str, ...]) -> Request:
-    return Renew(id=request_id, tokens=tokens)
-
-
-def _release(request_id: int, tokens: tuple[str, ...]) -> Request:
-    return Release(id=request_id, tokens=tokens)
-
-
 def _batches(tokens: list[str]) -> list[tuple[str, ...]]:
-    size = MAX_TOKENS_PER_MESSAGE
+    size = MAX_LEASES_PER_MESSAGE
     return [tuple(tokens[start : start + size]) for start in range(0, len(tokens), size)]

@@ -10,27 +10,14 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector.log_filter import OthersWords
-from vllm_datadist_connector.protocol.messages import (
-    Confirm,
-    Confirmed,
-    Hello,
-    Meta,
-    Refused,
-    Release,
-    Released,
-    Renew,
-    Renewed,
-    Request,
-    Response,
-)
 from vllm_datadist_connector.protocol.params import build_params
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity, digest_of, is_token_prompt
-from vllm_datadist_connector.scheduler.leases import EndedLease, LeaseTable
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
-from vllm_datadist_connector.side_channel.server import SideChannelServer
+from vllm_datadist_connector.scheduler.leases import Leases
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
+from vllm_datadist_connector.side_channel.server import EndedLease, serve
 
 if TYPE_CHECKING:
-    from vllm.v1.request import Request as VllmRequest
+    from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
 logger.addFilter(OthersWords())
@@ -44,24 +31,23 @@ request with n > 1 (it returns the params of whichever ended last), and all prom
 
 
 class ProducerScheduler:
-    """Owns the lease table and the side channel's listener."""
+    """Owns the leases and the side channel's listener, which answers from them by itself."""
 
-    def __init__(self, identity: InstanceIdentity, endpoint: Endpoint, limit_s: float) -> None:
+    def __init__(self, identity: InstanceIdentity, endpoint: Endpoint, limit_s: float, trust: Trust) -> None:
         self._identity = identity
         block_sizes = tuple(group.block_size for group in identity.groups)
-        self._leases = LeaseTable(identity.incarnation, block_sizes, limit_s)
-        self._geometries: dict[tuple[int, int], bytes] = {}
+        self._leases = Leases(identity.incarnation, block_sizes, limit_s)
         self._ended: list[EndedLease] = []
-        self._server = SideChannelServer(endpoint)
-        self.endpoint = self._server.endpoint
-        self._server.start(self._answer)
+        self._refused_confirms = 0
+        self._server = serve(endpoint, identity.engine_id, identity.incarnation, self._leases.table, trust)
+        self.endpoint = Endpoint(endpoint.host, self._server.port)
 
     def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
         """Geometry of every worker rank by (pp rank, tp rank), each a RankGeometry in msgpack."""
-        self._geometries = dict(geometries)
+        self._server.set_geometries(geometries)
 
     def request_finished(
-        self, request: VllmRequest, tables: Sequence[Sequence[int]], lease_s: float, for_next_turn: bool = False
+        self, request: Request, tables: Sequence[Sequence[int]], lease_s: float, for_next_turn: bool = False
     ) -> tuple[bool, dict[str, Any]]:
         """Whether vLLM shall keep the blocks, and the params for the router.
 
@@ -92,7 +78,8 @@ class ProducerScheduler:
 
     def take_ended(self) -> tuple[str, ...]:
         """Requests whose lease ended since the last step: their blocks go back to vLLM."""
-        ended = self._leases.take_ended()
+        self._note_refused()
+        ended = self._leases.table.take_ended()
         for lease in ended:
             if lease.why == "expired":
                 logger.warning("request %s: no D came for its blocks in time; lease expired", lease.request_id)
@@ -105,16 +92,23 @@ class ProducerScheduler:
         for lease in self._ended:
             by_reason[lease.why] = by_reason.get(lease.why, 0) + 1
         self._ended = []
-        return by_reason, self._leases.take_refused_confirms()
+        self._note_refused()
+        refused, self._refused_confirms = self._refused_confirms, 0
+        return by_reason, refused
 
     def held(self) -> tuple[int, int]:
         """(leases, blocks) held now."""
-        return self._leases.held()
+        return self._leases.table.held()
 
     def close(self) -> None:
         self._server.close()
 
-    def _held_tokens(self, request: VllmRequest, for_next_turn: bool) -> int:
+    def _note_refused(self) -> None:
+        for reason, count in self._leases.table.take_refused().items():
+            logger.warning("refused to confirm %d pull(s): %s", count, reason)
+            self._refused_confirms += count
+
+    def _held_tokens(self, request: Request, for_next_turn: bool) -> int:
         """How many of its first tokens the request's blocks hold for others; 0: none."""
         if request.status not in _HELD_STATUSES or _UNCLAIMED.match(request.request_id) or not is_token_prompt(request):
             return 0
@@ -128,28 +122,3 @@ class ProducerScheduler:
             capped = request.status == RequestStatus.FINISHED_LENGTH_CAPPED or not for_next_turn
             return num_tokens if exact and capped else 0
         return num_tokens
-
-    def _answer(self, request: Request) -> Response:
-        """Runs on the side channel's thread."""
-        if isinstance(request, Confirm):
-            reason = self._leases.confirm(request.token, request.generation, request.prompt_digest, request.blocks)
-            if reason:
-                logger.warning("refused to confirm a pull: %s", reason)
-            return Confirmed(id=request.id, held=not reason, reason=reason)
-        if isinstance(request, Renew):
-            return Renewed(id=request.id, gone=self._leases.renew(request.tokens))
-        if isinstance(request, Release):
-            self._leases.release(request.tokens)
-            return Released(id=request.id)
-        return self._introduce(request)
-
-    def _introduce(self, hello: Hello) -> Response:
-        if (hello.engine_id, hello.incarnation) != (self._identity.engine_id, self._identity.incarnation):
-            return Refused(id=hello.id, reason="another instance lives at this address now")
-        geometry = self._geometries.get((hello.pp_rank, hello.tp_rank))
-        if geometry is None:
-            ranks = sorted(self._geometries)
-            return Refused(
-                id=hello.id, reason=f"no worker (pp, tp) = ({hello.pp_rank}, {hello.tp_rank}); there are {ranks[:64]}"
-            )
-        return Meta(id=hello.id, geometry=geometry)

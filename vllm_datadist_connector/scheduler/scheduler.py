@@ -14,7 +14,7 @@ from vllm_datadist_connector.protocol.params import wants_remote_decode, was_rem
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
@@ -37,18 +37,20 @@ class ConnectorScheduler:
         self._bidirectional = config.bidirectional
         self._prompt_tail = compat.prompt_tail(vllm_config, any(group.forgets for group in identity.groups))
         self._meter = SchedulerMeter("scheduler")
+        trust = Trust(config.auth, config.insecure)
         self._producer: ProducerScheduler | None = None
         self._consumer: ConsumerScheduler | None = None
         if transfer.is_kv_producer or config.bidirectional:
             port = config.side_channel_port
             port += compat.data_parallel_index(parallel) if port else 0
-            self._producer = ProducerScheduler(identity, Endpoint(config.host, port), config.lease_limit_s)
+            self._producer = ProducerScheduler(identity, Endpoint(config.host, port), config.lease_limit_s, trust)
         if transfer.is_kv_consumer or config.bidirectional:
             self._consumer = ConsumerScheduler(
                 identity.groups,
                 config.allows_peer,
                 config.recv_deadline_s,
                 config.handshake_timeout_s,
+                trust,
                 config.recompute_threshold if config.bidirectional else None,
                 self._prompt_tail,
                 (self._producer.endpoint, identity.incarnation) if self._producer is not None else None,

@@ -1,4 +1,4 @@
-"""Addresses of the side channel."""
+"""Addresses of the side channel, and whom its ends take for a peer."""
 
 from __future__ import annotations
 
@@ -15,5 +15,9 @@ class Endpoint(NamedTuple):
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
 
 
-def zmq_url(endpoint: Endpoint) -> str:
-    return f"tcp://{endpoint}"
+class Trust(NamedTuple):
+    """Of processes that are not of this user on this host: who knows a key, or anybody; neither: nobody."""
+
+    auth: str = ""
+    """Path of a key file."""
+    insecure: bool = False

@@ -20,10 +20,11 @@ from typing import Protocol, TypeVar
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.protocol.digest import blocks_digest
 from vllm_datadist_connector.protocol.handshake import RankGeometry
-from vllm_datadist_connector.protocol.messages import Confirm, Confirmed
-from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
-from vllm_datadist_connector.wakeup import Wakeup
+from vllm_datadist_connector.side_channel.client import ChannelAnswer, Confirmed, open_client
+from vllm_datadist_connector.side_channel.endpoint import Trust
+from vllm_datadist_connector.wakeup import Wakeup, wait_readable
 from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
 from vllm_datadist_connector.worker.instances import Instance, InstanceState, Peer
 from vllm_datadist_connector.worker.peers import InstanceTable, rehearse
@@ -74,7 +75,7 @@ class PullDriver:
         self._linked = 0
         self._transfers = TransferTable()
         self._queue = _native.TransferQueue(datadist, threads=config.queue_threads)
-        self._client = SideChannelClient()
+        self._client = open_client(Trust(config.auth, config.insecure))
         self._instances = InstanceTable(
             ours,
             self._client,
@@ -124,14 +125,13 @@ class PullDriver:
         self._client.close()
 
     def _round(self) -> None:
-        fds = [self._wakeup.fileno(), self._queue.fileno()]
+        fds = [self._wakeup.fileno(), self._queue.fileno(), self._client.fileno()]
         wakes = (self._transfers.next_deadline(time.monotonic()), self._instances.next_wake())
-        answers, ready = self._client.wait(fds, min((at for at in wakes if at is not None), default=None))
-        if self._wakeup.fileno() in ready:
+        if self._wakeup.fileno() in wait_readable(fds, min((at for at in wakes if at is not None), default=None)):
             self._wakeup.clear()
         self._each(self._take, self._taken_from_inbox())
         self._each(self._on_completion, self._queue.poll())
-        self._each(self._on_answer, answers)
+        self._each(self._on_answer, self._client.take())
         self._each(self._settle, self._instances.take_changed())
         now = time.monotonic()
         self._each(self._on_deadline, self._transfers.overdue(now))
@@ -238,20 +238,18 @@ class PullDriver:
         """Asks P whether the lease was held all the while: only then the bytes count."""
         transfer.phase = Phase.CONFIRMING
         job, ticket = transfer.job, transfer.job.remote.ticket
-
-        def confirm(request_id: int) -> Confirm:
-            return Confirm(
-                id=request_id,
-                token=ticket.token,
-                generation=ticket.generation,
-                prompt_digest=job.prompt_digest,
-                blocks=job.remote.remote_block_ids,
-            )
-
         timeout_s = min(self._config.handshake_timeout_s, max(0.001, transfer.deadline - time.monotonic()))
-        self._transfers.add_confirm(transfer, self._client.send(transfer.instance.key.endpoint, confirm, timeout_s))
+        sent = self._client.confirm(
+            transfer.instance.key.endpoint,
+            ticket.token,
+            ticket.generation,
+            job.prompt_digest,
+            blocks_digest(job.remote.remote_block_ids),
+            timeout_s,
+        )
+        self._transfers.add_confirm(transfer, sent)
 
-    def _on_answer(self, answer: Answer) -> None:
+    def _on_answer(self, answer: ChannelAnswer) -> None:
         if self._instances.on_answer(answer):
             return
         transfer = self._transfers.take_confirm(answer.id)

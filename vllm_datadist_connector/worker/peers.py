@@ -27,9 +27,8 @@ import msgspec
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.handshake import RankGeometry, decode_geometry, find_mismatches
-from vllm_datadist_connector.protocol.messages import Hello, Meta, Refused
 from vllm_datadist_connector.protocol.params import RemotePrefill
-from vllm_datadist_connector.side_channel.client import Answer, SideChannelClient
+from vllm_datadist_connector.side_channel.client import ChannelAnswer, ChannelClient, RankDescription, Refused
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.instances import Instance, InstanceKey, InstanceState, Peer
 from vllm_datadist_connector.worker.pairing import MismatchError, Rank, find_gaps, pair, pair_with_itself, sources
@@ -73,7 +72,7 @@ class InstanceTable:
     def __init__(
         self,
         ours: RankGeometry,
-        client: SideChannelClient,
+        client: ChannelClient,
         queue: _native.TransferQueue,
         link_report: Callable[[int], _native.LinkReport | None],
         allows_peer: Callable[[str], bool],
@@ -133,7 +132,7 @@ class InstanceTable:
         instance.wanted_until = max(instance.wanted_until, deadline)
         return instance
 
-    def on_answer(self, answer: Answer) -> bool:
+    def on_answer(self, answer: ChannelAnswer) -> bool:
         """Takes the answer to a greeting; False if it is somebody else's."""
         greeted = self._greetings.pop(answer.id, None)
         if greeted is None:
@@ -141,8 +140,8 @@ class InstanceTable:
         instance, peer = greeted
         if instance.state is not InstanceState.MEETING:
             return True
-        if isinstance(answer.response, Meta):
-            self._on_meta(instance, peer, answer.response)
+        if isinstance(answer.response, RankDescription):
+            self._on_description(instance, peer, answer.response)
         elif answer.timed_out and time.monotonic() < instance.wanted_until:
             logger.info("%s has not answered our greeting: we ask again", instance.key.endpoint)
             self._greet(instance, peer.rank)
@@ -235,22 +234,16 @@ class InstanceTable:
         instance.state, instance.is_ourselves = InstanceState.READY, True
 
     def _greet(self, instance: Instance, rank: Rank) -> None:
-        def hello(request_id: int) -> Hello:
-            return Hello(
-                id=request_id,
-                engine_id=instance.key.engine_id,
-                incarnation=instance.key.incarnation,
-                pp_rank=rank.pp_rank,
-                tp_rank=rank.tp_rank,
-            )
-
         peer = instance.peers[rank] = Peer(rank)
-        sent = self._client.send(instance.key.endpoint, hello, self._handshake_timeout_s)
+        key = instance.key
+        sent = self._client.describe_rank(
+            key.endpoint, key.engine_id, key.incarnation, rank.pp_rank, rank.tp_rank, self._handshake_timeout_s
+        )
         self._greetings[sent] = (instance, peer)
 
-    def _on_meta(self, instance: Instance, peer: Peer, meta: Meta) -> None:
+    def _on_description(self, instance: Instance, peer: Peer, description: RankDescription) -> None:
         try:
-            geometry = decode_geometry(meta.geometry)
+            geometry = decode_geometry(description.geometry)
         except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
             self.broke(instance, f"handshake with {instance.key.endpoint}: geometry: {error}", "handshake")
             return

@@ -25,6 +25,8 @@ using llm_datadist::LLM_TIMEOUT;
 
 constexpr int kBacklog = 128;
 
+std::string ConnectTo(const SocketAddress &address) { return "connect to " + address.ToString() + ": "; }
+
 Status BadIp(std::string_view ip) {
   return Status(LLM_PARAM_INVALID, "ip '" + std::string(ip) + "' is not an IPv4 or IPv6 literal");
 }
@@ -136,35 +138,44 @@ void SetUpConnection(int fd) {
   ::setsockopt(fd, IPPROTO_TCP, TCP_NODELAY, &on, sizeof(on));
 }
 
-Result<Fd> DialTcp(const SocketAddress &address, Deadline deadline) {
-  const std::string what = "connect to " + address.ToString() + ": ";
+Result<Fd> StartTcp(const SocketAddress &address) {
   Fd fd(::socket(address.family(), SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
   if (!fd) {
-    return Status(LLM_LINK_FAILED, what + ErrnoText(errno));
+    return Status(LLM_LINK_FAILED, ConnectTo(address) + ErrnoText(errno));
   }
   SetUpConnection(fd.get());
-  if (::connect(fd.get(), address.get(), address.size()) == 0) {
+  if (::connect(fd.get(), address.get(), address.size()) != 0 && errno != EINPROGRESS && errno != EINTR) {
+    return Status(LLM_LINK_FAILED, ConnectTo(address) + ErrnoText(errno));
+  }
+  return fd;
+}
+
+Status FinishTcp(int fd, const SocketAddress &address) {
+  int error = 0;
+  socklen_t size = sizeof(error);
+  if (::getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) != 0) {
+    error = errno;
+  }
+  // The kernel's own limit ended the attempt: to the caller that is a timeout like any other.
+  return error == 0 ? Status::Ok()
+                    : Status(error == ETIMEDOUT ? LLM_TIMEOUT : LLM_LINK_FAILED, ConnectTo(address) + ErrnoText(error));
+}
+
+Result<Fd> DialTcp(const SocketAddress &address, Deadline deadline) {
+  Result<Fd> fd = StartTcp(address);
+  if (!fd.ok()) {
     return fd;
   }
-  if (errno != EINPROGRESS && errno != EINTR) {
-    return Status(LLM_LINK_FAILED, what + ErrnoText(errno));
-  }
-  pollfd waiter{fd.get(), POLLOUT, 0};
+  pollfd waiter{fd.value().get(), POLLOUT, 0};
   int ready = 0;
   do {
     ready = ::poll(&waiter, 1, deadline.PollMillis());
   } while ((ready < 0 && errno == EINTR) || (ready == 0 && !deadline.Expired()));
   if (ready == 0) {
-    return Status(LLM_TIMEOUT, what + "no answer in time");
+    return Status(LLM_TIMEOUT, ConnectTo(address) + "no answer in time");
   }
-  int error = 0;
-  socklen_t size = sizeof(error);
-  if (ready < 0 || ::getsockopt(fd.get(), SOL_SOCKET, SO_ERROR, &error, &size) != 0) {
-    error = errno;
-  }
-  if (error != 0) {
-    // The kernel's own limit ended the attempt: to the caller that is a timeout like any other.
-    return Status(error == ETIMEDOUT ? LLM_TIMEOUT : LLM_LINK_FAILED, what + ErrnoText(error));
+  if (Status status = FinishTcp(fd.value().get(), address); !status.ok()) {
+    return status;
   }
   return fd;
 }
@@ -205,40 +216,44 @@ bool IsOurs(const SocketAddress &address) {
 // A full backlog is the only reason to wait that the kernel has, and it has no way to wait for room without blocking.
 constexpr int kBacklogPauseMs = 1;
 
-Fd ConnectLocal(const LocalName &local, Deadline deadline) {
-  Fd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
-  while (fd && ::connect(fd.get(), reinterpret_cast<const sockaddr *>(&local.name), local.size) != 0) {
-    if ((errno != EAGAIN && errno != EINTR) || deadline.Expired()) {
-      return Fd();
-    }
-    ::poll(nullptr, 0, kBacklogPauseMs);
-  }
-  return fd;
-}
+}  // namespace
 
 // Nobody, or a process of another user: not ours to talk to within the host, over TCP it needs a key as any other.
-Connection DialLocal(const SocketAddress &address, Deadline deadline) {
+LocalStep TryLocal(const SocketAddress &address) {
   std::vector<std::string> names = {address.ToString()};
   if (const SocketAddress any = AnyOf(address); IsOurs(address) && any.ToString() != names.front()) {
     names.push_back(any.ToString());
   }
-  Connection nobody;
+  LocalStep step;
   for (const std::string &name : names) {
-    if (Fd fd = ConnectLocal(LocalNameOf(name), deadline)) {
-      Result<Connection> known = Identify(std::move(fd));
-      if (known.ok()) {
-        return std::move(known).value();
-      }
-      nobody.note = known.status().text();
+    const LocalName local = LocalNameOf(name);
+    Fd fd(::socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC | SOCK_NONBLOCK, 0));
+    if (!fd) {
+      return step;
     }
+    if (::connect(fd.get(), reinterpret_cast<const sockaddr *>(&local.name), local.size) != 0) {
+      step.full = errno == EAGAIN || errno == EINTR;
+      if (step.full) {
+        return step;
+      }
+      continue;
+    }
+    Result<Connection> known = Identify(std::move(fd));
+    if (known.ok()) {
+      return {std::move(known).value(), false};
+    }
+    step.connection.note = known.status().text();
   }
-  return nobody;
+  return step;
 }
 
-}  // namespace
-
 Result<Connection> Dial(const SocketAddress &address, Deadline deadline) {
-  Connection local = DialLocal(address, deadline);
+  LocalStep step = TryLocal(address);
+  while (step.full && !deadline.Expired()) {
+    ::poll(nullptr, 0, kBacklogPauseMs);
+    step = TryLocal(address);
+  }
+  Connection local = std::move(step.connection);
   if (local.fd) {
     return local;
   }

@@ -53,6 +53,16 @@ Result<Connection> Dial(const SocketAddress &address, Deadline deadline);
 // Over TCP in any case: for data connections, whose owner is known by the link's token.
 Result<Fd> DialTcp(const SocketAddress &address, Deadline deadline);
 
+// Dial in steps that do not wait, for an event loop.
+struct LocalStep {
+  Connection connection;  // no fd: nobody of ours listens there within the host
+  bool full = false;      // somebody does, and has no room just now: to be tried again
+};
+LocalStep TryLocal(const SocketAddress &address);
+// A socket that becomes writable when the attempt has ended; FinishTcp then says how.
+Result<Fd> StartTcp(const SocketAddress &address);
+Status FinishTcp(int fd, const SocketAddress &address);
+
 struct Listeners {
   Fd tcp;
   Fd local;  // none where the kernel has no AF_UNIX for us

@@ -16,6 +16,7 @@ using llm_datadist::LLM_FAILED;
 
 constexpr size_t kCrcOffset = kFrameHeaderSize - sizeof(uint32_t);
 constexpr uint32_t kSmallBody = 4096;
+constexpr uint32_t kLeaseListBody = 4 + 4096 * 16;  // a count and so many tokens
 
 uint32_t FrameCrc(const uint8_t *header, const std::vector<uint8_t> &body) {
   constexpr uint8_t kNoCrc[sizeof(uint32_t)] = {};
@@ -24,12 +25,13 @@ uint32_t FrameCrc(const uint8_t *header, const std::vector<uint8_t> &body) {
 }
 
 bool IsKnown(uint16_t type) {
-  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kDigests);
+  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kReleased);
 }
 
 // A peer of another version is told so in a REJECT, so these keep their place in every version.
 bool IsVersionIndependent(MessageType type) {
-  return type == MessageType::kHello || type == MessageType::kOpen || type == MessageType::kReject;
+  return type == MessageType::kHello || type == MessageType::kChannel || type == MessageType::kOpen ||
+         type == MessageType::kReject;
 }
 
 }  // namespace
@@ -80,14 +82,45 @@ const char *MessageName(MessageType type) {
       return "DIGEST";
     case MessageType::kDigests:
       return "DIGESTS";
+    case MessageType::kChannel:
+      return "CHANNEL";
+    case MessageType::kChannelReady:
+      return "CHANNEL_READY";
+    case MessageType::kDescribeRank:
+      return "DESCRIBE_RANK";
+    case MessageType::kRank:
+      return "RANK";
+    case MessageType::kRenew:
+      return "RENEW";
+    case MessageType::kRenewed:
+      return "RENEWED";
+    case MessageType::kConfirm:
+      return "CONFIRM";
+    case MessageType::kConfirmed:
+      return "CONFIRMED";
+    case MessageType::kRelease:
+      return "RELEASE";
+    case MessageType::kReleased:
+      return "RELEASED";
   }
   return "?";
 }
 
 uint32_t BodyCap(MessageType type) {
-  const bool lists = type == MessageType::kCacheInfo || type == MessageType::kPush || type == MessageType::kDigest ||
-                     type == MessageType::kDigests;
-  return lists ? kMaxFrameBody : kSmallBody;
+  switch (type) {
+    case MessageType::kCacheInfo:
+    case MessageType::kPush:
+    case MessageType::kDigest:
+    case MessageType::kDigests:
+    case MessageType::kRank:
+      return kMaxFrameBody;
+    case MessageType::kRenew:
+    case MessageType::kRenewed:
+    case MessageType::kRelease:
+      return kLeaseListBody;
+    default:
+      return kSmallBody;
+  }
 }
 
 std::array<uint8_t, kSealSize> FrameSeal::Next(const uint8_t *header, const std::vector<uint8_t> &body) {

@@ -1,7 +1,7 @@
-// Frames of the control connection.
+// Frames of control connections and of the channel.
 //
 //   header, 20 bytes, little-endian:  magic u32 | version u16 | type u16 | body_len u32 | seq u32 | crc32c u32
-//   body:                             body_len bytes, see messages.h
+//   body:                             body_len bytes, see messages.h and channel/messages.h
 //   seal, 16 bytes:                   on connections that were opened by a key, see opening.h
 //
 // The checksum covers the header (its own field as zero) and the body. The length is checked against the cap of the
@@ -25,7 +25,7 @@
 namespace datadist {
 
 constexpr uint32_t kFrameMagic = 0x4B444444;  // "DDDK"
-constexpr uint16_t kProtocolVersion = 4;
+constexpr uint16_t kProtocolVersion = 6;
 constexpr size_t kFrameHeaderSize = 20;
 constexpr uint32_t kMaxFrameBody = 1U << 20;
 // What is allocated for a body before any of it has come; then twice what has. An announcement costs its sender nothing.
@@ -54,23 +54,34 @@ enum class MessageType : uint16_t {
   kProve = 20,
   kDigest = 21,
   kDigests = 22,
+  kChannel = 23,
+  kChannelReady = 24,
+  kDescribeRank = 25,
+  kRank = 26,
+  kRenew = 27,
+  kRenewed = 28,
+  kConfirm = 29,
+  kConfirmed = 30,
+  kRelease = 31,
+  kReleased = 32,
 };
 const char *MessageName(MessageType type);
 
-// Largest body of a type: 4 KiB for all but those that list something per tensor or block.
+// Largest body of a type: 4 KiB for all but those that list something per tensor, block or lease, and RANK, which has a
+// geometry.
 uint32_t BodyCap(MessageType type);
 
 // The messages that are legal in one state of a connection.
 class TypeSet {
  public:
   template <typename... Types>
-  constexpr explicit TypeSet(Types... types) : bits_((0U | ... | Bit(types))) {}
+  constexpr explicit TypeSet(Types... types) : bits_((uint64_t{0} | ... | Bit(types))) {}
   constexpr bool Has(MessageType type) const { return (bits_ & Bit(type)) != 0; }
   constexpr void Add(MessageType type) { bits_ |= Bit(type); }
 
  private:
-  static constexpr uint32_t Bit(MessageType type) { return 1U << static_cast<uint16_t>(type); }
-  uint32_t bits_;
+  static constexpr uint64_t Bit(MessageType type) { return uint64_t{1} << static_cast<uint16_t>(type); }
+  uint64_t bits_;
 };
 
 struct Frame {

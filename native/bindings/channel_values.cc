@@ -1,0 +1,83 @@
+#include "channel_values.h"
+
+#include <algorithm>
+#include <cmath>
+#include <stdexcept>
+
+namespace py = pybind11;
+
+namespace datadist::bindings {
+namespace {
+
+constexpr char kDigits[] = "0123456789abcdef";
+
+uint8_t DigitOf(char digit) {
+  const char *const end = kDigits + 16;
+  const char *const found = std::find(kDigits, end, digit);
+  if (found == end) {
+    throw py::value_error("not 32 hex digits in lower case");
+  }
+  return static_cast<uint8_t>(found - kDigits);
+}
+
+}  // namespace
+
+std::array<uint8_t, 16> FromHex(const std::string &text) {
+  std::array<uint8_t, 16> bytes{};
+  if (text.size() != 2 * bytes.size()) {
+    throw py::value_error("not 32 hex digits in lower case");
+  }
+  for (size_t i = 0; i < bytes.size(); ++i) {
+    bytes[i] = static_cast<uint8_t>(DigitOf(text[2 * i]) << 4U | DigitOf(text[2 * i + 1]));
+  }
+  return bytes;
+}
+
+std::string ToHex(const std::array<uint8_t, 16> &bytes) {
+  std::string text;
+  text.reserve(2 * bytes.size());
+  for (const uint8_t byte : bytes) {
+    text.push_back(kDigits[byte >> 4U]);
+    text.push_back(kDigits[byte & 15U]);
+  }
+  return text;
+}
+
+std::vector<LeaseToken> ToTokens(const std::vector<std::string> &texts) {
+  std::vector<LeaseToken> tokens;
+  tokens.reserve(texts.size());
+  for (const std::string &text : texts) {
+    tokens.push_back(FromHex(text));
+  }
+  return tokens;
+}
+
+py::tuple FromTokens(const std::vector<LeaseToken> &tokens) {
+  py::tuple texts(tokens.size());
+  for (size_t i = 0; i < tokens.size(); ++i) {
+    texts[i] = ToHex(tokens[i]);
+  }
+  return texts;
+}
+
+std::string ToBytes(const py::str &text) { return py::cast<std::string>(text.attr("encode")("utf-8", "surrogatepass")); }
+
+py::object FromBytes(const std::string &bytes) { return py::bytes(bytes).attr("decode")("utf-8", "surrogatepass"); }
+
+std::chrono::nanoseconds FromSeconds(double seconds) {
+  if (std::isnan(seconds)) {
+    throw py::value_error("nan is no number of seconds");
+  }
+  constexpr double kLongest = 1e9;
+  return std::chrono::nanoseconds(std::llround(std::clamp(seconds, 0.0, kLongest) * 1e9));
+}
+
+void Raise(const Status &status) {
+  if (status.code() == llm_datadist::LLM_PARAM_INVALID) {
+    throw py::value_error(status.text());
+  }
+  PyErr_SetString(PyExc_OSError, status.text().c_str());
+  throw py::error_already_set();
+}
+
+}  // namespace datadist::bindings

@@ -1,0 +1,203 @@
+#include <pybind11/stl.h>
+
+#include <chrono>
+#include <map>
+#include <memory>
+#include <stdexcept>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "calls.h"
+#include "channel/client.h"
+#include "channel/server.h"
+#include "channel_values.h"
+#include "named_tuple.h"
+#include "register.h"
+
+namespace py = pybind11;
+
+namespace datadist::bindings {
+namespace {
+
+using std::chrono::milliseconds;
+
+Trust ToTrust(const std::string &auth, bool insecure) {
+  Trust trust{nullptr, insecure};
+  if (!auth.empty()) {
+    auto keys = KeyRing::FromFile(auth);
+    if (!keys.ok()) {
+      Raise(keys.status());
+    }
+    trust.keys = std::move(keys).value();
+  }
+  return trust;
+}
+
+// The thread of a channel stayed in the parent: in a forked child nothing would ever be answered.
+template <typename Channel>
+Channel &Usable(Channel &channel) {
+  if (channel.in_forked_child()) {
+    throw std::runtime_error("this end of a channel belongs to the parent process; create one after fork()");
+  }
+  return channel;
+}
+
+template <typename Channel>
+std::shared_ptr<Channel> Made(Result<std::unique_ptr<Channel>> made) {
+  if (!made.ok()) {
+    Raise(made.status());
+  }
+  std::shared_ptr<Channel> channel = std::move(made).value();
+  AddExitEndpoint(std::weak_ptr<void>(channel), [](void *raw) { static_cast<Channel *>(raw)->Close(); });
+  return channel;
+}
+
+template <typename Channel>
+void Close(Channel &self) {
+  Channel &channel = Usable(self);
+  (void)WithoutGil([&] {
+    channel.Close();
+    return Status::Ok();
+  });
+}
+
+std::shared_ptr<ChannelServer> ConstructServer(const std::string &host, uint16_t port, const py::str &engine_id,
+                                               const std::string &incarnation, uint16_t content_version,
+                                               std::shared_ptr<LeaseTable> leases, const std::string &auth,
+                                               bool insecure) {
+  const Result<SocketAddress> address = SocketAddress::FromIp(host, port);
+  if (!address.ok()) {
+    Raise(address.status());
+  }
+  return Made(ChannelServer::Create(address.value(), {ToBytes(engine_id), FromHex(incarnation), content_version},
+                                    ToTrust(auth, insecure), std::move(leases)));
+}
+
+void SetGeometries(ChannelServer &self, const std::map<std::pair<uint16_t, uint16_t>, py::bytes> &geometries) {
+  ChannelServer::Geometries made;
+  for (const auto &[rank, geometry] : geometries) {
+    const std::string bytes = geometry;
+    made.emplace(RankId{rank.first, rank.second}, std::vector<uint8_t>(bytes.begin(), bytes.end()));
+  }
+  if (const Status status = Usable(self).SetGeometries(std::move(made)); !status.ok()) {
+    Raise(status);
+  }
+}
+
+// A host may be any str that a client has sent: what is no address comes back as the request's failure.
+uint64_t Send(ChannelClient &self, const std::pair<py::str, uint16_t> &endpoint, const ChannelRequest &request,
+              double timeout_s) {
+  const auto timeout = std::chrono::ceil<milliseconds>(FromSeconds(timeout_s));
+  return Usable(self).Send(ToBytes(endpoint.first), endpoint.second, request, timeout);
+}
+
+// The Python class of each answer.
+struct AnswerTypes {
+  py::object answer;
+  py::object rank;
+  py::object renewed;
+  py::object confirmed;
+  py::object released;
+  py::object refused;
+};
+
+struct ToResponse {
+  const AnswerTypes &types;
+  py::object operator()(const NoAnswer &) const { return py::none(); }
+  py::object operator()(const RankAnswer &answer) const {
+    if (!answer.status.ok()) {
+      return types.refused(answer.status.text());
+    }
+    return types.rank(py::bytes(reinterpret_cast<const char *>(answer.geometry.data()), answer.geometry.size()));
+  }
+  py::object operator()(const Renewed &answer) const { return types.renewed(FromTokens(answer.gone)); }
+  py::object operator()(const Confirmed &answer) const {
+    return types.confirmed(answer.verdict == LeaseVerdict::kHeld, ReasonOf(answer.verdict));
+  }
+  py::object operator()(const Released &) const { return types.released(); }
+};
+
+py::list Take(ChannelClient &self, const AnswerTypes &types) {
+  py::list answers;
+  for (const ChannelAnswer &each : Usable(self).Take()) {
+    const auto *const none = std::get_if<NoAnswer>(&each.answer);
+    answers.append(types.answer(each.id, std::visit(ToResponse{types}, each.answer),
+                                none != nullptr ? none->error : std::string(), none != nullptr && none->timed_out));
+  }
+  return answers;
+}
+
+void RegisterServer(py::module_ &module) {
+  py::class_<ChannelServer, std::shared_ptr<ChannelServer>>(module, "ChannelServer",
+                                                            py::release_gil_before_calling_cpp_dtor())
+      .def(py::init(&ConstructServer), py::arg("host"), py::arg("port"), py::arg("engine_id"), py::arg("incarnation"),
+           py::arg("content_version"), py::arg("leases"), py::arg("auth") = "", py::arg("insecure") = false)
+      .def_property_readonly("port", &ChannelServer::port)
+      .def("set_geometries", &SetGeometries, py::arg("geometries"))
+      .def("close", &Close<ChannelServer>);
+}
+
+void RegisterClient(py::module_ &module, const AnswerTypes &types) {
+  const auto endpoint = py::arg("endpoint");
+  const auto timeout = py::arg("timeout_s");
+  py::class_<ChannelClient, std::shared_ptr<ChannelClient>>(module, "ChannelClient",
+                                                            py::release_gil_before_calling_cpp_dtor())
+      .def(py::init([](uint16_t content_version, const std::string &auth, bool insecure, size_t max_servers,
+                       double idle_s) {
+             const ChannelClientLimits limits{max_servers, std::chrono::ceil<milliseconds>(FromSeconds(idle_s))};
+             return Made(ChannelClient::Create(content_version, ToTrust(auth, insecure), limits));
+           }),
+           py::arg("content_version"), py::arg("auth") = "", py::arg("insecure") = false,
+           py::arg("max_servers") = ChannelClientLimits().servers,
+           py::arg("idle_s") = std::chrono::duration<double>(ChannelClientLimits().idle).count())
+      .def(
+          "describe_rank",
+          [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const py::str &engine_id,
+             const std::string &incarnation, uint16_t pp_rank, uint16_t tp_rank, double timeout_s) {
+            return Send(self, server, DescribeRank{ToBytes(engine_id), FromHex(incarnation), {pp_rank, tp_rank}},
+                        timeout_s);
+          },
+          endpoint, py::arg("engine_id"), py::arg("incarnation"), py::arg("pp_rank"), py::arg("tp_rank"), timeout)
+      .def(
+          "renew",
+          [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::vector<std::string> &tokens,
+             double timeout_s) { return Send(self, server, Renew{ToTokens(tokens)}, timeout_s); },
+          endpoint, py::arg("tokens"), timeout)
+      .def(
+          "release",
+          [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::vector<std::string> &tokens,
+             double timeout_s) { return Send(self, server, Release{ToTokens(tokens)}, timeout_s); },
+          endpoint, py::arg("tokens"), timeout)
+      .def(
+          "confirm",
+          [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::string &token,
+             uint64_t generation, const std::string &prompt, const std::string &blocks, double timeout_s) {
+            return Send(self, server, Confirm{FromHex(token), generation, {FromHex(prompt), FromHex(blocks)}},
+                        timeout_s);
+          },
+          endpoint, py::arg("token"), py::arg("generation"), py::arg("prompt_digest"), py::arg("blocks_digest"),
+          timeout)
+      .def("take", [types](ChannelClient &self) { return Take(self, types); })
+      .def("fileno", [](ChannelClient &self) { return Usable(self).event_fd(); })
+      .def("close", &Close<ChannelClient>);
+}
+
+}  // namespace
+
+void RegisterChannel(py::module_ &module) {
+  const AnswerTypes types{
+      DefineNamedTuple(module, "ChannelAnswer",
+                       {{"id", "int"}, {"response", "object"}, {"error", "str"}, {"timed_out", "bool"}}),
+      DefineNamedTuple(module, "RankDescription", {{"geometry", "bytes"}}),
+      DefineNamedTuple(module, "Renewed", {{"gone", "tuple"}}),
+      DefineNamedTuple(module, "Confirmed", {{"held", "bool"}, {"reason", "str"}}),
+      DefineNamedTuple(module, "Released", {}),
+      DefineNamedTuple(module, "Refused", {{"reason", "str"}}),
+  };
+  module.attr("MAX_LEASES_PER_MESSAGE") = kMaxLeasesPerMessage;
+  RegisterServer(module);
+  RegisterClient(module, types);
+}
+
+}  // namespace datadist::bindings

@@ -1,0 +1,101 @@
+#include <pybind11/stl.h>
+
+#include <atomic>
+#include <memory>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "channel/lease_table.h"
+#include "channel_values.h"
+#include "named_tuple.h"
+#include "register.h"
+
+namespace py = pybind11;
+
+namespace datadist::bindings {
+namespace {
+
+// A clock that stands still until somebody moves it: for tests, which have no time to wait for leases to run out.
+class ManualClock {
+ public:
+  double now() const { return std::chrono::duration<double>(std::chrono::nanoseconds(now_)).count(); }
+  void set_now(double seconds) { now_ = FromSeconds(seconds).count(); }
+  LeaseTable::Clock::time_point Now() const { return LeaseTable::Clock::time_point(std::chrono::nanoseconds(now_)); }
+
+ private:
+  std::atomic<int64_t> now_{1'000'000'000'000};
+};
+
+std::shared_ptr<LeaseTable> Construct(double limit_s, const std::shared_ptr<ManualClock> &clock) {
+  const auto limit = FromSeconds(limit_s);
+  return clock == nullptr ? std::make_shared<LeaseTable>(limit)
+                          : std::make_shared<LeaseTable>(limit, [clock] { return clock->Now(); });
+}
+
+py::tuple Grant(LeaseTable &self, const py::str &request_id, const std::string &prompt, const std::string &blocks,
+                uint64_t num_blocks, double lease_s) {
+  const auto ticket =
+      self.Grant(ToBytes(request_id), {FromHex(prompt), FromHex(blocks)}, num_blocks, FromSeconds(lease_s));
+  if (!ticket.ok()) {
+    Raise(ticket.status());
+  }
+  return py::make_tuple(ToHex(ticket.value().token), ticket.value().generation);
+}
+
+py::list TakeEnded(LeaseTable &self, const py::object &ended_type) {
+  py::list ended;
+  for (const LeaseTable::Ended &lease : self.TakeEnded()) {
+    ended.append(ended_type(FromBytes(lease.request_id), lease.released ? "released" : "expired"));
+  }
+  return ended;
+}
+
+py::dict TakeRefused(LeaseTable &self) {
+  py::dict refused;
+  const auto counts = self.TakeRefused();
+  for (size_t i = 0; i < counts.size(); ++i) {
+    if (counts[i] > 0) {
+      refused[ReasonOf(static_cast<LeaseVerdict>(i))] = counts[i];
+    }
+  }
+  return refused;
+}
+
+}  // namespace
+
+void RegisterLeases(py::module_ &module) {
+  const py::object ended = DefineNamedTuple(module, "EndedLease", {{"request_id", "str"}, {"why", "str"}});
+  py::class_<ManualClock, std::shared_ptr<ManualClock>>(module, "ManualClock")
+      .def(py::init())
+      .def_property("now", &ManualClock::now, &ManualClock::set_now);
+  py::class_<LeaseTable, std::shared_ptr<LeaseTable>>(module, "LeaseTable")
+      .def(py::init(&Construct), py::arg("limit_s"), py::arg("clock") = nullptr)
+      .def("grant", &Grant, py::arg("request_id"), py::arg("prompt_digest"), py::arg("blocks_digest"),
+           py::arg("num_blocks"), py::arg("lease_s"))
+      .def(
+          "confirm",
+          [](LeaseTable &self, const std::string &token, uint64_t generation, const std::string &prompt,
+             const std::string &blocks) {
+            return ReasonOf(self.Confirm(FromHex(token), generation, {FromHex(prompt), FromHex(blocks)}));
+          },
+          py::arg("token"), py::arg("generation"), py::arg("prompt_digest"), py::arg("blocks_digest"))
+      .def(
+          "renew",
+          [](LeaseTable &self, const std::vector<std::string> &tokens) {
+            return FromTokens(self.Renew(ToTokens(tokens)));
+          },
+          py::arg("tokens"))
+      .def(
+          "release",
+          [](LeaseTable &self, const std::vector<std::string> &tokens) { self.Release(ToTokens(tokens)); },
+          py::arg("tokens"))
+      .def("take_ended", [ended](LeaseTable &self) { return TakeEnded(self, ended); })
+      .def("take_refused", &TakeRefused)
+      .def("held", [](const LeaseTable &self) {
+        const LeaseTable::Held held = self.held();
+        return py::make_tuple(held.leases, held.blocks);
+      });
+}
+
+}  // namespace datadist::bindings

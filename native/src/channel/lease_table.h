@@ -1,0 +1,108 @@
+// P's promises to keep finished requests' blocks: the only place that knows which still stand.
+//
+//   Grant ──> held ──┬── Release (D is done, or will never come)
+//                    └── expiry (no renewal for its duration, or the limit after the grant)
+//
+// A lease leaves the table before its blocks go back to their owner, who learns of it from TakeEnded: a confirmation that
+// succeeds proves that the blocks were the request's own until then.
+//
+// Threads: any. No member waits for anything but another member.
+#ifndef DATADIST_CHANNEL_LEASE_TABLE_H_
+#define DATADIST_CHANNEL_LEASE_TABLE_H_
+
+#include <array>
+#include <chrono>
+#include <cstdint>
+#include <functional>
+#include <map>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+
+namespace datadist {
+
+using LeaseToken = std::array<uint8_t, 16>;     // random; whoever holds it may renew, confirm and release
+using ContentDigest = std::array<uint8_t, 16>;  // collision resistant; what of, only its makers know
+
+// What a lease is for: the prompt whose KV the blocks hold, and the blocks in their order.
+struct LeaseContent {
+  ContentDigest prompt{};
+  ContentDigest blocks{};
+};
+
+enum class LeaseVerdict : uint8_t { kHeld, kGone, kOtherPrompt, kOtherBlocks };
+constexpr size_t kLeaseVerdicts = 4;
+// Why a read does not count; empty for kHeld.
+const char *ReasonOf(LeaseVerdict verdict);
+
+class LeaseTable {
+ public:
+  using Clock = std::chrono::steady_clock;
+  using Now = std::function<Clock::time_point()>;
+
+  struct Ticket {
+    LeaseToken token{};
+    uint64_t generation = 0;  // counts from 1
+  };
+  struct Ended {
+    std::string request_id;
+    bool released = false;  // or expired
+  };
+  struct Held {
+    size_t leases = 0;
+    uint64_t blocks = 0;
+  };
+
+  // `limit` is how long renewals can keep a lease that was not granted for longer.
+  explicit LeaseTable(Clock::duration limit, Now now = &Clock::now) : limit_(limit), now_(std::move(now)) {}
+
+  // Keeps `num_blocks` blocks until `duration` passes without a renewal. LLM_FAILED without random bytes.
+  Result<Ticket> Grant(std::string request_id, const LeaseContent &content, uint64_t num_blocks,
+                       Clock::duration duration);
+
+  // Whether the lease stands, is that one, and is for this.
+  LeaseVerdict Confirm(const LeaseToken &token, uint64_t generation, const LeaseContent &content);
+  // Extends leases by their duration from now, within their limit. Returns the tokens that name none.
+  std::vector<LeaseToken> Renew(const std::vector<LeaseToken> &tokens);
+  // Tokens that name no lease are no error.
+  void Release(const std::vector<LeaseToken> &tokens);
+
+  // What ended since the last call, each once.
+  std::vector<Ended> TakeEnded();
+  // How many confirmations were refused since the last call, by verdict.
+  std::array<uint64_t, kLeaseVerdicts> TakeRefused();
+  Held held() const;
+
+ private:
+  struct Lease {
+    std::string request_id;
+    uint64_t generation;
+    LeaseContent content;
+    uint64_t num_blocks;
+    Clock::duration duration;
+    Clock::time_point expires;
+    Clock::time_point limit;
+  };
+  using Leases = std::map<LeaseToken, Lease>;
+  LeaseVerdict VerdictLocked(const LeaseToken &token, uint64_t generation, const LeaseContent &content) const;
+  void ExpireLocked(Clock::time_point now);
+  Leases::iterator EndLocked(Leases::iterator lease, bool released);
+
+  const Clock::duration limit_;
+  const Now now_;
+
+  mutable std::mutex mutex_;  // guards all below
+  Leases leases_;
+  uint64_t last_generation_ = 0;
+  uint64_t held_blocks_ = 0;
+  // No lease expires before it; a lower bound, because TakeEnded is called in every step of a model.
+  Clock::time_point next_expiry_ = Clock::time_point::max();
+  std::vector<Ended> ended_;
+  std::array<uint64_t, kLeaseVerdicts> refused_{};
+};
+
+}  // namespace datadist
+
+#endif  // DATADIST_CHANNEL_LEASE_TABLE_H_

@@ -1,0 +1,73 @@
+// P's end of the channel: answers what a D asks, from a thread of its own. What it answers from (the leases, the
+// geometries) is here, so that an answer waits for nobody: not for the steps of a model, nor for the GIL.
+//
+//   FrontDoor (who may enter) ──CHANNEL──> Guest ── DESCRIBE_RANK ──> geometries
+//                                                └─ RENEW, CONFIRM, RELEASE ──> LeaseTable
+//
+// What guests can make grow has a limit: their number (of whoever has the most, the one that was silent longest leaves),
+// what they begin and do not end, what they do not read, how long they may say nothing.
+#ifndef DATADIST_CHANNEL_SERVER_H_
+#define DATADIST_CHANNEL_SERVER_H_
+
+#include <chrono>
+#include <cstdint>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <string>
+#include <vector>
+
+#include "base/status.h"
+#include "channel/lease_table.h"
+#include "channel/messages.h"
+#include "control/address.h"
+#include "control/event_loop.h"
+#include "control/front_door.h"
+#include "control/key_ring.h"
+
+namespace datadist {
+
+// Who answers.
+struct Grantor {
+  std::string engine_id;
+  GrantorIncarnation incarnation{};
+  uint16_t content_version = 0;
+};
+
+struct ChannelLimits {
+  size_t guests = 1024;
+  size_t unsent = 64U << 20;  // bytes that all guests together have not read
+  std::chrono::milliseconds stuck{10'000};  // for a frame to end, and for what was sent to be read
+  std::chrono::milliseconds idle{600'000};  // longer than a client of ours keeps a connection that it does not use
+};
+
+class ChannelServer {
+ public:
+  using Geometries = std::map<RankId, std::vector<uint8_t>>;
+
+  // Listens at once. LLM_PARAM_INVALID for an address that other hosts can reach where `trust` says neither whom to let
+  // in nor that anybody may come, LLM_FAILED for one that cannot be bound.
+  static Result<std::unique_ptr<ChannelServer>> Create(const SocketAddress &address, Grantor grantor, const Trust &trust,
+                                                       std::shared_ptr<LeaseTable> leases,
+                                                       const ChannelLimits &limits = {});
+  ~ChannelServer();  // Close
+  ChannelServer(const ChannelServer &) = delete;
+  ChannelServer &operator=(const ChannelServer &) = delete;
+
+  // LLM_PARAM_INVALID for one that no message has room for. Any thread.
+  Status SetGeometries(Geometries geometries);
+  uint16_t port() const { return port_; }
+  // Ends all connections and gives the address back. Idempotent; any thread.
+  void Close();
+  bool in_forked_child() const;
+
+ private:
+  class State;
+  ChannelServer(std::shared_ptr<State> state, uint16_t port) : state_(std::move(state)), port_(port) {}
+  std::shared_ptr<State> state_;
+  const uint16_t port_;
+};
+
+}  // namespace datadist
+
+#endif  // DATADIST_CHANNEL_SERVER_H_
