@@ -6,9 +6,9 @@ import contextlib
 
 from scene import LINK_MS, Scene
 from strikes import MODES, prove_wire, strike
-from support.party import TRANSFER_MS, wait_until
+from support.party import TRANSFER_MS, wait_for_baseline, wait_until
 from table import RESTARTS, Cell
-from trio import OWNER, PATIENCE_MS, Trio, wait_for_baseline
+from trio import OWNER, PATIENCE_MS, Trio
 
 SLACK_S = 1.0
 """What a call may take beyond its timeout."""
@@ -31,6 +31,8 @@ def allowed(cell: Cell) -> set[str]:
         return {OK, TIMEOUT, LINK_FAILED} if cell.phase in LINKING else {OK, FAILED, TIMEOUT}
     if cell.phase == "idle":
         return {NO_LINK, FAILED, OK, TIMEOUT} if cell.fault == "slow" else {NO_LINK, FAILED}
+    if cell.fault == "swallow both" and cell.phase == "dial" and cell.transport == "cma":
+        return {TIMEOUT, LINK_FAILED}  # in the end TCP is tried, where our wire does not listen
     if cell.fault in SILENCE:
         return {TIMEOUT}
     if cell.phase in LINKING:
@@ -52,6 +54,7 @@ def run_cell(trio: Trio, cell: Cell) -> None:
     for party in before.keys() & set(trio.parties):
         wait_for_baseline(party, before[party])
     for party in trio.parties:
+        party.settle()
         party.check()
 
 
@@ -72,6 +75,8 @@ def _meet_fault(trio: Trio, cell: Cell) -> None:
     trio.caller.ask("unlink", OWNER, port, PATIENCE_MS, True)
     if cell.fault in ("kill", "restart"):
         trio.renew_owner(trio.owner.port if cell.fault == "restart" else 0)
+    elif cell.fault == "stop":
+        trio.meet_again(trio.owner)
 
 
 def _judge(scene: Scene) -> None:

@@ -8,17 +8,17 @@ import socket
 from dataclasses import dataclass, field
 
 import numpy as np
-from support.party import BLOCKS, Answer, Call, Party
-from support.wire import LOOPBACK, Mode, Place, Wire
+from support.party import Answer, Call, Party
+from support.wire import Mode, Place, Wire
 from table import Cell
-from trio import KEYS, OWNER, PATIENCE_MS, Trio
+from trio import CONSUMED, OWNER, PATIENCE_MS, Trio
 
 LINK_MS = 500
 """Timeout of the links and unlinks that meet a fault."""
 FEW = list(range(100, 116))
 MANY = list(range(256, 512))
-ALL = np.random.default_rng(0).permutation(BLOCKS).tolist()
-"""Where all blocks go, in an order in which no two are neighbours."""
+SCATTERED = np.random.default_rng(0).permutation(960).tolist()
+"""As much as fits beside what the healthy pair moves, in an order that leaves hardly a block its neighbour."""
 DATA_BYTES = 64 * 1024
 """Of a transfer over tcp that have passed when the fault strikes."""
 
@@ -31,8 +31,7 @@ class Scene:
     port: int
     call: Call | None = None
     into: Party | None = None
-    """Who is written to, if anybody, and where:"""
-    blocks: list[int] = field(default_factory=list)
+    """Who is written to, if anybody."""
     expects: tuple[list[int], list[int]] | None = None
     """(source blocks, destination blocks) if the call succeeds."""
     frozen: bool = False
@@ -65,11 +64,14 @@ class Scene:
         return self.call.result()
 
     def settle(self, succeeded: bool) -> None:
-        """After the call, what its destination must be from now on: nobody writes there any more."""
-        if self.into is not None and self.expects is not None and succeeded:
+        """After the call. What it wrote into the caller is complete, or ends here; the owner may still be writing."""
+        if self.into is None:
+            return
+        if succeeded and self.expects is not None:
+            self.into.unsettled = []
             self.into.expect(self.trio.owner if self.into is self.trio.caller else self.trio.caller, *self.expects)
         elif self.into is self.trio.caller:
-            self.into.forgive(self.blocks)
+            self.into.settle()
 
     def start_pull(self) -> None:
         self.call = self.trio.caller.start(*self._transfer("pull", FEW, FEW))
@@ -102,7 +104,7 @@ class Scene:
         self._make_known()
         if self.cell.transport == "tcp":
             self.wire.hold(Place("data", direction="down", count=DATA_BYTES))
-            self._start(*self._transfer("pull", MANY, MANY))
+            self._start(*self._transfer("pull", SCATTERED, SCATTERED))  # more than the kernel's buffers take
         else:
             self._freeze_copying()
 
@@ -118,8 +120,8 @@ class Scene:
         self.wire.hold(Place("control", turn=2))  # the first one asks what the key names
         caller, (row,) = self.trio.caller, FEW[:1]
         caller.fill([row], self.trio.next_fill())
-        self.into, self.blocks, self.expects = caller, [row], ([KEYS[0] - 1], [row])
-        self._start("pull_row", OWNER, KEYS[0], row)
+        self._await_write(caller, [0], [row])
+        self._start("pull_row", OWNER, CONSUMED[0], row)
 
     def _idle(self) -> None:
         self._link()
@@ -144,24 +146,27 @@ class Scene:
         self.wire.wait_held()
 
     def _transfer(self, do: str, src: list[int], dst: list[int]) -> tuple[str, int, int, list[int], list[int]]:
-        self.into = self.trio.caller if do == "pull" else self.trio.owner
-        self.blocks, self.expects = dst, (src, dst)
-        self.into.fill(dst, self.trio.next_fill())
+        into = self.trio.caller if do == "pull" else self.trio.owner
+        into.fill(dst, self.trio.next_fill())
+        self._await_write(into, src, dst)
         return do, OWNER, self.trio.owner.cache_id, src, dst
 
+    def _await_write(self, into: Party, src: list[int], dst: list[int]) -> None:
+        self.into, self.expects, into.unsettled = into, (src, dst), dst
+
     def _freeze_copying(self) -> None:
-        """The kernel copies for the caller, and there is no wire: seen half-way in its memory, the caller is stopped."""
+        """The kernel copies for the caller, without a wire: seen half-way in its memory, he is stopped."""
         caller, owner = self.trio.caller, self.trio.owner
-        every = list(range(BLOCKS))
-        self.into, self.blocks, self.expects = caller, ALL, (every, ALL)
-        caller.forget_pages()
+        src = list(range(len(SCATTERED)))
+        self._await_write(caller, src, SCATTERED)
+        caller.forget_pages(len(src))
         tensors = caller.tensors(caller.whole)
-        self.call = caller.start("pull", OWNER, owner.cache_id, every, ALL)
-        while not tensors[0][ALL[0]].any():
+        self.call = caller.start("pull", OWNER, owner.cache_id, src, SCATTERED)
+        while not tensors[0][SCATTERED[0]].any():
             os.sched_yield()
         caller.stop()
         self.frozen = True
-        assert not tensors[-1][ALL[-1]].any(), "all was copied before the caller had stopped"
+        assert not tensors[-1][SCATTERED[-1]].any(), "all was copied before the caller had stopped"
 
     def _fill_backlog(self) -> None:
         while not self.is_unanswered():

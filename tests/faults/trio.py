@@ -1,21 +1,22 @@
-"""A caller, an owner of memory that it links to, and a third that both are linked to all the time and that never fails."""
+"""A caller, an owner of memory that it links to, and a third that both are linked to and that never fails."""
 
 from __future__ import annotations
 
 import itertools
-import socket
 from collections.abc import Sequence
+from typing import Any
 
-from support.party import BLOCKS, Call, Party, engine_options, wait_until
-from support.wire import LOOPBACK, Wire
+from support.party import BLOCKS, Call, Key, Party, engine_options, wire_between
+from support.wire import Wire
 
 CALLER, OWNER, HEALTHY = 1, 2, 3
 PATIENCE_MS = 20_000
 QUICK_HEARTBEAT_MS = 200
 NO_HEARTBEAT_MS = 60_000
 """Of engines whose turns on the wire are counted."""
-KEYS = range(1, BLOCKS + 1)
-"""Of a two-sided cache: the request that row KEYS[i] - 1 belongs to."""
+CONSUMED: list[Key] = [("request", row + 1) for row in range(BLOCKS)]
+LASTING: list[Key] = [("prefix", row + 1) for row in range(BLOCKS)]
+"""Of the rows of two-sided caches: those of the owner, and those of who is pulled from again and again."""
 
 _FRESH = range(64, 80)
 _HEALTHY_SRC, _HEALTHY_DST = range(16), range(1000, 1016)
@@ -29,7 +30,6 @@ class Trio:
         self._heartbeat_ms = heartbeat_ms
         self._seeds = itertools.count(1)
         self._fills = itertools.cycle(range(1, 250))
-        self._keys = itertools.count(1)
         self.healthy = self._party(HEALTHY)
         self.caller = self._party(CALLER)
         self.owner = self._party(OWNER)
@@ -55,28 +55,34 @@ class Trio:
         self._meet(self.caller)
 
     def _party(self, cluster_id: int, port: int = 0) -> Party:
-        options = engine_options(
-            self.transport, heartbeat_ms=self._heartbeat_ms, two_sided=self.two_sided, port=port
-        )
-        return Party(cluster_id, options, next(self._seeds), KEYS if self.two_sided else ())
+        options = engine_options(self.transport, heartbeat_ms=self._heartbeat_ms, two_sided=self.two_sided, port=port)
+        keys = (LASTING if cluster_id == HEALTHY else CONSUMED) if self.two_sided else ()
+        return Party(cluster_id, options, next(self._seeds), keys)
 
     def _meet(self, party: Party) -> None:
         party.ask("link", HEALTHY, self.healthy.port, PATIENCE_MS)
         self.check_healthy(party)
 
+    def meet_again(self, party: Party) -> None:
+        """Who did not say anything for too long has lost its links, the healthy one, too."""
+        if not party.ask("is_linked", HEALTHY).value:
+            party.ask("unlink", HEALTHY, self.healthy.port, PATIENCE_MS, True)
+            self._meet(party)
+
     # ---- what must work ----
 
     def pull(self, party: Party, owner: Party, src: Sequence[int], dst: Sequence[int]) -> None:
-        """Two-sided: a row by a key that nobody has pulled by."""
+        """Two-sided: the first of the blocks, as a row."""
         party.fill(dst, next(self._fills))
+        party.ask(*self._call_of_pull(party, owner, src, dst))
+        party.check()
+
+    def _call_of_pull(self, party: Party, owner: Party, src: Sequence[int], dst: Sequence[int]) -> tuple[Any, ...]:
         if not self.two_sided:
             party.expect(owner, src, dst)
-            party.ask("pull", owner.cluster_id, owner.cache_id, list(src), list(dst))
-        else:
-            key = KEYS[next(self._keys) % BLOCKS] if owner is self.healthy else KEYS[src[0]]
-            party.expect(owner, [key - 1], dst[:1])
-            party.ask("pull_row", owner.cluster_id, key, dst[0])
-        party.check()
+            return "pull", owner.cluster_id, owner.cache_id, list(src), list(dst)
+        party.expect(owner, src[:1], dst[:1])
+        return "pull_row", owner.cluster_id, (LASTING if owner is self.healthy else CONSUMED)[src[0]], dst[0]
 
     def check_healthy(self, party: Party) -> None:
         self.pull(party, self.healthy, _HEALTHY_SRC, _HEALTHY_DST)
@@ -84,7 +90,7 @@ class Trio:
     def check_fresh_link(self) -> None:
         """A new link of the two works, both ways, and leaves nothing behind."""
         caller, owner = self.caller, self.owner
-        owner.cache_id = owner.ask("register", list(KEYS) if self.two_sided else []).value
+        owner.register()
         caller.ask("link", OWNER, owner.port, PATIENCE_MS)
         self.pull(caller, owner, _FRESH, _FRESH)
         if not self.two_sided:
@@ -92,11 +98,11 @@ class Trio:
             owner.expect(caller, _HEALTHY_SRC, _FRESH)
             caller.ask("push", OWNER, owner.cache_id, list(_HEALTHY_SRC), list(_FRESH))
         owner.check()
-        caller.ask("unlink", OWNER, owner.port, PATIENCE_MS)
+        caller.ask("unlink", OWNER, owner.port, PATIENCE_MS, True)  # who is told in so many words lingers for a second
 
     def start_load(self) -> Call:
-        self.caller.expect(self.healthy, _LOAD_SRC, _LOAD_DST)
-        return self.caller.start("load", HEALTHY, self.healthy.cache_id, list(_LOAD_SRC), list(_LOAD_DST))
+        self.pull(self.caller, self.healthy, _LOAD_SRC, _LOAD_DST)
+        return self.caller.start("load", *self._call_of_pull(self.caller, self.healthy, _LOAD_SRC, _LOAD_DST))
 
     def end_load(self, load: Call) -> None:
         self.caller.ask("idle")
@@ -107,28 +113,6 @@ class Trio:
     def next_fill(self) -> int:
         return next(self._fills)
 
-    # ---- the wire between caller and owner ----
-
     def wire(self) -> tuple[Wire, int]:
-        """(the wire, the port by which the caller reaches the owner over it)."""
-        if self.transport == "tcp":
-            listener = socket.create_server((LOOPBACK, 0))
-            port: int = listener.getsockname()[1]
-            # The owner of the moment: it may be another by then.
-            return Wire(listener, lambda: socket.create_connection((LOOPBACK, self.owner.port))), port
-        # Within a host the two ask the kernel who the other is, and it must say the truth: the owner makes the listener
-        # and the caller the connections.
-        with socket.socket() as unused:
-            unused.bind((LOOPBACK, 0))
-            port = unused.getsockname()[1]
-        listener = self.owner.ask_socket("listen", f"datadist/{LOOPBACK}:{port}")
-        owner = self.owner
-        return Wire(listener, lambda: self.caller.ask_socket("connect", f"datadist/{LOOPBACK}:{owner.port}")), port
-
-
-def wait_for_baseline(party: Party, baseline: tuple[int, int]) -> None:
-    def held() -> bool:
-        descriptors, threads = party.held()
-        return descriptors <= baseline[0] and threads <= baseline[1]
-
-    wait_until(held, f"cluster {party.cluster_id} back to {baseline} descriptors and threads")
+        """Between caller and owner."""
+        return wire_between(self.transport, self.caller, self.owner)

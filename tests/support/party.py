@@ -5,6 +5,7 @@ An oracle stands beside the memory: `expected` is what every byte must be, guard
 
 from __future__ import annotations
 
+import contextlib
 import json
 import mmap
 import os
@@ -24,7 +25,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from support.wire import LOOPBACK, Wire
+
 Bytes = npt.NDArray[np.uint8]
+Key = tuple[str, int]
+"""("request" or "prefix", id)."""
 
 TENSORS, BLOCKS, BLOCK_BYTES = 4, 1024, 4096
 GUARD = 4096
@@ -41,7 +46,7 @@ def engine_options(transport: str, *, heartbeat_ms: int, two_sided: bool = False
     """The one place that says with what options the engines of fault tests and soaks are made."""
     return {
         "llm.DeviceId": "0",
-        "llm.ListenIpInfo": f"127.0.0.1:{port}",
+        "llm.ListenIpInfo": f"{LOOPBACK}:{port}",
         "llm.SyncKvCacheWaitTime": str(TRANSFER_MS),
         "llm.EnableRemoteCacheAccessible": "0" if two_sided else "1",
         "datadist.Transport": transport,
@@ -83,7 +88,8 @@ class Call:
 
 
 class Party:
-    def __init__(self, cluster_id: int, options: dict[str, str], seed: int, keys: Sequence[int] = ()) -> None:
+    def __init__(self, cluster_id: int, options: dict[str, str], seed: int, keys: Sequence[Key] = ()) -> None:
+        """keys[i] names row i."""
         self.cluster_id = cluster_id
         self._answers: dict[int, Answer] = {}
         self._unread = b""
@@ -108,10 +114,15 @@ class Party:
             )
         try:
             self.port: int = self.ask("port").value
-            self.cache_id: int = self.ask("register", list(keys)).value
+            self._keys = list(keys)
+            self.register()
         except Exception:
             self.kill()
             raise
+
+    def register(self) -> None:
+        """Anew, under another id."""
+        self.cache_id: int = self.ask("register", self._keys).value
 
     def _make_memory(self, seed: int) -> None:
         tensor_bytes = BLOCKS * BLOCK_BYTES
@@ -120,11 +131,13 @@ class Party:
         self._memory = os.memfd_create(f"party {self.cluster_id}")
         os.truncate(self._memory, size)
         self._mapped = mmap.mmap(self._memory, size)
+        self.unsettled: list[int] = []
+        """Blocks that a transfer which is under way, or has failed, may write."""
         self.whole: Bytes = np.frombuffer(self._mapped, dtype=np.uint8)
         self.whole[:] = np.frombuffer(np.random.default_rng(seed).bytes(size), dtype=np.uint8)
         self.expected: Bytes = self.whole.copy()
 
-    def tensors(self, whole: Bytes) -> list[Bytes]:
+    def tensors(self, whole: npt.NDArray[Any]) -> list[npt.NDArray[Any]]:
         """[block, byte] of each, views."""
         size = BLOCKS * BLOCK_BYTES
         return [whole[offset : offset + size].reshape(BLOCKS, BLOCK_BYTES) for offset in self._offsets]
@@ -137,9 +150,9 @@ class Party:
             for tensor in self.tensors(whole):
                 tensor[list(blocks)] = value
 
-    def forget_pages(self) -> None:
-        """All zeros, that the kernel has yet to find memory for: who writes there takes his time."""
-        size = BLOCKS * BLOCK_BYTES
+    def forget_pages(self, blocks: int) -> None:
+        """The first blocks are zeros that the kernel has yet to find memory for: who writes there takes his time."""
+        size = blocks * BLOCK_BYTES
         for offset in self._offsets:
             self._mapped.madvise(mmap.MADV_REMOVE, offset, size)
             self.expected[offset : offset + size] = 0
@@ -148,20 +161,34 @@ class Party:
         for ours, theirs in zip(self.tensors(self.expected), owner.tensors(owner.expected), strict=True):
             ours[list(dst)] = theirs[list(src)]
 
-    def forgive(self, blocks: Sequence[int]) -> None:
-        """These may be anything by now: a transfer into them has failed."""
+    def settle(self) -> None:
+        """From now on nobody writes the unsettled blocks."""
+        self.accept(self.unsettled)
+        self.unsettled = []
+
+    def accept(self, blocks: Sequence[int]) -> None:
+        """As they are: a transfer into them has failed."""
         for now, expected in zip(self.tensors(self.whole), self.tensors(self.expected), strict=True):
             expected[list(blocks)] = now[list(blocks)]
 
+    def wrong_bytes(self, blocks: Sequence[int]) -> int:
+        pairs = zip(self.tensors(self.whole), self.tensors(self.expected), strict=True)
+        return sum(int(np.count_nonzero(now[list(blocks)] != expected[list(blocks)])) for now, expected in pairs)
+
     def check(self) -> None:
-        wrong = np.flatnonzero(self.whole != self.expected)
-        if wrong.size:
-            raise AssertionError(f"cluster {self.cluster_id}: {wrong.size} bytes are wrong, from {wrong[0]} on")
+        wrong = self.whole != self.expected
+        for tensor in self.tensors(wrong):
+            tensor[self.unsettled] = False
+        if wrong.any():
+            count, first = np.count_nonzero(wrong), np.argmax(wrong)
+            raise AssertionError(f"cluster {self.cluster_id}: {count} bytes are wrong, from {first} on")
 
     # ---- calls ----
 
     def start(self, do: str, *args: Any) -> Call:
         with self._lock:
+            if self._socket.fileno() < 0:
+                raise ConnectionResetError(f"cluster {self.cluster_id} was ended")
             self._asked += 1
             number = self._asked
             self._socket.sendall(json.dumps({"id": number, "do": do, "args": args}).encode() + b"\n")
@@ -198,6 +225,8 @@ class Party:
             return number in self._answers
 
     def _read(self, timeout_s: float) -> bool:
+        if self._socket.fileno() < 0:
+            raise ConnectionResetError(f"cluster {self.cluster_id} was ended")
         if not select.select([self._socket], [], [], timeout_s)[0]:
             return False
         # Descriptors come with the bytes of their own answer and of no other.
@@ -228,24 +257,32 @@ class Party:
     def kill(self) -> None:
         self.process.kill()
         self.process.wait()
-        self._socket.close()
-        os.close(self._memory)
+        self._close()
 
     def wait_exit(self) -> None:
         """After start("exit"): with status 0 and in time, whatever is in flight."""
         status = self.process.wait(_EXIT_S)
-        self._socket.close()
-        os.close(self._memory)
+        self._close()
         if status != 0:
             raise AssertionError(f"cluster {self.cluster_id} exited with status {status}")
+
+    def _close(self) -> None:
+        with self._lock:
+            self._socket.close()
+        if self._memory >= 0:
+            os.close(self._memory)
+            self._memory = -1
 
     def held(self) -> tuple[int, int]:
         """(descriptors, threads)."""
         return len(os.listdir(f"/proc/{self.pid}/fd")), len(os.listdir(f"/proc/{self.pid}/task"))
 
     def sockets(self, pid: int | None = None) -> set[str]:
-        folder = Path(f"/proc/{pid or self.pid}/fd")
-        return {name for name in map(os.readlink, folder.iterdir()) if name.startswith("socket:")}
+        found = set()
+        for descriptor in Path(f"/proc/{pid or self.pid}/fd").iterdir():
+            with contextlib.suppress(FileNotFoundError):  # closed meanwhile
+                found.add(os.readlink(descriptor))
+        return {name for name in found if name.startswith("socket:")}
 
     def status_kib(self, field: str) -> int:
         text = Path(f"/proc/{self.pid}/status").read_text()
@@ -256,3 +293,28 @@ class Party:
         before = resource.prlimit(self.pid, which)
         resource.prlimit(self.pid, which, (value, before[1]))
         return lambda: resource.prlimit(self.pid, which, before) and None
+
+
+def wait_for_baseline(party: Party, baseline: tuple[int, int]) -> None:
+    """Descriptors and threads, as held() told."""
+
+    def held() -> bool:
+        descriptors, threads = party.held()
+        return descriptors <= baseline[0] and threads <= baseline[1]
+
+    wait_until(held, f"cluster {party.cluster_id} back to {baseline} descriptors and threads")
+
+
+def wire_between(transport: str, client: Party, server: Party) -> tuple[Wire, int]:
+    """(the wire, the port at which the client finds the server behind it)."""
+    if transport == "tcp":
+        listener = socket.create_server((LOOPBACK, 0))
+        port: int = listener.getsockname()[1]
+        return Wire(listener, lambda: socket.create_connection((LOOPBACK, server.port))), port
+    # Within a host both ask the kernel who is there, and it must name the ends, not the wire: the server makes the
+    # listener and the client the connections.
+    with socket.socket() as unused:
+        unused.bind((LOOPBACK, 0))
+        port = unused.getsockname()[1]
+    listener = server.ask_socket("listen", f"datadist/{LOOPBACK}:{port}")
+    return Wire(listener, lambda: client.ask_socket("connect", f"datadist/{LOOPBACK}:{server.port}")), port

@@ -29,6 +29,10 @@ def _cluster(cluster_id: int, port: int) -> _native.ClusterInfo:
     return _native.ClusterInfo(cluster_id, [(LOOPBACK, port)], [(LOOPBACK, 0)])
 
 
+def _key(kind: str, name: int) -> _native.Key:
+    return {"request": _native.KEY_REQUEST, "prefix": _native.KEY_PREFIX}[kind], name, 0
+
+
 class Party:
     def __init__(self, settings: dict[str, Any], memory: int) -> None:
         self._settings = settings
@@ -44,8 +48,8 @@ class Party:
     def port(self) -> tuple[int, int]:
         return self._engine.listen_port()
 
-    def register(self, keys: list[int]) -> tuple[int, int]:
-        """A cache of all of the memory under a new id; keys[i] is the request that row i belongs to."""
+    def register(self, keys: list[tuple[str, int]]) -> tuple[int, int]:
+        """A cache of all of the memory under a new id; with keys, one for each row."""
         if self._cache >= 0:
             self._engine.unregister_cache(self._cache)
         made = self._settings
@@ -56,7 +60,7 @@ class Party:
             UINT8,
             DEVICE,
             [self._base + offset for offset in made["offsets"]],
-            [(_native.KEY_REQUEST, key, 0) for key in keys],
+            [_key(*key) for key in keys],
         )
         return status, self._cache
 
@@ -71,9 +75,8 @@ class Party:
     def pull(self, cluster_id: int, cache_id: int, src: list[int], dst: list[int]) -> int:
         return self._engine.pull_blocks(cluster_id, cache_id, self._cache, src, dst)
 
-    def pull_row(self, cluster_id: int, request_id: int, row: int) -> int:
-        key = (_native.KEY_REQUEST, request_id, 0)
-        return self._engine.pull_rows(cluster_id, key, self._cache, dst_batch_index=row)
+    def pull_row(self, cluster_id: int, key: tuple[str, int], row: int) -> int:
+        return self._engine.pull_rows(cluster_id, _key(*key), self._cache, dst_batch_index=row)
 
     def push(self, cluster_id: int, cache_id: int, src: list[int], dst: list[int]) -> int:
         tensors = len(self._settings["offsets"])
@@ -81,12 +84,12 @@ class Party:
             self._cache, 0, cluster_id, cache_id, 0, src_blocks=src, dst_blocks=dst, tensor_num_per_layer=tensors
         )
 
-    def load(self, cluster_id: int, cache_id: int, src: list[int], dst: list[int]) -> tuple[int, int]:
-        """Pulls until idle() is called; (the first failure, pulls)."""
+    def load(self, do: str, *arguments: Any) -> tuple[int, int]:
+        """One call after the other until idle() is called; (the first failure, how many)."""
         self._idle.clear()
         count = 0
         while not self._idle.is_set():
-            if status := self.pull(cluster_id, cache_id, src, dst):
+            if status := getattr(self, do)(*arguments):
                 return status, count
             count += 1
         return 0, count

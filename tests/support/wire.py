@@ -50,6 +50,8 @@ class _Connection:
         self.ends = {"up": client, "down": server}
         """By the direction of what is read from it."""
         self.last: Direction | None = None
+        self.silent: set[Direction] = set()
+        """Where nothing comes any more."""
 
     def other(self, direction: Direction) -> socket.socket:
         return self.ends["down" if direction == "up" else "up"]
@@ -133,7 +135,7 @@ class Wire:
 
     def _run(self) -> None:
         while not self._closing:
-            sources = {end: (c, d) for c in self._connections for d, end in c.ends.items() if end.fileno() >= 0}
+            sources = {end: (c, d) for c in self._connections for d, end in c.ends.items() if d not in c.silent}
             held = self._held
             ready, _, _ = select.select([self._woken, *([] if held else [self._listener, *sources])], [], [])
             if self._woken in ready:
@@ -171,27 +173,33 @@ class Wire:
         source, target = connection.ends[direction], connection.other(direction)
         try:
             chunk = source.recv(CHUNK, socket.MSG_PEEK)
+            if chunk and self._arrived(lambda place: self._is_at(place, connection, direction, len(chunk))):
+                return
+            source.recv(len(chunk))
         except OSError:
-            self._end(connection)
+            chunk = b""
+        if not chunk:
+            self._ended(connection, direction)
             return
-        if chunk and self._arrived(lambda place: self._is_at(place, connection, direction, len(chunk))):
-            return
-        source.recv(len(chunk))
         connection.last = direction
         if self._mode == "swallow both" or (self._mode == "swallow answers" and direction == "down"):
             self.swallowed += len(chunk)
-            if not chunk:
-                self._end(connection)
             return
         try:
-            if not chunk:
-                self._end(connection)
-            elif self._mode == "drip":
+            if self._mode == "drip":
                 self._drip(chunk, target)
             else:
                 target.sendall(chunk)
         except OSError:
-            self._end(connection)
+            self._ended(connection, direction)
+
+    def _ended(self, connection: _Connection, direction: Direction) -> None:
+        """Who waits at the end of a wire that swallows or drips does not hear of it."""
+        connection.silent.add(direction)
+        if self._mode in ("pass", "reset"):
+            self._connections.remove(connection)
+            for end in connection.ends.values():
+                end.close()
 
     def _drip(self, chunk: bytes, target: socket.socket) -> None:
         for byte in chunk:
@@ -217,11 +225,6 @@ class Wire:
             self._held = True
             self._lock.notify_all()
             return True
-
-    def _end(self, connection: _Connection) -> None:
-        self._connections.remove(connection)
-        for end in connection.ends.values():
-            end.close()
 
     def _break_all(self) -> None:
         for connection in list(self._connections):
