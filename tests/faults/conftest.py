@@ -14,23 +14,24 @@ for folder in (HERE, HERE.parent):
         sys.path.insert(0, str(folder))
 
 from table import Cell, rendered  # noqa: E402
-from trio import QUICK_HEARTBEAT_MS, Trio  # noqa: E402
+from trio import Trio, TrioKind, kind_of  # noqa: E402
 
 _CELLS = pytest.StashKey[dict[Cell, bool]]()
+_FAILED = pytest.StashKey[bool]()
 
 
 class _Trios:
+    """One at a time: the cells are sorted by what they need."""
+
     def __init__(self) -> None:
-        self._open: dict[tuple[str, str], Trio] = {}
+        self._open: dict[TrioKind, Trio] = {}
 
     def of(self, cell: Cell) -> Trio:
-        kind = cell.phase if cell.phase in ("idle", "confirm") else ""
-        key = (cell.transport, kind)
-        if key not in self._open:
+        kind = kind_of(cell)
+        if kind not in self._open:
             self.close()
-            settings = {"idle": {"heartbeat_ms": QUICK_HEARTBEAT_MS}, "confirm": {"two_sided": True}}.get(kind, {})
-            self._open[key] = Trio(cell.transport, **settings)
-        return self._open[key]
+            self._open[kind] = Trio(kind)
+        return self._open[kind]
 
     def close(self) -> None:
         while self._open:
@@ -52,13 +53,10 @@ def trio_of(trios: _Trios, request: pytest.FixtureRequest) -> Iterator[Callable[
         trios.close()
 
 
-_FAILED = pytest.StashKey[bool]()
-
-
 @pytest.hookimpl(wrapper=True)
-def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+def pytest_runtest_makereport(item: pytest.Item) -> Iterator[None]:
     report = yield
-    cell = getattr(item, "callspec", None) and item.callspec.params.get("cell")
+    cell = item.callspec.params.get("cell") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
     if isinstance(cell, Cell) and report.when == "call":
         item.stash[_FAILED] = report.failed
         item.config.stash.setdefault(_CELLS, {})[cell] = report.passed

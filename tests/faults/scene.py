@@ -8,13 +8,13 @@ import socket
 from dataclasses import dataclass, field
 
 import numpy as np
-from support.party import Answer, Call, Party
+from support.party import PATIENCE_MS, Answer, Call, Party
 from support.wire import Mode, Place, Wire
-from table import Cell
-from trio import CONSUMED, OWNER, PATIENCE_MS, Trio
+from table import Cell, is_patient
+from trio import CONSUMED, FAULT_MS, OWNER, Trio
 
 LINK_MS = 500
-"""Timeout of the links and unlinks that meet a fault."""
+"""Timeout of links and unlinks that wait in vain."""
 FEW = list(range(100, 116))
 MANY = list(range(256, 512))
 SCATTERED = np.random.default_rng(0).permutation(960).tolist()
@@ -36,6 +36,13 @@ class Scene:
     """(source blocks, destination blocks) if the call succeeds."""
     frozen: bool = False
     fillers: contextlib.ExitStack = field(default_factory=contextlib.ExitStack)
+
+    @property
+    def timeout_ms(self) -> int:
+        """Of the call."""
+        if is_patient(self.cell):
+            return PATIENCE_MS
+        return LINK_MS if self.cell.phase in ("dial", "handshake", "unlink") else FAULT_MS
 
     def enter(self) -> None:
         {
@@ -88,11 +95,11 @@ class Scene:
         if self.cell.fault == "swallow both":
             self.wire.shrink_backlog()
             self._fill_backlog()
-        self._start("link", OWNER, self.port, LINK_MS)
+        self._start("link", OWNER, self.port, self.timeout_ms)
 
     def _handshake(self) -> None:
         self.wire.hold(Place("control"))
-        self._start("link", OWNER, self.port, LINK_MS)
+        self._start("link", OWNER, self.port, self.timeout_ms)
 
     def _describe(self) -> None:
         self._link()
@@ -130,7 +137,7 @@ class Scene:
     def _unlink(self) -> None:
         self._link()
         self.wire.hold(Place("control"))
-        self._start("unlink", OWNER, self.port, LINK_MS)
+        self._start("unlink", OWNER, self.port, self.timeout_ms)
 
     # ---- steps ----
 

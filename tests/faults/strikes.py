@@ -14,7 +14,7 @@ _TOO_MUCH = 64 << 20
 """Bytes that a process without memory cannot have."""
 
 
-def owner_dies(scene: Scene, lifts: contextlib.ExitStack) -> None:
+def owner_dies(scene: Scene, _lifts: contextlib.ExitStack) -> None:
     scene.trio.owner.kill()
     scene.go_on()
 
@@ -25,7 +25,7 @@ def owner_stops(scene: Scene, lifts: contextlib.ExitStack) -> None:
     scene.go_on()
 
 
-def caller_exits(scene: Scene, lifts: contextlib.ExitStack) -> None:
+def caller_exits(scene: Scene, _lifts: contextlib.ExitStack) -> None:
     """What it waits for is held until it has gone."""
     scene.trio.caller.start("exit")
     scene.thaw()
@@ -71,7 +71,7 @@ MODES: dict[str, Mode] = {
 }
 
 
-def wire_fails(scene: Scene, lifts: contextlib.ExitStack) -> None:
+def wire_fails(scene: Scene, _lifts: contextlib.ExitStack) -> None:
     # A dial that nobody accepts is held where it is: see prove_wire.
     if scene.cell.phase != "dial" or scene.cell.fault == "reset":
         scene.go_on(MODES[scene.cell.fault])

@@ -20,6 +20,8 @@ FAULTS = (
     "fork",
     "exit",
 )
+PATIENT = ("kill", "reset", "restart", "fork", "exit")
+"""Faults of which the caller hears at once, or never: a busy machine must not make a timeout of them."""
 ON_THE_WIRE = ("swallow answers", "swallow both", "slow")
 RESTARTS = 3
 """Of one cell: over its phases, more than twenty for each transport."""
@@ -42,6 +44,10 @@ def why_not(cell: Cell) -> str | None:
     if cell.phase == "idle" and cell.fault == "exit":
         return "nothing is in flight"
     return None
+
+
+def is_patient(cell: Cell) -> bool:
+    return cell.fault in PATIENT
 
 
 def every_cell() -> Iterator[Cell]:

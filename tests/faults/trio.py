@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
-from support.party import BLOCKS, Call, Key, Party, engine_options, wire_between
+from support.party import BLOCKS, PATIENCE_MS, Call, Key, Party, engine_options, wire_between
 from support.wire import Wire
+from table import Cell, is_patient
 
 CALLER, OWNER, HEALTHY = 1, 2, 3
-PATIENCE_MS = 20_000
+FAULT_MS = 1500
+"""Timeout of transfers that wait in vain."""
 QUICK_HEARTBEAT_MS = 200
 NO_HEARTBEAT_MS = 60_000
 """Of engines whose turns on the wire are counted."""
@@ -23,11 +26,22 @@ _HEALTHY_SRC, _HEALTHY_DST = range(16), range(1000, 1016)
 _LOAD_SRC, _LOAD_DST = range(16, 20), range(1016, 1020)
 
 
+@dataclass(frozen=True, order=True)
+class TrioKind:
+    transport: str
+    quick_heartbeat: bool
+    two_sided: bool
+    patient: bool
+    """Its transfers may take as long as they need: no fault makes them wait in vain."""
+
+
+def kind_of(cell: Cell) -> TrioKind:
+    return TrioKind(cell.transport, cell.phase == "idle", cell.phase == "confirm", is_patient(cell))
+
+
 class Trio:
-    def __init__(self, transport: str, *, heartbeat_ms: int = NO_HEARTBEAT_MS, two_sided: bool = False) -> None:
-        self.transport = transport
-        self.two_sided = two_sided
-        self._heartbeat_ms = heartbeat_ms
+    def __init__(self, kind: TrioKind) -> None:
+        self._kind = kind
         self._seeds = itertools.count(1)
         self._fills = itertools.cycle(range(1, 250))
         self.healthy = self._party(HEALTHY)
@@ -36,6 +50,10 @@ class Trio:
         self._meet(self.caller)
         self._meet(self.owner)
         self.check_fresh_link()  # what is made once for all is made now
+
+    @property
+    def two_sided(self) -> bool:
+        return self._kind.two_sided
 
     @property
     def parties(self) -> tuple[Party, Party, Party]:
@@ -55,8 +73,15 @@ class Trio:
         self._meet(self.caller)
 
     def _party(self, cluster_id: int, port: int = 0) -> Party:
-        options = engine_options(self.transport, heartbeat_ms=self._heartbeat_ms, two_sided=self.two_sided, port=port)
-        keys = (LASTING if cluster_id == HEALTHY else CONSUMED) if self.two_sided else ()
+        kind = self._kind
+        options = engine_options(
+            kind.transport,
+            heartbeat_ms=QUICK_HEARTBEAT_MS if kind.quick_heartbeat else NO_HEARTBEAT_MS,
+            transfer_ms=PATIENCE_MS if kind.patient else FAULT_MS,
+            two_sided=kind.two_sided,
+            port=port,
+        )
+        keys = (LASTING if cluster_id == HEALTHY else CONSUMED) if self._kind.two_sided else ()
         return Party(cluster_id, options, next(self._seeds), keys)
 
     def _meet(self, party: Party) -> None:
@@ -78,7 +103,7 @@ class Trio:
         party.check()
 
     def _call_of_pull(self, party: Party, owner: Party, src: Sequence[int], dst: Sequence[int]) -> tuple[Any, ...]:
-        if not self.two_sided:
+        if not self._kind.two_sided:
             party.expect(owner, src, dst)
             return "pull", owner.cluster_id, owner.cache_id, list(src), list(dst)
         party.expect(owner, src[:1], dst[:1])
@@ -93,7 +118,7 @@ class Trio:
         owner.register()
         caller.ask("link", OWNER, owner.port, PATIENCE_MS)
         self.pull(caller, owner, _FRESH, _FRESH)
-        if not self.two_sided:
+        if not self._kind.two_sided:
             owner.fill(_FRESH, next(self._fills))
             owner.expect(caller, _HEALTHY_SRC, _FRESH)
             caller.ask("push", OWNER, owner.cache_id, list(_HEALTHY_SRC), list(_FRESH))
@@ -115,4 +140,4 @@ class Trio:
 
     def wire(self) -> tuple[Wire, int]:
         """Between caller and owner."""
-        return wire_between(self.transport, self.caller, self.owner)
+        return wire_between(self._kind.transport, self.caller, self.owner)

@@ -23,7 +23,6 @@ from support.party import (
     BLOCK_BYTES,
     BLOCKS,
     TENSORS,
-    TRANSFER_MS,
     Answer,
     Party,
     engine_options,
@@ -35,11 +34,13 @@ from support.wire import Mode, Wire
 
 FAULTS = ("kill", "restart", "stop", "slow", "cut")
 HEARTBEAT_MS = 500
-LINK_MS = 1000
+LINK_MS = TRANSFER_MS = 1000
 SLACK_S = 3.0
 """What a call may take beyond its timeout on a machine that has other work, too."""
 PUSHED = (range(512, 768), range(768, BLOCKS))
 """Blocks of every P that one D pushes to; below, nobody writes."""
+PAUSE_S = 0.004
+"""Between two calls of a D, on average: others use the machine, too."""
 CHECK_EVERY = 100
 """Calls after which all of a D's memory is compared, and not only what arrived."""
 ALLOWED = {
@@ -75,7 +76,7 @@ class Prefill:
         self.alive.set()
 
     def _start(self, port: int) -> Party:
-        options = engine_options("auto", heartbeat_ms=HEARTBEAT_MS, port=port)
+        options = engine_options("auto", heartbeat_ms=HEARTBEAT_MS, transfer_ms=TRANSFER_MS, port=port)
         return Party(self._cluster_id, options, self._seeds.getrandbits(32))
 
     def restart(self) -> None:
@@ -114,12 +115,12 @@ class Decode(threading.Thread):
         self.party = self._start()
 
     def _start(self) -> Party:
-        options = engine_options(self._transport, heartbeat_ms=HEARTBEAT_MS)
+        options = engine_options(self._transport, heartbeat_ms=HEARTBEAT_MS, transfer_ms=TRANSFER_MS)
         return Party(101 + self._index, options, self._random.getrandbits(32))
 
     def run(self) -> None:
         try:
-            while not self._end.is_set():
+            while not self._end.wait(self._random.expovariate(1 / PAUSE_S)):
                 self._work(self._random.choice(self._prefills))
             for prefill in self._prefills:
                 self._forget(prefill.party)
@@ -293,15 +294,16 @@ class Soak:
             assert decode.tally.blocks > 0, self.report()
         assert all(self.faults[fault] for fault in FAULTS), self.report()
         for name, party in self._steady.items():
-            wait_for_baseline(party, self._baseline[name])
+            descriptors, threads = self._baseline[name]
+            wait_for_baseline(party, (descriptors, threads + len(self.decodes)))  # that served pushes, and stay
             party.check()
             assert self.anon_kib[name][-1] - self.anon_kib[name][0] < MAX_ANON_GROWTH_KIB, self.report()
 
     def report(self) -> str:
         tallies = [decode.tally for decode in self.decodes]
         lines = [
-            f"{self._seconds:.0f} s, {sum(tally.blocks for tally in tallies)} blocks of {TENSORS} x {BLOCK_BYTES} bytes "
-            f"verified, {sum(tally.wrong_bytes for tally in tallies)} wrong bytes",
+            f"{self._seconds:.0f} s, {sum(tally.blocks for tally in tallies)} blocks of {TENSORS} x {BLOCK_BYTES} bytes"
+            f" verified, {sum(tally.wrong_bytes for tally in tallies)} wrong bytes",
             f"faults: {dict(self.faults)}",
         ]
         for decode, tally in zip(self.decodes, tallies, strict=True):
