@@ -9,6 +9,7 @@ import asyncio
 import itertools
 import time
 from collections.abc import Callable
+from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import equality
 from serving import Program, ServerSpec
 from support.client import Answer, Request, complete, new_salt, new_session, prompt_tokens
 from support.metrics import BYTES, Change, wait_empty
-from support.proxy import Params, PDProxy
+from support.proxy import Interference, Params, PDProxy
 from support.reference import Reference
 from support.servers import kv_transfer, make_server
 
@@ -48,6 +49,11 @@ class Trio:
 
     def decode(self, policy: str) -> Program:
         return {"fail": self.failing, "recompute": self.recomputing}[policy]
+
+    def restart_prefill(self) -> None:
+        self.prefill.kill()
+        self.prefill.start()
+        self.prefill.wait_ready()
 
     async def check_nothing_held(self) -> None:
         for server in (self.prefill, self.failing, self.recomputing):
@@ -94,11 +100,13 @@ async def check_normal(trio: Trio, decode: Program, reference: Reference, seed: 
     await change.reaches(BYTES, 299 * equality.KV_BYTES_PER_TOKEN)
 
 
-async def check_recovers(trio: Trio, decode: Program, reference: Reference) -> None:
+async def check_recovers(
+    trio: Trio, decode: Program, reference: Reference, interference: Interference | None = None
+) -> None:
     """Requests may fail for as long as D leaves the peer alone (peer_backoff_s); then they are served again."""
     until = time.monotonic() + RECOVERY_S
     change = Change(decode.url)
-    async with PDProxy(trio.prefill.url, decode.url) as proxy:
+    async with PDProxy(trio.prefill.url, decode.url, interference or Interference()) as proxy:
         for seed in itertools.count(5000):
             request = Request(prompt_tokens(300, seed), cache_salt=new_salt())
             (answer,) = await equality.send(proxy.url, request)
@@ -146,3 +154,33 @@ async def check_alone(decode: Program, reference: Reference) -> None:
     request = Request(prompt_tokens(150, seed=3), cache_salt=new_salt())
     (answer,) = await equality.send(decode.url, request)
     await reference.check(request, answer)
+
+
+async def send_to_both(trio: Trio, requests: dict[Program, list[Request]], interference: Interference) -> list[Answer]:
+    """Decoded by each, after one prefill; (its answers, D by D)."""
+    answers: list[Answer] = []
+    async with AsyncExitStack() as stack:
+        proxies = {
+            decode: await stack.enter_async_context(PDProxy(trio.prefill.url, decode.url, interference))
+            for decode in requests
+        }
+        sent = [equality.send(proxies[decode].url, *some) for decode, some in requests.items()]
+        for part in await asyncio.gather(*sent):
+            answers += part
+    return answers
+
+
+async def check_both(trio: Trio, requests: dict[Program, list[Request]], answers: list[Answer], ref: Reference) -> None:
+    """What did not arrive is recomputed here, and an error there."""
+    wanted = [
+        ("fail" if decode is trio.failing else "recompute", each) for decode in requests for each in requests[decode]
+    ]
+    for (policy, request), answer in zip(wanted, answers, strict=True):
+        await check_outcome(policy, ref, request, answer)
+
+
+def for_both(trio: Trio, count: int, seed: int) -> dict[Program, list[Request]]:
+    return {
+        decode: some_requests(count, seed + 100 * index)
+        for index, decode in enumerate((trio.failing, trio.recomputing))
+    }

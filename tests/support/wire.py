@@ -70,6 +70,7 @@ class Wire:
         self._counted = 0
         self._wake, self._woken = socket.socketpair()
         self._closing = False
+        self._healing = False
         self._connections: list[_Connection] = []
         self.accepted = 0
         self.swallowed = 0
@@ -112,6 +113,13 @@ class Wire:
             self._mode, self._place, self._held = mode, None, False
         self._nudge()
 
+    def heal(self) -> None:
+        """Passes again. What stood breaks: bytes have been lost there, which a connection never does and goes on."""
+        with self._lock:
+            self._healing = True
+            self._place, self._held = None, False
+        self._nudge()
+
     def close(self) -> None:
         with self._lock:
             if self._closing:
@@ -140,8 +148,10 @@ class Wire:
             ready, _, _ = select.select([self._woken, *([] if held else [self._listener, *sources])], [], [])
             if self._woken in ready:
                 self._woken.recv(CHUNK)
-                if self._mode == "reset":
+                if self._mode == "reset" or self._healing:
                     self._break_all()
+                if self._healing:
+                    self._mode, self._healing = "pass", False
                 continue  # what is to be done with the rest may have changed
             for end in ready:
                 if self._held or self._closing:
