@@ -32,7 +32,7 @@ from pd_trio import (
 )
 from serving import Program, free_port
 from support.client import Answer, Request, complete, new_salt, new_session, prompt_tokens
-from support.metrics import BYTES, FAILED, LEASES_ENDED, PREEMPTIONS, PULLING, Change, wait_metric
+from support.metrics import BYTES, FAILED, LEASES_ENDED, PREEMPTIONS, PULLING, Change, wait_for, wait_metric
 from support.proxy import DropDecodeError, Interference, Params, PDProxy, proceed
 from support.reference import Reference
 from support.servers import running
@@ -384,13 +384,14 @@ def test_leases_end_while_their_blocks_are_read(trio: Trio, reference: Reference
             assert params["remote_block_ids"]
             await expired.reaches(LEASES_ENDED, 1, deadline_s=LEASE_S + 15, reason="expired")
 
+        changes = [Change(decode.url) for decode in requests]
         sent = asyncio.create_task(send_to_both(trio, requests, Interference(between_legs=until_one_expired)))
         await expired.reaches(LEASES_ENDED, 1, deadline_s=LEASE_S + 15, reason="expired")
         used_again, answers = await asyncio.gather(equality.send(trio.prefill.url, *others), sent)
         await reference.check_all(others, used_again)
         for request, answer in zip([each for some in requests.values() for each in some], answers, strict=True):
             await reference.check_right_or_failed(request, answer)
-        recomputed = answers[len(requests[trio.failing]) :]
-        assert all(answer.ok for answer in recomputed)
+        assert all(answer.ok for answer in answers[len(requests[trio.failing]) :])
+        await wait_for("pulls that failed", lambda: sum(each.now(FAILED) for each in changes), bool, 15.0)
 
     asyncio.run(scenario())
