@@ -12,6 +12,7 @@ from collections.abc import Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import equality
 from serving import Program, ServerSpec
@@ -75,7 +76,7 @@ def make_trio(model: Path, side_channel_port: int, engine_port: int) -> Trio:
             )
         )
 
-    ports = {"side_channel_port": side_channel_port, "engine_port": engine_port}
+    ports: dict[str, Any] = {"side_channel_port": side_channel_port, "engine_port": engine_port}
     failing = kv_transfer("decode", {"kv_load_failure_policy": "fail"}, transport="tcp", **DECODE_OPTIONS)
     recomputing = kv_transfer("decode", {"kv_load_failure_policy": "recompute"}, **DECODE_OPTIONS)
     return Trio(

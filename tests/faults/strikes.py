@@ -5,9 +5,10 @@ from __future__ import annotations
 import contextlib
 import os
 import resource
+from functools import partial
 
 from scene import Scene
-from support.party import wait_until
+from support.party import Party, wait_until
 from support.wire import Mode
 
 _TOO_MUCH = 64 << 20
@@ -43,8 +44,12 @@ def both_fork(scene: Scene, lifts: contextlib.ExitStack) -> None:
         lifts.callback(party.ask, "reap", child)
         assert len(party.sockets()) > 1
         # It says that it exists before it has let go of them.
-        wait_until(lambda p=party, c=child: len(p.sockets(c)) == 1, "the child has the test's own socket only")
+        wait_until(partial(_has_one_socket, party, child), "the child has the test's own socket only")
     scene.go_on()
+
+
+def _has_one_socket(party: Party, pid: int) -> bool:
+    return len(party.sockets(pid)) == 1
 
 
 def owner_has_no_descriptor(scene: Scene, lifts: contextlib.ExitStack) -> None:
@@ -89,8 +94,10 @@ def prove_wire(scene: Scene) -> None:
         scene.fillers.close()
         wait_until(lambda: wire.accepted > 0, "what waits is accepted")
         return
-    count = {"reset": lambda: wire.resets, "slow": lambda: wire.dripped}.get(fault, lambda: wire.swallowed)
-    wait_until(lambda: count() > 0, f"the wire does {fault}")
+    wait_until(
+        lambda: (wire.resets if fault == "reset" else wire.dripped if fault == "slow" else wire.swallowed) > 0,
+        f"the wire does {fault}",
+    )
 
 
 def strike(scene: Scene, lifts: contextlib.ExitStack) -> None:

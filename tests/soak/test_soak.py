@@ -1,4 +1,4 @@
-"""Two minutes of soak.py in every run; an hour or a night is for who starts it by hand."""
+"""Two minutes of soak_run.py in every run; an hour or a night is for who starts it by hand."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from soak import soak
+from soak_run import soak
 
 SECONDS = 120.0
 SEED = 1

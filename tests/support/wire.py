@@ -47,7 +47,7 @@ class Place:
 class _Connection:
     def __init__(self, number: int, client: socket.socket, server: socket.socket) -> None:
         self.number = number
-        self.ends = {"up": client, "down": server}
+        self.ends: dict[Direction, socket.socket] = {"up": client, "down": server}
         """By the direction of what is read from it."""
         self.last: Direction | None = None
         self.silent: set[Direction] = set()

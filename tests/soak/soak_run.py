@@ -1,6 +1,6 @@
 """Two P and two D, pulls and pushes of all sizes, and a fault every second or so; every block that arrived is compared.
 
-    python tests/soak/soak.py --seconds 600 --seed 7
+    python tests/soak/soak_run.py --seconds 600 --seed 7
 
 Both D work all the time, one by cma and one by tcp, half of their links over a wire that can be cut or made slow. The
 second P and the second D are never killed: what they hold in the end is compared with what they held in the beginning.
