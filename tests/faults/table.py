@@ -1,4 +1,7 @@
-"""The table of faults x phases x transports: which cells there are, and why the others cannot be."""
+"""The table of faults x phases x transports: which cells there are, and why the others cannot be.
+
+`local` is no column: its two ends are one process, which a fault stops, ends or starves as a whole.
+"""
 
 from __future__ import annotations
 
