@@ -23,6 +23,7 @@ from vllm_datadist_connector import _native
 
 LOOPBACK = "127.0.0.1"
 MIX, UINT8, DEVICE = 3, 4, 1
+_PR_SET_PDEATHSIG = 1
 
 
 def _cluster(cluster_id: int, port: int) -> _native.ClusterInfo:
@@ -159,6 +160,7 @@ class Channel:
     def fork(self, request_id: int) -> None:
         child = os.fork()
         if child == 0:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)  # a test that fails leaves nobody behind
             while True:
                 signal.pause()
         self._answer(request_id, value=child)
