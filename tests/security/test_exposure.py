@@ -19,16 +19,15 @@ LOOPBACKS = ["127.0.0.1", "127.0.0.2", "::1"]
 INSTANCE = """
 import json, sys
 from vllm_datadist_connector import _native
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
-from vllm_datadist_connector.side_channel.server import SideChannelServer
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
+from vllm_datadist_connector.side_channel.server import LeaseTable, serve
 
 host = sys.argv[1]
 engine = _native.LlmDataDist(7, 3)
 options = {"llm.DeviceId": "0", "llm.ListenIpInfo": f"[{host}]:0" if ":" in host else f"{host}:0"}
 assert engine.initialize(options) == _native.LLM_SUCCESS, _native.last_error()
-side_channel = SideChannelServer(Endpoint(host, 0))
-side_channel.start(lambda request: None)
-print(json.dumps([engine.listen_port()[1], side_channel.endpoint.port]), flush=True)
+side_channel = serve(Endpoint(host, 0), "engine", "0" * 32, LeaseTable(600.0), Trust())
+print(json.dumps([engine.listen_port()[1], side_channel.port]), flush=True)
 sys.stdin.read()
 side_channel.close()
 engine.finalize()

@@ -84,32 +84,6 @@ def test_a_full_batch_of_tokens_fits(endpoint: Endpoint, client: ChannelClient) 
     assert wait_for(client, client.renew(endpoint, tokens, WAIT_S)).response == Renewed(tokens)
 
 
-@pytest.mark.parametrize("host", [LOOPBACK, "::1"])
-def test_binds_the_named_address_and_no_other(host: str, leases: LeaseTable) -> None:
-    server = serve(Endpoint(host, 0), ENGINE_ID, TOKEN, leases, Trust())
-    try:
-        family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        own = {int(os.readlink(fd).strip("socket:[]")) for fd in Path("/proc/self/fd").iterdir() if _is_socket(fd)}
-        bound = []
-        for line in Path("/proc/net/tcp6" if ":" in host else "/proc/net/tcp").read_text().splitlines()[1:]:
-            fields = line.split()
-            address, _, port = fields[1].partition(":")
-            if fields[3] == "0A" and int(fields[9]) in own and int(port, 16) == server.port:
-                bound.append(bytes.fromhex(address))
-        # The kernel prints each 32-bit word in host order.
-        words = socket.inet_pton(family, host)
-        assert bound == [b"".join(words[i : i + 4][::-1] for i in range(0, len(words), 4))]
-    finally:
-        server.close()
-
-
-def _is_socket(fd: Path) -> bool:
-    try:
-        return os.readlink(fd).startswith("socket:")
-    except FileNotFoundError:
-        return False
-
-
 def test_address_in_use_is_named(endpoint: Endpoint, leases: LeaseTable) -> None:
     with pytest.raises(OSError, match=f"cannot listen on {endpoint}"):
         serve(endpoint, ENGINE_ID, TOKEN, leases, Trust())
