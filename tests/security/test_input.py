@@ -15,9 +15,9 @@ from typing import Any
 import msgspec
 import pytest
 from support.pd import make_geometry, make_params, make_ticket
+from vllm_datadist_connector.protocol.messages import ProtocolError, decode_request, decode_response
 
 from vllm_datadist_connector.protocol.handshake import decode_geometry
-from vllm_datadist_connector.protocol.messages import ProtocolError, decode_request, decode_response
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, ParamsError, parse_remote_prefill
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 
