@@ -15,11 +15,9 @@ from typing import Any
 import msgspec
 import pytest
 from support.pd import make_geometry, make_params, make_ticket
-from vllm_datadist_connector.protocol.messages import ProtocolError, decode_request, decode_response
 
 from vllm_datadist_connector.protocol.handshake import decode_geometry
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, ParamsError, parse_remote_prefill
-from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 
 ROOT = Path(__file__).resolve().parents[2]
 PACKAGE = ROOT / "vllm_datadist_connector"
@@ -40,7 +38,7 @@ def test_cve_2026_94623_no_assert_in_the_engine(path: Path) -> None:
 OPTIMIZED = """
 import pkgutil, sys
 import vllm_datadist_connector
-from vllm_datadist_connector.protocol import messages, params
+from vllm_datadist_connector.protocol import params
 
 WITHOUT_VLLM = ("cli", "config", "llm_datadist", "protocol", "side_channel")
 if __debug__:
@@ -54,12 +52,6 @@ for bad in ({}, {"remote_block_ids": [[-1]]}, {"remote_port": 0}, {"datadist": N
         params.parse_remote_prefill(bad)
     except params.ParamsError:
         refused += 1
-for frame in (b"", b"DDSC", b"\\0" * 64):
-    for decode in (messages.decode_request, messages.decode_response):
-        try:
-            decode(frame)
-        except messages.ProtocolError:
-            refused += 1
 print(refused)
 """
 
@@ -73,7 +65,7 @@ def test_cve_2026_41523_checks_hold_without_asserts() -> None:
         check=False,
         timeout=120,
     )
-    assert (done.returncode, done.stdout.split()[-1:]) == (0, ["10"]), done.stderr
+    assert (done.returncode, done.stdout.split()[-1:]) == (0, ["4"]), done.stderr
 
 
 def peak_of(call: Callable[[], object]) -> int:
@@ -122,14 +114,12 @@ def test_cve_2026_94626_sizes_of_a_peers_geometry_are_refused(field: str) -> Non
 ANNOUNCED = {"bytes": b"\xc6", "text": b"\xdb", "array": b"\xdd", "map": b"\xdf", "extension": b"\xc9"}
 
 
-@pytest.mark.parametrize("decode", [decode_request, decode_response])
 @pytest.mark.parametrize("header", ANNOUNCED.values(), ids=ANNOUNCED.keys())
-def test_cve_2026_94626_announced_lengths_cost_nothing(decode: Callable[[bytes], object], header: bytes) -> None:
-    envelope = b"DDSC" + PROTOCOL_VERSION.to_bytes(2, "little")
-    for body in (header, b"\x82\xa4type\xa5Renew\xa6tokens" + header):
+def test_cve_2026_94626_announced_lengths_cost_nothing(header: bytes) -> None:
+    for body in (header, b"\x82\xa7tp_size" + header):
 
         def refuse(body: bytes = body) -> None:
-            with pytest.raises(ProtocolError):
-                decode(envelope + body + b"\xff" * 4)
+            with pytest.raises(msgspec.DecodeError):
+                decode_geometry(body + b"\xff" * 4)
 
         assert peak_of(refuse) < 1_000_000
