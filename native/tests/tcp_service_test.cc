@@ -219,6 +219,24 @@ TEST_F(FrozenPeers, HoldUpNobody) {
   }
 }
 
+// One thread, and a socket that takes less than a call has for it.
+TEST_F(FrozenPeers, LeaveTheirThreadToOthers) {
+  const RemoteCache cache = owner_.AddCache(kLarge, 1);
+  const std::vector<uint8_t> request = Encoded(WholeOf(cache, DataOp::kPull), kWhole);
+  TcpService service(1);
+  std::list<TcpServer> servers;
+  std::vector<Fd> peers;
+  for (int i = 0; i < 8; ++i) {
+    int ends[2];
+    ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
+    peers.emplace_back(ends[0]);
+    servers.emplace_back(service, Fd(ends[1]), owner_.regions(), std::chrono::minutes(10));
+    ASSERT_TRUE(Send(peers.back(), request, request.size()).ok());
+    const Status go = HearGo(peers.back());
+    ASSERT_TRUE(go.ok()) << i << ": " << go.text();
+  }
+}
+
 // A cache is free of a peer that stopped in the middle as soon as its connection was closed and has ended.
 TEST_F(FrozenPeers, EndWithTheirServer) {
   const RemoteCache cache = owner_.AddCache(kLarge, 1);
