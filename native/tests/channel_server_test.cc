@@ -64,7 +64,10 @@ std::vector<HostileFrame> HostileFrames() {
   std::vector<uint8_t> text(64, 'A');
   // A header alone: what it announces is refused before any of it has come.
   const std::vector<uint8_t> large = Raw(MessageType::kRenew, std::vector<uint8_t>(kMaxFrameBody), kFrameHeaderSize);
+  // Whoever loads it is gone.
+  std::vector<uint8_t> pickle = {'c', 'p', 'o', 's', 'i', 'x', '\n', '_', 'e', 'x', 'i', 't', '\n', '(', 'I', '9', '\n', 't', 'R', '.'};
   return {{"Text", text},
+          {"Pickle", pickle},
           {"WrongChecksum", flipped},
           {"AnnouncesAMebibyte", large},
           {"MalformedDescribeRank", EncodeFrame(MessageType::kDescribeRank, 1, {1})},

@@ -107,10 +107,8 @@ void ChannelClient::State::SendOnLoop(const SocketAddress &address, OutgoingRequ
   if (const auto known = servers_.find(name); known != servers_.end()) {
     server = &known->second;
   } else if (servers_.size() < limits_.servers) {
-    server = &servers_
-                  .emplace(name, std::make_unique<RemoteServer>(
-                                     RemoteServer::Setup{loop_, address, trust_, content_version_, limits_.idle}, *this))
-                  .first->second;
+    const RemoteServer::Setup setup{loop_, address, trust_, content_version_, limits_.idle};
+    server = &servers_.emplace(name, std::make_unique<RemoteServer>(setup, *this)).first->second;
   } else {
     Complete({request.id,
               NoAnswer{name + ": more than " + std::to_string(limits_.servers) + " channels are open", false}});

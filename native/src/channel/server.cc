@@ -54,7 +54,10 @@ ChannelLimits WithinDescriptors(const ChannelLimits &limits) {
 class ChannelServer::State : public std::enable_shared_from_this<State> {
  public:
   State(Grantor grantor, Trust trust, std::shared_ptr<LeaseTable> leases, const ChannelLimits &limits)
-      : grantor_(std::move(grantor)), trust_(std::move(trust)), leases_(std::move(leases)), limits_(WithinDescriptors(limits)) {}
+      : grantor_(std::move(grantor)),
+        trust_(std::move(trust)),
+        leases_(std::move(leases)),
+        limits_(WithinDescriptors(limits)) {}
 
   Status Start(Listeners listeners);
   void Close();

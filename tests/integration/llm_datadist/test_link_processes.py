@@ -130,11 +130,10 @@ def test_unlinking_without_force_needs_an_address(cluster: Cluster) -> None:
     data.moves(client, server)
 
 
-@pytest.mark.usefixtures("open_to_all")
 def test_one_status_per_cluster_and_those_that_worked_stay(
     cluster: Cluster, refusing: LLMClusterInfo, silent: LLMClusterInfo
 ) -> None:
-    first, second, client = cluster.open(1), cluster.open(2), cluster.open(3, listen="")
+    first, second, client = cluster.open(1), cluster.open(2), cluster.open(3, listen="", insecure=True)
     data = Data(first, second, client)
     nowhere = cluster_info(52, [], [(LOOPBACK, 0)])
     clusters = [first.info(), refusing, silent, nowhere, second.info()]
@@ -232,9 +231,8 @@ def test_roles_are_switched_between_links(cluster: Cluster, free_address: str) -
         ({LISTEN: "192.0.2.1:26000"}, LLMStatusCode.LLM_FAILED),
     ],
 )
-@pytest.mark.usefixtures("open_to_all")
 def test_roles_with_nowhere_to_listen(cluster: Cluster, options: dict[str, str], expected: LLMStatusCode) -> None:
-    peer = cluster.open(1, listen="")
+    peer = cluster.open(1, listen="", insecure=True)
     assert failure(peer.datadist.switch_role, LLMRole.PROMPT, options) == expected
     peer.datadist.switch_role(LLMRole.PROMPT)
 
