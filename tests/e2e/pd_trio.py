@@ -77,11 +77,13 @@ def make_trio(model: Path, side_channel_port: int, engine_port: int) -> Trio:
         )
 
     ports: dict[str, Any] = {"side_channel_port": side_channel_port, "engine_port": engine_port}
-    failing = kv_transfer("decode", {"kv_load_failure_policy": "fail"}, transport="tcp", **DECODE_OPTIONS)
-    recomputing = kv_transfer("decode", {"kv_load_failure_policy": "recompute"}, **DECODE_OPTIONS)
+    # What reaches P through a wire of the tests comes over TCP. Whatever a fault does, wrong bytes are to be noticed.
+    options: dict[str, Any] = {"insecure": True, "verify": "fail"}
+    failing = kv_transfer("decode", {"kv_load_failure_policy": "fail"}, transport="tcp", **DECODE_OPTIONS, **options)
+    recomputing = kv_transfer("decode", {"kv_load_failure_policy": "recompute"}, **DECODE_OPTIONS, **options)
     return Trio(
         side_channel_port,
-        server("faults-prefill", kv_transfer("prefill", lease_s=LEASE_S, **ports), PREFILL_MAX_LEN),
+        server("faults-prefill", kv_transfer("prefill", lease_s=LEASE_S, **ports, **options), PREFILL_MAX_LEN),
         server("faults-fail", failing),
         server("faults-recompute", recomputing),
     )
