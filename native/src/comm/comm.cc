@@ -1,4 +1,4 @@
-#include "link/comm.h"
+#include "comm/comm.h"
 
 #include <algorithm>
 #include <exception>
