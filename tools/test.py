@@ -1,5 +1,5 @@
 #!/usr/bin/env python3
-"""Sets up .venv and runs every test: lint, native, unit, integration, e2e.
+"""Sets up .venv and runs every test: lint, native, unit, integration, faults, soak, e2e.
 
     tools/test.py [--only PART,PART] [-- PYTEST_ARGUMENTS]
 
@@ -28,13 +28,14 @@ LOGS = ROOT / "logs" / "test"
 NATIVE = ROOT / "native"
 # The optimized build is what all Python tests run; of the native ones it would see little that these two do not.
 PRESETS = ("asan", "tsan")
-PYTEST_PARTS = ("unit", "integration", "e2e")
+PYTEST_PARTS = ("unit", "integration", "faults", "soak", "e2e")
 # What a part runs besides tests/PART.
 MORE_FOLDERS = {"unit": ("tests/security",)}
 PARTS = ("lint", "native", *PYTEST_PARTS)
 # Each tuple's lanes run side by side, then the next tuple's: compilers fill the core that the Python tests leave idle.
 # Servers have the machine to themselves: their tests wait for what needs all cores.
-STAGES = ((("lint", "unit", "integration"), ("native",)), (("e2e",),))
+# Faults and soak wait most of the time: for deadlines to pass, and for peers to fall silent.
+STAGES = ((("lint", "unit", "integration"), ("native",), ("faults", "soak")), (("e2e",),))
 NO_TESTS_COLLECTED = 5  # pytest's exit status
 POLL_S = 0.1
 

@@ -1,6 +1,7 @@
 // The messages of the control connection: input = number of the message in kMessages, body.
 #include <iterator>
 
+#include "channel/messages.h"
 #include "control/messages.h"
 #include "fuzz/fuzz.h"
 
@@ -38,7 +39,8 @@ constexpr void (*kMessages[])(const Bytes &) = {
     Exact<Hello>,           Exact<Welcome>,      WithText<Reject>,     WithText<Ready>,    Exact<Attach>,
     Exact<DescribeRequest>, WithText<CacheInfo>, Exact<PushRequest>,   WithText<Pushed>,   Exact<ConsumeRequest>,
     WithText<Consumed>,     Exact<UnlinkRequest>, Range,               Empty,
-    Exact<DigestRequest>,   WithText<Digests>,
+    Exact<DigestRequest>,   WithText<Digests>,   Exact<ChannelGreeting>, Exact<DescribeRank>, WithText<RankAnswer>,
+    Exact<Renew>,           Exact<Renewed>,      Exact<Confirm>,       Exact<Confirmed>,   Exact<Release>,
 };
 
 }  // namespace

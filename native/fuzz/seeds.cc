@@ -6,6 +6,7 @@
 #include <string>
 #include <string_view>
 
+#include "channel/messages.h"
 #include "control/frame.h"
 #include "control/messages.h"
 #include "control/opening.h"
@@ -79,6 +80,14 @@ std::vector<Bytes> Messages() {
       Bytes{},
       Encode(DigestRequest{3, 9, 0, 2, 1000, {{0, 64}, {128, 32}}}),
       Encode(Digests{Status::Ok(), {1, 2}}),
+      Encode(ChannelGreeting{{kProtocolVersion, kProtocolVersion}, 7}),
+      Encode(DescribeRank{"engine", {1}, {2, 3}}),
+      Encode(RankAnswer{Status::Ok(), {1, 2, 3}}),
+      Encode(Renew{{LeaseToken{1}, LeaseToken{2}}}),
+      Encode(Renewed{{LeaseToken{1}}}),
+      Encode(Confirm{LeaseToken{1}, 5, {}}),
+      Encode(Confirmed{LeaseVerdict::kHeld}),
+      Encode(Release{{LeaseToken{1}}}),
   };
 }
 

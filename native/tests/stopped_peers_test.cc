@@ -78,7 +78,7 @@ class StoppedPeers : public ::testing::TestWithParam<const char *> {
   std::vector<Bytes> memory_;  // dies last: the engine below still uses it
   PeerProcess peers_[kHealthy];
   std::vector<int64_t> remote_;
-  std::shared_ptr<Provider> provider_ = MakeEngineProvider(100, llm_datadist::LlmRole::kMix);
+  std::shared_ptr<Provider> provider_ = MakeEngineProvider(100, llm_datadist::LlmRole::kMix, EngineApi::kCpp);
   int64_t local_ = 0;
   std::unique_ptr<TransferQueue> queue_;
 };

@@ -209,13 +209,33 @@ TEST_F(FrozenPeers, HoldUpNobody) {
     EXPECT_EQ(local.Bytes(), PatternOf(kLarge, seed));
   }
 
-  for (size_t i = 0; i < readers.size(); ++i) {  // who goes on is served where it stopped
-    std::vector<uint8_t> got(pattern.size());
-    ASSERT_TRUE(RecvAll(readers[i].get(), got.data(), got.size(), Soon()).ok());
-    EXPECT_EQ(got, pattern);
+  for (size_t i = 0; i < writers.size(); ++i) {  // who goes on is served where it stopped
     ASSERT_TRUE(SendAll(writers[i].get(), pattern.data() + pattern.size() / 2, pattern.size() / 2, Soon()).ok());
     ASSERT_TRUE(HearGo(writers[i]).ok());
     EXPECT_EQ(owner_.Bytes(targets[i].cache_id), pattern);
+  }
+}
+
+// One thread, and a socket that takes less than a call has for it.
+TEST_F(FrozenPeers, LeaveTheirThreadToOthers) {
+  const RemoteCache cache = owner_.AddCache(kLarge, 1);
+  const std::vector<uint8_t> request = Encoded(WholeOf(cache, DataOp::kPull), kWhole);
+  TcpService service(1);
+  std::list<TcpServer> servers;
+  std::vector<Fd> peers;
+  for (int i = 0; i < 8; ++i) {
+    int ends[2];
+    ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
+    peers.emplace_back(ends[0]);
+    servers.emplace_back(service, Fd(ends[1]), owner_.regions(), std::chrono::minutes(10));
+    ASSERT_TRUE(Send(peers.back(), request, request.size()).ok());
+    const Status go = HearGo(peers.back());
+    ASSERT_TRUE(go.ok()) << i << ": " << go.text();
+  }
+  for (const Fd &peer : peers) {  // who goes on is served where it stopped
+    std::vector<uint8_t> got(PatternOf(kLarge, 1).size());
+    ASSERT_TRUE(RecvAll(peer.get(), got.data(), got.size(), Soon()).ok());
+    EXPECT_EQ(got, PatternOf(kLarge, 1));
   }
 }
 

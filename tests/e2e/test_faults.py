@@ -1,86 +1,49 @@
-"""What goes wrong with a peer, a client or a request stays with the requests it concerns, and ends in time.
-
-One prefill instance serves two decode instances: one fails a request whose blocks did not arrive, the other recomputes
-it; together they also cover a forced `tcp` and the transport chosen by the engine. All have KV caches small enough to
-run out.
-"""
+"""What goes wrong with a peer, a client or a request stays with the requests it concerns, and ends in time."""
 
 from __future__ import annotations
 
 import asyncio
-import itertools
 import random
+import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
 
 import equality
 import pytest
-from serving import Program, ServerSpec, free_port
+from pd_trio import (
+    COMPUTE_S,
+    DECODE_MAX_LEN,
+    LEASE_S,
+    RECV_DEADLINE_S,
+    BeforeDecode,
+    Trio,
+    check_alone,
+    check_both,
+    check_normal,
+    check_outcome,
+    check_recovers,
+    for_both,
+    make_trio,
+    send_to_both,
+    some_requests,
+    timed,
+)
+from serving import Program, free_port
 from support.client import Answer, Request, complete, new_salt, new_session, prompt_tokens
-from support.metrics import BYTES, FAILED, LEASES_ENDED, PREEMPTIONS, PULLING, Change, wait_empty, wait_metric
-from support.proxy import DropDecodeError, Interference, Params, PDProxy
+from support.metrics import BYTES, FAILED, LEASES_ENDED, PREEMPTIONS, PULLING, Change, wait_for, wait_metric
+from support.proxy import DropDecodeError, Interference, Params, PDProxy, proceed
 from support.reference import Reference
-from support.servers import kv_transfer, make_server, running
+from support.servers import running
+from support.wire import LOOPBACK, Mode, Wire
 
-LEASE_S = 8.0
-RECV_DEADLINE_S = 6.0
-# From the end of a pull to the end of its request: computing 16 tokens, or the whole prompt, on a busy machine.
-COMPUTE_S = 20.0
-DECODE_OPTIONS = {
-    "recv_deadline_s": RECV_DEADLINE_S,
-    "pull_timeout_s": 4,
-    "handshake_timeout_s": 2,
-    "link_timeout_s": 2,
-    "peer_backoff_s": 0.5,
-}
-# D takes shorter requests than P: what P has prefilled may be refused by D's API server.
-PREFILL_MAX_LEN, DECODE_MAX_LEN = 4096, 2048
-# After a fault: the peer's backoff, a new link, and one request on a busy machine.
-RECOVERY_S = 20.0
-KV_BYTES = 40 << 20  # 40 blocks of 128 tokens
-
-
-@dataclass(frozen=True)
-class Trio:
-    prefill: Program
-    failing: Program
-    recomputing: Program
-
-    def decode(self, policy: str) -> Program:
-        return {"fail": self.failing, "recompute": self.recomputing}[policy]
-
-    async def check_nothing_held(self) -> None:
-        for server in (self.prefill, self.failing, self.recomputing):
-            await wait_empty(server.url, LEASE_S + 20)
+WIRE_FAULTS: tuple[Mode, ...] = ("swallow both", "drip", "reset")
 
 
 @pytest.fixture(scope="module")
 def trio(tiny_model: Path) -> Iterator[Trio]:
-    def server(name: str, config: dict[str, object], max_model_len: int = DECODE_MAX_LEN) -> Program:
-        return make_server(
-            ServerSpec(
-                name,
-                tiny_model,
-                config,
-                max_model_len=max_model_len,
-                max_num_batched_tokens=512,
-                kv_cache_bytes=KV_BYTES,
-            )
-        )
-
-    # Fixed ports: a restarted P is found where the old one was.
-    ports: dict[str, Any] = {"side_channel_port": free_port(), "engine_port": free_port()}
-    started = Trio(
-        server("faults-prefill", kv_transfer("prefill", lease_s=LEASE_S, **ports), PREFILL_MAX_LEN),
-        server(
-            "faults-fail",
-            kv_transfer("decode", {"kv_load_failure_policy": "fail"}, transport="tcp", **DECODE_OPTIONS),
-        ),
-        server("faults-recompute", kv_transfer("decode", {"kv_load_failure_policy": "recompute"}, **DECODE_OPTIONS)),
-    )
+    started = make_trio(tiny_model, free_port(), free_port())
     with running(started.prefill, started.failing, started.recomputing):
         yield started
 
@@ -91,68 +54,6 @@ def nothing_held(trio: Trio) -> Iterator[None]:
     asyncio.run(trio.check_nothing_held())
 
 
-def some_requests(count: int, seed: int) -> list[Request]:
-    return [Request(prompt_tokens(200 + 17 * i, seed + i), cache_salt=new_salt()) for i in range(count)]
-
-
-async def check_normal(trio: Trio, decode: Program, reference: Reference, seed: int) -> None:
-    """An ordinary request goes all the way: prefilled on P, its bytes pulled, the answer right."""
-    request = Request(prompt_tokens(300, seed), cache_salt=new_salt())
-    change = Change(decode.url)
-    async with PDProxy(trio.prefill.url, decode.url) as proxy:
-        (answer,) = await equality.send(proxy.url, request)
-    await reference.check(request, answer)
-    await change.reaches(BYTES, 299 * equality.KV_BYTES_PER_TOKEN)
-
-
-async def check_recovers(trio: Trio, decode: Program, reference: Reference) -> None:
-    """Requests may fail for as long as D leaves the peer alone (peer_backoff_s); then they are served again."""
-    until = time.monotonic() + RECOVERY_S
-    change = Change(decode.url)
-    async with PDProxy(trio.prefill.url, decode.url) as proxy:
-        for seed in itertools.count(5000):
-            request = Request(prompt_tokens(300, seed), cache_salt=new_salt())
-            (answer,) = await equality.send(proxy.url, request)
-            await reference.check_right_or_failed(request, answer)
-            if change.now(BYTES) > 0:
-                return
-            assert time.monotonic() < until, f"no bytes moved within {RECOVERY_S:.0f} s; the last answer: {answer}"
-
-
-class StopBeforeDecode:
-    """A between_legs hook: when all requests are prefilled, P is stopped, and only then are the decode legs sent.
-
-    So no pull can have been confirmed before the fault, and every one of them meets it.
-    """
-
-    def __init__(self, prefill: Program, count: int) -> None:
-        self._prefill = prefill
-        self._missing = count
-        self._stopped = asyncio.Event()
-
-    async def __call__(self, params: Params) -> None:
-        assert params["remote_block_ids"], "P holds nothing for this request"
-        self._missing -= 1
-        if self._missing == 0:
-            await asyncio.to_thread(self._prefill.pause)
-            self._stopped.set()
-        await self._stopped.wait()
-
-
-async def timed(proxy: PDProxy, request: Request) -> tuple[Answer, float]:
-    async with new_session() as session:
-        start = time.monotonic()
-        answer = await complete(session, proxy.url, request)
-        return answer, time.monotonic() - start
-
-
-async def check_outcome(policy: str, reference: Reference, request: Request, answer: Answer) -> None:
-    if policy == "recompute":
-        await reference.check(request, answer)
-    else:
-        assert not answer.ok, f"answered without its KV cache: {answer}"
-
-
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
 def test_prefill_killed_during_transfers(trio: Trio, reference: Reference, policy: str) -> None:
     decode = trio.decode(policy)
@@ -161,7 +62,7 @@ def test_prefill_killed_during_transfers(trio: Trio, reference: Reference, polic
     async def scenario() -> None:
         await check_normal(trio, decode, reference, seed=1)
         change = Change(decode.url)
-        hook = StopBeforeDecode(trio.prefill, len(requests))
+        hook = BeforeDecode(len(requests), trio.prefill.pause)
         async with PDProxy(trio.prefill.url, decode.url, Interference(between_legs=hook)) as proxy:
             sent = [asyncio.create_task(timed(proxy, request)) for request in requests]
             await wait_metric(decode.url, PULLING, lambda count: count > 0)
@@ -175,15 +76,8 @@ def test_prefill_killed_during_transfers(trio: Trio, reference: Reference, polic
         await check_alone(decode, reference)
 
     asyncio.run(scenario())
-    trio.prefill.start()
-    trio.prefill.wait_ready()
+    trio.restart_prefill()
     asyncio.run(check_normal(trio, decode, reference, seed=2))
-
-
-async def check_alone(decode: Program, reference: Reference) -> None:
-    request = Request(prompt_tokens(150, seed=3), cache_salt=new_salt())
-    (answer,) = await equality.send(decode.url, request)
-    await reference.check(request, answer)
 
 
 @pytest.mark.parametrize("policy", ["fail", "recompute"])
@@ -195,7 +89,7 @@ def test_prefill_silent_during_transfers(trio: Trio, reference: Reference, polic
     async def scenario() -> None:
         await check_normal(trio, decode, reference, seed=4)
         change = Change(decode.url)
-        hook = StopBeforeDecode(trio.prefill, len(requests))
+        hook = BeforeDecode(len(requests), trio.prefill.pause)
         try:
             async with PDProxy(trio.prefill.url, decode.url, Interference(between_legs=hook)) as proxy:
                 outcomes = await asyncio.gather(*(timed(proxy, request) for request in requests))
@@ -332,5 +226,172 @@ def test_preempted_on_decode(trio: Trio, reference: Reference) -> None:
         await reference.check_all(requests, answers)
         await change.reaches(PREEMPTIONS, 1)
         await change.reaches(BYTES, 1)
+
+    asyncio.run(scenario())
+
+
+def test_decode_killed_during_transfers(trio: Trio, reference: Reference) -> None:
+    """What it had asked for is P's again once the leases are over, and its next life is served."""
+    requests = some_requests(4, seed=6000)
+
+    async def scenario() -> None:
+        expired = Change(trio.prefill.url)
+        hook = BeforeDecode(len(requests), trio.prefill.pause)
+        async with PDProxy(trio.prefill.url, trio.recomputing.url, Interference(between_legs=hook)) as proxy:
+            sent = asyncio.create_task(equality.send(proxy.url, *requests))
+            await wait_metric(trio.recomputing.url, PULLING, lambda count: count > 0)
+            await asyncio.to_thread(trio.recomputing.kill)
+            trio.prefill.resume()
+            assert not any(answer.ok for answer in await sent)
+        trio.recomputing.start()
+        await expired.reaches(LEASES_ENDED, len(requests), deadline_s=LEASE_S + 15, reason="expired")
+
+    asyncio.run(scenario())
+    trio.recomputing.wait_ready()
+    asyncio.run(check_normal(trio, trio.recomputing, reference, seed=20))
+
+
+def test_decode_silent_until_its_leases_are_over(trio: Trio, reference: Reference) -> None:
+    """P gives the blocks to others meanwhile; D, when it goes on, must not take their bytes for its own."""
+    requests = for_both(trio, 3, seed=6500)
+    others = some_requests(4, seed=6900)
+
+    async def scenario() -> None:
+        expired = Change(trio.prefill.url)
+        hook = BeforeDecode(6, trio.prefill.pause)
+        sent = asyncio.create_task(send_to_both(trio, requests, Interference(between_legs=hook)))
+        for decode in requests:
+            await wait_metric(decode.url, PULLING, lambda count: count > 0)
+            await asyncio.to_thread(decode.pause)
+        trio.prefill.resume()
+        await expired.reaches(LEASES_ENDED, 6, deadline_s=LEASE_S + 15, reason="expired")
+        await reference.check_all(others, await equality.send(trio.prefill.url, *others))
+        for decode in requests:
+            decode.resume()
+        await check_both(trio, requests, await sent, reference)
+        for decode in requests:
+            await check_recovers(trio, decode, reference)
+
+    asyncio.run(scenario())
+
+
+def test_prefill_restarted_between_the_legs(trio: Trio, reference: Reference) -> None:
+    """Another life at the same address holds nothing of what its predecessor promised."""
+    requests = for_both(trio, 2, seed=7000)
+
+    async def scenario() -> None:
+        answers = await send_to_both(trio, requests, Interference(between_legs=BeforeDecode(4, trio.restart_prefill)))
+        await check_both(trio, requests, answers, reference)
+        for decode in requests:
+            await check_recovers(trio, decode, reference)
+
+    asyncio.run(scenario())
+
+
+def test_prefill_stops_and_goes_on_all_the_time(trio: Trio, reference: Reference) -> None:
+    """As slow as that it may be too slow for a deadline, and never wrong."""
+    requests = for_both(trio, 6, seed=7500)
+
+    async def scenario() -> None:
+        sent = asyncio.create_task(send_to_both(trio, requests, Interference()))
+        pauses = 0
+        try:
+            while not sent.done():
+                await asyncio.to_thread(trio.prefill.pause)
+                pauses += 1
+                await asyncio.wait([sent], timeout=0.2)
+                trio.prefill.resume()
+                await asyncio.wait([sent], timeout=0.1)
+        finally:
+            trio.prefill.resume()
+        assert pauses > 1
+        for request, answer in zip([each for some in requests.values() for each in some], await sent, strict=True):
+            await reference.check_right_or_failed(request, answer)
+        await check_recovers(trio, trio.failing, reference)
+
+    asyncio.run(scenario())
+
+
+def side_channel_wire(trio: Trio) -> Wire:
+    """Between every D and P, for requests that through() sends that way."""
+    listener = socket.create_server((LOOPBACK, 0))
+    return Wire(listener, lambda: socket.create_connection((LOOPBACK, trio.side_channel_port)))
+
+
+def through(wire: Wire, hook: Callable[[Params], Awaitable[None]] = proceed) -> Interference:
+    return Interference(lambda params: {**params, "remote_port": wire.address[1]}, hook)
+
+
+def test_the_side_channel_fails_in_the_handshake(trio: Trio, reference: Reference) -> None:
+    """Silent, slow or cut: each wire has requests of its own."""
+
+    async def meet_fault(mode: Mode, wire: Wire, seed: int) -> None:
+        requests = for_both(trio, 1, seed)
+        answers = await send_to_both(trio, requests, through(wire, BeforeDecode(2, lambda: wire.release(mode))))
+        await check_both(trio, requests, answers, reference)
+        assert wire.swallowed or wire.dripped or wire.resets, mode
+
+    async def scenario() -> None:
+        with ExitStack() as stack:
+            wires = {mode: stack.enter_context(side_channel_wire(trio)) for mode in WIRE_FAULTS}
+            await asyncio.gather(*(meet_fault(*each, 8000 + 200 * i) for i, each in enumerate(wires.items())))
+        for decode in (trio.failing, trio.recomputing):
+            await check_recovers(trio, decode, reference)
+
+    asyncio.run(scenario())
+
+
+def test_the_side_channel_fails_before_the_confirmation(trio: Trio, reference: Reference) -> None:
+    """P and D have met; the bytes come over the engine's link, and nobody can say whether they count."""
+
+    async def meet_fault(mode: Mode, wire: Wire, seed: int) -> None:
+        for decode in (trio.failing, trio.recomputing):
+            await check_recovers(trio, decode, reference, through(wire))
+        before = (wire.swallowed, wire.dripped, wire.resets)
+        requests = for_both(trio, 1, seed)
+        answers = await send_to_both(trio, requests, through(wire, BeforeDecode(2, lambda: wire.release(mode))))
+        if mode == "drip":  # it may come in time
+            for (request,), answer in zip(requests.values(), answers, strict=True):
+                await reference.check_right_or_failed(request, answer)
+        else:
+            await check_both(trio, requests, answers, reference)
+        assert (wire.swallowed, wire.dripped, wire.resets) > before, mode
+        wire.heal()
+
+    async def scenario() -> None:
+        with side_channel_wire(trio) as wire:
+            for index, mode in enumerate(WIRE_FAULTS):
+                await meet_fault(mode, wire, 8600 + 200 * index)
+
+    # A life of P's is known at one address: that of the wire, and the next one at its own again.
+    trio.restart_prefill()
+    asyncio.run(scenario())
+    trio.restart_prefill()
+    for decode in (trio.failing, trio.recomputing):
+        asyncio.run(check_recovers(trio, decode, reference))
+
+
+def test_leases_end_while_their_blocks_are_read(trio: Trio, reference: Reference) -> None:
+    """All decode legs are sent when the first lease has expired and the others are about to, with P busy: what D reads
+    is another request's at any moment from then on."""
+    requests = for_both(trio, 9, seed=9000)
+    others = some_requests(12, seed=9500)
+
+    async def scenario() -> None:
+        expired = Change(trio.prefill.url)
+
+        async def until_one_expired(params: Params) -> None:
+            assert params["remote_block_ids"]
+            await expired.reaches(LEASES_ENDED, 1, deadline_s=LEASE_S + 15, reason="expired")
+
+        changes = [Change(decode.url) for decode in requests]
+        sent = asyncio.create_task(send_to_both(trio, requests, Interference(between_legs=until_one_expired)))
+        await expired.reaches(LEASES_ENDED, 1, deadline_s=LEASE_S + 15, reason="expired")
+        used_again, answers = await asyncio.gather(equality.send(trio.prefill.url, *others), sent)
+        await reference.check_all(others, used_again)
+        for request, answer in zip([each for some in requests.values() for each in some], answers, strict=True):
+            await reference.check_right_or_failed(request, answer)
+        assert all(answer.ok for answer in answers[len(requests[trio.failing]) :])
+        await wait_for("pulls that failed", lambda: sum(each.now(FAILED) for each in changes), bool, 15.0)
 
     asyncio.run(scenario())

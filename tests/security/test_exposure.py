@@ -26,7 +26,7 @@ host = sys.argv[1]
 engine = _native.LlmDataDist(7, 3)
 options = {"llm.DeviceId": "0", "llm.ListenIpInfo": f"[{host}]:0" if ":" in host else f"{host}:0"}
 assert engine.initialize(options) == _native.LLM_SUCCESS, _native.last_error()
-side_channel = serve(Endpoint(host, 0), "p", "0" * 32, LeaseTable(600.0), Trust())
+side_channel = serve(Endpoint(host, 0), "engine", "0" * 32, LeaseTable(600.0), Trust())
 print(json.dumps([engine.listen_port()[1], side_channel.port]), flush=True)
 sys.stdin.read()
 side_channel.close()

@@ -28,15 +28,27 @@ class Cluster:
         self._transport = transport
         self._peers: list[Peer] = []
 
-    def open(self, cluster_id: int, *, role: str = "MIX", listen: str = f"{LOOPBACK}:0", **settings: Any) -> Peer:
-        """A node in remote-accessible mode on a free port, unless LLMConfig's `settings` say otherwise."""
+    def open(
+        self,
+        cluster_id: int,
+        *,
+        role: str = "MIX",
+        listen: str = f"{LOOPBACK}:0",
+        insecure: bool = False,
+        **settings: Any,
+    ) -> Peer:
+        """A node in remote-accessible mode on a free port, unless LLMConfig's `settings` say otherwise.
+
+        Args:
+            insecure: whether it deals with who comes over TCP, or is found there, without a key.
+        """
         defaults = {
             "device_id": 0,
             "enable_cache_manager": True,
             "enable_remote_cache_accessible": True,
             "sync_kv_timeout": 20_000,
             "listen_ip_info": listen,
-            "ge_options": {"datadist.Transport": self._transport},
+            "ge_options": {"datadist.Transport": self._transport, "datadist.Insecure": str(int(insecure))},
         }
         channel: Channel = InProcessChannel() if self._transport == "local" else self._pool.take()
         try:

@@ -40,10 +40,16 @@ def start_scheduler(
     return ProducerScheduler(identity, Endpoint(pd.LOOPBACK, port), LIMIT_S, Trust())
 
 
-def prefill(producer: ProducerScheduler, request_id: str, blocks: list[int], block_size: int = pd.BLOCK_SIZE) -> Any:
+def prefill(
+    producer: ProducerScheduler,
+    request_id: str,
+    blocks: list[int],
+    block_size: int = pd.BLOCK_SIZE,
+    lease_s: float = LEASE_S,
+) -> Any:
     """The params of a finished prefill that filled `blocks`."""
     request = pd.finish(pd.make_request(range(len(blocks) * block_size), pd.TO_P, request_id))
-    return producer.request_finished(request, (blocks,), LEASE_S)[1]
+    return producer.request_finished(request, (blocks,), lease_s)[1]
 
 
 class ProducerProcess:

@@ -16,7 +16,7 @@
 #include "engine/options.h"
 #include "engine/statistics.h"
 #include "link/acceptor.h"
-#include "link/comm_table.h"
+#include "comm/comm_table.h"
 #include "link/endpoint.h"
 #include "link/link_table.h"
 #include "llm_datadist/llm_datadist_ext.h"

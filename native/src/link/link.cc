@@ -90,8 +90,8 @@ void Link::OpenPaths(FrameSocket control, std::vector<Fd> outgoing_streams, std:
     reading_ = MakeCmaDataPath(process_, this, endpoint_->pool());
   }
   for (Fd &stream : incoming_streams) {
-    servers_.push_back(
-        std::make_unique<TcpServer>(endpoint_->streams(), std::move(stream), endpoint_->regions(), endpoint_->MaxPeerHold()));
+    servers_.push_back(std::make_unique<TcpServer>(endpoint_->streams(), std::move(stream), endpoint_->regions(),
+                                                   endpoint_->MaxPeerHold()));
   }
 }
 

@@ -12,7 +12,7 @@
 
 #include "base/status.h"
 #include "cache/cache_key.h"
-#include "link/comm_report.h"
+#include "comm/comm_report.h"
 #include "llm_datadist/llm_datadist.h"
 #include "transfer/moves.h"
 #include "transfer/targets.h"

@@ -11,7 +11,7 @@
 #include <vector>
 
 #include "link/acceptor.h"
-#include "link/comm_table.h"
+#include "comm/comm_table.h"
 #include "link/endpoint.h"
 #include "link/link_table.h"
 #include "support/eventually.h"

@@ -133,7 +133,7 @@ def test_unlinking_without_force_needs_an_address(cluster: Cluster) -> None:
 def test_one_status_per_cluster_and_those_that_worked_stay(
     cluster: Cluster, refusing: LLMClusterInfo, silent: LLMClusterInfo
 ) -> None:
-    first, second, client = cluster.open(1), cluster.open(2), cluster.open(3, listen="")
+    first, second, client = cluster.open(1), cluster.open(2), cluster.open(3, listen="", insecure=True)
     data = Data(first, second, client)
     nowhere = cluster_info(52, [], [(LOOPBACK, 0)])
     clusters = [first.info(), refusing, silent, nowhere, second.info()]
@@ -232,7 +232,7 @@ def test_roles_are_switched_between_links(cluster: Cluster, free_address: str) -
     ],
 )
 def test_roles_with_nowhere_to_listen(cluster: Cluster, options: dict[str, str], expected: LLMStatusCode) -> None:
-    peer = cluster.open(1, listen="")
+    peer = cluster.open(1, listen="", insecure=True)
     assert failure(peer.datadist.switch_role, LLMRole.PROMPT, options) == expected
     peer.datadist.switch_role(LLMRole.PROMPT)
 

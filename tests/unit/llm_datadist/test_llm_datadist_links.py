@@ -114,7 +114,7 @@ def test_local_ip(engine: NotedEngine, start: Start, options: dict[str, str], ne
 
 def test_check_link_status(engine: NotedEngine, start: Start) -> None:
     datadist = start(LEGACY)
-    alive = _native.LinkReport(True, "tcp", "", "10.0.0.2:1", 0, 0)
+    alive = _native.LinkReport(True, "tcp", "", "10.0.0.2:1", 0, 0, 0, 0)
     engine.answers["query_link"] = (0, alive)
     datadist.check_link_status(2)
     assert engine.take() == [("query_link", 2)]

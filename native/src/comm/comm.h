@@ -3,8 +3,8 @@
 //   of the comm    Waiting ──its turn──> Preparing ──every pair linked──> Ok
 //                                            └──deadline, refusal──> Failed
 //   of each other  to come, or between two dials ──> dialled (one at a time) ──> linked
-#ifndef DATADIST_LINK_COMM_H_
-#define DATADIST_LINK_COMM_H_
+#ifndef DATADIST_COMM_COMM_H_
+#define DATADIST_COMM_COMM_H_
 
 #include <chrono>
 #include <cstdint>
@@ -18,7 +18,7 @@
 #include "base/deadline.h"
 #include "base/task_runner.h"
 #include "control/address.h"
-#include "link/comm_report.h"
+#include "comm/comm_report.h"
 #include "link/link_table.h"
 
 namespace datadist {
@@ -109,4 +109,4 @@ class Comm final : public CommWaiter, public std::enable_shared_from_this<Comm> 
 
 }  // namespace datadist
 
-#endif  // DATADIST_LINK_COMM_H_
+#endif  // DATADIST_COMM_COMM_H_

@@ -10,12 +10,12 @@
 // The links of a comm stand in the LinkTable like any other; until the comm is Ok they are not to be used (CheckReady).
 // A comm that failed or is unlinked takes its links along.
 //
-// At most 16 comms prepare at a time, the others wait their turn. The loop owns all of it: what is called here runs there,
-// and what blocks, a dial, runs on one of a few threads. Only a dial that is under way keeps Unlink and Stop waiting, 2 s
-// at most. A comm's address of ours has a listener for as long as a comm uses it; where the endpoint's own listener, for
-// clients, has that address, that one serves.
-#ifndef DATADIST_LINK_COMM_TABLE_H_
-#define DATADIST_LINK_COMM_TABLE_H_
+// At most 16 comms prepare at a time, the others wait their turn. The loop owns all of it: what is called here runs
+// there, and what blocks, a dial, runs on one of a few threads. Only a dial that is under way keeps Unlink and Stop
+// waiting, 2 s at most. An address of ours has a listener for as long as a comm uses it; where the endpoint's own
+// listener, for clients, has that address, that one serves.
+#ifndef DATADIST_COMM_COMM_TABLE_H_
+#define DATADIST_COMM_COMM_TABLE_H_
 
 #include <chrono>
 #include <cstdint>
@@ -27,7 +27,7 @@
 
 #include "base/status.h"
 #include "link/acceptor.h"
-#include "link/comm.h"
+#include "comm/comm.h"
 
 namespace datadist {
 
@@ -90,4 +90,4 @@ class CommTable {
 
 }  // namespace datadist
 
-#endif  // DATADIST_LINK_COMM_TABLE_H_
+#endif  // DATADIST_COMM_COMM_TABLE_H_

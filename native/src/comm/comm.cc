@@ -1,4 +1,4 @@
-#include "link/comm.h"
+#include "comm/comm.h"
 
 #include <algorithm>
 #include <exception>
@@ -196,7 +196,8 @@ void Comm::OnDialledOnLoop(Other &other, const Status &status) {
   other.pause = std::min(other.pause * 2, kLongestPause);
 }
 
-// What was linked in vain, because others were not, is just closed: for its peers it is lost, so that they may come again.
+// What was linked in vain, because others were not, is just closed: for its peers it is lost, so that they may come
+// again.
 void Comm::FailOnLoop(const Status &status) {
   phase_ = Phase::kFailed;
   on_turn_over_();
@@ -252,8 +253,8 @@ Status Comm::LinkWith(const CommMember &other, Deadline deadline) const {
     return Status(LLM_ALREADY_LINK, "linked already");
   }
   const Result<LinkTable::Reservation> reservation = table_->ReserveDial(other.cluster_id);
-  return reservation.ok() ? LinkLoopback(endpoint_, table_, {other.cluster_id, other.cluster_id, "loopback", plan_.name})
-                          : reservation.status();
+  const LoopbackPeer peer{other.cluster_id, other.cluster_id, "loopback", plan_.name};
+  return reservation.ok() ? LinkLoopback(endpoint_, table_, peer) : reservation.status();
 }
 
 }  // namespace datadist

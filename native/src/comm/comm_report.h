@@ -1,6 +1,6 @@
 // What became of a comm, as its callers see it. See comm_table.h.
-#ifndef DATADIST_LINK_COMM_REPORT_H_
-#define DATADIST_LINK_COMM_REPORT_H_
+#ifndef DATADIST_COMM_COMM_REPORT_H_
+#define DATADIST_COMM_COMM_REPORT_H_
 
 #include <cstdint>
 #include <string>
@@ -16,4 +16,4 @@ struct CommReport {
 
 }  // namespace datadist
 
-#endif  // DATADIST_LINK_COMM_REPORT_H_
+#endif  // DATADIST_COMM_COMM_REPORT_H_

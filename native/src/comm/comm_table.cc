@@ -1,4 +1,4 @@
-#include "link/comm_table.h"
+#include "comm/comm_table.h"
 
 #include <algorithm>
 #include <set>
