@@ -11,7 +11,7 @@ set(fuzz_runs 200000)
 
 add_library(fuzz_common INTERFACE)
 target_include_directories(fuzz_common INTERFACE ${CMAKE_CURRENT_SOURCE_DIR})
-target_link_libraries(fuzz_common INTERFACE datadist_engine datadist_options)
+target_link_libraries(fuzz_common INTERFACE datadist_provider datadist_options)
 if(CMAKE_CXX_COMPILER_ID MATCHES "Clang")
   set(coverage_flag -fsanitize=fuzzer-no-link)
   set(fuzz_driver -fsanitize=fuzzer)

@@ -9,6 +9,7 @@ second P and the second D are never killed: what they hold in the end is compare
 from __future__ import annotations
 
 import argparse
+import os
 import random
 import sys
 import threading
@@ -239,6 +240,10 @@ class Decode(threading.Thread):
         return answer
 
 
+TCP_THREADS = max(2, min(os.cpu_count() or 1, 8))
+"""Started when there are connections for them, with a descriptor each; they stay, as do those that served pushes."""
+
+
 class Soak:
     def __init__(self, seconds: float, seed: int) -> None:
         self._seconds = seconds
@@ -295,7 +300,7 @@ class Soak:
         assert all(self.faults[fault] for fault in FAULTS), self.report()
         for name, party in self._steady.items():
             descriptors, threads = self._baseline[name]
-            wait_for_baseline(party, (descriptors, threads + len(self.decodes)))  # that served pushes, and stay
+            wait_for_baseline(party, (descriptors + TCP_THREADS, threads + TCP_THREADS + len(self.decodes)))
             party.check()
             assert self.anon_kib[name][-1] - self.anon_kib[name][0] < MAX_ANON_GROWTH_KIB, self.report()
 
