@@ -73,7 +73,7 @@ TEST(Links512, TakeDescriptorsButNoThreadsAndNoMemoryForWhatTheyAnnounce) {
   ASSERT_EQ(::getrlimit(RLIMIT_NOFILE, &files), 0);
   files.rlim_cur = files.rlim_max;
   ASSERT_EQ(::setrlimit(RLIMIT_NOFILE, &files), 0);
-  LinkOptions options;
+  LinkOptions options = OpenToAll();
   options.heartbeat_interval = std::chrono::minutes(10);  // strangers do not answer
   options.max_links = kLinks + 1;
   options.forced_transport = TransportKind::kTcp;
@@ -118,7 +118,7 @@ TEST(Links512, TakeDescriptorsButNoThreadsAndNoMemoryForWhatTheyAnnounce) {
 }
 
 TEST(Links512, AreGoneWithoutATrace) {
-  Member server(1000);
+  Member server(1000, OpenToAll());
   const SocketAddress address = server.Listen();
   constexpr size_t kOfThreads = 8;  // one each, for good
   const size_t before = Descriptors();
