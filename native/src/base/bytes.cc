@@ -1,7 +1,6 @@
 #include "base/bytes.h"
 
 #include <algorithm>
-#include <cstring>
 #include <limits>
 
 namespace datadist {
@@ -51,12 +50,14 @@ uint64_t Reader::Take(size_t size) {
   return value;
 }
 
+// Of no bytes `out` may be null, which memcpy must not be given.
 void Reader::Bytes(void *out, size_t size) {
+  auto *const bytes = static_cast<uint8_t *>(out);
   if (!Claim(size)) {
-    std::memset(out, 0, size);
+    std::fill_n(bytes, size, uint8_t{0});
     return;
   }
-  std::memcpy(out, next_, size);
+  std::copy_n(next_, size, bytes);
   next_ += size;
 }
 

@@ -29,9 +29,7 @@ Member::Member(uint64_t cluster_id, const LinkOptions &options, uint32_t max_com
 Member::~Member() {
   comms_->Stop();
   endpoint_->Retire();
-  if (acceptor_ != nullptr) {
-    endpoint_->loop()->Run([this] { acceptor_->StopOnLoop(); });
-  }
+  StopListening();
   const std::vector<std::shared_ptr<Link>> links = table_->Shut();
   for (const std::shared_ptr<Link> &link : links) {
     link->Close("finalized");
@@ -45,11 +43,18 @@ Member::~Member() {
   endpoint_->regions()->UnregisterAll();
 }
 
+void Member::StopListening() {
+  if (const std::shared_ptr<Acceptor> acceptor = std::exchange(acceptor_, nullptr)) {
+    endpoint_->loop()->Run([&acceptor] { acceptor->StopOnLoop(); });
+  }
+}
+
 SocketAddress Member::Listen(bool within_host) {
   Listeners listeners = datadist::Listen(FreeAddress()).value();
   if (!within_host) {
     listeners.local.Reset();
   }
+  StopListening();
   const SocketAddress address = SocketAddress::LocalOf(listeners.tcp.get());
   acceptor_ = std::make_shared<Acceptor>(endpoint_, table_);
   endpoint_->loop()->Run([&] { acceptor_->StartOnLoop(std::move(listeners)); });

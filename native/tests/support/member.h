@@ -36,7 +36,7 @@ class Member {
   const std::shared_ptr<LinkTable> &table() const { return table_; }
   CommTable &comms() { return *comms_; }
 
-  // Opens the endpoint's own listener at a port of the system's choice. Without the name within the host everybody comes
+  // Opens the endpoint's own listener, instead of one that it has, at a port of the system's choice. Without the name within the host everybody comes
   // over TCP, as from another host.
   SocketAddress Listen(bool within_host = true);
   Status Dial(const SocketAddress &address, uint64_t expected_id = 0, const std::string &comm_name = "",
@@ -56,6 +56,7 @@ class Member {
   CommTable::Report Settled(int64_t comm_id);
 
  private:
+  void StopListening();
   Status Transfer(TransferDirection direction, uint64_t peer_id, int64_t remote, int64_t local, Run blocks);
 
   std::map<int64_t, std::unique_ptr<datadist::test::Arena>> arenas_;  // dies last
