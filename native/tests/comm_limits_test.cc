@@ -143,6 +143,12 @@ TEST_F(CommArguments, PortZero) {
   ExpectInvalid("x", members_, "port above 0");
 }
 
+// A rank table opens a door, too: as everywhere, who opens it to other hosts must say who may enter.
+TEST_F(CommArguments, AddressThatOthersReach) {
+  members_[0].address = SocketAddress::FromIp("0.0.0.0", 45678).value();
+  ExpectInvalid("x", members_, "0.0.0.0:45678 can be reached by other hosts");
+}
+
 TEST_F(CommArguments, NameInUse) {
   const int64_t id = MustLink(self_, "x", members_);
   const Result<int64_t> again = self_.comms().Link("x", members_, kLong);

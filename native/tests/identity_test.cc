@@ -27,7 +27,7 @@ Status RejectedWith(const Frame &frame) {
   return reject.ok() ? reject.value().status : reject.status();
 }
 
-// D1 of trust.md: memory is given to, and taken from, whom the kernel names, and nobody else.
+// Memory is given to, and taken from, whom the kernel names, and nobody else.
 class Identity : public ::testing::TestWithParam<TransportKind> {};
 
 TEST_P(Identity, OverTcpAClientCannotTakeMemoryByItself) {
@@ -77,7 +77,7 @@ TEST(LocalTransport, IsNotForWhoRepeatsAnIncarnation) {
   EXPECT_EQ(ready.value().transport, TransportKind::kTcp);
 }
 
-// D2: a peer is who was asked for, or nobody.
+// A peer is who was asked for, or nobody.
 TEST(Links, ToAnotherIdThanTheExpectedOneAreRefused) {
   Member server(2);
   Member client(1);
@@ -143,7 +143,7 @@ TEST(Links, AreMadeAnewForTheirOwnPeer) {
   EXPECT_TRUE(status.ok()) << status.text();
 }
 
-// D4: what nobody here asked for leaves with its peer.
+// What nobody here asked for leaves with its peer.
 TEST(Links, OfPeersThatDiedAreNotCounted) {
   LinkOptions few;
   few.max_links = 4;
@@ -159,7 +159,7 @@ TEST(Links, OfPeersThatDiedAreNotCounted) {
   EXPECT_TRUE(server.table()->Empty());
 }
 
-// D10: connections that greet and go no further, from one host, keep nobody out: not of another, nor of the same.
+// Connections that greet and go no further, from one host, keep nobody out: not of another, nor of the same.
 TEST(Floods, OfGreetingsKeepNobodyOut) {
   Member server(1000, OpenToAll());
   const SocketAddress address = server.Listen();
@@ -174,7 +174,7 @@ TEST(Floods, OfGreetingsKeepNobodyOut) {
   EXPECT_TRUE(status.ok()) << status.text();
 }
 
-// D8: nobody makes us serve more data connections than we would use ourselves.
+// Nobody makes us serve more data connections than we would use ourselves.
 TEST(Floods, OfDataConnectionsAreLimitedByOurOwnNumber) {
   LinkOptions two = OpenToAll();
   two.tcp_streams = 2;

@@ -284,3 +284,12 @@ class TestShortenedPrompt:
     def test_a_single_token_stays(self) -> None:
         request = self.announced(make_request([5], TO_P), self.GROUPS)
         assert self.lengths(request) == {1}
+
+
+@pytest.mark.parametrize("insecure", [False, True])
+def test_insecure_is_warned_of_once(insecure: bool, caplog: pytest.LogCaptureFixture) -> None:
+    config = ConnectorConfig(insecure=insecure)
+    with closing(ConnectorScheduler(config, vllm_config("kv_both"), (group_of(FULL, "a"),))):
+        pass
+    warned = [record.getMessage() for record in caplog.records if "insecure" in record.getMessage()]
+    assert len(warned) == int(insecure), warned

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +20,8 @@ from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.v1.request import Request
+
+logger = logging.getLogger(__name__)
 
 
 class ConnectorScheduler:
@@ -38,6 +41,8 @@ class ConnectorScheduler:
         self._prompt_tail = compat.prompt_tail(vllm_config, any(group.forgets for group in identity.groups))
         self._meter = SchedulerMeter("scheduler")
         trust = Trust(config.auth, config.insecure)
+        if config.insecure:
+            logger.warning("insecure: whoever can connect to %s is a peer, and may read what peers may", config.host)
         self._producer: ProducerScheduler | None = None
         self._consumer: ConsumerScheduler | None = None
         if transfer.is_kv_producer or config.bidirectional:

@@ -4,6 +4,8 @@
 #include <set>
 #include <utility>
 
+#include "control/opening.h"
+
 namespace datadist {
 namespace {
 
@@ -261,7 +263,7 @@ Result<std::shared_ptr<void>> CommTable::ListenOnLoop(const SocketAddress &addre
   if (const auto it = listeners_.find(key); it != listeners_.end()) {
     return it->second.lock();
   }
-  Result<Listeners> listeners = Listen(address);
+  Result<Listeners> listeners = ListenOpen(address, endpoint_->options().trust);
   if (!listeners.ok()) {
     return listeners.status();
   }
