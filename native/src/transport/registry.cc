@@ -79,12 +79,12 @@ Result<Route> Transports::Choose(const std::vector<TransportOffer> &theirs,
       route.value().reason = forced_.empty() ? why_not : forced_text;
       return route;
     }
-    const std::string why = reaches.text().empty() ? "" : ": " + reaches.text();
     if (!forced_.empty()) {
-      return Status(LLM_LINK_FAILED, forced_text + ": transport " + forced_ + " cannot reach the peer" + why);
+      return Status(LLM_LINK_FAILED,
+                    forced_text + ": transport " + forced_ + " cannot reach the peer: " + reaches.text());
     }
-    if (!why.empty()) {
-      why_not += (why_not.empty() ? "" : "; ") + named.name + why;
+    if (!route.ok() || named.transport->Expected(route.value().peer)) {
+      why_not += (why_not.empty() ? "" : "; ") + named.name + ": " + reaches.text();
     }
   }
   return Status(LLM_LINK_FAILED, "no transport reaches the peer" + (why_not.empty() ? "" : ": " + why_not));

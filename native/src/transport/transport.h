@@ -104,9 +104,10 @@ class Transport {
 
   // What the peer's transport should know of this end: at most kMaxOfferBlob bytes.
   virtual Blob Offer() const { return {}; }
-  // Whether the transfers that this end initiates can go this way; otherwise LLM_LINK_FAILED and why, or no text where
-  // nobody would have expected it.
+  // Whether the transfers that this end initiates can go this way; otherwise LLM_LINK_FAILED and why.
   virtual Status Reaches(const TransportPeer &peer) const = 0;
+  // Whether anybody would have expected that it does: only then a link that goes another way says why.
+  virtual bool Expected(const TransportPeer &) const { return true; }
   // Whether the peer may choose it for those that it initiates; otherwise LLM_LINK_FAILED.
   virtual Status Admits(const TransportPeer &peer) const = 0;
 

@@ -44,6 +44,8 @@ Endpoints &TheEndpoints() {
   return *endpoints;
 }
 
+bool IsHere(const TransportPeer &peer) { return peer.process != nullptr && peer.process->IsSelf(); }
+
 class LocalTransport final : public Transport {
  public:
   explicit LocalTransport(const TransportHost &host)
@@ -56,15 +58,14 @@ class LocalTransport final : public Transport {
     return writer.Take();
   }
   Status Reaches(const TransportPeer &peer) const override {
-    if (peer.process != nullptr && peer.process->IsSelf() && !TheEndpoints().Find(peer.offer).expired()) {
-      return Status::Ok();
-    }
-    return Status(LLM_LINK_FAILED, "");
-  }
-  Status Admits(const TransportPeer &peer) const override {
-    return peer.process != nullptr && peer.process->IsSelf()
+    return IsHere(peer) && !TheEndpoints().Find(peer.offer).expired()
                ? Status::Ok()
-               : Status(LLM_LINK_FAILED, "is for a peer that the kernel names, in this process");
+               : Status(LLM_LINK_FAILED, "it is in another process");
+  }
+  bool Expected(const TransportPeer &peer) const override { return IsHere(peer); }
+  Status Admits(const TransportPeer &peer) const override {
+    return IsHere(peer) ? Status::Ok()
+                        : Status(LLM_LINK_FAILED, "is for a peer that the kernel names, in this process");
   }
   std::unique_ptr<DataPath> MakePath(const TransportPeer &peer, std::vector<Fd>, PeerCalls *) const override {
     return MakeLocalDataPath(TheEndpoints().Find(peer.offer), pool_);
