@@ -50,6 +50,8 @@ class Edit(NamedTuple):
 
 @dataclass(frozen=True)
 class Mutant:
+    group: str
+    """Its file, without the suffix."""
     name: str
     suites: tuple[str, ...]
     edits: tuple[Edit, ...]
@@ -167,7 +169,7 @@ def read_mutants() -> list[Mutant]:
         group = tomllib.loads(path.read_text(encoding="utf-8"))
         for mutant in group["mutant"]:
             edits = tuple(Edit(group["folder"] + edit["file"], edit["old"], edit["new"]) for edit in mutant["edit"])
-            mutants.append(Mutant(mutant["name"], tuple(mutant.get("suites", group["suites"])), edits))
+            mutants.append(Mutant(path.stem, mutant["name"], tuple(mutant.get("suites", group["suites"])), edits))
     return mutants
 
 
@@ -209,12 +211,14 @@ def main() -> int:
     parser.add_argument(
         "--list", action="store_true", help="name the mutants, check that they fit the sources, and end"
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="the mutants whose name has this in it")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="the mutants of TEXT.toml, and those whose name has this in it"
+    )
     parser.add_argument(
         "--python", type=Path, default=Path(sys.executable), help="what runs pytest, this one otherwise"
     )
     arguments = parser.parse_args()
-    mutants = [mutant for mutant in read_mutants() if arguments.only in mutant.name]
+    mutants = [each for each in read_mutants() if arguments.only in each.name or arguments.only == each.group]
     if arguments.list:
         print("\n".join([mutant.name for mutant in mutants] + overtaken(mutants, ROOT)))
         return 1 if overtaken(mutants, ROOT) else 0
