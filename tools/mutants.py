@@ -4,7 +4,7 @@
     tools/mutants.py [--list] [--only TEXT] [--python PYTHON]
 
 A mutant is one or more edits: a file, an exact text that occurs in it once, and what stands there instead. `suites` are
-run in order until a test fails: a *_test of native/tests, or a file of tests/integration/llm_datadist.
+run in order until a test fails: a *_test of native/tests, a file of tests/integration/llm_datadist, or a path.
 
 Works on a copy of HEAD (a git worktree in a temporary folder) with a build folder of its own, so that a mutant costs
 what it changes. PYTHON needs pytest, hypothesis, numpy, pybind11, cmake and ninja. Run by hand: it takes a while.
@@ -109,7 +109,8 @@ class Copy:
         if is_native(suite):
             command = [str(self.build / suite), "--gtest_brief=1"]
         else:
-            command = ["pytest", "-q", "-x", "-p", "no:cacheprovider", f"{PYTEST_SUITES}/{suite}"]
+            path = suite if "/" in suite else f"{PYTEST_SUITES}/{suite}"
+            command = ["pytest", "-q", "-x", "-p", "no:cacheprovider", path]
         with self.log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=self.tree, env=self.variables(), stdout=output, stderr=output, start_new_session=True
