@@ -116,9 +116,9 @@ struct Consumed {
   Status status;
 };
 
-// A push of a transport that cannot write: the sender asks the owner to read `runs` out of the sender's memory, because only who writes knows
-// when the writing has ended. `source` is the sender's own cache; a run's remote_offset is in the tensors of `source`,
-// its local_offset in those of the owner's cache.
+// A push of a transport that does not write by itself: the sender asks the owner to read `runs` out of the sender's
+// memory, because only who writes knows when the writing has ended. `source` is the sender's own cache; a run's
+// remote_offset is in the tensors of `source`, its local_offset in those of the owner's cache.
 struct PushRequest {
   int64_t cache_id = 0;
   uint64_t generation = 0;
