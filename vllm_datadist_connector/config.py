@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 import msgspec
 
+from vllm_datadist_connector.protocol.contract import OVERRIDABLE
 from vllm_datadist_connector.protocol.params import MIN_LEASE_S
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -96,6 +97,13 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     verify: Literal["off", "log", "fail"] = "off"
     """After a pull, compare a digest of each block with its owner's: a wrong block is logged, or fails the pull."""
 
+    weights_id: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """What to compare weights by, in place of samples of their files: any text, the same on both ends."""
+
+    may_differ: Annotated[list[str], msgspec.Meta(max_length=256)] = []
+    """D pulls from a P although these differ, at the cost of wrong answers if they matter: `weights`, `model`, and
+    settings of the model as a refusal names them (`a` stands for all of `a.b`)."""
+
     provider: Literal["engine"] = "engine"
     """Implementation of the LLM-DataDist API."""
 
@@ -120,6 +128,11 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
                 raise ConfigError(
                     f"allowed_peers: {entry!r} is neither an IP address nor a network such as '10.0.0.0/16'"
                 ) from None
+        for name in sorted({"kv_cache_dtype", "kv_packing"} & set(self.may_differ)):
+            raise ConfigError(
+                f"may_differ: {name!r} says how bytes of a KV cache are read; allowed: {', '.join(OVERRIDABLE)}, and"
+                " settings of the model such as 'rope_parameters.rope_theta'"
+            )
         if self.lease_limit_s < self.lease_s:
             raise ConfigError(
                 f"lease_limit_s: {self.lease_limit_s} is below lease_s ({self.lease_s}); a lease lasts at least lease_s"

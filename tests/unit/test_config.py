@@ -35,6 +35,8 @@ DEFAULTS = {
     "auth": "",
     "insecure": False,
     "verify": "off",
+    "weights_id": "",
+    "may_differ": [],
     "provider": "engine",
 }
 
@@ -62,6 +64,8 @@ ALLOWED: dict[str, list[object]] = {
     "auth": ["/run/secrets/datadist"],
     "insecure": [True, False],
     "verify": ["off", "log", "fail"],
+    "weights_id": ["", "release 7"],
+    "may_differ": [[], ["weights", "model", "rope_parameters.rope_theta"]],
     "provider": ["engine"],
 }
 
@@ -89,6 +93,8 @@ REFUSED: dict[str, list[object]] = {
     "auth": [5, None, "x" * 4097],
     "insecure": [1, "true", None],
     "verify": ["on", True, None],
+    "weights_id": [7, None, "x" * 201],
+    "may_differ": ["weights", ["kv_cache_dtype"], ["weights", "kv_packing"], [5], ["x"] * 257],
     "provider": ["cann", ""],
 }
 

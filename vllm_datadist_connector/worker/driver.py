@@ -86,6 +86,7 @@ class PullDriver:
             link_timeout_s=config.link_timeout_s,
             backoff_s=config.peer_backoff_s,
             ttl_s=config.peer_ttl_s,
+            may_differ=config.may_differ,
         )
         rehearse(ours)
         self._thread = threading.Thread(target=self._run, name="datadist-pull-driver", daemon=True)
