@@ -10,14 +10,14 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import json
 import os
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import groupby
-from operator import itemgetter
 from pathlib import Path
 from typing import Any, Final, NamedTuple
+
+import msgspec
 
 SAMPLED_TENSORS: Final = 256
 SAMPLE_BYTES: Final = 64
@@ -32,11 +32,12 @@ class CheckpointError(ValueError):
     """The files of a checkpoint cannot be read; says which and why."""
 
 
-class _Tensor(NamedTuple):
+class _Place(NamedTuple):
+    """What a file says of a tensor; looked into only if the tensor is sampled: there may be a hundred thousand."""
+
     path: Path
-    kind: str
-    begin: int
-    size: int
+    data_begin: int
+    entry: Any
 
 
 def identify_tensors(files: Iterable[Path]) -> str:
@@ -45,16 +46,17 @@ def identify_tensors(files: Iterable[Path]) -> str:
     Raises:
         CheckpointError: a file is not readable or no safetensors file; or there are no tensors.
     """
-    tensors: dict[str, _Tensor] = {}
+    places: dict[str, _Place] = {}
     for path in files:
-        tensors.update(_tensors_of(path))
-    if not tensors:
+        data_begin, header = _header_of(path)
+        places.update((name, _Place(path, data_begin, entry)) for name, entry in header.items())
+    places.pop("__metadata__", None)
+    if not places:
         raise CheckpointError("no tensors")
     state = hashlib.blake2b(digest_size=16)
-    chosen = heapq.nsmallest(SAMPLED_TENSORS, tensors, key=_rank)
-    samples = dict(_samples(tensors, chosen))
-    for name in sorted(chosen):
-        for part in (name.encode(errors="surrogatepass"), tensors[name].kind.encode(), samples[name]):
+    chosen = {name: places[name] for name in heapq.nsmallest(SAMPLED_TENSORS, places, key=_rank)}
+    for name, kind, sample in sorted(_samples(chosen)):
+        for part in (name.encode(errors="surrogatepass"), kind.encode(), sample):
             state.update(len(part).to_bytes(4, "little"))
             state.update(part)
     return state.hexdigest()
@@ -86,33 +88,34 @@ def _rank(name: str) -> tuple[bool, int, str]:
     return _EXPERT in name, zlib.crc32(name.encode(errors="surrogatepass")), name
 
 
-def _tensors_of(path: Path) -> Iterator[tuple[str, _Tensor]]:
+def _header_of(path: Path) -> tuple[int, dict[str, Any]]:
+    """(where the tensors' bytes begin, what is said of each tensor)"""
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
             # No bytes are no JSON: a length that is none is refused as such.
-            header: dict[str, Any] = json.loads(file.read(length if length <= _MAX_HEADER_BYTES else 0))
-        for name, entry in header.items():
-            if name == "__metadata__":
-                continue
-            begin, end = entry["data_offsets"]
-            kind = f"{entry['dtype']} {entry['shape']}"
-            yield name, _Tensor(path, kind, 8 + length + begin, end - begin)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            header = msgspec.json.decode(file.read(length if length <= _MAX_HEADER_BYTES else 0))
+    except (OSError, ValueError, msgspec.DecodeError) as error:
         raise CheckpointError(f"{path.name}: {error}") from error
+    if not isinstance(header, dict):
+        raise CheckpointError(f"{path.name}: its header is no object")
+    return 8 + length, header
 
 
-def _samples(tensors: dict[str, _Tensor], chosen: Iterable[str]) -> Iterator[tuple[str, bytes]]:
-    """File by file, so that each is opened once."""
-    places = sorted((tensors[name].path, name) for name in chosen)
-    try:
-        for path, group in groupby(places, key=itemgetter(0)):
+def _samples(tensors: Mapping[str, _Place]) -> Iterator[tuple[str, str, bytes]]:
+    """(name, type and shape, bytes), file by file, so that each is opened once."""
+    for path, group in groupby(sorted(tensors, key=lambda name: tensors[name].path), lambda name: tensors[name].path):
+        try:
             with path.open("rb") as file:
-                for _, name in group:
-                    _, _, begin, size = tensors[name]
-                    count = min(SAMPLE_BYTES, size)
-                    middle = min(size // 2, size - count)
-                    fd = file.fileno()
-                    yield name, os.pread(fd, count, begin) + os.pread(fd, count, begin + middle)
-    except OSError as error:
-        raise CheckpointError(str(error)) from error
+                for name in group:
+                    yield name, *_sample(file.fileno(), *tensors[name][1:])
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            raise CheckpointError(f"{path.name}: {error!r}") from error
+
+
+def _sample(fd: int, data_begin: int, entry: Any) -> tuple[str, bytes]:
+    begin, end = entry["data_offsets"]
+    count = min(SAMPLE_BYTES, end - begin)
+    middle = min((begin + end) // 2, end - count)
+    sampled = os.pread(fd, count, data_begin + begin) + os.pread(fd, count, data_begin + middle)
+    return f"{entry['dtype']} {entry['shape']}", sampled
