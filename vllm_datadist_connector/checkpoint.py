@@ -40,6 +40,20 @@ class _Place(NamedTuple):
     entry: Any
 
 
+def local_directory(name: str, revision: str | None = None, cache_dir: str | None = None) -> Path:
+    """Where a loader has found a model or adapter: the path itself, or a copy of what a hub has under the name.
+
+    Raises:
+        OSError, ValueError: there is none here; nothing is fetched.
+    """
+    place = Path(name).expanduser()
+    if place.exists():
+        return place
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, revision=revision, cache_dir=cache_dir, local_files_only=True))
+
+
 def identify_tensors(files: Iterable[Path]) -> str:
     """32 hex digits of safetensors files, however the tensors are dealt out among them.
 

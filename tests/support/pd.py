@@ -40,6 +40,7 @@ def make_ticket(**changes: Any) -> LeaseTicket:
         "generation": 1,
         "lease_s": 30.0,
         "prompt_digest": prompt_digest(()),
+        "adapter": "",
         "block_sizes": (BLOCK_SIZE,),
     }
     return LeaseTicket(**(values | changes))

@@ -18,6 +18,7 @@ from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, parse_remote_prefill
 from vllm_datadist_connector.scheduler import consumer as consumer_module
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
+from vllm_datadist_connector.scheduler.local_prefills import LocalPrefills
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 PROMPT = list(range(100, 100 + 5 * BLOCK_SIZE - 3))
@@ -28,12 +29,19 @@ LOADED = len(PROMPT) - 1
 
 
 @pytest.fixture
-def consumer(keeper: CountingKeeper) -> ConsumerScheduler:
+def local() -> LocalPrefills:
+    return LocalPrefills()
+
+
+@pytest.fixture
+def consumer(keeper: CountingKeeper, local: LocalPrefills) -> ConsumerScheduler:
     del keeper
-    return make_consumer()
+    return make_consumer(local=local)
 
 
-def make_consumer(ourselves: tuple[Endpoint, str] | None = None) -> ConsumerScheduler:
+def make_consumer(
+    ourselves: tuple[Endpoint, str] | None = None, local: LocalPrefills | None = None
+) -> ConsumerScheduler:
     return ConsumerScheduler(
         (KVGroup(BLOCK_SIZE),),
         allows_peer=lambda host: host == LOOPBACK,
@@ -42,6 +50,7 @@ def make_consumer(ourselves: tuple[Endpoint, str] | None = None) -> ConsumerSche
         trust=Trust(),
         recompute_threshold=None,
         ourselves=ourselves,
+        local=local,
     )
 
 
@@ -208,6 +217,21 @@ def test_blocks_of_ours_are_known_as_such(
     consumer.received([request.request_id])
 
 
+@pytest.mark.parametrize("computed", [0, BLOCK_SIZE])
+@pytest.mark.parametrize("fewer", [1, 5, BLOCK_SIZE, 3 * BLOCK_SIZE])
+def test_vllm_takes_fewer_tokens_than_offered(consumer: ConsumerScheduler, computed: int, fewer: int) -> None:
+    """It rounds down to whole blocks, for one: what it takes begins where the offer began."""
+    request = d_request()
+    consumer.on_new_request(request)
+    consumer.matched_tokens(request, 2 * BLOCK_SIZE)
+    taken = consumer.matched_tokens(request, computed) - fewer
+    consumer.after_alloc(request, (LOCAL,), taken)
+    job = job_of(consumer)
+    assert (job.first_token, job.end_token) == (computed, computed + taken)
+    assert job.local_blocks == (tuple(LOCAL[computed // BLOCK_SIZE : -(-(computed + taken) // BLOCK_SIZE)]),)
+    consumer.received([request.request_id])
+
+
 def test_aborted_before_it_was_scheduled(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     request = d_request()
     consumer.on_new_request(request)
@@ -240,19 +264,37 @@ def test_a_failed_pull_is_recomputed_here(consumer: ConsumerScheduler) -> None:
     assert consumer.take_jobs() == ((), ())
 
 
-def test_a_lease_known_to_be_gone_is_not_pulled(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
+def test_a_lease_known_to_be_gone_is_not_pulled(
+    consumer: ConsumerScheduler, keeper: CountingKeeper, local: LocalPrefills, caplog: pytest.LogCaptureFixture
+) -> None:
     request = d_request()
     consumer.on_new_request(request)
     keeper.gone.add(request.kv_transfer_params[EXTRA_KEY]["token"])
     assert consumer.matched_tokens(request, 0) == 0
     consumer.after_alloc(request, (LOCAL,), 0)
+    assert local.take() == {"lease_gone": 1}
+    assert f"P's request cmpl-p-0-00000000 at {LOOPBACK}:40000" in caplog.text
 
 
-def test_more_leases_than_can_be_kept(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
+def test_a_lease_that_nobody_needs_is_not_missed(
+    consumer: ConsumerScheduler, keeper: CountingKeeper, local: LocalPrefills
+) -> None:
+    request = d_request()
+    consumer.on_new_request(request)
+    keeper.gone.add(request.kv_transfer_params[EXTRA_KEY]["token"])
+    consumer.matched_tokens(request, LOADED)
+    consumer.after_alloc(request, (LOCAL,), 0)
+    assert local.take() == {}
+
+
+def test_more_leases_than_can_be_kept(
+    consumer: ConsumerScheduler, keeper: CountingKeeper, local: LocalPrefills
+) -> None:
     keeper.full = True
     request = d_request()
     consumer.on_new_request(request)
     assert consumer.matched_tokens(request, 0) == 0
+    assert local.take() == {"too_many": 1}
 
 
 def test_children_that_share_a_lease(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
@@ -266,25 +308,32 @@ def test_children_that_share_a_lease(consumer: ConsumerScheduler, keeper: Counti
     consumer.received([children[2].request_id])
 
 
-HOSTILE: dict[str, dict[str, Any]] = {
-    "nothing but the flag": {"do_remote_prefill": True},
-    "another connector's": {**make_params(ticket=None)},
-    "a longer prompt's": params_for([*PROMPT, 1]),
-    "another prompt's": params_for([*PROMPT[:-1], 1]),
-    "not how it begins": params_for(PROMPT[1 : 2 * BLOCK_SIZE]),
-    "fewer tokens than the digest's": params_for(PROMPT, num_tokens=BLOCK_SIZE),
-    "forged digest": params_for(PROMPT, ticket=make_ticket(prompt_digest=OTHER_TOKEN)),
-    "host": params_for(PROMPT, host="169.254.169.254"),
-    "host name": params_for(PROMPT, host="localhost"),
-    "two groups": make_params((REMOTE, REMOTE), ticket=make_ticket(prompt_digest=prompt_digest(PROMPT))),
-    "null blocks": params_for(PROMPT) | {"remote_block_ids": None},
-    "port": params_for(PROMPT) | {"remote_port": 0},
+HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
+    "nothing but the flag": ({"do_remote_prefill": True}, "params"),
+    "another connector's": ({**make_params(ticket=None)}, "params"),
+    "another release's": (params_for(PROMPT, ticket=make_ticket(version=1)), "version"),
+    "a longer prompt's": (params_for([*PROMPT, 1]), "prompt"),
+    "another prompt's": (params_for([*PROMPT[:-1], 1]), "prompt"),
+    "not how it begins": (params_for(PROMPT[1 : 2 * BLOCK_SIZE]), "prompt"),
+    "fewer tokens than the digest's": (params_for(PROMPT, num_tokens=BLOCK_SIZE), "prompt"),
+    "forged digest": (params_for(PROMPT, ticket=make_ticket(prompt_digest=OTHER_TOKEN)), "prompt"),
+    "an adapter's": (params_for(PROMPT, ticket=make_ticket(adapter="a@1")), "adapter"),
+    "host": (params_for(PROMPT, host="169.254.169.254"), "peer"),
+    "host name": (params_for(PROMPT, host="localhost"), "peer"),
+    "two groups": (make_params((REMOTE, REMOTE), ticket=make_ticket(prompt_digest=prompt_digest(PROMPT))), "params"),
+    "null blocks": (params_for(PROMPT) | {"remote_block_ids": None}, "params"),
+    "port": (params_for(PROMPT) | {"remote_port": 0}, "params"),
 }
 
 
-@pytest.mark.parametrize("params", HOSTILE.values(), ids=HOSTILE.keys())
+@pytest.mark.parametrize(("params", "reason"), HOSTILE.values(), ids=HOSTILE.keys())
 def test_hostile_params_are_prefilled_here(
-    consumer: ConsumerScheduler, keeper: CountingKeeper, params: dict[str, Any], caplog: pytest.LogCaptureFixture
+    consumer: ConsumerScheduler,
+    keeper: CountingKeeper,
+    local: LocalPrefills,
+    params: dict[str, Any],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     request = d_request(dict(params))
     consumer.on_new_request(request)
@@ -294,6 +343,15 @@ def test_hostile_params_are_prefilled_here(
     assert not +keeper.users
     assert consumer.take_jobs() == ((), ())
     assert [request.request_id in record.message for record in caplog.records] == [True]
+    assert local.take() == {reason: 1}
+
+
+def test_what_p_did_not_hold_is_no_fault(
+    consumer: ConsumerScheduler, local: LocalPrefills, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumer.on_new_request(d_request(make_params(((),), num_tokens=0, ticket=None)))
+    assert local.take() == {"nothing_held": 1}
+    assert not caplog.records
 
 
 def test_embeddings_are_prefilled_here(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:

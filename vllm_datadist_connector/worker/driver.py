@@ -178,7 +178,9 @@ class PullDriver:
     def _pull(self, transfer: Transfer) -> None:
         """Submits one call per pair of caches and rank of P; those of different ranks run side by side."""
         job = transfer.job
-        tokens = TokenRange(job.first_token, job.end_token, job.remote.remote_block_ids, job.local_blocks)
+        remote = job.remote
+        held = remote.remote_num_tokens
+        tokens = TokenRange(job.first_token, job.end_token, remote.remote_block_ids, job.local_blocks, held)
         transfer.phase = Phase.PULLING
         try:
             for peer, geometry in transfer.instance.givers:

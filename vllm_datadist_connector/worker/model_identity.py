@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import transformers
 import vllm
 
-from vllm_datadist_connector.checkpoint import CheckpointError, identify_bytes, identify_tensors
+from vllm_datadist_connector.checkpoint import CheckpointError, identify_bytes, identify_tensors, local_directory
 from vllm_datadist_connector.protocol.contract import DUMMY, MAX_SETTING_NAME, MAX_SETTING_VALUE, MAX_SETTINGS
 
 if TYPE_CHECKING:
@@ -87,15 +87,22 @@ def identify_weights(vllm_config: VllmConfig, given: str) -> str:
     if load_format == "dummy":
         # Among each other nobody minds what they are: they depend on the sharding.
         return f"{DUMMY}:"
+    if remote := getattr(model_config, "model_weights", None):
+        return _unknown(f"they come from {remote}")
     try:
-        return _identify_files(_directory_of(model_config, load_config.download_dir), load_format)
+        place = local_directory(model_config.model, model_config.revision, load_config.download_dir)
+        return _identify_files(place, load_format)
     except Exception as error:
-        logger.warning(
-            "weights have no identity (%s): peers cannot tell whether theirs are the same; where they may not be, give"
-            " 'weights_id' in kv_connector_extra_config, on both ends the same for the same weights",
-            error,
-        )
-        return ""
+        return _unknown(str(error))
+
+
+def _unknown(reason: str) -> str:
+    logger.warning(
+        "weights have no identity (%s): peers cannot tell whether theirs are the same; where they may not be, give"
+        " 'weights_id' in kv_connector_extra_config, on both ends the same for the same weights",
+        reason,
+    )
+    return ""
 
 
 def _identify_files(place: Path, load_format: str) -> str:
@@ -123,22 +130,6 @@ def _listed_in(index: Path) -> set[Path]:
     except FileNotFoundError:
         return set()
     return {index.parent / name for name in names}
-
-
-def _directory_of(model_config: ModelConfig, download_dir: str | None) -> Path:
-    if getattr(model_config, "model_weights", None):
-        raise CheckpointError(f"they come from {model_config.model_weights}")
-    place = Path(model_config.model)
-    if place.exists():
-        return place
-    from huggingface_hub import snapshot_download
-
-    # Where the loader has found it: nothing is fetched.
-    return Path(
-        snapshot_download(
-            model_config.model, revision=model_config.revision, cache_dir=download_dir, local_files_only=True
-        )
-    )
 
 
 def _leaves(node: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
