@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import ipaddress
 import os
 from collections.abc import Mapping
@@ -150,6 +151,23 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         if address.is_loopback or address == ipaddress.ip_address(self.host):
             return True
         return any(address in ipaddress.ip_network(entry, strict=False) for entry in self.allowed_peers)
+
+
+def check_before_start(extra: Mapping[str, object] | None) -> ConnectorConfig:
+    """What can be told without an engine: minutes later, with a model in memory, it would end the start all the same.
+
+    Raises:
+        ConfigError: as parse_config(); or the key file cannot be read, or the native library is not there.
+    """
+    config = parse_config(extra)
+    if config.auth and not os.access(config.auth, os.R_OK):
+        raise ConfigError(f"auth: {config.auth!r} cannot be read; `vllm-datadist key FILE` makes a key file")
+    if importlib.util.find_spec(f"{__package__}._native") is None:
+        raise ConfigError(
+            f"{__package__} is installed without its native library, {__package__}/_native.*.so: install its wheel, or"
+            " `pip install .` in its repository, which compiles it"
+        )
+    return config
 
 
 def _trust_of_environment() -> dict[str, object]:

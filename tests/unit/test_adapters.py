@@ -107,7 +107,6 @@ def test_d_takes_blocks_of_its_own_adapter_only(
     assert loadable(None, "") == all_but_the_last
     assert not caplog.records
     assert [loadable(lora, theirs), loadable(None, ours), loadable(lora, "")] == [0, 0, 0]
-    assert (
-        f"LoRA adapter: ours {ours}, that of P's request cmpl-p-0-00000000 at 127.0.0.1:40000 {theirs}" in caplog.text
-    )
+    assert f"LoRA adapter: ours {ours}, that of P's request cmpl-p-0-00000000 at " in caplog.text
+    assert theirs in caplog.text
     assert loadable(lora, ours, digest_of=theirs) == 0, "a ticket whose adapter a client has changed"

@@ -81,6 +81,10 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     """Tokens whose KV the blocks hold, from the first one on."""
     ticket: LeaseTicket = msgspec.field(name=EXTRA_KEY)
 
+    def __str__(self) -> str:
+        host = f"[{self.remote_host}]" if ":" in self.remote_host else self.remote_host
+        return f"P's request {self.remote_request_id:.80} at {host}:{self.remote_port}"
+
 
 def wants_remote_prefill(params: object) -> bool:
     """Whether a request asks to be a D request: its prompt was prefilled elsewhere."""

@@ -133,7 +133,7 @@ class ConsumerScheduler:
             if tracked.refusal is not None:
                 self._local.note(request.request_id, *tracked.refusal)
             elif tracked.loadable_tokens > tracked.offered_from and not self._keeper.holds(tracked.remote.ticket):
-                self._local.note(request.request_id, Reason.LEASE_GONE, f"the lease of {_p_of(tracked.remote)} is gone")
+                self._local.note(request.request_id, Reason.LEASE_GONE, f"the lease of {tracked.remote} is gone")
             self._forget(request.request_id)
             return
         tracked.state = _State.PULLING
@@ -213,15 +213,15 @@ class ConsumerScheduler:
             return Reason.PROMPT, "a prompt of embeddings cannot be compared with P's"
         ours, theirs = adapter_of(request), remote.ticket.adapter
         if not is_same(ours, theirs):
-            return Reason.ADAPTER, f"LoRA adapter: ours {ours or 'none'}, that of {_p_of(remote)} {theirs or 'none'}"
+            return Reason.ADAPTER, f"LoRA adapter: ours {ours or 'none'}, that of {remote} {theirs or 'none'}"
         # Of an adapter that only P can read, P's word: the confirmation fails if it is not P's.
         if remote.ticket.prompt_digest != digest_of(request, remote.remote_num_tokens, theirs):
-            return Reason.PROMPT, f"the tokens of {_p_of(remote)} are not how this prompt begins"
+            return Reason.PROMPT, f"the tokens of {remote} are not how this prompt begins"
         if any(group.forgets for group in self._groups) and loadable != remote.remote_num_tokens:
             # A state cannot be taken back to an earlier token, nor a window to blocks that it has left.
             have = request.num_prompt_tokens
             fit = f"after {remote.remote_num_tokens} tokens; of the prompt's {have} {loadable} fit"
-            return Reason.PROMPT, f"the blocks of {_p_of(remote)} are those {fit}"
+            return Reason.PROMPT, f"the blocks of {remote} are those {fit}"
         return None
 
     def _forget(self, request_id: str) -> None:
@@ -229,8 +229,3 @@ class ConsumerScheduler:
         if tracked is not None:
             self._releases += 1
             self._keeper.release(tracked.remote.ticket)
-
-
-def _p_of(remote: RemotePrefill) -> str:
-    endpoint = Endpoint(remote.remote_host, remote.remote_port)
-    return f"P's request {remote.remote_request_id:.80} at {endpoint}"
