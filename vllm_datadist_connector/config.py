@@ -10,6 +10,8 @@ from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
+import msgspec.inspect
+import msgspec.structs
 
 from vllm_datadist_connector.protocol.contract import OVERRIDABLE
 from vllm_datadist_connector.protocol.params import MIN_LEASE_S
@@ -203,6 +205,33 @@ def parse_config(extra: Mapping[str, object] | None) -> ConnectorConfig:
         cause = error.__cause__
         if isinstance(cause, ConfigError):
             raise cause from None
-        field = str(error).rpartition("$.")[2].rstrip("`") if "$." in str(error) else ""
-        value = f" (value {given[field]!r})" if field in given else ""
-        raise ConfigError(f"kv_connector_extra_config: {error}{value}") from None
+        field = str(error).rpartition("$.")[2].rstrip("`").partition("[")[0]
+        if field not in given:
+            raise ConfigError(f"kv_connector_extra_config: {error}") from None
+        raise ConfigError(
+            f"kv_connector_extra_config: {field}: {given[field]!r:.200}, allowed: {_allowed(field)}"
+        ) from None
+
+
+def _allowed(field: str) -> str:
+    """The values that a key may have, in words."""
+    (kind,) = (each.type for each in msgspec.structs.fields(ConnectorConfig) if each.name == field)
+    info = msgspec.inspect.type_info(kind)
+    match info:
+        case msgspec.inspect.LiteralType():
+            return ", ".join(map(repr, info.values))
+        case msgspec.inspect.BoolType():
+            return "true, false"
+        case msgspec.inspect.IntType():
+            return f"whole numbers from {info.ge} to {info.le}"
+        case msgspec.inspect.FloatType():
+            return (
+                f"numbers from {info.ge} to {info.le}"
+                if info.gt is None
+                else f"numbers above {info.gt} up to {info.le}"
+            )
+        case msgspec.inspect.ListType():
+            return f"a list of at most {info.max_length} texts"
+        case msgspec.inspect.StrType(max_length=most):
+            return f"a text of at most {most} characters" if most is not None else "a text"
+    raise TypeError(f"{field}: {info}")
