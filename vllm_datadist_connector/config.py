@@ -225,11 +225,8 @@ def _allowed(field: str) -> str:
         case msgspec.inspect.IntType():
             return f"whole numbers from {info.ge} to {info.le}"
         case msgspec.inspect.FloatType():
-            return (
-                f"numbers from {info.ge} to {info.le}"
-                if info.gt is None
-                else f"numbers above {info.gt} up to {info.le}"
-            )
+            least = f"from {info.ge} to" if info.gt is None else f"above {info.gt} up to"
+            return f"numbers {least} {info.le}"
         case msgspec.inspect.ListType():
             return f"a list of at most {info.max_length} texts"
         case msgspec.inspect.StrType(max_length=most):

@@ -134,7 +134,7 @@ def test_refusal_names_value_and_limits(value: object) -> None:
 @pytest.mark.parametrize(
     ("key", "value", "told"),
     [
-        ("transport", "rdma", "transport: 'rdma', allowed: 'auto', 'local', 'cma', 'tcp'"),
+        ("transport", "rdma", "transport: 'rdma', allowed: 'auto', 'cma', 'local', 'tcp'"),
         ("huge_pages", 1, "huge_pages: 1, allowed: true, false"),
         ("transfer_threads", 65, "transfer_threads: 65, allowed: whole numbers from 1 to 64"),
         ("lease_s", "30", "lease_s: '30', allowed: numbers from 1.0 to 3600"),

@@ -1,4 +1,7 @@
-"""What a model is, in values that peers can compare: its effective configuration, and an identity of its weights."""
+"""What a model is, in values that peers can compare: its effective configuration, and an identity of its weights.
+
+A drafter for speculative decoding is no part of it: what it proposes is verified.
+"""
 
 from __future__ import annotations
 
