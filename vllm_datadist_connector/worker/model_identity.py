@@ -65,7 +65,7 @@ def settings_of(model_config: ModelConfig) -> dict[str, str]:
     found = {name: _text(value) for name, value in _leaves(model_config.hf_config.to_dict())}
     found["vllm.dtype"] = str(model_config.dtype)
     found["vllm.quantization"] = str(model_config.quantization)
-    found["vllm.disable_sliding_window"] = str(bool(model_config.disable_sliding_window))
+    found["vllm.disable_sliding_window"] = str(bool(getattr(model_config, "disable_sliding_window", False)))
     original = _short_rope_length(model_config.hf_text_config.to_dict())
     if original:
         # vLLM takes the long factors for every token, of any prompt, if its longest prompt needs them.
