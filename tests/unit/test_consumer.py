@@ -3,29 +3,21 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.counting_keeper import CountingKeeper
-from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TOKEN, make_params, make_request, make_ticket
+from support.d_requests import LOADED, LOCAL, PROMPT, REMOTE, d_request, make_consumer, params_for
+from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TOKEN, make_request, make_ticket
 
-from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, parse_remote_prefill
 from vllm_datadist_connector.scheduler import consumer as consumer_module
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.local_prefills import LocalPrefills
-from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
-
-PROMPT = list(range(100, 100 + 5 * BLOCK_SIZE - 3))
-REMOTE = (11, 4, 9, 2, 30)
-LOCAL = [50, 51, 52, 53, 54]
-LOADED = len(PROMPT) - 1
-"""All but the last token, which vLLM feeds in any case."""
+from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
 
 @pytest.fixture
@@ -37,30 +29,6 @@ def local() -> LocalPrefills:
 def consumer(keeper: CountingKeeper, local: LocalPrefills) -> ConsumerScheduler:
     del keeper
     return make_consumer(local=local)
-
-
-def make_consumer(
-    ourselves: tuple[Endpoint, str] | None = None, local: LocalPrefills | None = None
-) -> ConsumerScheduler:
-    return ConsumerScheduler(
-        (KVGroup(BLOCK_SIZE),),
-        allows_peer=lambda host: host == LOOPBACK,
-        recv_deadline_s=60.0,
-        answer_timeout_s=5.0,
-        trust=Trust(),
-        recompute_threshold=None,
-        ourselves=ourselves,
-        local=local,
-    )
-
-
-def params_for(prompt: list[int], blocks: tuple[int, ...] = REMOTE, **changes: Any) -> dict[str, Any]:
-    ticket = make_ticket(prompt_digest=prompt_digest(prompt))
-    return make_params((blocks,), **({"ticket": ticket, "num_tokens": len(prompt)} | changes))
-
-
-def d_request(params: dict[str, Any] | None = None, **more: Any) -> Any:
-    return make_request(PROMPT, params if params is not None else params_for(PROMPT), **more)
 
 
 def job_of(consumer: ConsumerScheduler) -> PullJob:
@@ -306,61 +274,6 @@ def test_children_that_share_a_lease(consumer: ConsumerScheduler, keeper: Counti
     consumer.received([child.request_id for child in children[:2]])
     assert +keeper.users
     consumer.received([children[2].request_id])
-
-
-HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
-    "nothing but the flag": ({"do_remote_prefill": True}, "params"),
-    "another connector's": ({**make_params(ticket=None)}, "params"),
-    "another release's": (params_for(PROMPT, ticket=make_ticket(version=1)), "version"),
-    "a longer prompt's": (params_for([*PROMPT, 1]), "prompt"),
-    "another prompt's": (params_for([*PROMPT[:-1], 1]), "prompt"),
-    "not how it begins": (params_for(PROMPT[1 : 2 * BLOCK_SIZE]), "prompt"),
-    "fewer tokens than the digest's": (params_for(PROMPT, num_tokens=BLOCK_SIZE), "prompt"),
-    "forged digest": (params_for(PROMPT, ticket=make_ticket(prompt_digest=OTHER_TOKEN)), "prompt"),
-    "an adapter's": (params_for(PROMPT, ticket=make_ticket(adapter="a@1")), "adapter"),
-    "host": (params_for(PROMPT, host="169.254.169.254"), "peer"),
-    "host name": (params_for(PROMPT, host="localhost"), "peer"),
-    "two groups": (make_params((REMOTE, REMOTE), ticket=make_ticket(prompt_digest=prompt_digest(PROMPT))), "params"),
-    "null blocks": (params_for(PROMPT) | {"remote_block_ids": None}, "params"),
-    "port": (params_for(PROMPT) | {"remote_port": 0}, "params"),
-}
-
-
-@pytest.mark.parametrize(("params", "reason"), HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_params_are_prefilled_here(
-    consumer: ConsumerScheduler,
-    keeper: CountingKeeper,
-    local: LocalPrefills,
-    params: dict[str, Any],
-    reason: str,
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    request = d_request(dict(params))
-    consumer.on_new_request(request)
-    assert consumer.matched_tokens(request, 0) == 0
-    consumer.after_alloc(request, (LOCAL,), 0)
-    consumer.request_finished(request.request_id)
-    assert not +keeper.users
-    assert consumer.take_jobs() == ((), ())
-    assert [request.request_id in record.message for record in caplog.records] == [True]
-    assert local.take() == {reason: 1}
-
-
-def test_what_p_did_not_hold_is_no_fault(
-    consumer: ConsumerScheduler, local: LocalPrefills, caplog: pytest.LogCaptureFixture
-) -> None:
-    consumer.on_new_request(d_request(make_params(((),), num_tokens=0, ticket=None)))
-    assert local.take() == {"nothing_held": 1}
-    assert not caplog.records
-
-
-def test_embeddings_are_prefilled_here(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
-    zeros = [0] * len(PROMPT)
-    request = make_request(zeros, params_for(zeros), prompt_embeds=torch.zeros(len(PROMPT), 4))
-    consumer.on_new_request(request)
-    assert consumer.matched_tokens(request, 0) == 0
-    consumer.after_alloc(request, (LOCAL,), 0)
-    assert not +keeper.users
 
 
 def test_rejected_by_the_api_server_gives_the_lease_back(
