@@ -65,10 +65,10 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """bidirectional: fewer tokens than these of an earlier turn are computed again rather than pulled."""
 
     recv_deadline_s: Seconds = 60.0
-    """D gives a pull so long, from the scheduling of the request to its confirmation."""
+    """D gives a pull so long, from the scheduling of the request to its confirmation; no other limit outlasts it."""
 
     pull_timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 20.0
-    """One PullKvBlocks call gives up after so long; its link is then remade."""
+    """One PullKvBlocks call gives up after so long; the link is then made anew, and the pull, up to the deadline."""
 
     handshake_timeout_s: Seconds = 5.0
     """D waits so long for an answer on the side channel, then asks again if P may be busy, up to the deadline."""
@@ -77,7 +77,7 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """One LinkLlmClusters call gives up after so long; it is made again up to the pull's deadline."""
 
     peer_backoff_s: Seconds = 1.0
-    """After a failed handshake or link, requests for that peer fail at once for so long."""
+    """After a fault of a link D waits before it links again: shortly, then twice as long each time, at most this."""
 
     peer_ttl_s: Seconds = 3600.0
     """D drops its links with an instance that nobody has asked it to pull from for so long."""
@@ -120,10 +120,25 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
                 raise ConfigError(
                     f"allowed_peers: {entry!r} is neither an IP address nor a network such as '10.0.0.0/16'"
                 ) from None
-        if self.lease_limit_s < self.lease_s:
-            raise ConfigError(
-                f"lease_limit_s: {self.lease_limit_s} is below lease_s ({self.lease_s}); a lease lasts at least lease_s"
-            )
+        self._check_times()
+
+    def _check_times(self) -> None:
+        """A limit that another one always cuts short would do nothing, and nobody would know."""
+        pull, lease = "D gives up the whole pull by then", "the lease has ended by then"
+        outer_of = {
+            "pull_timeout_s": ("recv_deadline_s", pull),
+            "handshake_timeout_s": ("recv_deadline_s", pull),
+            "link_timeout_s": ("recv_deadline_s", pull),
+            "peer_backoff_s": ("recv_deadline_s", pull),
+            "recv_deadline_s": ("lease_limit_s", lease),
+            "lease_s": ("lease_limit_s", lease),
+        }
+        if self.bidirectional:
+            outer_of["decoder_lease_s"] = ("lease_limit_s", lease)
+        for inner, (outer, why) in outer_of.items():
+            value, limit = getattr(self, inner), getattr(self, outer)
+            if value > limit:
+                raise ConfigError(f"{inner}: {value} is above {outer} ({limit}): {why}; lower {inner} or raise {outer}")
 
     def allows_peer(self, host: str) -> bool:
         """Whether a host named by a router, client or peer may be dialled. Names are refused: only literals match."""

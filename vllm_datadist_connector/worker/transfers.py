@@ -1,9 +1,12 @@
 """Transfers: the pulls of this rank that are under way, and what they ended in.
 
     WAITING (for its instance) ──> PULLING ──all calls succeeded──> CONFIRMING ──held──> done
-        └──────────────────────┴── failure, cancel, deadline ──┴──> failed or cancelled
+        │         ▲                   │ │                              │
+        │         └─── link fault ────┘ │                              │
+        └───────────────────────────────┴── failure, cancel, deadline ─┴──> failed or cancelled
 
-A transfer ends only when no native call of it is queued or running: from then on nothing writes into its blocks.
+A transfer ends, or begins anew, only when no call of it is queued or running: from then on nothing writes into its
+blocks. What a call that failed has written there is written again; nobody reads it before all is confirmed.
 """
 
 from __future__ import annotations
@@ -45,7 +48,13 @@ class Transfer:
     deadline: float
     phase: Phase = Phase.WAITING
     calls: set[int] = field(default_factory=set)
-    """Native calls that are queued or running."""
+    """Native calls, or copies, that are queued or running."""
+    meeting: int = 0
+    """The meeting of its instance whose links the calls use."""
+    interrupted: bool = False
+    """By a fault of a link: once its calls have come back, it waits for its instance again."""
+    faults: int = 0
+    """Of links, in calls of its own."""
     failure: Failure | None = None
     cancelled: bool = False
     num_bytes: int = 0
