@@ -52,7 +52,7 @@ _LINK_AGAIN = frozenset({_native.LLM_PROCESSING_LINK, _native.LLM_TIMEOUT})
 """Codes after which the same call may succeed."""
 _LINK_REFUSED = frozenset({_native.LLM_PARAM_INVALID, _native.LLM_FEATURE_NOT_ENABLED})
 """Codes after which no later call would."""
-_LEAST_S = 0.001
+_AFTER_DEADLINE_S = 0.1
 _UNLINK_TIMEOUT_MS = 1000
 _QUEUED_MS = 60_000
 """A link or unlink call may wait so long for its turn behind pulls."""
@@ -346,8 +346,8 @@ class InstanceTable:
 
     @staticmethod
     def _within(limit_s: float, instance: Instance) -> float:
-        """`limit_s`, or what is left until nobody waits for the instance any more."""
-        return min(limit_s, max(_LEAST_S, instance.wanted_until - time.monotonic()))
+        """`limit_s`, or until just after the last deadline of those who wait: it is that which ends them."""
+        return min(limit_s, max(0.0, instance.wanted_until - time.monotonic()) + _AFTER_DEADLINE_S)
 
     def _settle(self, instance: Instance) -> None:
         """READY once every rank is known and linked, if together they have all that is ours."""
