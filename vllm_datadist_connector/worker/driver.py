@@ -132,15 +132,16 @@ class PullDriver:
 
     def _round(self) -> None:
         fds = [self._wakeup.fileno(), self._queue.fileno(), self._client.fileno()]
-        wakes = (self._transfers.next_deadline(time.monotonic()), self._instances.next_wake())
+        wakes = (self._transfers.next_deadline(), self._instances.next_wake())
         if self._wakeup.fileno() in wait_readable(fds, min((at for at in wakes if at is not None), default=None)):
             self._wakeup.clear()
         self._each(self._take, self._taken_from_inbox())
+        # Before what else has come: when we are late, the end of a greeting's time is not to be told as the reason.
+        self._each(self._on_deadline, self._transfers.overdue(time.monotonic()))
         self._each(self._on_completion, self._queue.poll() + self._copies.poll())
         self._each(self._on_answer, self._client.take())
         self._each(self._settle, self._instances.take_changed())
         now = time.monotonic()
-        self._each(self._on_deadline, self._transfers.overdue(now))
         busy = self._transfers.instances()
         self._instances.try_again(now, busy)
         self._instances.drop_unused(now, busy)

@@ -150,8 +150,8 @@ class TransferTable:
         return {transfer.instance for transfer in self._by_request.values()}
 
     def overdue(self, now: float) -> list[Transfer]:
-        return [transfer for transfer in self._by_request.values() if transfer.deadline <= now]
+        return [t for t in self._by_request.values() if t.failure is None and t.deadline <= now]
 
-    def next_deadline(self, now: float) -> float | None:
-        """Of the transfers that are not overdue yet: an overdue one waits for its running calls, not for time."""
-        return min((t.deadline for t in self._by_request.values() if t.deadline > now), default=None)
+    def next_deadline(self) -> float | None:
+        """May have passed already. One that has failed waits for its running calls, not for time."""
+        return min((t.deadline for t in self._by_request.values() if t.failure is None), default=None)
