@@ -31,9 +31,8 @@ def test_a_deadline_that_passes_between_two_looks_is_not_slept_through() -> None
     assert table.overdue(20.0) == [later]
 
 
-def test_one_that_has_failed_waits_for_its_calls_and_not_for_time() -> None:
+def test_one_that_is_over_waits_for_its_calls_and_not_for_time() -> None:
     table = TransferTable()
-    transfer = add(table, "r", 10.0)
-    table.add_call(transfer, 1)
-    transfer.failure = Failure.TRANSFER
+    failed, cancelled = add(table, "failed", 10.0), add(table, "cancelled", 10.0)
+    failed.failure, cancelled.cancelled = Failure.TRANSFER, True
     assert (table.next_deadline(), table.overdue(11.0)) == (None, [])

@@ -249,7 +249,7 @@ class PullDriver:
 
     def _on_all_back(self, transfer: Transfer) -> None:
         """No call of it is queued or running."""
-        if transfer.cancelled or transfer.failure is not None:
+        if transfer.is_over:
             self._end(transfer)
         elif transfer.interrupted:
             self._begin(transfer)
@@ -337,7 +337,7 @@ class PullDriver:
         self._fail(transfer, Failure.DEADLINE, f"not done within {transfer.job.deadline_s:g} s{unmet}")
 
     def _fail(self, transfer: Transfer, failure: Failure, reason: str) -> None:
-        if transfer.failure is None:
+        if not transfer.is_over:
             transfer.failure = failure
             self._observer.failed(failure)
             logger.warning("request %s: pull failed (%s): %s", transfer.job.request_id, failure.value, reason)

@@ -63,6 +63,11 @@ class Transfer:
     """Of the slowest call: they run beside or after one another."""
 
     @property
+    def is_over(self) -> bool:
+        """Nothing more comes of it; at most its calls have still to come back."""
+        return self.cancelled or self.failure is not None
+
+    @property
     def num_blocks(self) -> int:
         return sum(block != NULL_BLOCK for group in self.job.local_blocks for block in group)
 
@@ -150,8 +155,8 @@ class TransferTable:
         return {transfer.instance for transfer in self._by_request.values()}
 
     def overdue(self, now: float) -> list[Transfer]:
-        return [t for t in self._by_request.values() if t.failure is None and t.deadline <= now]
+        return [t for t in self._by_request.values() if not t.is_over and t.deadline <= now]
 
     def next_deadline(self) -> float | None:
-        """May have passed already. One that has failed waits for its running calls, not for time."""
-        return min((t.deadline for t in self._by_request.values() if t.failure is None), default=None)
+        """May have passed already. One that is over waits for its running calls, not for time."""
+        return min((t.deadline for t in self._by_request.values() if not t.is_over), default=None)
