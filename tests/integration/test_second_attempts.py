@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -130,6 +131,19 @@ def test_what_fails_over_every_link_is_given_up(
     consumer.wait(3)
     assert consumer.failed == {"bad"}
     consumer.check_bytes()
+
+
+def test_links_that_are_never_to_be_had_are_given_up(
+    start_producer: StartProducer, start_consumer: StartConsumer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P lives, or its greeting would say so, but nobody listens where its engine is said to be."""
+    with socket.create_server((LOOPBACK, 0)) as closed:
+        port = closed.getsockname()[1]
+    producer, consumer = start_producer(lies={"0": {"port": port}}), start_consumer(peer_backoff_s=0.02)
+    consumer.pull("r", producer.prefill("r", [1]), [2], deadline_s=600.0)
+    consumer.wait(1)
+    assert consumer.observer.failures == [Failure.LINK]
+    assert f"({MAX_FAULTS} times in a row)" in caplog.text
 
 
 class TestDeadline:
