@@ -7,7 +7,7 @@ import importlib.util
 import ipaddress
 import os
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
 import msgspec.inspect
@@ -24,6 +24,19 @@ SmallCount = Annotated[int, msgspec.Meta(ge=1, le=64)]
 class ConfigError(ValueError):
     """A key of kv_connector_extra_config is unknown or has a value that is not allowed, or an option of vLLM excludes
     the connector."""
+
+
+_PULL, _LEASE = "D gives up the whole pull by then", "the lease has ended by then"
+WITHIN: Final = (
+    ("recv_deadline_s", "lease_limit_s", _LEASE),
+    ("lease_s", "lease_limit_s", _LEASE),
+    ("decoder_lease_s", "lease_limit_s", _LEASE),
+    ("pull_timeout_s", "recv_deadline_s", _PULL),
+    ("handshake_timeout_s", "recv_deadline_s", _PULL),
+    ("link_timeout_s", "recv_deadline_s", _PULL),
+    ("peer_backoff_s", "recv_deadline_s", _PULL),
+)
+"""Time limits within others, the outermost first, and why."""
 
 
 class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -69,10 +82,10 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """bidirectional: fewer tokens than these of an earlier turn are computed again rather than pulled."""
 
     recv_deadline_s: Seconds = 60.0
-    """D gives a pull so long, from the scheduling of the request to its confirmation."""
+    """D gives a pull so long, from the scheduling of the request to its confirmation; no other limit outlasts it."""
 
     pull_timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 20.0
-    """One PullKvBlocks call gives up after so long; its link is then remade."""
+    """One PullKvBlocks call gives up after so long; the link is then made anew, and the pull, up to the deadline."""
 
     handshake_timeout_s: Seconds = 5.0
     """D waits so long for an answer on the side channel, then asks again if P may be busy, up to the deadline."""
@@ -81,7 +94,7 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """One LinkLlmClusters call gives up after so long; it is made again up to the pull's deadline."""
 
     peer_backoff_s: Seconds = 1.0
-    """After a failed handshake or link, requests for that peer fail at once for so long."""
+    """After a fault of a link D waits before it links again: shortly, then twice as long each time, at most this."""
 
     peer_ttl_s: Seconds = 3600.0
     """D drops its links with an instance that nobody has asked it to pull from for so long."""
@@ -136,10 +149,15 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
                 f"may_differ: {name!r} says how bytes of a KV cache are read; allowed: {', '.join(OVERRIDABLE)}, and"
                 " settings of the model such as 'rope_parameters.rope_theta'"
             )
-        if self.lease_limit_s < self.lease_s:
-            raise ConfigError(
-                f"lease_limit_s: {self.lease_limit_s} is below lease_s ({self.lease_s}); a lease lasts at least lease_s"
-            )
+        self._check_times()
+
+    def _check_times(self) -> None:
+        """A limit that another one always cuts short would do nothing, and nobody would know."""
+        for inner, outer, why in WITHIN:
+            value, limit = getattr(self, inner), getattr(self, outer)
+            # Nothing lasts decoder_lease_s where turns are not kept.
+            if value > limit and (inner != "decoder_lease_s" or self.bidirectional):
+                raise ConfigError(f"{inner}: {value} is above {outer} ({limit}): {why}; lower {inner} or raise {outer}")
 
     def allows_peer(self, host: str) -> bool:
         """Whether a host named by a router, client or peer may be dialled. Names are refused: only literals match."""
@@ -199,6 +217,7 @@ def parse_config(extra: Mapping[str, object] | None) -> ConnectorConfig:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
             raise ConfigError(f"kv_connector_extra_config: unknown key {key!r}{hint}")
+    _follow_what_is_given(given)
     try:
         return msgspec.convert(given, ConnectorConfig)
     except msgspec.ValidationError as error:
@@ -211,6 +230,15 @@ def parse_config(extra: Mapping[str, object] | None) -> ConnectorConfig:
         raise ConfigError(
             f"kv_connector_extra_config: {field}: {given[field]!r:.200}, allowed: {_allowed(field)}"
         ) from None
+
+
+def _follow_what_is_given(given: dict[str, object]) -> None:
+    """Who sets one time limit need not know of the others: those within it that are not given are no longer than it."""
+    defaults = {each.name: each.default for each in msgspec.structs.fields(ConnectorConfig)}
+    for inner, outer, _ in WITHIN:
+        limit, default = given.get(outer), defaults[inner]
+        if inner not in given and isinstance(limit, int | float) and 0 < limit < default:
+            given[inner] = limit
 
 
 def _allowed(field: str) -> str:

@@ -115,7 +115,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_num_new_matched_tokens(self, request: Request, num_computed_tokens: int) -> tuple[int | None, bool]:
         count = self._scheduling.matched_tokens(request, num_computed_tokens)
-        return count, count > 0
+        return count, bool(count)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
         self._scheduling.after_alloc(request, self._transferred(blocks.get_block_ids()), num_external_tokens)
@@ -170,8 +170,11 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         return RankHandshake(geometry) if geometry is not None else None
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        # A request that waits for its pull cannot be preempted; one whose pull is done prefills again locally.
-        return
+        # Nothing is to be saved: a request that waits for its pull cannot be preempted, and one whose pull is done
+        # prefills again. But of all hooks with the step's metadata it is the first; vLLM 0.32 calls start_load_kv only
+        # after the forward pass, which on the CPU has ended by then.
+        if compat.LOADS_MAY_PRECEDE_ZEROING and isinstance(kv_connector_metadata, StepMetadata):
+            self._working.start_step(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         step = self._get_connector_metadata()

@@ -13,6 +13,7 @@ class CountingKeeper:
         self.users: Counter[str] = Counter()
         self.endpoints: list[Endpoint] = []
         self.gone: set[str] = set()
+        self.unanswered: set[str] = set()
         self.full = False
 
     def hold(self, endpoint: Endpoint, ticket: LeaseTicket) -> bool:
@@ -24,6 +25,9 @@ class CountingKeeper:
 
     def holds(self, ticket: LeaseTicket) -> bool:
         return ticket.token not in self.gone
+
+    def stands(self, ticket: LeaseTicket) -> bool | None:
+        return None if ticket.token in self.unanswered else self.holds(ticket)
 
     def release(self, ticket: LeaseTicket) -> None:
         self.users[ticket.token] -= 1

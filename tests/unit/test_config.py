@@ -51,15 +51,15 @@ ALLOWED: dict[str, list[object]] = {
     "huge_pages": [True, False],
     "queue_threads": [1, 64],
     "lease_s": [1, 600],
-    "lease_limit_s": [30, 86400],
+    "lease_limit_s": [60, 86400],
     "bidirectional": [True, False],
     "decoder_lease_s": [1, 3600],
     "recompute_threshold": [0, 2**31],
-    "recv_deadline_s": [0.001, 86400],
-    "pull_timeout_s": [0.1, 3600],
-    "handshake_timeout_s": [0.001, 86400],
-    "link_timeout_s": [0.001, 86400],
-    "peer_backoff_s": [0.001, 86400],
+    "recv_deadline_s": [20, 600],
+    "pull_timeout_s": [0.1, 60],
+    "handshake_timeout_s": [0.001, 60],
+    "link_timeout_s": [0.001, 60],
+    "peer_backoff_s": [0.001, 60],
     "peer_ttl_s": [0.001, 86400],
     "allowed_peers": [[], ["10.0.0.0/8", "::1", "192.168.1.7"]],
     "auth": ["/run/secrets/datadist"],
@@ -80,7 +80,7 @@ REFUSED: dict[str, list[object]] = {
     "huge_pages": [1, "yes", None],
     "queue_threads": [0, 65],
     "lease_s": [0.5, 3601, "30", float("nan")],
-    "lease_limit_s": [0, 86401, 29],
+    "lease_limit_s": [0, 86401],
     "bidirectional": [1, "true", None],
     "decoder_lease_s": [0.5, 3601, "480", float("nan")],
     "recompute_threshold": [-1, 2**31 + 1, 1.5, True, None],
@@ -148,6 +148,38 @@ def test_refusal_names_value_and_limits(value: object) -> None:
 def test_refusal_lists_what_is_allowed(key: str, value: object, told: str) -> None:
     with pytest.raises(ConfigError, match=f"^kv_connector_extra_config: {re.escape(told)}$"):
         parse_config({key: value})
+
+
+WITHIN = [
+    ("pull_timeout_s", "recv_deadline_s"),
+    ("handshake_timeout_s", "recv_deadline_s"),
+    ("link_timeout_s", "recv_deadline_s"),
+    ("peer_backoff_s", "recv_deadline_s"),
+    ("recv_deadline_s", "lease_limit_s"),
+    ("lease_s", "lease_limit_s"),
+    ("decoder_lease_s", "lease_limit_s"),
+]
+
+
+@pytest.mark.parametrize(("inner", "outer"), WITHIN)
+def test_a_time_limit_that_another_cuts_short_is_refused_by_both_names(inner: str, outer: str) -> None:
+    short = dict.fromkeys(("pull_timeout_s", "handshake_timeout_s", "link_timeout_s", "peer_backoff_s"), 1)
+    roomy = {**short, "lease_s": 1, "decoder_lease_s": 1, "recv_deadline_s": 100, "bidirectional": True}
+    limits = {**roomy, "lease_limit_s": 100, outer: 100}
+    assert getattr(parse_config({**limits, inner: 100}), inner) == 100
+    with pytest.raises(ConfigError, match=rf"^{inner}: 101.* is above {outer} \(100"):
+        parse_config({**limits, inner: 101})
+
+
+def test_a_time_limit_that_is_not_given_follows_the_one_around_it() -> None:
+    config = parse_config({"recv_deadline_s": 2})
+    assert (config.pull_timeout_s, config.link_timeout_s, config.lease_s) == (2, 2, 30)
+    config = parse_config({"lease_limit_s": 10, "lease_s": 5})
+    assert (config.recv_deadline_s, config.pull_timeout_s, config.lease_s) == (10, 10, 5)
+
+
+def test_a_lease_of_turns_that_are_not_kept_has_no_limit() -> None:
+    assert parse_config({"decoder_lease_s": 3600}).decoder_lease_s == 3600
 
 
 def test_unknown_key_gets_the_nearest() -> None:

@@ -31,6 +31,9 @@ class Producer:
         self.table = self._leases.table
         self.seen: list[int] = []
         self.deaf_to_releases = 0
+        self.deaf_to_renewals = False
+        self.answers = threading.Lock()
+        """Held by a test, it keeps back the next answer."""
         self.ended: list[EndedLease] = []
         self._server = BareServer(self._answer)
         self.endpoint = self._server.endpoint
@@ -53,6 +56,10 @@ class Producer:
         self.seen.append(request.kind)
         tokens = unpack_tokens(request.body)
         if request.kind == RENEW:
+            if self.deaf_to_renewals:
+                return None
+            with self.answers:
+                pass
             return Frame(RENEWED, request.seq, pack_tokens(self.table.renew(tokens)))
         if self.deaf_to_releases:
             self.deaf_to_releases -= 1
@@ -85,6 +92,50 @@ def test_renews_for_longer_than_the_lease_then_releases(producer: Producer, keep
     assert not keeper.holds(ticket)
     wait_until(producer.has_ended, "the release")
     assert producer.ended == [EndedLease("r", "released")]
+
+
+def test_the_first_renewal_is_sent_at_once(producer: Producer, keeper: LeaseKeeper) -> None:
+    """A request may come when little of its lease is left."""
+    ticket = msgspec.structs.replace(producer.grant(), lease_s=3600.0)
+    assert keeper.hold(producer.endpoint, ticket)
+    wait_until(lambda: producer.count(RENEW) == 1, "the first renewal")
+
+
+class TestStands:
+    def test_unknown_until_p_has_said_so(self, producer: Producer, keeper: LeaseKeeper) -> None:
+        ticket = producer.grant()
+        with producer.answers:
+            keeper.hold(producer.endpoint, ticket)
+            assert keeper.stands(ticket) is None
+        wait_until(lambda: keeper.stands(ticket), "the answer")
+        keeper.release(ticket)
+        assert keeper.stands(ticket) is False
+
+    def test_not_if_it_is_gone(self, producer: Producer, keeper: LeaseKeeper) -> None:
+        stale = make_ticket(lease_s=3600.0)
+        keeper.hold(producer.endpoint, stale)
+        wait_until(lambda: keeper.stands(stale) is False, "the news that the lease is gone")
+
+    @pytest.mark.parametrize("listens", [True, False], ids=["silent", "dead"])
+    def test_not_if_p_does_not_answer(self, keeper: LeaseKeeper, listens: bool) -> None:
+        ticket = make_ticket(lease_s=3600.0)
+        with socket.create_server((LOOPBACK, 0)) as server:
+            endpoint = Endpoint(LOOPBACK, server.getsockname()[1])
+            if not listens:
+                server.close()
+            keeper.hold(endpoint, ticket)
+            wait_until(lambda: keeper.stands(ticket) is False, "the end of the waiting")
+            assert keeper.holds(ticket), "P has not said that the lease is gone"
+
+    def test_still_if_p_misses_a_later_renewal(self, producer: Producer, keeper: LeaseKeeper) -> None:
+        ticket = producer.grant()
+        keeper.hold(producer.endpoint, ticket)
+        wait_until(lambda: keeper.stands(ticket), "the answer")
+        producer.deaf_to_renewals = True
+        heard = producer.count(RENEW)
+        # The second one is sent after the first one's time is over.
+        wait_until(lambda: producer.count(RENEW) >= heard + 3, "renewals without an answer")
+        assert keeper.stands(ticket)
 
 
 def test_the_last_of_several_users_releases(producer: Producer, keeper: LeaseKeeper) -> None:

@@ -3,7 +3,7 @@
 "P" is whoever holds the blocks and "D" we who pull them: the D of an earlier turn is the P of the next one's prefill.
 
     NEW ──alloc, tokens to load──> PULLING ──finished_recving──> (gone; lease released)
-     │ lease renewed                  └──request_finished (abort)──> worker drains ──finished_recving──> (gone)
+     │ lease renewed at once          └──request_finished (abort)──> worker drains ──finished_recving──> (gone)
      ├──alloc, nothing to load or refused──> (gone; lease released)
      └──request_finished before any alloc──> (gone; lease released)
 
@@ -52,6 +52,9 @@ class _Tracked:
     """The first token that vLLM was offered last: it may take fewer than all that follow."""
     least_tokens: int = 1
     """Fewer than these are not worth a pull."""
+    ask_first: bool = False
+    """The lease is of an earlier turn and may long have gone: it is offered only once P has said that it stands, or it
+    would cost an error instead of a computation."""
     refusal: tuple[Reason, str] | None = None
     """Why nothing of it may be loaded. The request is tracked all the same, because P waits to hear of its lease: vLLM
     announces a request that its API server rejected with a prompt of its own making, only to abort it."""
@@ -100,7 +103,7 @@ class ConsumerScheduler:
         try:
             tracked = self._track(request)
             if earlier_turn and self._recompute_threshold is not None:
-                tracked.least_tokens = max(1, self._recompute_threshold)
+                tracked.least_tokens, tracked.ask_first = max(1, self._recompute_threshold), True
         except ParamsError as error:
             self._local.note(request.request_id, REASON_OF[error.why], f"kv_transfer_params: {error}")
             return
@@ -110,8 +113,11 @@ class ConsumerScheduler:
         else:
             self._local.note(request.request_id, Reason.TOO_MANY, "as many leases are kept alive as can be")
 
-    def matched_tokens(self, request: Request, num_computed_tokens: int) -> int:
-        """Tokens that P can give beyond those computed here. vLLM may ask many times: the last answer counts."""
+    def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
+        """Tokens that P can give beyond those computed here; None: not known yet, vLLM asks again in its next step.
+
+        vLLM may ask many times: the last answer counts.
+        """
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.state is not _State.NEW:
             return 0
@@ -119,7 +125,10 @@ class ConsumerScheduler:
         if not self._keeper.holds(tracked.remote.ticket):
             return 0
         count = tracked.loadable_tokens - num_computed_tokens
-        return count if count >= tracked.least_tokens else 0
+        if count < tracked.least_tokens:
+            return 0
+        stands = self._keeper.stands(tracked.remote.ticket) if tracked.ask_first else True
+        return None if stands is None else count * stands
 
     def after_alloc(self, request: Request, tables: Sequence[Sequence[int]], num_external_tokens: int) -> None:
         """Blocks were allocated. `tables`: the request's whole block table of every KV cache group."""

@@ -34,6 +34,8 @@ class _Kept:
     lease_s: float
     users: int
     next_send: float
+    stands: bool | None = None
+    """What P said of it, or by its silence; None until the first question has been answered or given up."""
     give_up: float = 0.0
     """0 while in use; once released, when retrying the release stops being useful because the lease has run out."""
 
@@ -60,8 +62,8 @@ class LeaseKeeper:
                 return True
             if len(self._kept) >= MAX_HELD:
                 return False
-            interval = ticket.lease_s / _RENEWALS_PER_LEASE
-            self._kept[ticket.token] = _Kept(endpoint, ticket.lease_s, users=1, next_send=now + interval)
+            # At once: of a request that came late, little of the lease is left.
+            self._kept[ticket.token] = _Kept(endpoint, ticket.lease_s, users=1, next_send=now)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="datadist-lease-keeper", daemon=True)
                 self._thread.start()
@@ -73,6 +75,12 @@ class LeaseKeeper:
         with self._lock:
             kept = self._kept.get(ticket.token)
             return kept is not None and not kept.give_up
+
+    def stands(self, ticket: LeaseTicket) -> bool | None:
+        """Whether P has answered that it holds the lease; None until it has, or has let the time pass."""
+        with self._lock:
+            kept = self._kept.get(ticket.token)
+            return False if kept is None or kept.give_up else kept.stands
 
     def release(self, ticket: LeaseTicket) -> None:
         """Takes one user off a lease; with the last one, P is told that its blocks are free."""
@@ -99,27 +107,29 @@ class LeaseKeeper:
         self._client.close()
 
     def _run(self) -> None:
-        releases_sent: dict[int, tuple[str, ...]] = {}
+        sent: dict[int, tuple[str, ...]] = {}
         while not self._stopping:
             try:
-                until = self._send_due(releases_sent)
+                until = self._send_due(sent)
                 if self._wakeup.fileno() in wait_readable([self._wakeup.fileno(), self._client.fileno()], until):
                     self._wakeup.clear()
                 for answer in self._client.take():
-                    released = releases_sent.pop(answer.id, ())
+                    tokens = sent.pop(answer.id, ())
                     if answer.response is None:
                         logger.debug("lease keeper: %s", answer.error)
+                        self._heard(tokens, stands=False)
                     elif isinstance(answer.response, Renewed):
                         self._forget_gone(answer.response.gone)
+                        self._heard(tokens, stands=True)
                     else:
-                        self._forget(released)
+                        self._forget(tokens)
             except Exception:
                 # Leases must go on being renewed whatever one answer did to us; a fault that stays must not spin.
                 logger.exception("lease keeper: a round failed")
                 time.sleep(_PAUSE_AFTER_FAULT_S)
 
-    def _send_due(self, releases_sent: dict[int, tuple[str, ...]]) -> float | None:
-        """Sends what is due, batched per endpoint; returns when the next is."""
+    def _send_due(self, sent: dict[int, tuple[str, ...]]) -> float | None:
+        """Sends what is due, batched per endpoint, and notes it in `sent`; returns when the next is."""
         now = time.monotonic()
         renewals: defaultdict[Endpoint, list[str]] = defaultdict(list)
         releases: defaultdict[Endpoint, list[str]] = defaultdict(list)
@@ -138,11 +148,19 @@ class LeaseKeeper:
             until = min((kept.next_send for kept in self._kept.values()), default=None)
         for endpoint, tokens in renewals.items():
             for batch in _batches(tokens):
-                self._client.renew(endpoint, batch, self._answer_timeout_s)
+                sent[self._client.renew(endpoint, batch, self._answer_timeout_s)] = batch
         for endpoint, tokens in releases.items():
             for batch in _batches(tokens):
-                releases_sent[self._client.release(endpoint, batch, self._answer_timeout_s)] = batch
+                sent[self._client.release(endpoint, batch, self._answer_timeout_s)] = batch
         return until
+
+    def _heard(self, tokens: tuple[str, ...], stands: bool) -> None:
+        """Silence is news only where nothing was known: a busy P may miss a renewal of a lease that stands."""
+        with self._lock:
+            for token in tokens:
+                kept = self._kept.get(token)
+                if kept is not None and (stands or kept.stands is None):
+                    kept.stands = stands
 
     def _forget(self, tokens: tuple[str, ...]) -> None:
         with self._lock:

@@ -76,7 +76,7 @@ class ConnectorScheduler:
         if self._consumer is not None:
             self._consumer.on_new_request(request)
 
-    def matched_tokens(self, request: Request, num_computed_tokens: int) -> int:
+    def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         return self._consumer.matched_tokens(request, num_computed_tokens) if self._consumer is not None else 0
 
     def after_alloc(self, request: Request, tables: Sequence[Sequence[int]], num_external_tokens: int) -> None:

@@ -73,6 +73,7 @@ class ConnectorWorker:
         self._driver: PullDriver | None = None
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
+        self._step: StepMetadata | None = None
         self._huge_pages: threading.Thread | None = None
 
     def register_kv_caches(self, kv_caches: KVCaches, num_blocks: int) -> None:
@@ -120,6 +121,10 @@ class ConnectorWorker:
         return msgspec.msgpack.encode(self._geometry) if self._geometry is not None else None
 
     def start_step(self, step: StepMetadata) -> None:
+        """Once for each step, however many hooks bring it."""
+        if step is self._step:
+            return
+        self._step = step
         self._sent.update(step.ended_leases)
         if self._driver is None:
             return

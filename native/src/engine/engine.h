@@ -6,6 +6,7 @@
 #define DATADIST_ENGINE_ENGINE_H_
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -64,7 +65,8 @@ class Engine {
                      const llm_datadist::KvCacheExtParam &ext);
   Status PullKvBlocks(const llm_datadist::CacheIndex &src, int64_t dst_cache_id,
                       const std::vector<uint64_t> &src_blocks, const std::vector<uint64_t> &dst_blocks,
-                      const llm_datadist::KvCacheExtParam &ext);
+                      const llm_datadist::KvCacheExtParam &ext,
+                      std::optional<std::chrono::milliseconds> time_left = std::nullopt);
   Status PushKvCache(const llm_datadist::Cache &src_cache, const llm_datadist::CacheIndex &dst, uint32_t src_row,
                      int64_t size, const llm_datadist::KvCacheExtParam &ext);
   Status PushKvBlocks(const llm_datadist::Cache &src_cache, const llm_datadist::CacheIndex &dst,

@@ -114,13 +114,15 @@ Status Engine::PullKvCache(const CacheIndex &src, int64_t dst_cache_id, uint32_t
 }
 
 Status Engine::PullKvBlocks(const CacheIndex &src, int64_t dst_cache_id, const std::vector<uint64_t> &src_blocks,
-                            const std::vector<uint64_t> &dst_blocks, const KvCacheExtParam &ext) {
+                            const std::vector<uint64_t> &dst_blocks, const KvCacheExtParam &ext,
+                            std::optional<std::chrono::milliseconds> time_left) {
   if (Status status = FirstFailure(
           {CheckNoBatch("src_cache_index", src), CheckExtParam(ext), CheckBlockLists(src_blocks, dst_blocks)});
       !status.ok()) {
     return status;
   }
-  return Pull({src.cluster_id, ToRef(src), 0, dst_cache_id, ChooseLayers(ext)}, BlockMove{src_blocks, dst_blocks});
+  return Pull({src.cluster_id, ToRef(src), 0, dst_cache_id, ChooseLayers(ext), time_left},
+              BlockMove{src_blocks, dst_blocks});
 }
 
 Status Engine::Pull(const PullTarget &target, Move move) {
@@ -128,7 +130,8 @@ Status Engine::Pull(const PullTarget &target, Move move) {
 }
 
 Status Engine::PullOnce(const PullTarget &target, Move &move) {
-  const Deadline deadline = Deadline::In(endpoint_->options().transfer_timeout);
+  const std::chrono::milliseconds timeout = endpoint_->options().transfer_timeout;
+  const Deadline deadline = Deadline::In(std::min(timeout, target.time_left.value_or(timeout)));
   if (target.src_cluster_id == endpoint_->cluster_id()) {
     return Status(LLM_PARAM_INVALID,
                   "src_cache_index.cluster_id: " + std::to_string(target.src_cluster_id) + " is our own");
