@@ -159,7 +159,7 @@ def test_refused_by_name(field: str, value: object) -> None:
 
 @pytest.mark.parametrize("field", ["remote_engine_id", "remote_request_id", "remote_host", "remote_port", EXTRA_KEY])
 def test_missing_field(field: str) -> None:
-    params = make_params(request_id="cmpl-p" * 800)  # which leaves the ticket no second place
+    params = make_params(request_id="cmpl-p" * 650)  # which leaves the ticket no second place
     del params[field]
     with pytest.raises(ParamsError, match=field):
         parse_remote_prefill(params)
