@@ -21,7 +21,7 @@ constexpr uint64_t kTensorBytes = Member::kShape.num_blocks * Member::kShape.str
 
 LinkOptions Cma() {
   LinkOptions options;
-  options.forced_transport = TransportKind::kCma;
+  options.forced_transport = "cma";
   return options;
 }
 

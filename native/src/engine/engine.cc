@@ -94,7 +94,6 @@ Engine::Engine(std::shared_ptr<LocalEndpoint> endpoint, const EngineOptions &opt
 Engine::~Engine() { Stop(); }
 
 void Engine::Stop() {
-  endpoint_->Retire();
   if (huge_pages_ != nullptr) {
     huge_pages_->Stop();
   }
@@ -107,8 +106,7 @@ void Engine::Stop() {
   for (const std::shared_ptr<Link> &link : links) {
     link->WaitUntilServed();
   }
-  endpoint_->serving().Stop();
-  endpoint_->streams().Stop();
+  endpoint_->StopServing();
   endpoint_->loop()->Stop();
   links.clear();
   endpoint_->caches()->Clear();
