@@ -170,6 +170,13 @@ TEST_F(TwoEndpoints, LinkCallChecks) {
   EXPECT_EQ(a.LinkLlmClusters({no_local}, rets, 1000), LLM_SUCCESS) << "known from the first link";
 }
 
+TEST_F(TwoEndpoints, PeersThatCanBeAccessedHaveAnIdOfTheirOwn) {
+  Node same(kB);
+  ASSERT_EQ(same.Start(ClientOptions()), LLM_SUCCESS);
+  EXPECT_EQ(same.Link(kB, b_.port()), LLM_PARAM_INVALID);
+  EXPECT_THAT(GetLastErrorText(), HasSubstr("cluster id 2 is the server's own"));
+}
+
 TEST_F(TwoEndpoints, LocalCommResIsJudgedWhenLinking) {
   for (const char *bad : {"mock", "{\"version\":\"9.9\"}", "{}", "{\"version\":\"1.0\"", "[]"}) {
     SCOPED_TRACE(bad);
