@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import difflib
+import importlib.util
 import ipaddress
 import os
 from collections.abc import Mapping
 from typing import Annotated, Literal
 
 import msgspec
+import msgspec.inspect
+import msgspec.structs
 
+from vllm_datadist_connector.protocol.contract import OVERRIDABLE
 from vllm_datadist_connector.protocol.params import MIN_LEASE_S
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -96,6 +100,13 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     verify: Literal["off", "log", "fail"] = "off"
     """After a pull, compare a digest of each block with its owner's: a wrong block is logged, or fails the pull."""
 
+    weights_id: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """What to compare weights by, in place of samples of their files: any text, the same on both ends."""
+
+    may_differ: Annotated[list[str], msgspec.Meta(max_length=256)] = []
+    """D pulls from a P although these differ, at the cost of wrong answers if they matter: `weights`, `model`, and
+    settings of the model as a refusal names them (`a` stands for all of `a.b`)."""
+
     provider: Literal["engine"] = "engine"
     """Implementation of the LLM-DataDist API."""
 
@@ -120,6 +131,11 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
                 raise ConfigError(
                     f"allowed_peers: {entry!r} is neither an IP address nor a network such as '10.0.0.0/16'"
                 ) from None
+        for name in sorted({"kv_cache_dtype", "kv_packing"} & set(self.may_differ)):
+            raise ConfigError(
+                f"may_differ: {name!r} says how bytes of a KV cache are read; allowed: {', '.join(OVERRIDABLE)}, and"
+                " settings of the model such as 'rope_parameters.rope_theta'"
+            )
         if self.lease_limit_s < self.lease_s:
             raise ConfigError(
                 f"lease_limit_s: {self.lease_limit_s} is below lease_s ({self.lease_s}); a lease lasts at least lease_s"
@@ -137,6 +153,23 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
         if address.is_loopback or address == ipaddress.ip_address(self.host):
             return True
         return any(address in ipaddress.ip_network(entry, strict=False) for entry in self.allowed_peers)
+
+
+def check_before_start(extra: Mapping[str, object] | None) -> ConnectorConfig:
+    """What can be told without an engine: minutes later, with a model in memory, it would end the start all the same.
+
+    Raises:
+        ConfigError: as parse_config(); or the key file cannot be read, or the native library is not there.
+    """
+    config = parse_config(extra)
+    if config.auth and not os.access(config.auth, os.R_OK):
+        raise ConfigError(f"auth: {config.auth!r} cannot be read; `vllm-datadist key FILE` makes a key file")
+    if importlib.util.find_spec(f"{__package__}._native") is None:
+        raise ConfigError(
+            f"{__package__} is installed without its native library, {__package__}/_native.*.so: install its wheel, or"
+            " `pip install .` in its repository, which compiles it"
+        )
+    return config
 
 
 def _trust_of_environment() -> dict[str, object]:
@@ -172,6 +205,30 @@ def parse_config(extra: Mapping[str, object] | None) -> ConnectorConfig:
         cause = error.__cause__
         if isinstance(cause, ConfigError):
             raise cause from None
-        field = str(error).rpartition("$.")[2].rstrip("`") if "$." in str(error) else ""
-        value = f" (value {given[field]!r})" if field in given else ""
-        raise ConfigError(f"kv_connector_extra_config: {error}{value}") from None
+        field = str(error).rpartition("$.")[2].rstrip("`").partition("[")[0]
+        if field not in given:
+            raise ConfigError(f"kv_connector_extra_config: {error}") from None
+        raise ConfigError(
+            f"kv_connector_extra_config: {field}: {given[field]!r:.200}, allowed: {_allowed(field)}"
+        ) from None
+
+
+def _allowed(field: str) -> str:
+    """The values that a key may have, in words."""
+    (kind,) = (each.type for each in msgspec.structs.fields(ConnectorConfig) if each.name == field)
+    info = msgspec.inspect.type_info(kind)
+    match info:
+        case msgspec.inspect.LiteralType():
+            return ", ".join(map(repr, info.values))
+        case msgspec.inspect.BoolType():
+            return "true, false"
+        case msgspec.inspect.IntType():
+            return f"whole numbers from {info.ge} to {info.le}"
+        case msgspec.inspect.FloatType():
+            least = f"from {info.ge} to" if info.gt is None else f"above {info.gt} up to"
+            return f"numbers {least} {info.le}"
+        case msgspec.inspect.ListType():
+            return f"a list of at most {info.max_length} texts"
+        case msgspec.inspect.StrType(max_length=most):
+            return f"a text of at most {most} characters" if most is not None else "a text"
+    raise TypeError(f"{field}: {info}")

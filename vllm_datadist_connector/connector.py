@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_datadist_connector import compat
-from vllm_datadist_connector.config import ConfigError, parse_config
+from vllm_datadist_connector.config import ConfigError, check_before_start, parse_config
 from vllm_datadist_connector.metadata import RankHandshake, StepMetadata
 from vllm_datadist_connector.metrics import DataDistPromMetrics, DataDistStats
 
@@ -84,6 +84,8 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        # The one question that vLLM may ask before it starts its processes and loads a model.
+        check_before_start(extra_config)
         return False
 
     @classmethod

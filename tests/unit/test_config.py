@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -35,6 +36,8 @@ DEFAULTS = {
     "auth": "",
     "insecure": False,
     "verify": "off",
+    "weights_id": "",
+    "may_differ": [],
     "provider": "engine",
 }
 
@@ -62,6 +65,8 @@ ALLOWED: dict[str, list[object]] = {
     "auth": ["/run/secrets/datadist"],
     "insecure": [True, False],
     "verify": ["off", "log", "fail"],
+    "weights_id": ["", "release 7"],
+    "may_differ": [[], ["weights", "model", "rope_parameters.rope_theta"]],
     "provider": ["engine"],
 }
 
@@ -89,6 +94,8 @@ REFUSED: dict[str, list[object]] = {
     "auth": [5, None, "x" * 4097],
     "insecure": [1, "true", None],
     "verify": ["on", True, None],
+    "weights_id": [7, None, "x" * 201],
+    "may_differ": ["weights", ["kv_cache_dtype"], ["weights", "kv_packing"], [5], ["x"] * 257],
     "provider": ["cann", ""],
 }
 
@@ -122,6 +129,25 @@ def test_refused_by_name(key: str, value: object) -> None:
 def test_refusal_names_value_and_limits(value: object) -> None:
     with pytest.raises(ConfigError, match=rf"side_channel_port.*{value!r}"):
         parse_config({"side_channel_port": value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("transport", "rdma", "transport: 'rdma', allowed: 'auto', 'cma', 'local', 'tcp'"),
+        ("huge_pages", 1, "huge_pages: 1, allowed: true, false"),
+        ("transfer_threads", 65, "transfer_threads: 65, allowed: whole numbers from 1 to 64"),
+        ("lease_s", "30", "lease_s: '30', allowed: numbers from 1.0 to 3600"),
+        ("peer_ttl_s", 0, "peer_ttl_s: 0, allowed: numbers above 0 up to 86400"),
+        ("allowed_peers", "::1", "allowed_peers: '::1', allowed: a list of at most 256 texts"),
+        ("may_differ", [5], "may_differ: [5], allowed: a list of at most 256 texts"),
+        ("auth", 5, "auth: 5, allowed: a text of at most 4096 characters"),
+        ("host", 5, "host: 5, allowed: a text"),
+    ],
+)
+def test_refusal_lists_what_is_allowed(key: str, value: object, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"^kv_connector_extra_config: {re.escape(told)}$"):
+        parse_config({key: value})
 
 
 def test_unknown_key_gets_the_nearest() -> None:

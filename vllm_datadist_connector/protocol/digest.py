@@ -15,10 +15,10 @@ from collections.abc import Sequence
 from vllm_datadist_connector.protocol.params import BlockIds
 
 
-def prompt_digest(token_ids: Sequence[int], lora_name: str | None = None, mm_hashes: Sequence[str] = ()) -> str:
+def prompt_digest(token_ids: Sequence[int], adapter: str = "", mm_hashes: Sequence[str] = ()) -> str:
     """32 hex digits of token ids, LoRA adapter and multi-modal content hashes (in prompt order)."""
     state = hashlib.blake2b(_words(token_ids), digest_size=16)
-    for part in (lora_name or "", *mm_hashes):
+    for part in (adapter, *mm_hashes):
         encoded = part.encode(errors="surrogatepass")
         state.update(len(encoded).to_bytes(4, "little"))
         state.update(encoded)

@@ -8,6 +8,7 @@ integers may arrive as integral floats or digit strings (protobuf- and string-ba
 from __future__ import annotations
 
 import base64
+import enum
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -31,11 +32,28 @@ Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
 MIN_LEASE_S: Final = 1.0
 """Renewals come several times per lease: a forged ticket with a shorter one would make D flood P."""
+MAX_ADAPTER: Final = 512
 _MAX_ERROR_CHARS: Final = 300
+
+
+FLAGS: Final = ("do_remote_prefill", "do_remote_decode")
+
+
+class Unusable(enum.Enum):
+    """Why params cannot be used."""
+
+    MALFORMED = enum.auto()
+    VERSION = enum.auto()
+    HOST = enum.auto()
+    NOTHING_HELD = enum.auto()
 
 
 class ParamsError(ValueError):
     """kv_transfer_params ask for a remote prefill that cannot be carried out; says which field and why."""
+
+    def __init__(self, text: str, why: Unusable = Unusable.MALFORMED) -> None:
+        super().__init__(text)
+        self.why = why
 
 
 class LeaseTicket(msgspec.Struct, frozen=True, kw_only=True):
@@ -50,6 +68,8 @@ class LeaseTicket(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: Annotated[float, msgspec.Meta(ge=MIN_LEASE_S, le=3600)]
     prompt_digest: Token
     """Of the tokens whose KV P holds, see digest.py: D pulls only for a prompt that begins with them."""
+    adapter: Annotated[str, msgspec.Meta(max_length=MAX_ADAPTER)]
+    """LoRA adapter of the request, see scheduler/adapters.py; empty for none."""
     block_sizes: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=2**24)], ...], msgspec.Meta(max_length=64)]
     """Tokens per block of each of P's KV cache groups; 0 for a group of states, which has one block per request."""
 
@@ -65,6 +85,10 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     remote_num_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
     """Tokens whose KV the blocks hold, from the first one on."""
     ticket: LeaseTicket = msgspec.field(name=EXTRA_KEY)
+
+    def __str__(self) -> str:
+        host = f"[{self.remote_host}]" if ":" in self.remote_host else self.remote_host
+        return f"P's request {self.remote_request_id:.80} at {host}:{self.remote_port}"
 
 
 def wants_remote_prefill(params: object) -> bool:
@@ -127,9 +151,12 @@ def parse_remote_prefill(params: dict[str, Any]) -> RemotePrefill:
     params = _with_ticket(params)
     extra = params[EXTRA_KEY]
     if not isinstance(extra, dict):
+        if params.get("remote_num_tokens") == 0 and isinstance(blocks, (list, tuple)) and not any(blocks):
+            raise ParamsError("P holds nothing of it", Unusable.NOTHING_HELD)
         raise ParamsError(f"no {EXTRA_KEY!r} object: the prefill was not done by a DataDistConnector")
     if extra.get("version") != PROTOCOL_VERSION:
-        raise ParamsError(f"{EXTRA_KEY}.version: P speaks {extra.get('version')!r:.40}, we speak {PROTOCOL_VERSION}")
+        versions = f"P speaks {extra.get('version')!r:.40}, we speak {PROTOCOL_VERSION}"
+        raise ParamsError(f"{EXTRA_KEY}.version: {versions}", Unusable.VERSION)
     try:
         return msgspec.convert(params, RemotePrefill, strict=False)
     except (msgspec.ValidationError, RecursionError) as error:

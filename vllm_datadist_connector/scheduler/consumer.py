@@ -14,30 +14,28 @@ recomputed, and a preempted request end up prefilling here.
 from __future__ import annotations
 
 import enum
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_datadist_connector.kv_groups import KVGroup
-from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.params import (
     ParamsError,
     RemotePrefill,
+    Unusable,
     names_earlier_turn,
     parse_remote_prefill,
     wants_remote_prefill,
 )
-from vllm_datadist_connector.scheduler.identity import digest_of, is_token_prompt
+from vllm_datadist_connector.scheduler.adapters import is_same
+from vllm_datadist_connector.scheduler.identity import adapter_of, digest_of, is_token_prompt
 from vllm_datadist_connector.scheduler.keeper import LeaseKeeper
+from vllm_datadist_connector.scheduler.local_prefills import REASON_OF, LocalPrefills, Reason
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
-
-logger = logging.getLogger(__name__)
-logger.addFilter(OthersWords())
 
 
 class _State(enum.Enum):
@@ -50,9 +48,11 @@ class _Tracked:
     remote: RemotePrefill
     prompt_digest: str
     loadable_tokens: int
+    offered_from: int = 0
+    """The first token that vLLM was offered last: it may take fewer than all that follow."""
     least_tokens: int = 1
     """Fewer than these are not worth a pull."""
-    refusal: str = ""
+    refusal: tuple[Reason, str] | None = None
     """Why nothing of it may be loaded. The request is tracked all the same, because P waits to hear of its lease: vLLM
     announces a request that its API server rejected with a prompt of its own making, only to abort it."""
     state: _State = _State.NEW
@@ -69,6 +69,7 @@ class ConsumerScheduler:
         recompute_threshold: int | None,
         prompt_tail: int = 1,
         ourselves: tuple[Endpoint, str] | None = None,
+        local: LocalPrefills | None = None,
     ) -> None:
         """
         Args:
@@ -76,6 +77,7 @@ class ConsumerScheduler:
                 at once; None: such blocks are not pulled.
             prompt_tail: so many of a prompt's last tokens at least are computed here.
             ourselves: our own side channel and incarnation, where we may be the P of our own requests.
+            local: notes what is prefilled here after all.
         """
         self._groups = groups
         self._prompt_tail = max(1, prompt_tail)
@@ -83,6 +85,7 @@ class ConsumerScheduler:
         self._ourselves = ourselves
         self._allows_peer = allows_peer
         self._recv_deadline_s = recv_deadline_s
+        self._local = local if local is not None else LocalPrefills()
         self._keeper = LeaseKeeper(answer_timeout_s, trust)
         self._requests: dict[str, _Tracked] = {}
         self._pulls: list[PullJob] = []
@@ -99,16 +102,21 @@ class ConsumerScheduler:
             if earlier_turn and self._recompute_threshold is not None:
                 tracked.least_tokens = max(1, self._recompute_threshold)
         except ParamsError as error:
-            logger.warning("request %s is prefilled here: kv_transfer_params: %s", request.request_id, error)
+            self._local.note(request.request_id, REASON_OF[error.why], f"kv_transfer_params: {error}")
             return
         remote = tracked.remote
         if self._keeper.hold(Endpoint(remote.remote_host, remote.remote_port), remote.ticket):
             self._requests[request.request_id] = tracked
+        else:
+            self._local.note(request.request_id, Reason.TOO_MANY, "as many leases are kept alive as can be")
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> int:
-        """Tokens that P can give beyond those computed here. No side effects: vLLM may ask many times."""
+        """Tokens that P can give beyond those computed here. vLLM may ask many times: the last answer counts."""
         tracked = self._requests.get(request.request_id)
-        if tracked is None or tracked.state is not _State.NEW or not self._keeper.holds(tracked.remote.ticket):
+        if tracked is None or tracked.state is not _State.NEW:
+            return 0
+        tracked.offered_from = num_computed_tokens
+        if not self._keeper.holds(tracked.remote.ticket):
             return 0
         count = tracked.loadable_tokens - num_computed_tokens
         return count if count >= tracked.least_tokens else 0
@@ -122,12 +130,14 @@ class ConsumerScheduler:
         if wants_remote_prefill(request.kv_transfer_params) and request.kv_transfer_params is not None:
             request.kv_transfer_params["do_remote_prefill"] = False
         if num_external_tokens <= 0:
-            if tracked.refusal:
-                logger.warning("request %s is prefilled here: %s", request.request_id, tracked.refusal)
+            if tracked.refusal is not None:
+                self._local.note(request.request_id, *tracked.refusal)
+            elif tracked.loadable_tokens > tracked.offered_from and not self._keeper.holds(tracked.remote.ticket):
+                self._local.note(request.request_id, Reason.LEASE_GONE, f"the lease of {tracked.remote} is gone")
             self._forget(request.request_id)
             return
         tracked.state = _State.PULLING
-        first, end = tracked.loadable_tokens - num_external_tokens, tracked.loadable_tokens
+        first, end = tracked.offered_from, tracked.offered_from + num_external_tokens
         remote = tracked.remote
         p = Endpoint(remote.remote_host, remote.remote_port), remote.ticket.incarnation
         grouped = zip(self._groups, tables, strict=True)
@@ -179,7 +189,7 @@ class ConsumerScheduler:
         params = request.kv_transfer_params
         remote = parse_remote_prefill(params if params is not None else {})
         if not self._allows_peer(remote.remote_host):
-            raise ParamsError(f"remote_host: {remote.remote_host!r:.80} is not among allowed_peers")
+            raise ParamsError(f"remote_host: {remote.remote_host!r:.80} is not among allowed_peers", Unusable.HOST)
         loadable = self._loadable(request, remote)
         refusal = self._refusal(request, remote, loadable)
         return _Tracked(remote, remote.ticket.prompt_digest, 0 if refusal else loadable, refusal=refusal)
@@ -194,24 +204,25 @@ class ConsumerScheduler:
         covered = min((len(table) * size for table, size in tables if size), default=remote.remote_num_tokens)
         return min(len(request.prompt_token_ids or ()) - self._prompt_tail, remote.remote_num_tokens, covered)
 
-    def _refusal(self, request: Request, remote: RemotePrefill, loadable: int) -> str:
-        """Why P's blocks would be wrong for this request; empty if they fit."""
+    def _refusal(self, request: Request, remote: RemotePrefill, loadable: int) -> tuple[Reason, str] | None:
+        """Why P's blocks would be wrong for this request; None if they fit."""
         if len(remote.remote_block_ids) != len(remote.ticket.block_sizes):
-            return (
-                f"remote_block_ids: {len(remote.remote_block_ids)} KV cache groups, the lease is for "
-                f"{len(remote.ticket.block_sizes)}"
-            )
+            groups, leased = len(remote.remote_block_ids), len(remote.ticket.block_sizes)
+            return Reason.PARAMS, f"remote_block_ids: {groups} KV cache groups, the lease is for {leased}"
         if not is_token_prompt(request):
-            return "a prompt of embeddings cannot be compared with P's"
-        if remote.ticket.prompt_digest != digest_of(request, remote.remote_num_tokens):
-            return f"the tokens of P's request {remote.remote_request_id!r:.80} are not how this prompt begins"
+            return Reason.PROMPT, "a prompt of embeddings cannot be compared with P's"
+        ours, theirs = adapter_of(request), remote.ticket.adapter
+        if not is_same(ours, theirs):
+            return Reason.ADAPTER, f"LoRA adapter: ours {ours or 'none'}, that of {remote} {theirs or 'none'}"
+        # Of an adapter that only P can read, P's word: the confirmation fails if it is not P's.
+        if remote.ticket.prompt_digest != digest_of(request, remote.remote_num_tokens, theirs):
+            return Reason.PROMPT, f"the tokens of {remote} are not how this prompt begins"
         if any(group.forgets for group in self._groups) and loadable != remote.remote_num_tokens:
             # A state cannot be taken back to an earlier token, nor a window to blocks that it has left.
             have = request.num_prompt_tokens
-            return (
-                f"P's blocks are those after {remote.remote_num_tokens} tokens; of the prompt's {have} {loadable} fit"
-            )
-        return ""
+            fit = f"after {remote.remote_num_tokens} tokens; of the prompt's {have} {loadable} fit"
+            return Reason.PROMPT, f"the blocks of {remote} are those {fit}"
+        return None
 
     def _forget(self, request_id: str) -> None:
         tracked = self._requests.pop(request_id, None)

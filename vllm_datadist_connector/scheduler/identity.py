@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 
 from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.protocol.digest import prompt_digest
+from vllm_datadist_connector.scheduler.adapters import Adapters
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+
+_adapters = Adapters()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +35,15 @@ def is_token_prompt(request: Request) -> bool:
     return bool(request.prompt_token_ids) and request.prompt_embeds is None
 
 
-def digest_of(request: Request, num_tokens: int) -> str:
+def adapter_of(request: Request) -> str:
+    """Identity of the request's LoRA adapter; empty for none."""
+    return _adapters.identity_of(request.lora_request)
+
+
+def digest_of(request: Request, num_tokens: int, adapter: str) -> str:
     """The digest of a vLLM request's first `num_tokens` tokens, generated ones included."""
-    lora = request.lora_request
     return prompt_digest(
         request.all_token_ids[:num_tokens],
-        lora.lora_name if lora is not None else None,
+        adapter,
         [feature.identifier for feature in request.mm_features or () if feature.mm_position.offset < num_tokens],
     )

@@ -18,7 +18,9 @@ class Leases:
         self._incarnation = incarnation
         self._block_sizes = block_sizes
 
-    def grant(self, request_id: str, blocks: BlockIds, prompt_digest: str, lease_s: float) -> LeaseTicket:
+    def grant(
+        self, request_id: str, blocks: BlockIds, prompt_digest: str, lease_s: float, adapter: str = ""
+    ) -> LeaseTicket:
         """Keeps a request's blocks until `lease_s` pass without a renewal."""
         num_blocks = sum(sum(1 for block in group if block) for group in blocks)
         token, generation = self.table.grant(request_id, prompt_digest, blocks_digest(blocks), num_blocks, lease_s)
@@ -29,5 +31,6 @@ class Leases:
             generation=generation,
             lease_s=lease_s,
             prompt_digest=prompt_digest,
+            adapter=adapter,
             block_sizes=self._block_sizes,
         )

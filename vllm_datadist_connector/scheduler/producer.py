@@ -11,7 +11,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.params import build_params
-from vllm_datadist_connector.scheduler.identity import InstanceIdentity, digest_of, is_token_prompt
+from vllm_datadist_connector.scheduler.identity import InstanceIdentity, adapter_of, digest_of, is_token_prompt
 from vllm_datadist_connector.scheduler.leases import Leases
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 from vllm_datadist_connector.side_channel.server import EndedLease, serve
@@ -61,7 +61,9 @@ class ProducerScheduler:
         held = tuple(group.holding(table, num_tokens) for group, table in zip(groups, tables, strict=True))
         ticket = None
         if num_tokens and any(any(group) for group in held):
-            ticket = self._leases.grant(request.request_id, held, digest_of(request, num_tokens), lease_s)
+            adapter = adapter_of(request)
+            digest = digest_of(request, num_tokens, adapter)
+            ticket = self._leases.grant(request.request_id, held, digest, lease_s, adapter=adapter)
         return ticket is not None, build_params(
             engine_id=self._identity.engine_id,
             request_id=request.request_id,

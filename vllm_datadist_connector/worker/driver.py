@@ -19,6 +19,7 @@ from typing import Protocol, TypeVar
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.digest import blocks_digest
 from vllm_datadist_connector.protocol.handshake import RankGeometry
@@ -32,6 +33,7 @@ from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
 from vllm_datadist_connector.worker.transfers import Failure, FinishedPulls, Outbox, Phase, Transfer, TransferTable
 
 logger = logging.getLogger(__name__)
+logger.addFilter(OthersWords())
 T = TypeVar("T")
 
 _PAUSE_AFTER_FAULT_S = 0.1
@@ -86,6 +88,7 @@ class PullDriver:
             link_timeout_s=config.link_timeout_s,
             backoff_s=config.peer_backoff_s,
             ttl_s=config.peer_ttl_s,
+            may_differ=config.may_differ,
         )
         rehearse(ours)
         self._thread = threading.Thread(target=self._run, name="datadist-pull-driver", daemon=True)
@@ -162,7 +165,7 @@ class PullDriver:
             instance = self._instances.meet(job.remote, deadline, job.from_ourselves)
         except Exception:
             # No deadline watches over this request yet: it would wait for ever.
-            logger.exception("request %s: pull failed (internal)", job.request_id)
+            logger.exception("%s: pull failed (internal)", job)
             self._observer.failed(Failure.INTERNAL)
             self._outbox.put(job, failed=True)
             return
@@ -177,7 +180,9 @@ class PullDriver:
     def _pull(self, transfer: Transfer) -> None:
         """Submits one call per pair of caches and rank of P; those of different ranks run side by side."""
         job = transfer.job
-        tokens = TokenRange(job.first_token, job.end_token, job.remote.remote_block_ids, job.local_blocks)
+        remote = job.remote
+        held = remote.remote_num_tokens
+        tokens = TokenRange(job.first_token, job.end_token, remote.remote_block_ids, job.local_blocks, held)
         transfer.phase = Phase.PULLING
         try:
             for peer, geometry in transfer.instance.givers:
@@ -296,7 +301,7 @@ class PullDriver:
         if transfer.failure is None:
             transfer.failure = failure
             self._observer.failed(failure)
-            logger.warning("request %s: pull failed (%s): %s", transfer.job.request_id, failure.value, reason)
+            logger.warning("%s: pull failed (%s): %s", transfer.job, failure.value, reason)
         self._abandon_calls(transfer)
 
     def _abandon_calls(self, transfer: Transfer) -> None:

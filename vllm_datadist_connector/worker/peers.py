@@ -26,7 +26,8 @@ import msgspec
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.log_filter import OthersWords
-from vllm_datadist_connector.protocol.handshake import RankGeometry, decode_geometry, find_mismatches
+from vllm_datadist_connector.protocol.contract import are_weights_comparable, find_mismatches
+from vllm_datadist_connector.protocol.handshake import RankGeometry, decode_geometry
 from vllm_datadist_connector.protocol.params import RemotePrefill
 from vllm_datadist_connector.side_channel.client import ChannelAnswer, ChannelClient, RankDescription, Refused
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
@@ -80,8 +81,10 @@ class InstanceTable:
         link_timeout_s: float,
         backoff_s: float,
         ttl_s: float,
+        may_differ: Collection[str],
     ) -> None:
         self._ours = ours
+        self._may_differ = may_differ
         self._client = client
         self._queue = queue
         self._link_report = link_report
@@ -258,6 +261,11 @@ class InstanceTable:
             return
         peer.geometry = geometry
         if peer.rank == _FIRST:
+            if not are_weights_comparable(self._ours.contract, geometry.contract):
+                weights = (each.contract.weights or "not known" for each in (self._ours, geometry))
+                logger.warning(
+                    "whether %s has our weights is not checked: ours %s, theirs %s", instance.key.endpoint, *weights
+                )
             for rank in sources(self._ours, geometry.tp_size, geometry.pp_size):
                 if rank not in instance.peers:
                     self._greet(instance, rank)
@@ -267,7 +275,7 @@ class InstanceTable:
             self._settle(instance)
 
     def _mismatches(self, instance: Instance, peer: Peer, theirs: RankGeometry) -> list[str]:
-        found = find_mismatches(self._ours, theirs)
+        found = find_mismatches(self._ours.contract, theirs.contract, self._may_differ)
         if (theirs.pp_rank, theirs.tp_rank) != peer.rank:
             found.append(f"(pp, tp) rank: asked for {tuple(peer.rank)}, got {(theirs.pp_rank, theirs.tp_rank)}")
         if not theirs.port:

@@ -14,7 +14,8 @@ from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.metadata import StepMetadata
 from vllm_datadist_connector.metrics import WorkerMeter
-from vllm_datadist_connector.protocol.handshake import MAX_BYTES, LayoutContract, RankGeometry
+from vllm_datadist_connector.protocol.contract import LayoutContract
+from vllm_datadist_connector.protocol.handshake import MAX_BYTES, RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.caches import RegisteredCaches, check
 from vllm_datadist_connector.worker.driver import PullDriver

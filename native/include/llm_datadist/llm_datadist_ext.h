@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "llm_datadist/llm_datadist.h"
 
@@ -78,6 +79,19 @@ struct HugePagesReport {
   uint64_t huge_bytes = 0;  // of these, known to be huge now; what nobody has touched yet is not counted
   double seconds = 0;       // that it took in the background
 };
+
+enum class PeerAccess : uint8_t { kNone, kRead, kReadWrite };
+
+// What peers may do with one cache, never more than OPTION_PEER_ACCESS says.
+struct CacheRights {
+  PeerAccess access = PeerAccess::kReadWrite;
+  std::vector<uint64_t> clusters;  // of which clusters; empty: of whoever is linked
+};
+
+// LlmDataDist::RegisterKvCache with rights; a peer's transfer beyond them fails with LLM_PARAM_INVALID, at the peer.
+LLM_DATADIST_API Status RegisterKvCache(const LlmDataDist &datadist, const CacheDesc &cache_desc,
+                                        const std::vector<uint64_t> &addrs, const CacheRights &rights,
+                                        int64_t &cache_id);
 
 // Returns when all memory that is registered by now has been gone through, or at Finalize. Nobody needs to wait for it.
 LLM_DATADIST_API Status WaitForHugePages(const LlmDataDist &datadist, HugePagesReport &report);

@@ -181,6 +181,20 @@ Status QueryLink(const LlmDataDist &datadist, uint64_t cluster_id, LinkReport &r
   });
 }
 
+Status RegisterKvCache(const LlmDataDist &datadist, const CacheDesc &cache_desc, const std::vector<uint64_t> &addrs,
+                       const CacheRights &rights, int64_t &cache_id) {
+  return LlmDataDistAccess::WithEngine("RegisterKvCache", datadist, [&](Engine &engine) {
+    datadist::Registration registration;
+    registration.rights = rights;
+    const datadist::Result<int64_t> id = engine.RegisterCache(cache_desc, addrs, registration, {});
+    if (!id.ok()) {
+      return id.status();
+    }
+    cache_id = id.value();
+    return EngineStatus::Ok();
+  });
+}
+
 Status WaitForHugePages(const LlmDataDist &datadist, HugePagesReport &report) {
   return LlmDataDistAccess::WithEngine("WaitForHugePages", datadist, [&](Engine &engine) {
     report = engine.WaitForHugePages();

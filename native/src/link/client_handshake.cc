@@ -149,7 +149,7 @@ Status ClientHandshake::LinkToSelf() {
 
 Status ClientHandshake::AgreeOnTransports() {
   const Transports &transports = endpoint_->transports();
-  Result<Route> outgoing = transports.Choose(parts_.peer.transports, parts_.process);
+  Result<Route> outgoing = transports.Choose(parts_.peer.cluster_id, parts_.peer.transports, parts_.process);
   if (!outgoing.ok()) {
     return outgoing.status();
   }
@@ -163,7 +163,8 @@ Status ClientHandshake::AgreeOnTransports() {
   if (!ready.ok()) {
     return ready.status();
   }
-  Result<Route> incoming = transports.Admit(ready.value().transport, parts_.peer.transports, parts_.process);
+  Result<Route> incoming =
+      transports.Admit(parts_.peer.cluster_id, ready.value().transport, parts_.peer.transports, parts_.process);
   if (!incoming.ok()) {
     return incoming.status();
   }

@@ -26,7 +26,7 @@ LocalEndpoint::LocalEndpoint(uint64_t cluster_id, llm_datadist::LlmRole role, Li
       loop_(std::make_shared<EventLoop>()),
       pool_(std::make_shared<WorkerPool>(transfer_threads)),
       serving_(kServingThreads),
-      transports_(options_.transports, TransportHost{regions_, pool_, MaxPeerHold(), options_.tcp_streams},
+      transports_(options_.transports, TransportHost{cluster_id_, regions_, pool_, MaxPeerHold(), options_.tcp_streams},
                   options_.forced_transport) {}
 
 Status LocalEndpoint::Start() {

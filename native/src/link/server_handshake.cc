@@ -161,11 +161,12 @@ Result<std::vector<uint8_t>> ServerHandshake::OnReady(const std::vector<uint8_t>
     return ready.status();
   }
   const Transports &transports = endpoint_->transports();
-  Result<Route> outgoing = transports.Choose(parts_.peer.transports, parts_.process);
+  Result<Route> outgoing = transports.Choose(parts_.peer.cluster_id, parts_.peer.transports, parts_.process);
   if (!outgoing.ok()) {
     return outgoing.status();
   }
-  Result<Route> incoming = transports.Admit(ready.value().transport, parts_.peer.transports, parts_.process);
+  Result<Route> incoming =
+      transports.Admit(parts_.peer.cluster_id, ready.value().transport, parts_.peer.transports, parts_.process);
   if (!incoming.ok()) {
     return incoming.status();
   }
