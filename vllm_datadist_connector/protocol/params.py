@@ -7,6 +7,7 @@ integers may arrive as integral floats or digit strings (protobuf- and string-ba
 
 from __future__ import annotations
 
+import base64
 import enum
 from typing import Annotated, Any, Final
 
@@ -16,6 +17,10 @@ from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 
 EXTRA_KEY: Final = "datadist"
 """The one key of ours in kv_transfer_params."""
+_CARRIED: Final = ":datadist:"
+"""Stands between P's request id and the ticket, once more, in remote_request_id: llm-d's sidecar takes the fields of
+the NIXL flavour from an answer to the conversation's next prompt, and no others."""
+_MAX_REQUEST_ID: Final = 4096
 
 BlockIds = tuple[tuple[int, ...], ...]
 """Block ids per KV cache group, in token order."""
@@ -73,7 +78,7 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     """A prefill that P has done and D may pull."""
 
     remote_engine_id: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
-    remote_request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    remote_request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=_MAX_REQUEST_ID)]
     remote_host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     remote_block_ids: Annotated[tuple[_Group, ...], msgspec.Meta(min_length=1, max_length=64)]
@@ -107,7 +112,30 @@ def names_earlier_turn(params: object) -> bool:
 
 def was_remote_prefill(params: object) -> bool:
     """Whether a request came with a lease as a D request, also after its flag was cleared."""
-    return isinstance(params, dict) and isinstance(params.get(EXTRA_KEY), dict) and not wants_remote_decode(params)
+    if not isinstance(params, dict) or wants_remote_decode(params):
+        return False
+    return isinstance(params[EXTRA_KEY], dict) if EXTRA_KEY in params else bool(_split_request_id(params)[1])
+
+
+def _split_request_id(params: dict[str, Any]) -> tuple[object, str]:
+    """(P's request id, the ticket that it carries or an empty text)."""
+    value = params.get("remote_request_id")
+    if not isinstance(value, str) or _CARRIED not in value:
+        return value, ""
+    request_id, _, carried = value.rpartition(_CARRIED)
+    return request_id, carried
+
+
+def _with_ticket(params: dict[str, Any]) -> dict[str, Any]:
+    """`params` with P's own request id, and the ticket under EXTRA_KEY wherever it was."""
+    request_id, carried = _split_request_id(params)
+    extra = params.get(EXTRA_KEY)
+    if carried and EXTRA_KEY not in params:
+        try:
+            extra = msgspec.json.decode(base64.urlsafe_b64decode(carried))
+        except (ValueError, RecursionError):
+            raise ParamsError("remote_request_id: what it carries is no ticket") from None
+    return {**params, "remote_request_id": request_id, EXTRA_KEY: extra}
 
 
 def parse_remote_prefill(params: dict[str, Any]) -> RemotePrefill:
@@ -120,7 +148,8 @@ def parse_remote_prefill(params: dict[str, Any]) -> RemotePrefill:
     if isinstance(blocks, (list, tuple)) and blocks and not isinstance(blocks[0], (list, tuple)):
         # Older routers and vLLM's own tests send one flat group.
         params = {**params, "remote_block_ids": [blocks]}
-    extra = params.get(EXTRA_KEY)
+    params = _with_ticket(params)
+    extra = params[EXTRA_KEY]
     if not isinstance(extra, dict):
         if params.get("remote_num_tokens") == 0 and isinstance(blocks, (list, tuple)) and not any(blocks):
             raise ParamsError("P holds nothing of it", Unusable.NOTHING_HELD)
@@ -171,4 +200,7 @@ def build_params(
     }
     if ticket is not None:
         params[EXTRA_KEY] = msgspec.to_builtins(ticket)
+        carrying = f"{request_id}{_CARRIED}{base64.urlsafe_b64encode(msgspec.json.encode(ticket)).decode()}"
+        if len(carrying) <= _MAX_REQUEST_ID:
+            params["remote_request_id"] = carrying
     return params

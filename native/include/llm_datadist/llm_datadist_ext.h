@@ -48,7 +48,8 @@ constexpr char OPTION_MAX_DEVICE_BYTES[] = "datadist.MaxDeviceBytes";
 constexpr char OPTION_MAX_HOST_BYTES[] = "datadist.MaxHostBytes";
 
 // Why the last call on this thread failed: "CALL: LLM_PARAM_INVALID (0x5010B005): " and option or field, value, allowed
-// range, peer. Empty after a success. Valid until the thread's next call.
+// range, peer. Empty after a success. Valid until the thread's next call. It is logged as well, at ERROR, at most ten
+// times a second.
 LLM_DATADIST_API const char *GetLastErrorText();
 
 // "LLM_PARAM_INVALID" for 0x5010B005 and so on; "LLM_UNKNOWN" for other values.

@@ -110,7 +110,7 @@ Status ClientHandshake::CheckPeer() const {
   if (ourselves && (parts_.process == nullptr || !parts_.process->IsSelf())) {
     return Status(LLM_LINK_FAILED, "the peer gives itself out as this very endpoint, and is another process");
   }
-  if (peer_id == endpoint_->cluster_id() && !ourselves) {
+  if (!ourselves && !MayBeCalled(*endpoint_, peer_id, target_.comm_name)) {
     return Status(LLM_PARAM_INVALID, "the peer's cluster id " + std::to_string(peer_id) + " is our own");
   }
   return CheckSameAccess(*endpoint_, parts_.peer);

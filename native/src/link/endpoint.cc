@@ -74,4 +74,8 @@ Status CheckSameAccess(const LocalEndpoint &endpoint, const EndpointInfo &peer) 
                     side(peer.remote_accessible, peer.cluster_id) + "; both ends need the same");
 }
 
+bool MayBeCalled(const LocalEndpoint &endpoint, uint64_t cluster_id, const std::string &comm_name) {
+  return cluster_id != endpoint.cluster_id() || (!endpoint.options().remote_accessible && comm_name.empty());
+}
+
 }  // namespace datadist

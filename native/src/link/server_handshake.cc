@@ -88,7 +88,7 @@ Status ServerHandshake::CheckClient(const Hello &hello) const {
   if (Status status = CheckSameAccess(*endpoint_, hello.client); !status.ok()) {
     return status;
   }
-  if (client_id == endpoint_->cluster_id()) {
+  if (!MayBeCalled(*endpoint_, client_id, hello.comm_name)) {
     return Status(LLM_PARAM_INVALID, "cluster id " + std::to_string(client_id) + " is the server's own");
   }
   if (!endpoint_->options().local_comm_res.ok()) {
