@@ -33,7 +33,17 @@ from pd_trio import (
 )
 from serving import Program, free_port
 from support.client import Answer, Request, complete, new_salt, new_session, prompt_tokens
-from support.metrics import BYTES, FAILED, LEASES_ENDED, PREEMPTIONS, PULLING, Change, wait_for, wait_metric
+from support.metrics import (
+    BYTES,
+    FAILED,
+    LEASES_ENDED,
+    LOCAL_PREFILLS,
+    PREEMPTIONS,
+    PULLING,
+    Change,
+    wait_for,
+    wait_metric,
+)
 from support.proxy import DropDecodeError, Interference, Params, PDProxy, proceed
 from support.reference import Reference
 from support.servers import running
@@ -372,6 +382,11 @@ def test_the_side_channel_fails_before_the_confirmation(trio: Trio, reference: R
         asyncio.run(check_recovers(trio, decode, reference))
 
 
+def too_late(change: Change) -> float:
+    """Requests whose lease was gone before or during their pull."""
+    return change.now(FAILED) + change.now(LOCAL_PREFILLS, reason="lease_gone")
+
+
 LEASE_WAVES = int(os.environ.get("DATADIST_LEASE_WAVES", "1"))
 """Of 18 rounds each; more for who starts this by hand: 28 waves take some five minutes."""
 
@@ -398,6 +413,6 @@ def test_leases_end_while_their_blocks_are_read(trio: Trio, reference: Reference
         for request, answer in zip([each for some in requests.values() for each in some], answers, strict=True):
             await reference.check_right_or_failed(request, answer)
         assert all(answer.ok for answer in answers[len(requests[trio.failing]) :])
-        await wait_for("pulls that failed", lambda: sum(each.now(FAILED) for each in changes), bool, 15.0)
+        await wait_for("leases that came too late", lambda: sum(map(too_late, changes)), bool, 15.0)
 
     asyncio.run(scenario())

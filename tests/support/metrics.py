@@ -21,6 +21,7 @@ PULLING = "vllm:datadist_pulling_requests"
 HELD_LEASES = "vllm:datadist_held_leases"
 LEASES_ENDED = "vllm:datadist_leases_ended"
 FAILED = "vllm:datadist_failed_transfers"
+LOCAL_PREFILLS = "vllm:datadist_local_prefills"
 PREEMPTIONS = "vllm:num_preemptions"
 
 T = TypeVar("T")
