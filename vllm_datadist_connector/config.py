@@ -52,6 +52,9 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     lease_s: Annotated[float, msgspec.Meta(ge=MIN_LEASE_S, le=3600)] = 30.0
     """P keeps a finished request's blocks so long after the last sign of life of its D."""
 
+    claim_s: Annotated[float, msgspec.Meta(ge=MIN_LEASE_S, le=3600)] = 10.0
+    """P keeps them only so long, or lease_s if that is less, before it has heard of a D at all."""
+
     lease_limit_s: Seconds = 600.0
     """P ends a lease so long after it was granted, however often it was renewed."""
 

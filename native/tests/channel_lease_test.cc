@@ -12,6 +12,8 @@ namespace datadist {
 namespace {
 
 constexpr LeaseContent kContent{{1}, {2}};
+constexpr LeaseTable::Durations kLasting{std::chrono::minutes(1), std::chrono::minutes(1)};
+constexpr LeaseTable::Durations kShort{std::chrono::milliseconds(10), std::chrono::milliseconds(10)};
 
 // Whoever comes first ends a lease, and it ends once: a second time its blocks would be another request's.
 TEST(LeaseTable, RacingThreadsEndEachLeaseOnce) {
@@ -19,15 +21,16 @@ TEST(LeaseTable, RacingThreadsEndEachLeaseOnce) {
   LeaseTable table(std::chrono::minutes(10));
   std::vector<LeaseTable::Ticket> tickets;
   for (size_t i = 0; i < kLeases; ++i) {
-    tickets.push_back(table.Grant(std::to_string(i), kContent, 1, std::chrono::minutes(1)).value());
+    tickets.push_back(table.Grant(std::to_string(i), kContent, 1, kLasting).value());
   }
   std::vector<std::thread> threads;
   std::atomic<size_t> running{4};
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&] {
       for (const LeaseTable::Ticket &ticket : tickets) {
-        (void)table.Renew({ticket.token});
+        (void)table.Renew({ticket.token}, false);
         (void)table.held();
+        (void)table.Revoke(LeaseTable::Revocable::kAll, std::chrono::seconds(0), 1);
         table.Release({ticket.token});
         EXPECT_EQ(table.Confirm(ticket.token, ticket.generation, kContent), LeaseVerdict::kGone);
       }
@@ -59,7 +62,7 @@ TEST(LeaseTable, ConfirmsNothingWhoseEndWasTold) {
   LeaseTable table(std::chrono::minutes(10),
                    [&now] { return LeaseTable::Clock::time_point(std::chrono::milliseconds(now.load())); });
   for (int round = 0; round < 300; ++round) {
-    const LeaseTable::Ticket ticket = table.Grant("r", kContent, 1, std::chrono::milliseconds(10)).value();
+    const LeaseTable::Ticket ticket = table.Grant("r", kContent, 1, kShort).value();
     std::atomic<bool> told{false};
     std::thread steps([&] {
       now += 10;

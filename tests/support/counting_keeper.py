@@ -14,6 +14,7 @@ class CountingKeeper:
         self.endpoints: list[Endpoint] = []
         self.gone: set[str] = set()
         self.full = False
+        self.pulled: list[str] = []
 
     def hold(self, endpoint: Endpoint, ticket: LeaseTicket) -> bool:
         if self.full:
@@ -24,6 +25,13 @@ class CountingKeeper:
 
     def holds(self, ticket: LeaseTicket) -> bool:
         return ticket.token not in self.gone
+
+    def pulls(self, ticket: LeaseTicket, at_most_s: float) -> None:
+        assert at_most_s > 0
+        self.pulled.append(ticket.token)
+
+    def lose(self, ticket: LeaseTicket) -> None:
+        self.gone.add(ticket.token)
 
     def release(self, ticket: LeaseTicket) -> None:
         self.users[ticket.token] -= 1

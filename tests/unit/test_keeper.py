@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 from support.channels import BareServer
-from support.frames import RELEASE, RELEASED, RENEW, RENEWED, Frame, pack_tokens, unpack_tokens
+from support.frames import RELEASE, RELEASED, RENEW, RENEWED, Frame, pack_tokens, unpack_renewal, unpack_tokens
 from support.pd import LOOPBACK, OTHER_TOKEN, TOKEN, WAIT_S, make_ticket, wait_until
 
 from vllm_datadist_connector.protocol.params import LeaseTicket
@@ -30,6 +30,7 @@ class Producer:
         self._leases = Leases(TOKEN, (16,), 600.0)
         self.table = self._leases.table
         self.seen: list[int] = []
+        self.pulling: dict[str, bool] = {}
         self.deaf_to_releases = 0
         self.ended: list[EndedLease] = []
         self._server = BareServer(self._answer)
@@ -51,9 +52,11 @@ class Producer:
 
     def _answer(self, request: Frame) -> Frame | None:
         self.seen.append(request.kind)
-        tokens = unpack_tokens(request.body)
         if request.kind == RENEW:
-            return Frame(RENEWED, request.seq, pack_tokens(self.table.renew(tokens)))
+            tokens, pulling = unpack_renewal(request.body)
+            self.pulling.update(dict.fromkeys(tokens, pulling))
+            return Frame(RENEWED, request.seq, pack_tokens(self.table.renew(tokens, pulling)))
+        tokens = unpack_tokens(request.body)
         if self.deaf_to_releases:
             self.deaf_to_releases -= 1
             return None
@@ -85,6 +88,29 @@ def test_renews_for_longer_than_the_lease_then_releases(producer: Producer, keep
     assert not keeper.holds(ticket)
     wait_until(producer.has_ended, "the release")
     assert producer.ended == [EndedLease("r", "released")]
+
+
+def test_p_hears_of_a_lease_at_once_and_of_its_pull(producer: Producer, keeper: LeaseKeeper) -> None:
+    """Not when a quarter of the lease has passed: one that nobody has asked for is short."""
+    ticket = msgspec.structs.replace(producer.grant(), lease_s=3600.0)
+    keeper.hold(producer.endpoint, ticket)
+    wait_until(lambda: producer.pulling.get(ticket.token) is False, "the first renewal")
+    keeper.pulls(ticket, 3600.0)
+    wait_until(lambda: producer.pulling[ticket.token], "the news of a pull")
+    keeper.lose(ticket)
+    assert not keeper.holds(ticket)
+    keeper.pulls(ticket, 1.0)
+    keeper.release(ticket)
+    assert producer.count(RELEASE) == 0
+
+
+def test_a_pull_is_told_of_only_so_long(producer: Producer, keeper: LeaseKeeper) -> None:
+    """A D that is paused renews, and makes no progress."""
+    ticket = producer.grant()
+    keeper.hold(producer.endpoint, ticket)
+    keeper.pulls(ticket, 0.3)
+    wait_until(lambda: producer.pulling.get(ticket.token, False), "the news of a pull")
+    wait_until(lambda: not producer.pulling[ticket.token], "a renewal without it")
 
 
 def test_the_last_of_several_users_releases(producer: Producer, keeper: LeaseKeeper) -> None:

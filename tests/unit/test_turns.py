@@ -165,8 +165,8 @@ class TestGrant:
         request = d_request()
         scheduler.on_new_request(request)
         scheduler.after_alloc(request, (TABLE,), len(FIRST_TURN))
-        scheduler.build_step()
-        scheduler.received([request.request_id])
+        scheduler.build_step(0)
+        scheduler.finished([request.request_id], ())
         held, params = scheduler.request_finished(decode(request, ANSWER), (TABLE,))
         assert held
         assert params is not None
@@ -189,8 +189,8 @@ class TestGrant:
         assert p.matched_tokens(next_turn, BLOCK_SIZE) == 0, "fewer than recompute_threshold"
         assert p.matched_tokens(next_turn, 0) == HELD
         p.after_alloc(next_turn, (TABLE,), HELD)
-        assert [job.end_token for job in p.build_step().pulls] == [HELD]
-        p.received([next_turn.request_id])
+        assert [job.end_token for job in p.build_step(0).pulls] == [HELD]
+        p.finished([next_turn.request_id], ())
         held, onward = p.request_finished(finish(next_turn), (TABLE,))
         assert held
         assert onward is not None

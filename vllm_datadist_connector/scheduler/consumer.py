@@ -56,6 +56,7 @@ class _Tracked:
     """Why nothing of it may be loaded. The request is tracked all the same, because P waits to hear of its lease: vLLM
     announces a request that its API server rejected with a prompt of its own making, only to abort it."""
     state: _State = _State.NEW
+    from_ourselves: bool = False
 
 
 class ConsumerScheduler:
@@ -78,6 +79,7 @@ class ConsumerScheduler:
             ourselves: our own side channel and incarnation, where we may be the P of our own requests.
         """
         self._groups = groups
+        self._largest_block = max([1, *(group.block_size for group in groups)])
         self._prompt_tail = max(1, prompt_tail)
         self._recompute_threshold = recompute_threshold
         self._ourselves = ourselves
@@ -88,6 +90,7 @@ class ConsumerScheduler:
         self._pulls: list[PullJob] = []
         self._cancels: list[str] = []
         self._releases = 0
+        self._pulling = 0
 
     def on_new_request(self, request: Request) -> None:
         params = request.kv_transfer_params
@@ -97,7 +100,7 @@ class ConsumerScheduler:
         try:
             tracked = self._track(request)
             if earlier_turn and self._recompute_threshold is not None:
-                tracked.least_tokens = max(1, self._recompute_threshold)
+                tracked.least_tokens = max(tracked.least_tokens, self._recompute_threshold)
         except ParamsError as error:
             logger.warning("request %s is prefilled here: kv_transfer_params: %s", request.request_id, error)
             return
@@ -113,6 +116,18 @@ class ConsumerScheduler:
         count = tracked.loadable_tokens - num_computed_tokens
         return count if count >= tracked.least_tokens else 0
 
+    def waiting_on_ourselves(self) -> list[str]:
+        """Requests that have not begun to pull blocks which we hold for them ourselves, the newest first."""
+        requests = reversed(self._requests.items())
+        return [name for name, each in requests if each.from_ourselves and each.state is _State.NEW]
+
+    def token_of(self, request_id: str) -> str:
+        return self._requests[request_id].remote.ticket.token
+
+    def lose_lease(self, request_id: str) -> None:
+        """It is prefilled here."""
+        self._keeper.lose(self._requests[request_id].remote.ticket)
+
     def after_alloc(self, request: Request, tables: Sequence[Sequence[int]], num_external_tokens: int) -> None:
         """Blocks were allocated. `tables`: the request's whole block table of every KV cache group."""
         tracked = self._requests.get(request.request_id)
@@ -127,19 +142,19 @@ class ConsumerScheduler:
             self._forget(request.request_id)
             return
         tracked.state = _State.PULLING
+        self._pulling += 1
         first, end = tracked.loadable_tokens - num_external_tokens, tracked.loadable_tokens
-        remote = tracked.remote
-        p = Endpoint(remote.remote_host, remote.remote_port), remote.ticket.incarnation
+        self._keeper.pulls(tracked.remote.ticket, self._recv_deadline_s)
         grouped = zip(self._groups, tables, strict=True)
         self._pulls.append(
             PullJob(
                 request_id=request.request_id,
-                remote=remote,
+                remote=tracked.remote,
                 local_blocks=tuple(group.covering(table, first, end) for group, table in grouped),
                 first_token=first,
                 end_token=end,
                 prompt_digest=tracked.prompt_digest,
-                from_ourselves=p == self._ourselves,
+                from_ourselves=tracked.from_ourselves,
                 deadline_s=self._recv_deadline_s,
             )
         )
@@ -170,7 +185,7 @@ class ConsumerScheduler:
         return released
 
     def pulling(self) -> int:
-        return sum(tracked.state is _State.PULLING for tracked in self._requests.values())
+        return self._pulling
 
     def close(self) -> None:
         self._keeper.close()
@@ -182,7 +197,12 @@ class ConsumerScheduler:
             raise ParamsError(f"remote_host: {remote.remote_host!r:.80} is not among allowed_peers")
         loadable = self._loadable(request, remote)
         refusal = self._refusal(request, remote, loadable)
-        return _Tracked(remote, remote.ticket.prompt_digest, 0 if refusal else loadable, refusal=refusal)
+        tracked = _Tracked(remote, remote.ticket.prompt_digest, 0 if refusal else loadable, refusal=refusal)
+        p = Endpoint(remote.remote_host, remote.remote_port), remote.ticket.incarnation
+        if p == self._ourselves:
+            # What our prefix cache has of it needs no second copy: released, the blocks are the request's own.
+            tracked.from_ourselves, tracked.least_tokens = True, self._largest_block
+        return tracked
 
     def _loadable(self, request: Request, remote: RemotePrefill) -> int:
         """Tokens of the prompt, from the first one on, that P's blocks can give and that are worth having.
@@ -217,4 +237,5 @@ class ConsumerScheduler:
         tracked = self._requests.pop(request_id, None)
         if tracked is not None:
             self._releases += 1
+            self._pulling -= tracked.state is _State.PULLING
             self._keeper.release(tracked.remote.ticket)

@@ -1,7 +1,9 @@
 """LeaseKeeper: D's side of leases. Renews them from the arrival of a request until its KV cache is here, then releases.
 
 One thread, independent of the engine's steps: D may sit in a long compilation or an idle loop while P waits for a sign
-of life. Several local requests may share a lease (n > 1): it is released with the last of them.
+of life. It is told at once, because a lease that nobody has asked for is short, and again when a pull begins: one that
+is being pulled is the last that P gives up. Several local requests may share a lease (n > 1): it is released with the
+last of them.
 """
 
 from __future__ import annotations
@@ -34,6 +36,7 @@ class _Kept:
     lease_s: float
     users: int
     next_send: float
+    pulling_until: float = 0.0
     give_up: float = 0.0
     """0 while in use; once released, when retrying the release stops being useful because the lease has run out."""
 
@@ -60,8 +63,7 @@ class LeaseKeeper:
                 return True
             if len(self._kept) >= MAX_HELD:
                 return False
-            interval = ticket.lease_s / _RENEWALS_PER_LEASE
-            self._kept[ticket.token] = _Kept(endpoint, ticket.lease_s, users=1, next_send=now + interval)
+            self._kept[ticket.token] = _Kept(endpoint, ticket.lease_s, users=1, next_send=now)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="datadist-lease-keeper", daemon=True)
                 self._thread.start()
@@ -73,6 +75,21 @@ class LeaseKeeper:
         with self._lock:
             kept = self._kept.get(ticket.token)
             return kept is not None and not kept.give_up
+
+    def pulls(self, ticket: LeaseTicket, at_most_s: float) -> None:
+        """A user of the lease has begun to pull: P is told so, for as long as that can take."""
+        now = time.monotonic()
+        with self._lock:
+            kept = self._kept.get(ticket.token)
+            if kept is None or kept.give_up:
+                return
+            kept.pulling_until = max(kept.pulling_until, now + at_most_s)
+            kept.next_send = now
+        self._wakeup.set()
+
+    def lose(self, ticket: LeaseTicket) -> None:
+        """P, which we are ourselves, has ended the lease."""
+        self._forget_gone((ticket.token,))
 
     def release(self, ticket: LeaseTicket) -> None:
         """Takes one user off a lease; with the last one, P is told that its blocks are free."""
@@ -121,7 +138,7 @@ class LeaseKeeper:
     def _send_due(self, releases_sent: dict[int, tuple[str, ...]]) -> float | None:
         """Sends what is due, batched per endpoint; returns when the next is."""
         now = time.monotonic()
-        renewals: defaultdict[Endpoint, list[str]] = defaultdict(list)
+        renewals: defaultdict[tuple[Endpoint, bool], list[str]] = defaultdict(list)
         releases: defaultdict[Endpoint, list[str]] = defaultdict(list)
         with self._lock:
             for token in [token for token, kept in self._kept.items() if kept.give_up and kept.give_up <= now]:
@@ -133,12 +150,12 @@ class LeaseKeeper:
                     releases[kept.endpoint].append(token)
                     kept.next_send = now + _RELEASE_RETRY_S
                 else:
-                    renewals[kept.endpoint].append(token)
+                    renewals[kept.endpoint, kept.pulling_until > now].append(token)
                     kept.next_send = now + kept.lease_s / _RENEWALS_PER_LEASE
             until = min((kept.next_send for kept in self._kept.values()), default=None)
-        for endpoint, tokens in renewals.items():
+        for (endpoint, pulling), tokens in renewals.items():
             for batch in _batches(tokens):
-                self._client.renew(endpoint, batch, self._answer_timeout_s)
+                self._client.renew(endpoint, batch, self._answer_timeout_s, pulling)
         for endpoint, tokens in releases.items():
             for batch in _batches(tokens):
                 releases_sent[self._client.release(endpoint, batch, self._answer_timeout_s)] = batch
