@@ -133,10 +133,11 @@ def test_renewals_end_at_the_limit(leases: Leases, clock: ManualClock) -> None:
 def test_one_that_is_renewed_does_not_keep_another_alive(leases: Leases, clock: ManualClock) -> None:
     renewed = leases.grant("renewed", BLOCKS, OTHER_TOKEN, LEASE_S)
     left = leases.grant("left", BLOCKS, OTHER_TOKEN, LEASE_S)
-    clock.now += LEASE_S / 2
+    assert leases.table.renew([left.token]) == ()
+    clock.now += CLAIM_S / 2
     assert leases.table.renew([renewed.token, TOKEN]) == (TOKEN,)
-    clock.now += LEASE_S / 2
-    assert leases.table.take_ended() == [EndedLease("left", "unclaimed")]
+    clock.now += LEASE_S - CLAIM_S / 2
+    assert leases.table.take_ended() == [EndedLease("left", "expired")]
     assert "ended" in confirm(leases, left)
     assert confirm(leases, renewed) == ""
     assert leases.table.held() == (1, 3)

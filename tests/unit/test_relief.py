@@ -42,6 +42,11 @@ class Instance:
         self.relief = Relief(self.producer, self.consumer if is_consumer else None, self.clock)
         self.relief.arrived(HEAD)
 
+    def close(self) -> None:
+        for name in ("pulling", "waiting", "first", "last", "head", "other", "pulled"):
+            self.consumer.request_finished(f"d-{name}")
+        self.producer.close()
+
     def hold(self, name: str) -> RemotePrefill:
         request = finish(make_request(PROMPT, TO_P, name))
         held, params = self.producer.request_finished(request, ([1, 2, 3],), 30.0)
@@ -74,7 +79,7 @@ def instance(keeper: CountingKeeper) -> Iterator[Instance]:
     del keeper
     instance = Instance()
     yield instance
-    instance.producer.close()
+    instance.close()
 
 
 def test_own_requests_that_wait_behind_the_head_give_their_blocks(instance: Instance) -> None:
@@ -162,7 +167,7 @@ def test_leases_that_nobody_has_asked_for(
         instance.producer.sent(len(ended))
         assert instance.stall(0.1) == ["8", "9"]
     finally:
-        instance.producer.close()
+        instance.close()
 
 
 def test_a_young_lease_is_not_unclaimed(instance: Instance) -> None:
@@ -183,4 +188,4 @@ def test_leases_of_others_only_where_a_circle_is_possible(
         monkeypatch.setattr(relief_module, "_OTHERS_AFTER_S", 0.0)  # leases are granted by the real clock
         assert instance.stall(1.0) == (["waited for elsewhere"] if is_consumer else [])
     finally:
-        instance.producer.close()
+        instance.close()
