@@ -16,7 +16,8 @@ class CountingKeeper:
         self.full = False
         self.pulled: list[str] = []
 
-    def hold(self, endpoint: Endpoint, ticket: LeaseTicket) -> bool:
+    def hold(self, endpoint: Endpoint, ticket: LeaseTicket, is_news: bool = True) -> bool:
+        del is_news
         if self.full:
             return False
         self.endpoints.append(endpoint)

@@ -105,16 +105,22 @@ class ConsumerScheduler:
             logger.warning("request %s is prefilled here: kv_transfer_params: %s", request.request_id, error)
             return
         remote = tracked.remote
-        if self._keeper.hold(Endpoint(remote.remote_host, remote.remote_port), remote.ticket):
+        if self._keeper.hold(Endpoint(remote.remote_host, remote.remote_port), remote.ticket, not earlier_turn):
             self._requests[request.request_id] = tracked
 
-    def matched_tokens(self, request: Request, num_computed_tokens: int) -> int:
-        """Tokens that P can give beyond those computed here. No side effects: vLLM may ask many times."""
+    def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
+        """Tokens that P can give beyond those computed here; None: P is being asked whether it still can.
+
+        vLLM may ask many times.
+        """
         tracked = self._requests.get(request.request_id)
-        if tracked is None or tracked.state is not _State.NEW or not self._keeper.holds(tracked.remote.ticket):
+        if tracked is None or tracked.state is not _State.NEW:
             return 0
         count = tracked.loadable_tokens - num_computed_tokens
-        return count if count >= tracked.least_tokens else 0
+        if count < tracked.least_tokens:
+            return 0
+        held = self._keeper.holds(tracked.remote.ticket)
+        return None if held is None else count if held else 0
 
     def waiting_on_ourselves(self) -> list[str]:
         """Requests that have not begun to pull blocks which we hold for them ourselves, the newest first."""

@@ -24,6 +24,10 @@ logger = logging.getLogger(__name__)
 _RENEWALS_PER_LEASE = 4
 """Three lost renewals in a row do not cost a lease."""
 
+_NEWS_S = 1.0
+"""What P has said of a lease is true for so long, or nearly: it may need the blocks itself. For its answer D waits no
+longer than that, either."""
+
 _RELEASE_RETRY_S = 1.0
 _PAUSE_AFTER_FAULT_S = 0.1
 MAX_HELD = 1 << 16
@@ -36,6 +40,9 @@ class _Kept:
     lease_s: float
     users: int
     next_send: float
+    heard_of: float
+    """When the renewal was sent that P answered last."""
+    asked_at: float = 0.0
     pulling_until: float = 0.0
     give_up: float = 0.0
     """0 while in use; once released, when retrying the release stops being useful because the lease has run out."""
@@ -53,8 +60,12 @@ class LeaseKeeper:
         self._thread: threading.Thread | None = None
         self._stopping = False
 
-    def hold(self, endpoint: Endpoint, ticket: LeaseTicket) -> bool:
-        """Starts renewing a lease, or adds a user to it. False if there are too many."""
+    def hold(self, endpoint: Endpoint, ticket: LeaseTicket, is_news: bool = True) -> bool:
+        """Starts renewing a lease, or adds a user to it. False if there are too many.
+
+        Args:
+            is_news: P has granted it just now.
+        """
         now = time.monotonic()
         with self._lock:
             kept = self._kept.get(ticket.token)
@@ -63,18 +74,28 @@ class LeaseKeeper:
                 return True
             if len(self._kept) >= MAX_HELD:
                 return False
-            self._kept[ticket.token] = _Kept(endpoint, ticket.lease_s, users=1, next_send=now)
+            heard_of = now if is_news else now - _NEWS_S
+            self._kept[ticket.token] = _Kept(endpoint, ticket.lease_s, users=1, next_send=now, heard_of=heard_of)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="datadist-lease-keeper", daemon=True)
                 self._thread.start()
         self._wakeup.set()
         return True
 
-    def holds(self, ticket: LeaseTicket) -> bool:
-        """False once P has said that the lease is gone: its blocks are not worth a pull."""
+    def holds(self, ticket: LeaseTicket) -> bool | None:
+        """False once P has said that the lease is gone: its blocks are not worth a pull. None: P is being asked."""
+        now = time.monotonic()
         with self._lock:
             kept = self._kept.get(ticket.token)
-            return kept is not None and not kept.give_up
+            if kept is None or kept.give_up:
+                return False
+            if now - kept.heard_of < _NEWS_S:
+                return True
+            if kept.asked_at:
+                return True if now - kept.asked_at >= _NEWS_S else None
+            kept.asked_at = kept.next_send = now
+        self._wakeup.set()
+        return None
 
     def pulls(self, ticket: LeaseTicket, at_most_s: float) -> None:
         """A user of the lease has begun to pull: P is told so, for as long as that can take."""
@@ -116,26 +137,27 @@ class LeaseKeeper:
         self._client.close()
 
     def _run(self) -> None:
-        releases_sent: dict[int, tuple[str, ...]] = {}
+        sent: dict[int, tuple[float, tuple[str, ...]]] = {}
         while not self._stopping:
             try:
-                until = self._send_due(releases_sent)
+                until = self._send_due(sent)
                 if self._wakeup.fileno() in wait_readable([self._wakeup.fileno(), self._client.fileno()], until):
                     self._wakeup.clear()
                 for answer in self._client.take():
-                    released = releases_sent.pop(answer.id, ())
+                    sent_at, tokens = sent.pop(answer.id, (0.0, ()))
                     if answer.response is None:
                         logger.debug("lease keeper: %s", answer.error)
                     elif isinstance(answer.response, Renewed):
                         self._forget_gone(answer.response.gone)
+                        self._hear_of(tokens, sent_at)
                     else:
-                        self._forget(released)
+                        self._forget(tokens)
             except Exception:
                 # Leases must go on being renewed whatever one answer did to us; a fault that stays must not spin.
                 logger.exception("lease keeper: a round failed")
                 time.sleep(_PAUSE_AFTER_FAULT_S)
 
-    def _send_due(self, releases_sent: dict[int, tuple[str, ...]]) -> float | None:
+    def _send_due(self, sent: dict[int, tuple[float, tuple[str, ...]]]) -> float | None:
         """Sends what is due, batched per endpoint; returns when the next is."""
         now = time.monotonic()
         renewals: defaultdict[tuple[Endpoint, bool], list[str]] = defaultdict(list)
@@ -155,11 +177,17 @@ class LeaseKeeper:
             until = min((kept.next_send for kept in self._kept.values()), default=None)
         for (endpoint, pulling), tokens in renewals.items():
             for batch in _batches(tokens):
-                self._client.renew(endpoint, batch, self._answer_timeout_s, pulling)
+                sent[self._client.renew(endpoint, batch, self._answer_timeout_s, pulling)] = now, batch
         for endpoint, tokens in releases.items():
             for batch in _batches(tokens):
-                releases_sent[self._client.release(endpoint, batch, self._answer_timeout_s)] = batch
+                sent[self._client.release(endpoint, batch, self._answer_timeout_s)] = now, batch
         return until
+
+    def _hear_of(self, tokens: tuple[str, ...], sent_at: float) -> None:
+        with self._lock:
+            for token in tokens:
+                if (kept := self._kept.get(token)) is not None:
+                    kept.heard_of, kept.asked_at = sent_at, 0.0
 
     def _forget(self, tokens: tuple[str, ...]) -> None:
         with self._lock:

@@ -76,10 +76,11 @@ class ConnectorScheduler:
         if self._consumer is not None:
             self._consumer.on_new_request(request)
 
-    def matched_tokens(self, request: Request, num_computed_tokens: int) -> int:
-        if self._relief is not None:
+    def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
+        count = self._consumer.matched_tokens(request, num_computed_tokens) if self._consumer is not None else 0
+        if self._relief is not None and count is not None:
             self._relief.asked(request.request_id)
-        return self._consumer.matched_tokens(request, num_computed_tokens) if self._consumer is not None else 0
+        return count
 
     def after_alloc(self, request: Request, tables: Sequence[Sequence[int]], num_external_tokens: int) -> None:
         if self._relief is not None:
