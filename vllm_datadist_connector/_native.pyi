@@ -564,9 +564,7 @@ class ChannelClient:
     ) -> int:
         """Answered by RankDescription or Refused."""
 
-    def renew(
-        self, endpoint: tuple[str, int], tokens: Sequence[str], timeout_s: float, pulling: bool = False
-    ) -> int:
+    def renew(self, endpoint: tuple[str, int], tokens: Sequence[str], timeout_s: float, pulling: bool = False) -> int:
         """Answered by Renewed. At most MAX_LEASES_PER_MESSAGE tokens."""
 
     def release(self, endpoint: tuple[str, int], tokens: Sequence[str], timeout_s: float) -> int:

@@ -87,7 +87,7 @@ def _end_failed_loads(scheduler: Any, invalid_block_ids: set[int]) -> set[str]:
 
 
 def watch_pauses() -> None:
-    """Tells our connectors of vLLM's pauses, by their set_paused(). Idempotent; never raises.
+    """Tells our connectors of vLLM's pauses, by their _set_paused(). Idempotent; never raises.
 
     Symptom: /pause and /sleep wait until no request holds blocks, and a connector that keeps some for a D hears nothing
     of it: an operator waits for leases to run out. Goes when vLLM tells connectors. Without it, that is what happens.
@@ -110,7 +110,7 @@ def watch_pauses() -> None:
         connector = self.connector
         for each in getattr(connector, "_connectors", [connector]):
             if _is_ours(each):
-                each.set_paused(pause_state != type(pause_state).UNPAUSED)
+                each._set_paused(pause_state != type(pause_state).UNPAUSED)
 
     Scheduler.set_pause_state = set_pause_state
 

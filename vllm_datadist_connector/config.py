@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import ipaddress
 import os
 from collections.abc import Mapping
@@ -139,7 +140,13 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             return False
         if address.is_loopback or address == ipaddress.ip_address(self.host):
             return True
-        return any(address in ipaddress.ip_network(entry, strict=False) for entry in self.allowed_peers)
+        return any(address in network for network in _networks(tuple(self.allowed_peers)))
+
+
+@functools.lru_cache(maxsize=16)
+def _networks(entries: tuple[str, ...]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    """Parsed once: every request of a D asks."""
+    return tuple(ipaddress.ip_network(entry, strict=False) for entry in entries)
 
 
 def _trust_of_environment() -> dict[str, object]:

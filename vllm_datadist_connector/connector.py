@@ -109,7 +109,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     # ---- scheduler side ----
 
-    def set_paused(self, paused: bool) -> None:
+    def _set_paused(self, paused: bool) -> None:
         """No hook of vLLM's: compat.watch_pauses() calls it."""
         self._scheduling.set_paused(paused)
 
@@ -216,7 +216,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- both ----
 
     def get_kv_connector_stats(self) -> DataDistStats | None:
-        return self._scheduler.take_stats() if self._scheduler is not None else self._working.meter.take()
+        return self._scheduler.take_stats() if self._scheduler is not None else self._working.take_stats()
 
     def _transferred(self, tables: Sequence[list[int]]) -> list[list[int]]:
         """The block tables of the KV cache groups that cross instances."""

@@ -56,9 +56,7 @@ async def post(url: str, path: str, body: dict[str, Any] | None = None) -> tuple
         return time.monotonic() - began, answer
 
 
-def test_an_instance_that_waits_for_itself(
-    instances: tuple[Program, Program, Program], reference: Reference
-) -> None:
+def test_an_instance_that_waits_for_itself(instances: tuple[Program, Program, Program], reference: Reference) -> None:
     async def scenario() -> None:
         both = instances[0]
         requests = new_requests(16, seed=1000)
@@ -72,9 +70,7 @@ def test_an_instance_that_waits_for_itself(
     asyncio.run(scenario())
 
 
-def test_instances_that_wait_for_each_other(
-    instances: tuple[Program, Program, Program], reference: Reference
-) -> None:
+def test_instances_that_wait_for_each_other(instances: tuple[Program, Program, Program], reference: Reference) -> None:
     async def scenario() -> None:
         one, other, _ = instances
         requests = new_requests(20, seed=2000)

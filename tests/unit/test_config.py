@@ -190,3 +190,13 @@ def test_shipped_configs(path: Path) -> None:
     assert transfer["kv_connector"] == "DataDistConnector"
     assert transfer["kv_role"] in ("kv_producer", "kv_consumer", "kv_both")
     parse_config(transfer.get("kv_connector_extra_config"))
+
+
+def test_networks_are_not_parsed_per_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config({"allowed_peers": [f"10.{index}.0.0/16" for index in range(256)]})
+    assert config.allows_peer("10.255.1.2")
+    parsed: list[object] = []
+    monkeypatch.setattr("ipaddress.ip_network", lambda *values, **_: parsed.append(values))
+    assert config.allows_peer("10.7.1.2")
+    assert not config.allows_peer("11.7.1.2")
+    assert not parsed

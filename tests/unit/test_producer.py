@@ -191,9 +191,7 @@ class TestPause:
         producer.leases.renew([pulled.ticket.token])
         assert producer.take_ended() == (pulled.remote_request_id,)
 
-    def test_a_pull_is_waited_for_so_long(
-        self, producer: ProducerScheduler, monkeypatch: pytest.MonkeyPatch
-    ) -> None:
+    def test_a_pull_is_waited_for_so_long(self, producer: ProducerScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
         """By a D that is paused itself, and will never say that it is done."""
         monkeypatch.setattr(producer_module, "_PULL_GRACE_S", 0.0)
         pulled = hold(producer)
@@ -252,3 +250,20 @@ def test_describe_rank(producer: ProducerScheduler, client: ChannelClient) -> No
     refused = ask(client, producer, "describe_rank", **(good | {"tp_rank": 2}))
     assert isinstance(refused, Refused)
     assert "(0, 2); there are [(0, 0), (0, 1)]" in refused.reason
+
+
+def test_a_large_table_of_several_groups_is_confirmed(client: ChannelClient) -> None:
+    """By its digest: repeated, so many ids are more than a message may have."""
+    groups = tuple(KVGroup(BLOCK_SIZE) for _ in range(4))
+    identity = InstanceIdentity("engine-p", tp_size=1, pp_size=1, dcp_size=1, groups=groups)
+    producer = ProducerScheduler(identity, Endpoint(LOOPBACK, 0), 600.0, Trust())
+    try:
+        length = 65536 * BLOCK_SIZE
+        tables = [list(range(1 + group, 65537 + group)) for group in range(4)]
+        held, params = producer.request_finished(finish(make_request(range(length), TO_P)), tables, LEASE_S)
+        assert held
+        remote = parse_remote_prefill(params)
+        assert producer.held() == (1, 4 * 65536)
+        assert ask(client, producer, "confirm", **confirmation(remote)) == Confirmed(True, "")
+    finally:
+        producer.close()

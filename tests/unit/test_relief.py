@@ -31,7 +31,7 @@ class Instance:
         self.producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), 600.0, Trust())
         self.consumer = ConsumerScheduler(
             GROUPS,
-            allows_peer=lambda host: True,
+            allows_peer=lambda _: True,
             recv_deadline_s=60.0,
             answer_timeout_s=5.0,
             trust=Trust(),

@@ -29,7 +29,8 @@ from vllm_datadist_connector.protocol.params import (
     parse_remote_prefill,
     wants_remote_prefill,
 )
-from vllm_datadist_connector.scheduler.identity import digest_of, is_token_prompt
+from vllm_datadist_connector.scheduler.digests import PromptDigests
+from vllm_datadist_connector.scheduler.identity import is_token_prompt
 from vllm_datadist_connector.scheduler.keeper import LeaseKeeper
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
@@ -52,6 +53,8 @@ class _Tracked:
     loadable_tokens: int
     least_tokens: int = 1
     """Fewer than these are not worth a pull."""
+    is_compared: bool = False
+    """Whether the prompt was found to be P's, which takes time for a long one."""
     refusal: str = ""
     """Why nothing of it may be loaded. The request is tracked all the same, because P waits to hear of its lease: vLLM
     announces a request that its API server rejected with a prompt of its own making, only to abort it."""
@@ -89,6 +92,7 @@ class ConsumerScheduler:
         self._requests: dict[str, _Tracked] = {}
         self._pulls: list[PullJob] = []
         self._cancels: list[str] = []
+        self._digests = PromptDigests()
         self._releases = 0
         self._pulling = 0
 
@@ -105,8 +109,13 @@ class ConsumerScheduler:
             logger.warning("request %s is prefilled here: kv_transfer_params: %s", request.request_id, error)
             return
         remote = tracked.remote
+        self._digests.begin(request, remote.remote_num_tokens)
+        if self._digests.is_ready(request.request_id):
+            self._compare(request, tracked)
         if self._keeper.hold(Endpoint(remote.remote_host, remote.remote_port), remote.ticket, not earlier_turn):
             self._requests[request.request_id] = tracked
+        else:
+            self._digests.forget(request.request_id)
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         """Tokens that P can give beyond those computed here; None: P is being asked whether it still can.
@@ -116,6 +125,8 @@ class ConsumerScheduler:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.state is not _State.NEW:
             return 0
+        if not tracked.is_compared and not self._compare(request, tracked):
+            return None
         count = tracked.loadable_tokens - num_computed_tokens
         if count < tracked.least_tokens:
             return 0
@@ -139,6 +150,7 @@ class ConsumerScheduler:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.state is not _State.NEW:
             return
+        self._digests.forget(request.request_id)
         # The flag is what the rest of vLLM sees of "not loaded yet"; a requeued request must not find it set.
         if wants_remote_prefill(request.kv_transfer_params) and request.kv_transfer_params is not None:
             request.kv_transfer_params["do_remote_prefill"] = False
@@ -195,6 +207,7 @@ class ConsumerScheduler:
 
     def close(self) -> None:
         self._keeper.close()
+        self._digests.close()
 
     def _track(self, request: Request) -> _Tracked:
         params = request.kv_transfer_params
@@ -209,6 +222,20 @@ class ConsumerScheduler:
             # What our prefix cache has of it needs no second copy: released, the blocks are the request's own.
             tracked.from_ourselves, tracked.least_tokens = True, self._largest_block
         return tracked
+
+    def _compare(self, request: Request, tracked: _Tracked) -> bool:
+        """Compares the prompt with P's, whose KV would be another's; False if that takes a while longer."""
+        if not tracked.refusal:
+            if not self._digests.is_ready(request.request_id):
+                return False
+            remote = tracked.remote
+            if remote.ticket.prompt_digest != self._digests.take(request, remote.remote_num_tokens):
+                tracked.loadable_tokens = 0
+                tracked.refusal = (
+                    f"the tokens of P's request {remote.remote_request_id!r:.80} are not how this prompt begins"
+                )
+        tracked.is_compared = True
+        return True
 
     def _loadable(self, request: Request, remote: RemotePrefill) -> int:
         """Tokens of the prompt, from the first one on, that P's blocks can give and that are worth having.
@@ -229,8 +256,6 @@ class ConsumerScheduler:
             )
         if not is_token_prompt(request):
             return "a prompt of embeddings cannot be compared with P's"
-        if remote.ticket.prompt_digest != digest_of(request, remote.remote_num_tokens):
-            return f"the tokens of P's request {remote.remote_request_id!r:.80} are not how this prompt begins"
         if any(group.forgets for group in self._groups) and loadable != remote.remote_num_tokens:
             # A state cannot be taken back to an earlier token, nor a window to blocks that it has left.
             have = request.num_prompt_tokens
@@ -241,6 +266,7 @@ class ConsumerScheduler:
 
     def _forget(self, request_id: str) -> None:
         tracked = self._requests.pop(request_id, None)
+        self._digests.forget(request_id)
         if tracked is not None:
             self._releases += 1
             self._pulling -= tracked.state is _State.PULLING

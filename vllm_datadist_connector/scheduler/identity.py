@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_datadist_connector.kv_groups import KVGroup
-from vllm_datadist_connector.protocol.digest import prompt_digest
+from vllm_datadist_connector.protocol.digest import PromptHash
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -31,11 +31,16 @@ def is_token_prompt(request: Request) -> bool:
     return bool(request.prompt_token_ids) and request.prompt_embeds is None
 
 
-def digest_of(request: Request, num_tokens: int) -> str:
-    """The digest of a vLLM request's first `num_tokens` tokens, generated ones included."""
+def digest_of(request: Request, num_tokens: int, begun: PromptHash | None = None, num_begun: int = 0) -> str:
+    """The digest of a vLLM request's first `num_tokens` tokens, generated ones included.
+
+    Args:
+        begun: of the first `num_begun` of them.
+    """
+    whole = begun.copy() if begun is not None else PromptHash()
+    whole.update(request.all_token_ids[num_begun:num_tokens])
     lora = request.lora_request
-    return prompt_digest(
-        request.all_token_ids[:num_tokens],
+    return whole.hexdigest(
         lora.lora_name if lora is not None else None,
         [feature.identifier for feature in request.mm_features or () if feature.mm_position.offset < num_tokens],
     )

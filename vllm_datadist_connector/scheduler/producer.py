@@ -12,7 +12,8 @@ from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.params import build_params
-from vllm_datadist_connector.scheduler.identity import InstanceIdentity, digest_of, is_token_prompt
+from vllm_datadist_connector.scheduler.digests import PromptDigests
+from vllm_datadist_connector.scheduler.identity import InstanceIdentity, is_token_prompt
 from vllm_datadist_connector.scheduler.leases import Leases
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 from vllm_datadist_connector.side_channel.server import LeaseTable, serve
@@ -45,6 +46,7 @@ class ProducerScheduler:
         block_sizes = tuple(group.block_size for group in identity.groups)
         self._leases = Leases(identity.incarnation, block_sizes, limit_s, claim_s)
         self._ended: Counter[str] = Counter()
+        self._digests = PromptDigests()
         self._returning = 0
         self._paused_at: float | None = None
         self._refused_confirms = 0
@@ -54,6 +56,10 @@ class ProducerScheduler:
     def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
         """Geometry of every worker rank by (pp rank, tp rank), each a RankGeometry in msgpack."""
         self._server.set_geometries(geometries)
+
+    def on_new_request(self, request: Request) -> None:
+        """One whose blocks we may have to hold."""
+        self._digests.begin(request, request.num_prompt_tokens)
 
     def request_finished(
         self, request: Request, tables: Sequence[Sequence[int]], lease_s: float, for_next_turn: bool = False
@@ -66,11 +72,13 @@ class ProducerScheduler:
                 next prompt; otherwise it was prefilled here for a D.
         """
         num_tokens = self._held_tokens(request, for_next_turn)
+        if not num_tokens:
+            self._digests.forget(request.request_id)
         groups = self._identity.groups
         held = tuple(group.holding(table, num_tokens) for group, table in zip(groups, tables, strict=True))
         ticket = None
         if num_tokens and any(any(group) for group in held):
-            digest = digest_of(request, num_tokens)
+            digest = self._digests.take(request, num_tokens)
             ticket = self._leases.grant(request.request_id, held, digest, lease_s, not for_next_turn)
         return ticket is not None, build_params(
             engine_id=self._identity.engine_id,
@@ -131,8 +139,9 @@ class ProducerScheduler:
 
     def take_counts(self) -> tuple[dict[str, int], int]:
         """(leases ended by reason, confirmations refused) since the last call, for the metrics."""
-        by_reason, self._ended = dict(self._ended), Counter()
         self._note_refused()
+        by_reason = dict(self._ended)
+        self._ended.clear()
         refused, self._refused_confirms = self._refused_confirms, 0
         return by_reason, refused
 
@@ -142,6 +151,7 @@ class ProducerScheduler:
 
     def close(self) -> None:
         self._server.close()
+        self._digests.close()
 
     def _note_refused(self) -> None:
         for reason, count in self._leases.table.take_refused().items():

@@ -5,8 +5,8 @@
        ├── leases that nobody has asked for yet
        └── leases of other instances, if we are a D as well: they may be waiting for us
 
-A request that was asked about before, and wants only one block more, is at the head without vLLM's asking again: that we
-take from its not moving.
+A request that was asked about before, and wants only one block more, is at the head without vLLM's asking again: that
+we take from its not moving.
 
 Without it a busy instance that is P and D stands still: the D request that would take the blocks waits for blocks, and
 keeps the lease alive while it waits; so do instances in a circle. A P that is no D leaves alone what a D has asked for:

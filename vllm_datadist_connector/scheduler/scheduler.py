@@ -73,8 +73,14 @@ class ConnectorScheduler:
             self._relief.arrived(request.request_id)
         if self._producer is not None and self._prompt_tail and wants_remote_decode(request.kv_transfer_params):
             compat.drop_prompt_tail(request, self._prompt_tail)
+        if self._producer is not None and self._is_held(request):
+            self._producer.on_new_request(request)
         if self._consumer is not None:
             self._consumer.on_new_request(request)
+
+    def _is_held(self, request: Request) -> bool:
+        params = request.kv_transfer_params
+        return wants_remote_decode(params) or (self._bidirectional and was_remote_prefill(params))
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         count = self._consumer.matched_tokens(request, num_computed_tokens) if self._consumer is not None else 0
@@ -118,15 +124,19 @@ class ConnectorScheduler:
             self._relief.step(num_scheduled_tokens)
         ended = self._producer.take_ended() if self._producer is not None else ()
         pulls, cancels = self._consumer.take_jobs() if self._consumer is not None else ((), ())
-        return StepMetadata(pulls=pulls, cancels=cancels, ended_leases=ended)
+        self._measure()
+        return StepMetadata(pulls=pulls, cancels=cancels, ended_leases=ended, has_stats=self._meter.has_some())
 
     def take_stats(self) -> DataDistStats | None:
+        self._measure()
+        return self._meter.take()
+
+    def _measure(self) -> None:
         if self._producer is not None:
             leases, blocks = self._producer.held()
             self._meter.producer(leases, blocks, *self._producer.take_counts())
         if self._consumer is not None:
             self._meter.consumer(self._consumer.pulling(), self._consumer.take_releases())
-        return self._meter.take()
 
     def close(self) -> None:
         if self._producer is not None:

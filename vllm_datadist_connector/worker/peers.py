@@ -37,6 +37,8 @@ logger = logging.getLogger(__name__)
 logger.addFilter(OthersWords())
 
 MAX_INSTANCES = 1024
+MAX_UNPROVEN = 256
+"""Of those that have not answered as who they are said to be: a client can make up any number of them."""
 MAX_RANKS = 512
 """Of one instance that we would link with: an instance says itself how many it has."""
 
@@ -119,7 +121,8 @@ class InstanceTable:
             instance = None
         if instance is None:
             instance = Instance(key, met_at=now, last_used=now)
-            if len(self._instances) >= MAX_INSTANCES:
+            self._make_room()
+            if len(self._instances) >= MAX_INSTANCES + MAX_UNPROVEN:
                 instance.state, instance.reason = InstanceState.BROKEN, f"more than {MAX_INSTANCES} instances"
                 instance.failed_step = "handshake"
                 return instance
@@ -226,6 +229,15 @@ class InstanceTable:
         if self._links_again:
             wakes.append(self._links_again[0][0])
         return min(wakes, default=None)
+
+    def _make_room(self) -> None:
+        """For one more that is unproven. A real one answers within milliseconds, so the oldest is the least to lose."""
+        unproven = [each for each in self._instances.values() if each.state is not InstanceState.READY]
+        if len(unproven) >= MAX_UNPROVEN:
+            oldest = min(unproven, key=lambda each: (each.state is InstanceState.MEETING, each.met_at))
+            reason = f"{oldest.key.endpoint} has not answered, and too many others are said to be instances"
+            self.broke(oldest, reason, "handshake")
+            del self._instances[oldest.key]
 
     def _know_ourselves(self, instance: Instance) -> None:
         """Every rank has all that it needs itself: nobody to greet, nothing to link."""

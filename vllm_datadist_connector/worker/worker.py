@@ -13,7 +13,7 @@ import msgspec
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.metadata import StepMetadata
-from vllm_datadist_connector.metrics import WorkerMeter
+from vllm_datadist_connector.metrics import DataDistStats, WorkerMeter
 from vllm_datadist_connector.protocol.handshake import MAX_BYTES, LayoutContract, RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.caches import RegisteredCaches, check
@@ -72,6 +72,7 @@ class ConnectorWorker:
         self._driver: PullDriver | None = None
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
+        self._scheduler_has_stats = False
         self._huge_pages: threading.Thread | None = None
 
     def register_kv_caches(self, kv_caches: KVCaches, num_blocks: int) -> None:
@@ -120,6 +121,7 @@ class ConnectorWorker:
 
     def start_step(self, step: StepMetadata) -> None:
         self._sent.update(step.ended_leases)
+        self._scheduler_has_stats = step.has_stats
         if self._driver is None:
             return
         for job in step.pulls:
@@ -138,9 +140,9 @@ class ConnectorWorker:
         self._meter.linked_peers(self._driver.linked_peers())
         return self._driver.take_finished()
 
-    @property
-    def meter(self) -> WorkerMeter:
-        return self._meter
+    def take_stats(self) -> DataDistStats | None:
+        """Empty ones if the scheduler has some: without any of ours vLLM 0.23 would not ask for its."""
+        return self._meter.take() or (DataDistStats() if self._scheduler_has_stats else None)
 
     def close(self) -> None:
         if self._driver is not None:
