@@ -38,5 +38,8 @@ class CountingKeeper:
         self.users[ticket.token] -= 1
         assert self.users[ticket.token] >= 0
 
+    def flush(self) -> None:
+        pass
+
     def close(self) -> None:
         pass

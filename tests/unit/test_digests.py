@@ -20,7 +20,7 @@ LONG = list(range(INLINE_TOKENS + 5000))
 
 
 class Gate:
-    """Hashes on a thread of their own once somebody lets them; on the test's thread as many tokens as they are asked."""
+    """Other threads hash once they are let; what the test's own hashes is counted."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.open = threading.Event()

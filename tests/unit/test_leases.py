@@ -241,7 +241,7 @@ class LeaseModel(RuleBasedStateMachine):
 
     @rule(which=st.sampled_from(["unclaimed", "idle", "all"]), most=st.integers(0, 3))
     def revoke(self, which: Literal["unclaimed", "idle", "all"], most: int) -> None:
-        left_alone = {"unclaimed": lambda x: x.claimed, "idle": lambda x: x.pulling, "all": lambda x: False}[which]
+        left_alone = {"unclaimed": lambda x: x.claimed, "idle": lambda x: x.pulling, "all": lambda _: False}[which]
         chosen = [token for token, lease in self.held.items() if not left_alone(lease)][:most]
         assert self.leases.table.revoke(which, 0.0, most) == len(chosen)
         for token in chosen:

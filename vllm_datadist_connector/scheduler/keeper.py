@@ -29,6 +29,9 @@ _NEWS_S = 1.0
 longer than that, either."""
 
 _RELEASE_RETRY_S = 1.0
+_POLL_S = 0.25
+"""While steps are further apart, or a pause has ended them, nobody wakes the thread."""
+
 _PAUSE_AFTER_FAULT_S = 0.1
 MAX_HELD = 1 << 16
 """Leases kept alive at once; requests beyond it are prefilled locally."""
@@ -59,6 +62,7 @@ class LeaseKeeper:
         self._client = open_client(trust)
         self._thread: threading.Thread | None = None
         self._stopping = False
+        self._has_news = False
 
     def hold(self, endpoint: Endpoint, ticket: LeaseTicket, is_news: bool = True) -> bool:
         """Starts renewing a lease, or adds a user to it. False if there are too many.
@@ -79,8 +83,17 @@ class LeaseKeeper:
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="datadist-lease-keeper", daemon=True)
                 self._thread.start()
-        self._wakeup.set()
+            self._has_news = True
+            is_first = len(self._kept) == 1
+        if is_first:
+            self._wakeup.set()
         return True
+
+    def flush(self) -> None:
+        """Once per step: to wake the thread costs the scheduler thread its turn, so not with each call."""
+        if self._has_news:
+            self._has_news = False
+            self._wakeup.set()
 
     def holds(self, ticket: LeaseTicket) -> bool | None:
         """False once P has said that the lease is gone: its blocks are not worth a pull. None: P is being asked."""
@@ -94,7 +107,7 @@ class LeaseKeeper:
             if kept.asked_at:
                 return True if now - kept.asked_at >= _NEWS_S else None
             kept.asked_at = kept.next_send = now
-        self._wakeup.set()
+            self._has_news = True
         return None
 
     def pulls(self, ticket: LeaseTicket, at_most_s: float) -> None:
@@ -106,7 +119,7 @@ class LeaseKeeper:
                 return
             kept.pulling_until = max(kept.pulling_until, now + at_most_s)
             kept.next_send = now
-        self._wakeup.set()
+            self._has_news = True
 
     def lose(self, ticket: LeaseTicket) -> None:
         """P, which we are ourselves, has ended the lease."""
@@ -124,7 +137,7 @@ class LeaseKeeper:
                 return
             kept.next_send = now
             kept.give_up = now + kept.lease_s
-        self._wakeup.set()
+            self._has_news = True
 
     def close(self) -> None:
         """Stops the thread; leases that are still held run out by themselves."""
@@ -175,6 +188,8 @@ class LeaseKeeper:
                     renewals[kept.endpoint, kept.pulling_until > now].append(token)
                     kept.next_send = now + kept.lease_s / _RENEWALS_PER_LEASE
             until = min((kept.next_send for kept in self._kept.values()), default=None)
+            if until is not None:
+                until = min(until, now + _POLL_S)
         for (endpoint, pulling), tokens in renewals.items():
             for batch in _batches(tokens):
                 sent[self._client.renew(endpoint, batch, self._answer_timeout_s, pulling)] = now, batch
