@@ -4,7 +4,7 @@
     tools/mutants.py [--list] [--only TEXT] [--python PYTHON]
 
 A mutant is one or more edits: a file, an exact text that occurs in it once, and what stands there instead. `suites` are
-run in order until a test fails: a *_test of native/tests, or a file of tests/integration/llm_datadist.
+run in order until a test fails: a *_test of native/tests, a file of tests/integration/llm_datadist, or a path.
 
 Works on a copy of HEAD (a git worktree in a temporary folder) with a build folder of its own, so that a mutant costs
 what it changes. PYTHON needs pytest, hypothesis, numpy, pybind11, cmake and ninja. Run by hand: it takes a while.
@@ -50,6 +50,8 @@ class Edit(NamedTuple):
 
 @dataclass(frozen=True)
 class Mutant:
+    group: str
+    """Its file, without the suffix."""
     name: str
     suites: tuple[str, ...]
     edits: tuple[Edit, ...]
@@ -107,7 +109,8 @@ class Copy:
         if is_native(suite):
             command = [str(self.build / suite), "--gtest_brief=1"]
         else:
-            command = ["pytest", "-q", "-x", "-p", "no:cacheprovider", f"{PYTEST_SUITES}/{suite}"]
+            path = suite if "/" in suite else f"{PYTEST_SUITES}/{suite}"
+            command = ["pytest", "-q", "-x", "-p", "no:cacheprovider", path]
         with self.log.open("wb") as output:
             process = subprocess.Popen(
                 command, cwd=self.tree, env=self.variables(), stdout=output, stderr=output, start_new_session=True
@@ -167,7 +170,7 @@ def read_mutants() -> list[Mutant]:
         group = tomllib.loads(path.read_text(encoding="utf-8"))
         for mutant in group["mutant"]:
             edits = tuple(Edit(group["folder"] + edit["file"], edit["old"], edit["new"]) for edit in mutant["edit"])
-            mutants.append(Mutant(mutant["name"], tuple(mutant.get("suites", group["suites"])), edits))
+            mutants.append(Mutant(path.stem, mutant["name"], tuple(mutant.get("suites", group["suites"])), edits))
     return mutants
 
 
@@ -209,12 +212,14 @@ def main() -> int:
     parser.add_argument(
         "--list", action="store_true", help="name the mutants, check that they fit the sources, and end"
     )
-    parser.add_argument("--only", default="", metavar="TEXT", help="the mutants whose name has this in it")
+    parser.add_argument(
+        "--only", default="", metavar="TEXT", help="the mutants of TEXT.toml, and those whose name has this in it"
+    )
     parser.add_argument(
         "--python", type=Path, default=Path(sys.executable), help="what runs pytest, this one otherwise"
     )
     arguments = parser.parse_args()
-    mutants = [mutant for mutant in read_mutants() if arguments.only in mutant.name]
+    mutants = [each for each in read_mutants() if arguments.only in each.name or arguments.only == each.group]
     if arguments.list:
         print("\n".join([mutant.name for mutant in mutants] + overtaken(mutants, ROOT)))
         return 1 if overtaken(mutants, ROOT) else 0

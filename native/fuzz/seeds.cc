@@ -44,8 +44,7 @@ RemoteCache SomeCache() {
   cache.cache_id = 3;
   cache.generation = 9;
   cache.geometry = CacheGeometry{llm_datadist::CachePlacement::kHost, CacheLayout::kMix, 2, 4, 4, 256, 64};
-  cache.stamp_addr = 77;
-  cache.tensor_addrs = {1 << 12, 1 << 13};
+  cache.blob = Bytes(24, 0x5A);
   return cache;
 }
 
@@ -53,7 +52,7 @@ EndpointInfo SomeEndpoint() {
   EndpointInfo info;
   info.cluster_id = 7;
   info.role = 3;
-  info.tcp_streams = 4;
+  info.transports = {{"cma", {}}, {"tcp", {4, 0}}};
   return info;
 }
 
@@ -67,7 +66,7 @@ std::vector<Bytes> Messages() {
       Encode(Hello{{kProtocolVersion, kProtocolVersion}, SomeEndpoint(), 1234, true, LinkToken{1}, "comm", 5}),
       Encode(Welcome{SomeEndpoint(), {}}),
       Encode(Reject{Status(llm_datadist::LLM_ALREADY_LINK, "why")}),
-      Encode(Ready{TransportKind::kTcp, "no process of this host"}),
+      Encode(Ready{"tcp", "no process of this host"}),
       Encode(Attach{{}, Initiator::kServer, 15, {}}),
       Encode(DescribeRequest{CacheRef::Key(CacheKey{KeyKind::kPrefix, 5, 1})}),
       Encode(info),

@@ -176,6 +176,7 @@ TEST(Auth, ATokenAloneAttachesNothing) {
   hello.versions = {kProtocolVersion, kProtocolVersion};
   hello.client.cluster_id = 1;
   hello.client.role = 1;
+  hello.client.transports = {{"tcp", {1, 0}}};
   hello.remaining_ms = 60000;
   const auto say = [&](MessageType type, const std::vector<uint8_t> &body, MessageType answer) {
     EXPECT_TRUE(SendFrame(control.socket, type, 1, body, Soon()).ok());
@@ -183,7 +184,7 @@ TEST(Auth, ATokenAloneAttachesNothing) {
   };
   const Result<Frame> welcome = say(MessageType::kHello, Encode(hello), MessageType::kWelcome);
   ASSERT_TRUE(welcome.ok()) << welcome.status().text();
-  ASSERT_TRUE(say(MessageType::kReady, Encode(Ready{TransportKind::kTcp, ""}), MessageType::kReady).ok());
+  ASSERT_TRUE(say(MessageType::kReady, Encode(Ready{"tcp", ""}), MessageType::kReady).ok());
   Attach attach{Decode<Welcome>(welcome.value().body).value().token, Initiator::kClient, 0, {}};
   EXPECT_TRUE(Eavesdropper(address).IsTurnedAwayAfter(MessageType::kAttach, Encode(attach)));
   attach.proof = ProofOf(control.streams, attach);

@@ -87,6 +87,12 @@ TEST(PeerProcess, OfAnotherUserIsRefused) {
 
 // ---- generation and process ----
 
+void PutAddress(Blob &blob, size_t place, uint64_t address) {
+  Writer writer;
+  writer.U64(address);
+  std::copy_n(writer.data(), writer.size(), blob.begin() + static_cast<std::ptrdiff_t>(writer.size() * place));
+}
+
 class Cma : public Test {
  protected:
   TransferOp Op(const RemoteCache &remote) { return {&remote, &local_.pin(), 0, 0, 2, {{0, 0, 4 * 64}}}; }
@@ -116,7 +122,7 @@ TEST(PeerProcess, IsNotAnotherUnderTheSamePid) {
   const CacheShape shape{2, 4, 64};
   LocalCache ours(shape, 1);
   LocalCache into(shape, 2);
-  const RemoteCache remote = Described(ours.pin().cache());
+  const RemoteCache remote = Told(ours.pin().cache());
   const pid_t first = ::fork();
   if (first == 0) {
     ::pause();
@@ -155,7 +161,8 @@ TEST_F(Cma, AProcessThatIsGoneIsNotTakenForAnother) {
 
 TEST_F(Cma, StampOfAnotherGenerationIsAMissingCache) {
   RemoteCache stale = remote_;
-  stale.stamp_addr = owner_->AddCache(shape_, 4).stamp_addr;  // another cache's stamp: alive, but not ours
+  const Blob other = owner_->AddCache(shape_, 4).blob;
+  std::copy_n(other.begin(), 8, stale.blob.begin());  // another cache's stamp: alive, but not ours
   EXPECT_EQ(Path()->Pull(Op(stale), Soon()).code(), LLM_KV_CACHE_NOT_EXIST);
 }
 
@@ -167,19 +174,30 @@ TEST(Generations, OfTwoTablesDiffer) {
 
 TEST_F(Cma, UnmappedMemoryIsAFailureInWords) {
   RemoteCache wild = remote_;
-  wild.tensor_addrs.assign(2, 4096);
+  for (const size_t tensor : {0, 1}) {
+    PutAddress(wild.blob, 1 + tensor, 4096);
+  }
   const Status status = Path()->Pull(Op(wild), Soon());
   EXPECT_EQ(status.code(), LLM_FAILED);
   EXPECT_TRUE(Contains(status, "not mapped")) << status.text();
 }
 
-TEST_F(Cma, MissingAddressesAreRefused) {
-  RemoteCache no_addresses = remote_;
-  no_addresses.tensor_addrs.pop_back();
-  EXPECT_EQ(Path()->Pull(Op(no_addresses), Soon()).code(), LLM_FAILED);
+// A blob is as long as the geometry says, or nothing of it is read.
+TEST_F(Cma, AddressesThatDoNotMatchTheGeometryAreRefused) {
+  const size_t whole = remote_.blob.size();
+  ASSERT_EQ(whole, 8 + 8 * shape_.num_tensors);
+  for (const size_t size : {size_t{0}, size_t{7}, size_t{8}, whole - 8, whole - 1, whole + 1, whole + 8, kMaxCacheBlob}) {
+    RemoteCache odd = remote_;
+    odd.blob.resize(size, 0x5A);
+    EXPECT_EQ(Path()->Pull(Op(odd), Soon()).code(), LLM_FAILED) << size;
+  }
+  RemoteCache more_tensors = remote_;
+  more_tensors.geometry.num_tensors = 3;
+  EXPECT_EQ(Path()->Pull(Op(more_tensors), Soon()).code(), LLM_FAILED);
   RemoteCache no_stamp = remote_;
-  no_stamp.stamp_addr = 0;
+  PutAddress(no_stamp.blob, 0, 0);
   EXPECT_EQ(Path()->Pull(Op(no_stamp), Soon()).code(), LLM_FAILED);
+  EXPECT_TRUE(Path()->Pull(Op(remote_), Soon()).ok());
 }
 
 TEST_F(Cma, APushAsksTheOwnerAndNobodyElseWrites) {

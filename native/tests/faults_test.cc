@@ -201,7 +201,7 @@ TEST_F(Faults, MalformedFramesCostOneConnectionEach) {
 
 TEST_F(Faults, VersionMismatchNamesBothVersions) {
   std::vector<uint8_t> hello = GoodHello(9);
-  hello[0] = hello[2] = 7;
+  hello[0] = hello[2] = 90;
   const Fd fd = DialPort(server_.port());
   const Deadline deadline = Deadline::In(milliseconds(5000));
   ASSERT_TRUE(SendFrame(fd.get(), MessageType::kHello, 1, hello, deadline).ok());
@@ -210,7 +210,7 @@ TEST_F(Faults, VersionMismatchNamesBothVersions) {
   const Result<Reject> reject = Decode<Reject>(frame.value().body);
   ASSERT_TRUE(reject.ok());
   EXPECT_EQ(reject.value().status.code(), LLM_LINK_FAILED);
-  EXPECT_THAT(reject.value().status.text(), HasSubstr("7..7"));
+  EXPECT_THAT(reject.value().status.text(), HasSubstr("90..90"));
   EXPECT_THAT(reject.value().status.text(), HasSubstr("server " + std::to_string(kProtocolVersion) + ".."));
 }
 

@@ -156,18 +156,17 @@ EndpointInfo SomeEndpoint() {
   info.cluster_id = ~0ULL - 1;
   info.role = 3;
   info.incarnation.fill(0x11);
-  info.tcp_streams = 16;
+  info.transports = {{"tcp", {16, 0}}, {"other_1", Blob(kMaxOfferBlob, 7)}};
   return info;
 }
 
-CacheInfo SomeCache(uint32_t tensors, size_t addrs) {
+CacheInfo SomeCache(uint32_t tensors, size_t blob_bytes) {
   CacheInfo info;
   RemoteCache &cache = info.target.cache;
   cache.cache_id = 3;
   cache.generation = 9;
   cache.geometry = CacheGeometry{llm_datadist::CachePlacement::kHost, CacheLayout::kMix, tensors, 4, 4, 256, 64};
-  cache.stamp_addr = 77;
-  cache.tensor_addrs.assign(addrs, 0xABCDEF);
+  cache.blob.assign(blob_bytes, 0x5A);
   info.target.has_row = true;
   info.target.row = 3;
   info.target.offset = 200;
@@ -191,7 +190,7 @@ TEST(Messages, AreExact) {
   ExpectExact(Hello{{1, 2}, SomeEndpoint(), 1234, true, LinkToken{1, 2, 3}, "comm"});
   ExpectExact(Welcome{SomeEndpoint(), {}});
   ExpectExact(Reject{Status(llm_datadist::LLM_ALREADY_LINK, "why")});
-  ExpectExact(Ready{TransportKind::kCma, "why"});
+  ExpectExact(Ready{"cma", "why"});
   ExpectExact(Attach{{}, Initiator::kServer, 15});
   ExpectExact(DescribeRequest{CacheRef::Id(-5)});
   ExpectExact(DescribeRequest{CacheRef::Key(CacheKey{KeyKind::kPrefix, ~0ULL, 1})});
@@ -221,7 +220,10 @@ TEST(Messages, ValuesAreReadBack) {
   const RemoteTarget &target = cache.value().target;
   EXPECT_EQ(target.cache.geometry.stride, 64U);
   EXPECT_EQ(target.cache.geometry.batch_size, 4U);
-  EXPECT_EQ(target.cache.tensor_addrs, SomeCache(2, 2).target.cache.tensor_addrs);
+  EXPECT_EQ(target.cache.blob, SomeCache(2, 2).target.cache.blob);
+  ASSERT_EQ(hello.value().client.transports.size(), 2U);
+  EXPECT_EQ(hello.value().client.transports[1].name, "other_1");
+  EXPECT_EQ(hello.value().client.transports[1].blob, Blob(kMaxOfferBlob, 7));
   EXPECT_EQ(target.row, 3U);
   EXPECT_EQ(target.offset, 200U);
   EXPECT_TRUE(target.lasting);
@@ -268,14 +270,24 @@ TEST(Messages, ValuesOutOfRangeAreRefused) {
   info.role = 0;
   EXPECT_FALSE(Decode<Welcome>(Encode(Welcome{info, {}})).ok());
   info = SomeEndpoint();
-  info.tcp_streams = 17;
-  EXPECT_FALSE(Decode<Welcome>(Encode(Welcome{info, {}})).ok());
-  info.tcp_streams = 0;
-  EXPECT_FALSE(Decode<Welcome>(Encode(Welcome{info, {}})).ok());
+  for (const std::vector<TransportOffer> &offers : std::vector<std::vector<TransportOffer>>{
+           {{"tcp", Blob(kMaxOfferBlob + 1)}},
+           {{"tcp", {}}, {"cma", {}}, {"tcp", {}}},
+           {{"", {}}},
+           {{"TCP", {}}},
+           {{"tcp\n", {}}},
+           std::vector<TransportOffer>(kMaxTransports + 1, {"tcp", {}}),
+       }) {
+    info.transports = offers;
+    EXPECT_FALSE(Decode<Welcome>(Encode(Welcome{info, {}})).ok()) << offers.size() << " " << offers[0].name;
+  }
   EXPECT_FALSE(Decode<Reject>(Encode(Reject{Status::Ok()})).ok());
   EXPECT_FALSE(Decode<Attach>(Encode(Attach{{}, Initiator::kServer, 16})).ok());
-  EXPECT_FALSE(Decode<Ready>(Encode(Ready{static_cast<TransportKind>(9), ""})).ok());
-  EXPECT_FALSE(Decode<CacheInfo>(Encode(SomeCache(3, 2))).ok()) << "addresses that do not match the tensors";
+  for (const std::string name : {"", "tcp\n", "t c p", "\xFF"}) {
+    EXPECT_FALSE(Decode<Ready>(Encode(Ready{name, ""})).ok()) << name;
+  }
+  EXPECT_TRUE(Decode<CacheInfo>(Encode(SomeCache(2, kMaxCacheBlob))).ok());
+  EXPECT_FALSE(Decode<CacheInfo>(Encode(SomeCache(2, kMaxCacheBlob + 1))).ok());
   EXPECT_FALSE(Decode<CacheInfo>(Encode(SomeCache(0, 0))).ok());
   const auto refused = [](auto change) {
     CacheInfo changed = SomeCache(2, 2);
@@ -294,7 +306,7 @@ TEST(Messages, ValuesOutOfRangeAreRefused) {
 }
 
 TEST(Messages, TheLargestCacheFitsIntoAFrame) {
-  EXPECT_LE(Encode(SomeCache(65536, 65536)).size(), BodyCap(MessageType::kCacheInfo));
+  EXPECT_LE(Encode(SomeCache(65536, kMaxCacheBlob)).size(), BodyCap(MessageType::kCacheInfo));
 }
 
 }  // namespace

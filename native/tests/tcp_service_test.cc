@@ -52,10 +52,10 @@ Status Send(const Fd &stream, const std::vector<uint8_t> &bytes, size_t size) {
 struct HandmadeLink {
   HandmadeLink(const SocketAddress &address, uint64_t id) : control(address) {
     EndpointInfo info = InfoOf(id);
-    info.tcp_streams = 1;
+    info.transports = OffersWith(1);
     const Result<Welcome> welcome = Decode<Welcome>(control.Greet(info).body);
     EXPECT_TRUE(welcome.ok());
-    control.Say(MessageType::kReady, Encode(Ready{TransportKind::kTcp, ""}), 2);
+    control.Say(MessageType::kReady, Encode(Ready{"tcp", ""}), 2);
     control.Hear(MessageType::kReady);
     served = AttachedStream(address, Attach{welcome.value().token, Initiator::kClient, 0});
     other = AttachedStream(address, Attach{welcome.value().token, Initiator::kServer, 0});
@@ -76,7 +76,7 @@ TEST(Links512, TakeDescriptorsButNoThreadsAndNoMemoryForWhatTheyAnnounce) {
   LinkOptions options = OpenToAll();
   options.heartbeat_interval = std::chrono::minutes(10);  // strangers do not answer
   options.max_links = kLinks + 1;
-  options.forced_transport = TransportKind::kTcp;
+  options.forced_transport = "tcp";
   Member server(1000, options);
   const SocketAddress address = server.Listen();
   constexpr uint64_t kFirst = 16;  // more than there are threads for

@@ -135,7 +135,7 @@ TEST_F(TcpOwner, RefusesWhatIsOutsideTheCache) {
 // The header of another engine, {size, address, opcode}, which that engine dereferenced; and requests of our own form with
 // addresses of the owner for names.
 TEST_F(TcpOwner, Cve2026_103764AddressesAreNoNames) {
-  const uint64_t address = remote_.tensor_addrs.at(0);
+  const uint64_t address = Addresses(remote_).tensor(0);
   for (const uint8_t opcode : {uint8_t{0}, uint8_t{1}, uint8_t{2}}) {
     Writer header;
     header.U64(64);

@@ -105,9 +105,10 @@ TEST_F(TransferQueueTest, StalledOperationsHoldUpNobody) {
 
 TEST_F(TransferQueueTest, NoMoreThanItsThreadsRunWhileTheyAreNotStalled) {
   Start(2);
-  for (uint64_t cluster = 1; cluster <= 3; ++cluster) {
-    Submit(Pull(cluster, cluster), cluster < 3 ? kNoDeadline : kSoon);
-  }
+  Submit(Pull(1, 1), kNoDeadline);
+  Submit(Pull(2, 2), kNoDeadline);
+  provider_->AwaitStarted({1, 2});
+  Submit(Pull(3, 3), kSoon);
   EXPECT_EQ(CollectOne().status, llm_datadist::LLM_TIMEOUT);
   EXPECT_EQ(provider_->order().size(), 2U);
   provider_->Open(1);

@@ -186,7 +186,7 @@ TEST_P(TransportContract, OwnerRefusesRangesOutsideWhateverTheInitiatorBelieves)
   lie.geometry.num_tensors = 4;
   lie.geometry.num_blocks = 1000;
   lie.geometry.tensor_bytes = uint64_t{1} << 62;
-  lie.tensor_addrs.resize(4, lie.tensor_addrs[0]);
+  lie.blob = AddressesOf(LocalCache({4, 4, 64}, 1).pin().cache());  // of the length that belongs to it
   LocalCache local({4, 1000, 64}, 2);
   const TransferOp bad[] = {
       {&lie, &local.pin(), 0, 0, 1, {{0, 0, 4 * 64 + 1}}},

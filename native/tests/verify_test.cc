@@ -5,7 +5,7 @@
 #include <string>
 #include <vector>
 
-#include "link/digests.h"
+#include "memory/digests.h"
 #include "support/chopping_proxy.h"
 #include "support/node.h"
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import random
 import socket
 import time
@@ -371,11 +372,16 @@ def test_the_side_channel_fails_before_the_confirmation(trio: Trio, reference: R
         asyncio.run(check_recovers(trio, decode, reference))
 
 
-def test_leases_end_while_their_blocks_are_read(trio: Trio, reference: Reference) -> None:
+LEASE_WAVES = int(os.environ.get("DATADIST_LEASE_WAVES", "1"))
+"""Of 18 rounds each; more for who starts this by hand: 28 waves take some five minutes."""
+
+
+@pytest.mark.parametrize("wave", range(LEASE_WAVES))
+def test_leases_end_while_their_blocks_are_read(trio: Trio, reference: Reference, wave: int) -> None:
     """All decode legs are sent when the first lease has expired and the others are about to, with P busy: what D reads
     is another request's at any moment from then on."""
-    requests = for_both(trio, 9, seed=9000)
-    others = some_requests(12, seed=9500)
+    requests = for_both(trio, 9, seed=9000 + 1000 * wave)
+    others = some_requests(12, seed=9500 + 1000 * wave)
 
     async def scenario() -> None:
         expired = Change(trio.prefill.url)

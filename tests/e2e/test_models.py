@@ -7,17 +7,19 @@ it answers comes from its prefix cache, and the tests count the tokens that came
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import equality
 import pytest
+from serving import stop
 from support.client import Request, new_salt, prompt_tokens
 from support.metrics import BYTES, EXTERNAL_HITS, FAILED, Change
 from support.proxy import PDProxy
 from support.reference import Reference
-from support.servers import Pair, kv_transfer, make_server, running, spec_of
+from support.servers import Pair, kv_transfer, make_server, spec_of
 
 LENGTHS = (1, 2, 33, 129, 257, 700, 1500)
 
@@ -49,16 +51,68 @@ class Served(NamedTuple):
     reference: Reference
 
 
-@pytest.fixture(scope="module", params=CASES, ids=str)
-def served(request: pytest.FixtureRequest) -> Iterator[Served]:
-    case: Case = request.param
+class Relay:
+    """One pair after another: the next one starts while this one is tested, and the last one ends."""
+
+    def __init__(self, cases: Iterable[Case]) -> None:
+        self._coming = deque((case, make_pair(case)) for case in cases)
+        self._leaving: Pair | None = None
+
+    def start_next(self) -> None:
+        if self._coming:
+            for program in self._coming[0][1].both:
+                program.start()
+
+    def take(self, case: Case) -> Pair:
+        wanted, pair = self._coming.popleft()
+        assert wanted == case
+        for program in pair.both:
+            program.wait_ready()
+        self.start_next()
+        return pair
+
+    def retire(self, pair: Pair) -> None:
+        for program in pair.both:
+            program.ask_to_end()
+        self._see_off()
+        self._leaving = pair
+
+    def _see_off(self) -> None:
+        if self._leaving is not None:
+            stop(*self._leaving.both)
+
+    def close(self) -> None:
+        self._see_off()
+        for _, pair in self._coming:
+            stop(*pair.both)
+
+
+def make_pair(case: Case) -> Pair:
     fail = kv_transfer("decode", {"kv_load_failure_policy": "fail"})
-    pair = Pair(
+    return Pair(
         make_server(spec_of(f"{case}-p", case.kind, kv_transfer("prefill"), tensor_parallel=case.p_tp)),
         make_server(spec_of(f"{case}-d", case.kind, fail, tensor_parallel=case.d_tp)),
     )
-    with running(*pair.both):
-        yield Served(case, pair, Reference(pair.decode.url))
+
+
+@pytest.fixture(scope="module")
+def relay(request: pytest.FixtureRequest) -> Iterator[Relay]:
+    specs = [getattr(item, "callspec", None) for item in request.session.items]
+    relay = Relay(dict.fromkeys(spec.params["served"] for spec in specs if spec and "served" in spec.params))
+    try:
+        relay.start_next()
+        yield relay
+    finally:
+        relay.close()
+
+
+@pytest.fixture(scope="module", params=CASES, ids=str)
+def served(request: pytest.FixtureRequest, relay: Relay) -> Iterator[Served]:
+    pair = relay.take(request.param)
+    try:
+        yield Served(request.param, pair, Reference(pair.decode.url))
+    finally:
+        relay.retire(pair)
 
 
 @pytest.fixture(autouse=True)

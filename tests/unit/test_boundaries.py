@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +62,41 @@ def test_layers(where: str) -> None:
     for path in paths:
         for name in imports_of(path):
             assert not any(name == bad or name.startswith(f"{bad}.") for bad in FORBIDDEN[where]), f"{path}: {name}"
+
+
+NATIVE_LAYERS = {
+    "base": set[str](),
+    "memory": {"base"},
+    "cache": {"base", "memory"},
+    "transfer": {"base", "memory", "cache"},
+    "transport": {"base", "memory"},
+    "control": {"base", "memory", "cache"},
+    "channel": {"base", "control"},
+    "link": {"base", "memory", "cache", "control", "transport"},
+    "comm": {"base", "control", "link"},
+}
+"""What a folder of native/src may include of the others; those above the engine's are free."""
+
+
+@pytest.mark.parametrize("layer", NATIVE_LAYERS)
+def test_native_layers(layer: str) -> None:
+    paths = sorted((ROOT / "native/src" / layer).rglob("*.[ch]*"))
+    assert paths
+    for path in paths:
+        included = re.findall(r'^#include "(\w+)/', path.read_text(), re.MULTILINE)
+        assert set(included) <= NATIVE_LAYERS[layer] | {layer, "llm_datadist"}, path
+
+
+def test_only_the_registry_knows_the_kinds_of_transport() -> None:
+    folders = [path.name for path in (ROOT / "native/src/transport").iterdir() if path.is_dir()]
+    kinds = re.compile(rf'#include "transport/({"|".join(folders)})/')
+    knowing = {
+        str(path.relative_to(ROOT / "native/src"))
+        for path in (ROOT / "native/src").rglob("*.[ch]*")
+        if kinds.search(path.read_text()) and path.parent.name not in folders
+    }
+    assert sorted(folders) == ["cma", "local", "tcp"]
+    assert knowing == {"transport/registry.cc"}
 
 
 @pytest.mark.parametrize(

@@ -88,6 +88,20 @@ Status RecvVec(int fd, iovec *iov, size_t count, Deadline deadline) {
   return Move(fd, iov, count, Direction::kRecv, deadline);
 }
 
+size_t SendWithoutWaiting(int fd, const void *data, size_t size) {
+  size_t sent = 0;
+  while (sent < size) {
+    const ssize_t some =
+        ::send(fd, static_cast<const char *>(data) + sent, size - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
+    if (some >= 0) {
+      sent += static_cast<size_t>(some);
+    } else if (errno != EINTR) {
+      break;
+    }
+  }
+  return sent;
+}
+
 Status WaitReadable(int fd, Deadline deadline) { return WaitFor(fd, POLLIN, Direction::kRecv, deadline); }
 
 }  // namespace datadist

@@ -23,6 +23,9 @@ Status RecvAll(int fd, void *data, size_t size, Deadline deadline);
 Status SendVec(int fd, iovec *iov, size_t count, Deadline deadline);
 Status RecvVec(int fd, iovec *iov, size_t count, Deadline deadline);
 
+// As many of the bytes as the socket takes at once. A broken connection takes none, and says why to who reads from it.
+size_t SendWithoutWaiting(int fd, const void *data, size_t size);
+
 // Waits until the socket has bytes or has ended.
 Status WaitReadable(int fd, Deadline deadline);
 

@@ -63,17 +63,7 @@ void FrameConnection::SendOnLoop(MessageType type, uint32_t seq, const std::vect
 }
 
 void FrameConnection::FlushOnLoop() {
-  size_t sent = 0;
-  while (sent < outbox_.size()) {
-    const ssize_t size = ::send(fd_.get(), outbox_.data() + sent, outbox_.size() - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
-    if (size < 0 && errno == EINTR) {
-      continue;
-    }
-    if (size < 0) {
-      break;
-    }
-    sent += static_cast<size_t>(size);
-  }
+  const size_t sent = SendWithoutWaiting(fd_.get(), outbox_.data(), outbox_.size());
   outbox_.erase(outbox_.begin(), outbox_.begin() + static_cast<std::ptrdiff_t>(sent));
   if (outbox_.empty()) {
     outbox_ = {};  // a large answer is rare, and its memory is not to stay

@@ -139,7 +139,7 @@ void FrontDoor::EvictOnLoop() {
   if (it == visits_.end()) {
     it = std::find_if(visits_.begin(), visits_.end(), of_most);
   }
-  DropOnLoop(it->first, "too many connections that are not links yet");
+  DropOnLoop(it->first, "too many connections at once");
 }
 
 void FrontDoor::SetDeadlineOnLoop(Visit &visit, std::chrono::milliseconds span) {

@@ -6,12 +6,13 @@
 //         <─────────────────────────── WELCOME  who am I; the link's token                     (or REJECT)
 //   READY ───────────────────────────────────>  the transport of the transfers that I initiate
 //         <───────────────────────────── READY  the same of the server                         (or REJECT)
-//   ATTACH on each data connection ──────────>  (tcp only)
+//   ATTACH on each data connection ──────────>  (where a transport wants any)
 //         <────────────────────────── ATTACHED
 //   ESTABLISHED ─────────────────────────────>
 //         <─────────────────────── ESTABLISHED
 //
-// Over TCP an opening by key comes before (opening.h).
+// Over TCP an opening by key comes before (opening.h). Transports are names here, and what they tell one another of an
+// endpoint or a cache are blobs that only they read.
 //
 // From then on either end sends PING, DESCRIBE, PUSH, DIGEST, CONSUME and UNLINK, and the other answers PONG, CACHE_INFO,
 // PUSHED, DIGESTS, CONSUMED and UNLINKED, with the seq of the request. UNLINK is also legal as the first and only message of a fresh
@@ -26,7 +27,7 @@
 
 #include "base/status.h"
 #include "cache/cache_key.h"
-#include "transport/transport.h"
+#include "memory/remote_cache.h"
 
 namespace datadist {
 
@@ -41,8 +42,8 @@ struct EndpointInfo {
   uint64_t cluster_id = 0;
   int32_t role = 0;
   Incarnation incarnation{};
-  uint16_t tcp_streams = 1;
   bool remote_accessible = true;  // both ends of a link must agree
+  std::vector<TransportOffer> transports;
 };
 
 struct VersionRange {
@@ -70,7 +71,7 @@ struct Reject {
 };
 
 struct Ready {
-  TransportKind transport = TransportKind::kTcp;
+  std::string transport;
   std::string reason;
 };
 
@@ -115,9 +116,9 @@ struct Consumed {
   Status status;
 };
 
-// A push over cma: the sender asks the owner to read `runs` out of the sender's memory, because only who writes knows
-// when the writing has ended. `source` is the sender's own cache; a run's remote_offset is in the tensors of `source`,
-// its local_offset in those of the owner's cache.
+// A push of a transport that does not write by itself: the sender asks the owner to read `runs` out of the sender's
+// memory, because only who writes knows when the writing has ended. `source` is the sender's own cache; a run's
+// remote_offset is in the tensors of `source`, its local_offset in those of the owner's cache.
 struct PushRequest {
   int64_t cache_id = 0;
   uint64_t generation = 0;
@@ -129,7 +130,7 @@ struct PushRequest {
   std::vector<Run> runs;
 };
 
-// With the addresses of the largest cache they fit into a frame.
+// With the largest blob of a cache they fit into a frame.
 constexpr size_t kMaxPushRuns = 16384;
 
 struct Pushed {
@@ -138,16 +139,12 @@ struct Pushed {
 
 // What do these bytes of that cache look like to their owner? A range is in each of the tensors.
 struct DigestRequest {
-  struct Range {
-    uint64_t offset = 0;
-    uint64_t length = 0;
-  };
   int64_t cache_id = 0;
   uint64_t generation = 0;
   uint32_t first_tensor = 0;
   uint32_t tensor_count = 0;
   uint32_t remaining_ms = 0;
-  std::vector<Range> ranges;
+  std::vector<Span> ranges;
 };
 
 constexpr size_t kMaxDigestRanges = 16384;

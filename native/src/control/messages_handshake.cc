@@ -10,28 +10,56 @@ namespace datadist {
 namespace {
 
 constexpr size_t kMaxCommName = 127;
-constexpr uint16_t kMaxTcpStreams = 16;
+
+bool IsTransportName(const std::string &name) {
+  return !name.empty() && name.find_first_not_of("abcdefghijklmnopqrstuvwxyz0123456789_") == std::string::npos;
+}
+
+void Put(Writer &writer, const std::vector<TransportOffer> &offers) {
+  writer.U8(static_cast<uint8_t>(offers.size()));
+  for (const TransportOffer &offer : offers) {
+    writer.Text(offer.name, kMaxTransportName);
+    writer.U16(static_cast<uint16_t>(offer.blob.size()));
+    writer.Bytes(offer.blob.data(), offer.blob.size());
+  }
+}
+
+bool Get(Reader &reader, std::vector<TransportOffer> &offers) {
+  const uint8_t count = reader.U8();
+  if (count > kMaxTransports) {
+    return false;
+  }
+  for (uint8_t i = 0; i < count; ++i) {
+    TransportOffer offer;
+    offer.name = reader.Text(kMaxTransportName);
+    const uint16_t size = reader.U16();
+    const bool again = std::any_of(offers.begin(), offers.end(),
+                                   [&](const TransportOffer &other) { return other.name == offer.name; });
+    if (!IsTransportName(offer.name) || again || size > kMaxOfferBlob) {
+      return false;
+    }
+    offer.blob.resize(size);
+    reader.Bytes(offer.blob.data(), size);
+    offers.push_back(std::move(offer));
+  }
+  return reader.ok();
+}
 
 void Put(Writer &writer, const EndpointInfo &info) {
   writer.U64(info.cluster_id);
   writer.I32(info.role);
   Put(writer, info.incarnation);
-  writer.U16(info.tcp_streams);
   writer.U8(info.remote_accessible ? 1 : 0);
+  Put(writer, info.transports);
 }
 
 bool Get(Reader &reader, EndpointInfo &info) {
   info.cluster_id = reader.U64();
   info.role = reader.I32();
   Get(reader, info.incarnation);
-  info.tcp_streams = reader.U16();
   const uint8_t accessible = reader.U8();
   info.remote_accessible = accessible == 1;
-  return reader.ok() && accessible <= 1 && info.role >= 1 && info.role <= 3 && info.tcp_streams >= 1 && info.tcp_streams <= kMaxTcpStreams;
-}
-
-bool IsTransport(uint8_t kind) {
-  return kind >= static_cast<uint8_t>(TransportKind::kLocal) && kind <= static_cast<uint8_t>(TransportKind::kTcp);
+  return Get(reader, info.transports) && accessible <= 1 && info.role >= 1 && info.role <= 3;
 }
 
 }  // namespace
@@ -128,7 +156,7 @@ Result<Reject> Decode(const std::vector<uint8_t> &body) {
 
 std::vector<uint8_t> Encode(const Ready &message) {
   Writer writer;
-  writer.U8(static_cast<uint8_t>(message.transport));
+  writer.Text(message.transport, kMaxTransportName);
   writer.Text(message.reason, kMaxText);
   return writer.Take();
 }
@@ -136,13 +164,12 @@ std::vector<uint8_t> Encode(const Ready &message) {
 template <>
 Result<Ready> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
-  const uint8_t transport = reader.U8();
   Ready message;
+  message.transport = reader.Text(kMaxTransportName);
   message.reason = OneLine(reader.Text(kMaxText));
-  if (!reader.Finished() || !IsTransport(transport)) {
+  if (!reader.Finished() || !IsTransportName(message.transport)) {
     return Malformed("READY");
   }
-  message.transport = static_cast<TransportKind>(transport);
   return message;
 }
 
@@ -165,7 +192,7 @@ Result<Attach> Decode(const std::vector<uint8_t> &body) {
   Get(reader, message.proof);
   const bool known = initiator == static_cast<uint8_t>(Initiator::kClient) ||
                      initiator == static_cast<uint8_t>(Initiator::kServer);
-  if (!reader.Finished() || message.index >= kMaxTcpStreams || !known) {
+  if (!reader.Finished() || message.index >= kMaxDataConnections || !known) {
     return Malformed("ATTACH");
   }
   message.initiator = static_cast<Initiator>(initiator);

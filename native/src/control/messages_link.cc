@@ -13,8 +13,7 @@ using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
 using llm_datadist::LLM_PARAM_INVALID;
 using llm_datadist::LLM_TIMEOUT;
 
-// What fits into the largest frame beside the fixed fields; far above any limit on registrations.
-constexpr uint32_t kMaxTensors = (kMaxFrameBody - 4096) / sizeof(uint64_t);
+static_assert(kMaxCacheBlob + kMaxPushRuns * sizeof(Run) + 4096 <= kMaxFrameBody, "a PUSH may have both");
 
 void Put(Writer &writer, const CacheKey &key) {
   writer.U8(static_cast<uint8_t>(key.kind));
@@ -49,7 +48,7 @@ bool Get(Reader &reader, CacheGeometry &geometry) {
   const uint8_t overlap = reader.U8();
   geometry.tensors_overlap = overlap == 1;
   if (!reader.ok() || overlap > 1 || layout > static_cast<uint8_t>(CacheLayout::kBlocks) || geometry.num_tensors == 0 ||
-      geometry.num_tensors > kMaxTensors || rows == 0) {
+      geometry.num_tensors > kMaxTensorsPerCache || rows == 0) {
     return false;
   }
   geometry.layout = static_cast<CacheLayout>(layout);
@@ -63,29 +62,22 @@ void Put(Writer &writer, const RemoteCache &cache) {
   writer.I64(cache.cache_id);
   writer.U64(cache.generation);
   Put(writer, cache.geometry);
-  writer.U64(cache.stamp_addr);
-  writer.U32(static_cast<uint32_t>(cache.tensor_addrs.size()));
-  for (const uint64_t addr : cache.tensor_addrs) {
-    writer.U64(addr);
-  }
+  writer.U32(static_cast<uint32_t>(cache.blob.size()));
+  writer.Bytes(cache.blob.data(), cache.blob.size());
 }
 
 bool Get(Reader &reader, RemoteCache &cache) {
   cache.cache_id = reader.I64();
   cache.generation = reader.U64();
   const bool geometry_ok = Get(reader, cache.geometry);
-  cache.stamp_addr = reader.U64();
-  const uint32_t addr_count = reader.U32();
-  // Both counts decide how much is allocated and copied; compare them with what is really there first.
-  if (!geometry_ok || !reader.ok() || (addr_count != 0 && addr_count != cache.geometry.num_tensors) ||
-      addr_count > reader.remaining() / sizeof(uint64_t)) {
+  const uint32_t size = reader.U32();
+  // It decides how much is allocated and copied; compare it with what is really there first.
+  if (!geometry_ok || !reader.ok() || size > kMaxCacheBlob || size > reader.remaining()) {
     return false;
   }
-  cache.tensor_addrs.resize(addr_count);
-  for (uint64_t &addr : cache.tensor_addrs) {
-    addr = reader.U64();
-  }
-  return reader.ok();
+  cache.blob.resize(size);
+  reader.Bytes(cache.blob.data(), size);
+  return true;
 }
 
 void Put(Writer &writer, const RemoteTarget &target) {
@@ -270,7 +262,7 @@ std::vector<uint8_t> Encode(const DigestRequest &message) {
   writer.U32(message.tensor_count);
   writer.U32(message.remaining_ms);
   writer.U32(static_cast<uint32_t>(message.ranges.size()));
-  for (const DigestRequest::Range &range : message.ranges) {
+  for (const Span &range : message.ranges) {
     writer.U64(range.offset);
     writer.U64(range.length);
   }
@@ -287,11 +279,11 @@ Result<DigestRequest> Decode(const std::vector<uint8_t> &body) {
   message.tensor_count = reader.U32();
   message.remaining_ms = reader.U32();
   const uint32_t ranges = reader.U32();
-  if (!reader.ok() || ranges > kMaxDigestRanges || ranges > reader.remaining() / sizeof(DigestRequest::Range)) {
+  if (!reader.ok() || ranges > kMaxDigestRanges || ranges > reader.remaining() / sizeof(Span)) {
     return Malformed("DIGEST");
   }
   message.ranges.resize(ranges);
-  for (DigestRequest::Range &range : message.ranges) {
+  for (Span &range : message.ranges) {
     range.offset = reader.U64();
     range.length = reader.U64();
   }

@@ -113,17 +113,7 @@ void Session::Send(MessageType type, uint32_t seq, const std::vector<uint8_t> &b
 // Straight from the caller's thread: a hand-over to the loop would cost every request a wake-up more. What the socket
 // does not take waits for the loop.
 void Session::FlushLocked() {
-  size_t sent = 0;
-  while (sent < outbox_.size()) {
-    const ssize_t size = ::send(fd_.get(), outbox_.data() + sent, outbox_.size() - sent, MSG_NOSIGNAL | MSG_DONTWAIT);
-    if (size < 0 && errno == EINTR) {
-      continue;
-    }
-    if (size < 0) {
-      break;  // a broken connection is noticed, with its reason, by the read that the loop makes of it
-    }
-    sent += static_cast<size_t>(size);
-  }
+  const size_t sent = SendWithoutWaiting(fd_.get(), outbox_.data(), outbox_.size());
   outbox_.erase(outbox_.begin(), outbox_.begin() + static_cast<std::ptrdiff_t>(sent));
   const bool want = !outbox_.empty();
   if (want != want_writable_) {

@@ -86,7 +86,6 @@ Engine::Engine(std::shared_ptr<LocalEndpoint> endpoint, const EngineOptions &opt
 Engine::~Engine() { Stop(); }
 
 void Engine::Stop() {
-  endpoint_->Retire();
   if (huge_pages_ != nullptr) {
     huge_pages_->Stop();
   }
@@ -99,8 +98,7 @@ void Engine::Stop() {
   for (const std::shared_ptr<Link> &link : links) {
     link->WaitUntilServed();
   }
-  endpoint_->serving().Stop();
-  endpoint_->streams().Stop();
+  endpoint_->StopServing();
   endpoint_->loop()->Stop();
   links.clear();
   endpoint_->caches()->Clear();

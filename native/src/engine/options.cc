@@ -69,18 +69,20 @@ Status ReadMillis(const OptionMap &map, const char *key, uint64_t lowest, uint64
   return status;
 }
 
-Status ReadTransport(const OptionMap &map, std::optional<TransportKind> &out) {
+Status ReadTransport(const OptionMap &map, std::string &out) {
   const auto value = Find(map, llm_datadist::OPTION_TRANSPORT);
   if (!value.has_value() || *value == "auto") {
     return Status::Ok();
   }
-  for (const TransportKind kind : {TransportKind::kLocal, TransportKind::kCma, TransportKind::kTcp}) {
-    if (*value == TransportName(kind)) {
-      out = kind;
+  std::string allowed = "'auto'";
+  for (const TransportEntry &transport : BuiltInTransports()) {
+    if (*value == transport.name) {
+      out = *value;
       return Status::Ok();
     }
+    allowed += ", '" + transport.name + "'";
   }
-  return InvalidOption(llm_datadist::OPTION_TRANSPORT, *value, "'auto', 'local', 'cma', 'tcp'");
+  return InvalidOption(llm_datadist::OPTION_TRANSPORT, *value, allowed);
 }
 
 Status ReadPeerAccess(const OptionMap &map, PeerAccess &out) {

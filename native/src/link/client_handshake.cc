@@ -31,7 +31,7 @@ class ClientHandshake {
   Status MeetPeer();
   Status LinkToSelf();
   Status AgreeOnTransports();
-  Status AttachStreams(Initiator initiator, uint16_t count, std::vector<Fd> &streams);
+  Status AttachStreams(Initiator initiator, const Route &route, std::vector<Fd> &streams);
   Status Finish();
   Result<Frame> Exchange(FrameSocket &socket, MessageType request, const std::vector<uint8_t> &body, MessageType answer);
 
@@ -148,14 +148,14 @@ Status ClientHandshake::LinkToSelf() {
 }
 
 Status ClientHandshake::AgreeOnTransports() {
-  Result<TransportChoice> choice = ChooseTransport(endpoint_->options(), parts_.peer, parts_.process.get());
-  if (!choice.ok()) {
-    return choice.status();
+  const Transports &transports = endpoint_->transports();
+  Result<Route> outgoing = transports.Choose(parts_.peer.transports, parts_.process);
+  if (!outgoing.ok()) {
+    return outgoing.status();
   }
-  parts_.outgoing = std::move(choice).value();
-  const Result<Frame> frame =
-      Exchange(parts_.control, MessageType::kReady, Encode(Ready{parts_.outgoing.kind, parts_.outgoing.reason}),
-               MessageType::kReady);
+  parts_.outgoing = std::move(outgoing).value();
+  const Result<Frame> frame = Exchange(parts_.control, MessageType::kReady,
+                                       Encode(Ready{parts_.outgoing.name, parts_.outgoing.reason}), MessageType::kReady);
   if (!frame.ok()) {
     return frame.status();
   }
@@ -163,24 +163,17 @@ Status ClientHandshake::AgreeOnTransports() {
   if (!ready.ok()) {
     return ready.status();
   }
-  parts_.incoming = ready.value().transport;
-  if (Status status = CheckIncoming(parts_.incoming, parts_.process.get()); !status.ok()) {
-    return status;
+  Result<Route> incoming = transports.Admit(ready.value().transport, parts_.peer.transports, parts_.process);
+  if (!incoming.ok()) {
+    return incoming.status();
   }
-  if (parts_.outgoing.kind == TransportKind::kTcp) {
-    if (Status status = AttachStreams(Initiator::kClient, endpoint_->StreamsWith(parts_.peer), parts_.outgoing_streams);
-        !status.ok()) {
-      return status;
-    }
-  }
-  if (parts_.incoming == TransportKind::kTcp) {
-    return AttachStreams(Initiator::kServer, endpoint_->StreamsWith(parts_.peer), parts_.incoming_streams);
-  }
-  return Status::Ok();
+  parts_.incoming = std::move(incoming).value();
+  Status attached = AttachStreams(Initiator::kClient, parts_.outgoing, parts_.outgoing_streams);
+  return attached.ok() ? AttachStreams(Initiator::kServer, parts_.incoming, parts_.incoming_streams) : attached;
 }
 
-Status ClientHandshake::AttachStreams(Initiator initiator, uint16_t count, std::vector<Fd> &streams) {
-  for (uint16_t index = 0; index < count; ++index) {
+Status ClientHandshake::AttachStreams(Initiator initiator, const Route &route, std::vector<Fd> &streams) {
+  for (uint16_t index = 0; index < route.transport->Connections(route.peer); ++index) {
     Result<Fd> dialled = DialTcp(target_.address, deadline_);
     if (!dialled.ok()) {
       return dialled.status();

@@ -1,46 +1,18 @@
 #include "link/endpoint.h"
 
-#include <unistd.h>
-
 #include <algorithm>
-#include <map>
-#include <mutex>
-#include <thread>
 #include <utility>
 
 #include "base/random.h"
-#include "link/digests.h"
-#include "llm_datadist/llm_datadist_ext.h"
+#include "memory/digests.h"
 
 namespace datadist {
 namespace {
-
-using llm_datadist::LLM_LINK_FAILED;
 
 // Longer than any sensible transfer of one layer, short enough for a Finalize that waits for a peer that went silent.
 constexpr std::chrono::milliseconds kMaxPeerHold{30000};
 // Peers' pushes at a time; more wait for one another.
 constexpr size_t kServingThreads = 4;
-
-// For the data connections of all links. A thread copies several GB/s, more than most networks carry.
-size_t DataThreads() { return std::clamp<size_t>(std::thread::hardware_concurrency(), 2, 8); }
-
-// The live endpoints of this process. A child made by fork() has a copy of its parent's entries, whose memory is not
-// the parent's any more: hence the pid.
-struct Registry {
-  struct Entry {
-    std::weak_ptr<RegionTable> regions;
-    pid_t pid;
-  };
-  std::mutex mutex;
-  std::map<Incarnation, Entry> entries;  // guarded by mutex
-};
-
-// Never destroyed: an endpoint may be finalized by a static object's destructor, after ours would have run.
-Registry &TheRegistry() {
-  static auto *registry = new Registry;
-  return *registry;
-}
 
 }  // namespace
 
@@ -54,9 +26,8 @@ LocalEndpoint::LocalEndpoint(uint64_t cluster_id, llm_datadist::LlmRole role, Li
       loop_(std::make_shared<EventLoop>()),
       pool_(std::make_shared<WorkerPool>(transfer_threads)),
       serving_(kServingThreads),
-      streams_(DataThreads()) {}
-
-LocalEndpoint::~LocalEndpoint() { Retire(); }
+      transports_(options_.transports, TransportHost{regions_, pool_, MaxPeerHold(), options_.tcp_streams},
+                  options_.forced_transport) {}
 
 Status LocalEndpoint::Start() {
   const Result<Incarnation> incarnation = RandomBytes();
@@ -64,25 +35,16 @@ Status LocalEndpoint::Start() {
     return incarnation.status();
   }
   incarnation_ = incarnation.value();
-  if (!options_.forced_transport.has_value() || *options_.forced_transport == TransportKind::kCma) {
-    AllowCmaFromPeers();
-  }
+  transports_.Start();
   if (Status status = options_.verify == Verify::kOff ? Status::Ok() : CheckDetector(); !status.ok()) {
     return status;
   }
-  if (Status status = loop_->Start(); !status.ok()) {
-    return status;
-  }
-  Registry &registry = TheRegistry();
-  const std::lock_guard<std::mutex> lock(registry.mutex);
-  registry.entries[incarnation_] = Registry::Entry{regions_, ::getpid()};
-  return Status::Ok();
+  return loop_->Start();
 }
 
-void LocalEndpoint::Retire() {
-  Registry &registry = TheRegistry();
-  const std::lock_guard<std::mutex> lock(registry.mutex);
-  registry.entries.erase(incarnation_);
+void LocalEndpoint::StopServing() {
+  serving_.Stop();
+  transports_.Stop();
 }
 
 std::chrono::milliseconds LocalEndpoint::MaxPeerHold() const {
@@ -94,17 +56,9 @@ EndpointInfo LocalEndpoint::Info() const {
   info.cluster_id = cluster_id_;
   info.role = static_cast<int32_t>(role_.load());
   info.incarnation = incarnation_;
-  info.tcp_streams = options_.tcp_streams;
   info.remote_accessible = options_.remote_accessible;
+  info.transports = transports_.Offers();
   return info;
-}
-
-std::weak_ptr<RegionTable> FindLocalRegions(const Incarnation &incarnation) {
-  Registry &registry = TheRegistry();
-  const std::lock_guard<std::mutex> lock(registry.mutex);
-  const auto it = registry.entries.find(incarnation);
-  return it != registry.entries.end() && it->second.pid == ::getpid() ? it->second.regions
-                                                                       : std::weak_ptr<RegionTable>();
 }
 
 Status CheckSameAccess(const LocalEndpoint &endpoint, const EndpointInfo &peer) {
@@ -118,46 +72,6 @@ Status CheckSameAccess(const LocalEndpoint &endpoint, const EndpointInfo &peer) 
   return Status(llm_datadist::LLM_PARAM_INVALID,
                 "llm.EnableRemoteCacheAccessible differs: " + side(ours, endpoint.cluster_id()) + ", " +
                     side(peer.remote_accessible, peer.cluster_id) + "; both ends need the same");
-}
-
-Result<TransportChoice> ChooseTransport(const LinkOptions &options, const EndpointInfo &peer,
-                                        const PeerProcess *process) {
-  const auto forced = options.forced_transport;
-  const auto wanted = [&](TransportKind kind) { return !forced.has_value() || *forced == kind; };
-  std::string forced_text;
-  if (forced.has_value()) {
-    forced_text = std::string("forced by ") + llm_datadist::OPTION_TRANSPORT;
-  }
-  if (wanted(TransportKind::kLocal)) {
-    if (process != nullptr && process->IsSelf() && !FindLocalRegions(peer.incarnation).expired()) {
-      return TransportChoice{TransportKind::kLocal, ""};
-    }
-    if (forced.has_value()) {
-      return Status(LLM_LINK_FAILED, forced_text + ": transport local cannot reach a peer in another process");
-    }
-  }
-  std::string why_not_cma;
-  if (wanted(TransportKind::kCma)) {
-    const Status probe = process != nullptr ? ProbeCma(*process)
-                                            : Status(LLM_LINK_FAILED, "the peer is not known to be on this host");
-    if (probe.ok()) {
-      return TransportChoice{TransportKind::kCma, forced_text};
-    }
-    if (forced.has_value()) {
-      return Status(LLM_LINK_FAILED, forced_text + ": transport cma cannot reach the peer: " + probe.text());
-    }
-    why_not_cma = "cma: " + probe.text();
-  }
-  return TransportChoice{TransportKind::kTcp, forced.has_value() ? forced_text : why_not_cma};
-}
-
-Status CheckIncoming(TransportKind kind, const PeerProcess *process) {
-  if (kind == TransportKind::kTcp || (kind == TransportKind::kCma && process != nullptr) ||
-      (kind == TransportKind::kLocal && process != nullptr && process->IsSelf())) {
-    return Status::Ok();
-  }
-  return Status(LLM_LINK_FAILED, std::string("transport ") + TransportName(kind) +
-                                     " is for a peer that the kernel names, on this host or in this process");
 }
 
 }  // namespace datadist

@@ -2,15 +2,12 @@
 #ifndef DATADIST_LINK_ENDPOINT_H_
 #define DATADIST_LINK_ENDPOINT_H_
 
-#include <algorithm>
 #include <atomic>
 #include <chrono>
 #include <cstdint>
 #include <memory>
-#include <optional>
 #include <string>
 
-#include "base/peer_process.h"
 #include "base/status.h"
 #include "base/task_runner.h"
 #include "base/worker_pool.h"
@@ -19,9 +16,7 @@
 #include "control/key_ring.h"
 #include "control/messages.h"
 #include "memory/region_table.h"
-#include "transport/cma/cma_data_path.h"
-#include "transport/tcp/tcp_service.h"
-#include "transport/transport.h"
+#include "transport/registry.h"
 
 namespace datadist {
 
@@ -31,7 +26,8 @@ enum class Verify : uint8_t { kOff, kLog, kFail };
 struct LinkOptions {
   Trust trust;
   Verify verify = Verify::kOff;
-  std::optional<TransportKind> forced_transport;
+  TransportList transports = BuiltInTransports();
+  std::string forced_transport;  // empty: the best that reaches the peer
   uint16_t tcp_streams = 2;
   std::chrono::milliseconds heartbeat_interval{2000};
   std::chrono::milliseconds transfer_timeout{1000};
@@ -47,13 +43,12 @@ class LocalEndpoint {
  public:
   LocalEndpoint(uint64_t cluster_id, llm_datadist::LlmRole role, LinkOptions options, RegionLimits limits,
                 const CacheRegistry::Pools &pools, size_t transfer_threads);
-  ~LocalEndpoint();
   LocalEndpoint(const LocalEndpoint &) = delete;
   LocalEndpoint &operator=(const LocalEndpoint &) = delete;
 
   Status Start();
-  // Other endpoints of this process no longer find this one. Idempotent.
-  void Retire();
+  // Ends the threads that serve peers. Idempotent.
+  void StopServing();
 
   uint64_t cluster_id() const { return cluster_id_; }
   void SetRole(llm_datadist::LlmRole role) { role_.store(role); }
@@ -65,15 +60,12 @@ class LocalEndpoint {
   const std::shared_ptr<WorkerPool> &pool() const { return pool_; }
   // Copies that peers have asked for.
   TaskRunner &serving() { return serving_; }
-  // Data connections that peers have dialled or taken.
-  TcpService &streams() { return streams_; }
+  const Transports &transports() const { return transports_; }
 
   // The longest that a peer's request may hold memory of ours.
   std::chrono::milliseconds MaxPeerHold() const;
 
   EndpointInfo Info() const;
-  // Data connections each way: neither end makes the other serve more than it would itself.
-  uint16_t StreamsWith(const EndpointInfo &peer) const { return std::min(options_.tcp_streams, peer.tcp_streams); }
 
  private:
   const uint64_t cluster_id_;
@@ -84,30 +76,12 @@ class LocalEndpoint {
   const std::shared_ptr<EventLoop> loop_;
   const std::shared_ptr<WorkerPool> pool_;
   TaskRunner serving_;
-  TcpService streams_;
+  Transports transports_;
   Incarnation incarnation_{};
 };
 
-// Memory of the live endpoint of *this process* with that incarnation; empty when there is none.
-std::weak_ptr<RegionTable> FindLocalRegions(const Incarnation &incarnation);
-
 // LLM_PARAM_INVALID unless both ends have remote access, or both have not.
 Status CheckSameAccess(const LocalEndpoint &endpoint, const EndpointInfo &peer);
-
-struct TransportChoice {
-  TransportKind kind = TransportKind::kTcp;
-  std::string reason;  // why nothing faster; empty when there is nothing faster
-};
-
-// For the transfers that this end initiates: the fastest transport that reaches the peer, or the forced one, or
-// LLM_LINK_FAILED when that does not reach it. `process` is what the kernel says of the peer, null of one over TCP:
-// only to it is memory given or taken without the peer's help.
-Result<TransportChoice> ChooseTransport(const LinkOptions &options, const EndpointInfo &peer,
-                                        const PeerProcess *process);
-
-// What the peer has chosen for the transfers that it initiates: LLM_LINK_FAILED where that takes our memory without our
-// help and the kernel does not say whose hands it gets into.
-Status CheckIncoming(TransportKind kind, const PeerProcess *process);
 
 }  // namespace datadist
 

@@ -6,8 +6,6 @@
 #include "base/log.h"
 #include "control/opening.h"
 #include "link/link_table.h"
-#include "transport/local/local_data_path.h"
-#include "transport/tcp/tcp_data_path.h"
 
 namespace datadist {
 namespace {
@@ -61,38 +59,22 @@ Link::Link(std::shared_ptr<LocalEndpoint> endpoint, std::weak_ptr<LinkTable> tab
       token_(parts.token),
       process_(std::move(parts.process)),
       outgoing_(std::move(parts.outgoing)),
-      incoming_(parts.incoming),
+      incoming_(std::move(parts.incoming)),
       comm_name_(std::move(parts.comm_name)),
       comm_id_(parts.comm_id),
       other_half_(std::move(parts.other_half)) {}
 
 Link::~Link() {
   // Empty where Create itself failed half-way, for want of memory or threads.
-  if (session_ != nullptr && path_ != nullptr) {
+  if (session_ != nullptr && owner_path_ != nullptr) {
     Close("link dropped");
   }
 }
 
 void Link::OpenPaths(FrameSocket control, std::vector<Fd> outgoing_streams, std::vector<Fd> incoming_streams) {
   session_ = Session::Create(endpoint_->loop(), std::move(control), endpoint_->options().heartbeat_interval);
-  switch (outgoing_.kind) {
-    case TransportKind::kLocal:
-      path_ = MakeLocalDataPath(FindLocalRegions(peer_.incarnation), endpoint_->pool());
-      break;
-    case TransportKind::kCma:
-      path_ = MakeCmaDataPath(process_, this, endpoint_->pool());
-      break;
-    case TransportKind::kTcp:
-      path_ = MakeTcpDataPath(std::move(outgoing_streams), endpoint_->pool());
-      break;
-  }
-  if (incoming_ == TransportKind::kCma) {
-    reading_ = MakeCmaDataPath(process_, this, endpoint_->pool());
-  }
-  for (Fd &stream : incoming_streams) {
-    servers_.push_back(std::make_unique<TcpServer>(endpoint_->streams(), std::move(stream), endpoint_->regions(),
-                                                   endpoint_->MaxPeerHold()));
-  }
+  path_ = outgoing_.transport->MakePath(outgoing_.peer, std::move(outgoing_streams), this);
+  owner_path_ = incoming_.transport->Serve(incoming_.peer, std::move(incoming_streams));
 }
 
 std::string Link::Name() const {
@@ -107,7 +89,7 @@ bool Link::alive() const {
 llm_datadist::LinkReport Link::Report() const {
   llm_datadist::LinkReport report;
   report.alive = alive();
-  report.transport = TransportName(outgoing_.kind);
+  report.transport = outgoing_.name;
   report.transport_reason = outgoing_.reason;
   report.peer = peer_address_;
   report.bytes_pulled = bytes_pulled_.load(std::memory_order_relaxed);
@@ -143,9 +125,8 @@ void Link::Establish(std::optional<uint32_t> established_seq) {
     }
   }
   const std::string why = outgoing_.reason.empty() ? "" : " (" + outgoing_.reason + ")";
-  const bool fallback = outgoing_.kind == TransportKind::kTcp && !endpoint_->options().forced_transport.has_value();
-  Log(fallback ? LogLevel::kWarning : LogLevel::kInfo,
-      Name() + " established, transport " + TransportName(outgoing_.kind) + why);
+  const bool fallback = !why.empty() && endpoint_->options().forced_transport.empty();
+  Log(fallback ? LogLevel::kWarning : LogLevel::kInfo, Name() + " established, transport " + outgoing_.name + why);
   session_->Start(weak_from_this());
 }
 
@@ -182,12 +163,7 @@ void Link::CloseOtherHalf(const std::string &reason) {
 
 void Link::ShutPaths() {
   path_->Close();
-  if (reading_ != nullptr) {
-    reading_->Close();
-  }
-  for (const auto &server : servers_) {
-    server->Close();
-  }
+  owner_path_->Close();
 }
 
 void Link::WaitUntilServed() {
@@ -195,9 +171,7 @@ void Link::WaitUntilServed() {
     std::unique_lock<std::mutex> lock(mutex_);
     served_.wait(lock, [this] { return !serving_; });
   }
-  for (const auto &server : servers_) {
-    server->Join();
-  }
+  owner_path_->Join();
 }
 
 bool Link::IsOf(const Incarnation &incarnation, const PeerProcess *process, const LinkToken &token) const {

@@ -33,7 +33,6 @@
 #include "link/endpoint.h"
 #include "link/turn_gate.h"
 #include "llm_datadist/llm_datadist_ext.h"
-#include "transport/tcp/tcp_service.h"
 
 namespace datadist {
 
@@ -49,8 +48,8 @@ struct LinkParts {
   std::string peer_address;
   LinkToken token{};
   std::shared_ptr<const PeerProcess> process;  // what the kernel says of the peer; none over TCP
-  TransportChoice outgoing;                    // of the transfers that we initiate
-  TransportKind incoming = TransportKind::kTcp;
+  Route outgoing;                              // of the transfers that we initiate
+  Route incoming;                              // of those that the peer does
   FrameSocket control;
   std::optional<Digest> streams;  // by which data connections prove that they are of this link
   std::vector<Fd> outgoing_streams;
@@ -150,10 +149,14 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
     TransferOp op;
     uint64_t bytes = 0;
   };
+  // A request and its answer; a status in the answer that is not ok becomes ours.
+  template <typename Answer, typename Request>
+  Result<Answer> Ask(MessageType type, const Request &request, MessageType answer, Deadline deadline);
   Status RunTransfer(TransferDirection direction, const std::vector<Part> &parts, Deadline deadline);
   Result<PlannedPart> PlanPart(const Part &part, Deadline deadline);
   Status VerifyPart(const TransferOp &op, Deadline deadline);
-  Result<std::vector<uint32_t>> AskDigests(const DigestRequest &request, Deadline deadline);
+  Status CompareDigests(const DigestRequest &asked, const std::vector<uint32_t> &ours,
+                        const std::vector<uint32_t> &theirs);
   Status MovePart(TransferDirection direction, const CacheRef &remote, const PlannedPart &planned, Deadline deadline);
   Result<std::shared_ptr<const RemoteTarget>> DescribeRemote(const CacheRef &ref, Deadline deadline);
   bool MayConsume(const CacheRef &remote) const;
@@ -175,8 +178,8 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   const std::string peer_address_;
   const LinkToken token_;
   const std::shared_ptr<const PeerProcess> process_;
-  const TransportChoice outgoing_;
-  const TransportKind incoming_;
+  const Route outgoing_;
+  const Route incoming_;
   const std::string comm_name_;
   const int64_t comm_id_;
   const std::shared_ptr<Link> other_half_;
@@ -184,8 +187,7 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   std::atomic<bool> comm_ok_{false};
   std::shared_ptr<Session> session_;
   std::unique_ptr<DataPath> path_;
-  std::unique_ptr<DataPath> reading_;  // what the peer pushes; none where it does not come by cma
-  std::vector<std::unique_ptr<TcpServer>> servers_;
+  std::unique_ptr<OwnerPath> owner_path_;
 
   TurnGate gate_;
   // By cache id, of lasting names; touched inside the gate only.

@@ -3,8 +3,8 @@
 #include <exception>
 #include <utility>
 
-#include "link/digests.h"
 #include "link/link.h"
+#include "memory/digests.h"
 
 namespace datadist {
 namespace {
@@ -49,12 +49,7 @@ Status Link::OnDescribeOnLoop(const Frame &frame) {
                                                 : Result<NamedCache>(allowed);
   if (named.ok()) {
     RemoteTarget &target = info.target;
-    target.cache = Described(named.value().pin.cache());
-    // Addresses go only to a peer that can use them: on this host, by cma.
-    if (incoming_ != TransportKind::kCma) {
-      target.cache.stamp_addr = 0;
-      target.cache.tensor_addrs.clear();
-    }
+    target.cache = incoming_.transport->Describe(named.value().pin.cache());
     target.has_row = named.value().row.has_value();
     target.row = named.value().row.value_or(0);
     target.tensor = named.value().tensor;
@@ -97,8 +92,8 @@ Status Link::OnPushOnLoop(const Frame &frame) {
   if (!request.ok()) {
     return request.status();
   }
-  if (reading_ == nullptr) {
-    return Status(LLM_FAILED, "PUSH on a link whose peer does not reach us by cma");
+  if (owner_path_->reading() == nullptr) {
+    return Status(LLM_FAILED, "PUSH on a link whose peer comes by " + incoming_.name);
   }
   const auto pushed = std::make_shared<Pushed>();
   const std::shared_ptr<Link> self = shared_from_this();
@@ -127,7 +122,8 @@ Digests Link::ServeDigest(const DigestRequest &request) try {
     return Digests{pin.status(), {}};
   }
   const auto hold = std::min(std::chrono::milliseconds(request.remaining_ms), endpoint_->MaxPeerHold());
-  Result<std::vector<uint32_t>> digests = DigestsOf(pin.value(), request, Deadline::In(hold));
+  Result<std::vector<uint32_t>> digests = DigestsOf(
+      pin.value(), {request.first_tensor, request.tensor_count}, request.ranges, Deadline::In(hold));
   return digests.ok() ? Digests{Status::Ok(), std::move(digests).value()} : Digests{digests.status(), {}};
 } catch (const std::exception &error) {
   return Digests{Status(LLM_FAILED, std::string("digest: ") + error.what()), {}};
@@ -148,7 +144,7 @@ Status Link::ServePush(const PushRequest &request) try {
   op.tensor_count = request.tensor_count;
   op.runs = request.runs;
   const auto hold = std::min(std::chrono::milliseconds(request.remaining_ms), endpoint_->MaxPeerHold());
-  return reading_->Pull(op, Deadline::In(hold));
+  return owner_path_->reading()->Pull(op, Deadline::In(hold));
 } catch (const std::exception &error) {
   return Status(LLM_FAILED, std::string("push: ") + error.what());
 }

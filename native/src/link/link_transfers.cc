@@ -3,8 +3,8 @@
 #include <utility>
 
 #include "base/log.h"
-#include "link/digests.h"
 #include "link/link.h"
+#include "memory/digests.h"
 #include "transport/pieces.h"
 
 namespace datadist {
@@ -13,6 +13,16 @@ using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_KV_CACHE_NOT_EXIST;
 using llm_datadist::LLM_NOT_YET_LINK;
 using llm_datadist::LLM_TIMEOUT;
+
+template <typename Answer, typename Request>
+Result<Answer> Link::Ask(MessageType type, const Request &request, MessageType answer, Deadline deadline) {
+  const Result<Frame> frame = session_->Call(type, Encode(request), answer, deadline);
+  if (!frame.ok()) {
+    return frame.status();
+  }
+  Result<Answer> decoded = Decode<Answer>(frame.value().body);
+  return decoded.ok() && !decoded.value().status.ok() ? decoded.value().status : std::move(decoded);
+}
 
 Status Link::Transfer(TransferDirection direction, const std::vector<Part> &parts, Deadline deadline) {
   if (Status status = CheckUsable(); !status.ok()) {
@@ -111,46 +121,45 @@ Status Link::VerifyPart(const TransferOp &op, Deadline deadline) {
   if (RunsOverlap(op.runs, Side::kLocal) || RunsOverlap(op.runs, Side::kRemote)) {
     return Status::Ok();  // the last write won: which block shows what is not the question any more
   }
-  for (const DigestPair &pair : DigestPairs(op)) {
-    const Result<std::vector<uint32_t>> theirs = AskDigests(pair.remote, deadline);
-    const Result<std::vector<uint32_t>> ours = DigestsOf(*op.local, pair.local, deadline);
+  const std::vector<Run> blocks = BlocksOf(op.runs, op.remote->geometry.stride);
+  for (size_t begin = 0; begin < blocks.size(); begin += kMaxDigestRanges) {
+    DigestRequest request{op.remote->cache_id, op.remote->generation, op.remote_first_tensor, op.tensor_count, 0, {}};
+    std::vector<Span> local;
+    for (size_t i = begin; i < std::min(begin + kMaxDigestRanges, blocks.size()); ++i) {
+      request.ranges.push_back({blocks[i].remote_offset, blocks[i].length});
+      local.push_back({blocks[i].local_offset, blocks[i].length});
+    }
+    request.remaining_ms = deadline.WireMillis();
+    const Result<Digests> theirs = Ask<Digests>(MessageType::kDigest, request, MessageType::kDigests, deadline);
+    const auto ours = DigestsOf(*op.local, {op.local_first_tensor, op.tensor_count}, local, deadline);
     if (!theirs.ok() || !ours.ok()) {
       return theirs.ok() ? ours.status() : theirs.status();
     }
-    if (theirs.value().size() != ours.value().size()) {
-      return Status(LLM_FAILED, "the peer answered for other blocks");
-    }
-    blocks_verified_.fetch_add(ours.value().size(), std::memory_order_relaxed);
-    const auto [mine, other] = std::mismatch(ours.value().begin(), ours.value().end(), theirs.value().begin());
-    if (mine != ours.value().end()) {
-      const auto at = static_cast<size_t>(mine - ours.value().begin());
-      blocks_wrong_.fetch_add(1, std::memory_order_relaxed);
-      const Status wrong(LLM_KV_CACHE_NOT_EXIST,
-                         "the bytes that arrived are not the owner's, from offset " +
-                             std::to_string(pair.remote.ranges[at].offset) + " of cache " +
-                             std::to_string(pair.remote.cache_id) +
-                             ": they changed while they were read, or were damaged on their way");
-      Log(LogLevel::kError, Name() + ": " + wrong.text());
-      if (endpoint_->options().verify == Verify::kFail) {
-        return wrong;
-      }
+    if (Status same = CompareDigests(request, ours.value(), theirs.value().values); !same.ok()) {
+      return same;
     }
   }
   return Status::Ok();
 }
 
-Result<std::vector<uint32_t>> Link::AskDigests(const DigestRequest &request, Deadline deadline) {
-  DigestRequest asked = request;
-  asked.remaining_ms = deadline.WireMillis();
-  const Result<Frame> frame = session_->Call(MessageType::kDigest, Encode(asked), MessageType::kDigests, deadline);
-  if (!frame.ok()) {
-    return frame.status();
+Status Link::CompareDigests(const DigestRequest &asked, const std::vector<uint32_t> &ours,
+                            const std::vector<uint32_t> &theirs) {
+  if (theirs.size() != ours.size()) {
+    return Status(LLM_FAILED, "the peer answered for other blocks");
   }
-  Result<Digests> digests = Decode<Digests>(frame.value().body);
-  if (!digests.ok() || !digests.value().status.ok()) {
-    return digests.ok() ? digests.value().status : digests.status();
+  blocks_verified_.fetch_add(ours.size(), std::memory_order_relaxed);
+  const auto [mine, other] = std::mismatch(ours.begin(), ours.end(), theirs.begin());
+  if (mine == ours.end()) {
+    return Status::Ok();
   }
-  return std::move(digests.value().values);
+  blocks_wrong_.fetch_add(1, std::memory_order_relaxed);
+  const Status wrong(LLM_KV_CACHE_NOT_EXIST,
+                     "the bytes that arrived are not the owner's, from offset " +
+                         std::to_string(asked.ranges[static_cast<size_t>(mine - ours.begin())].offset) + " of cache " +
+                         std::to_string(asked.cache_id) +
+                         ": they changed while they were read, or were damaged on their way");
+  Log(LogLevel::kError, Name() + ": " + wrong.text());
+  return endpoint_->options().verify == Verify::kFail ? wrong : Status::Ok();
 }
 
 Result<std::shared_ptr<const RemoteTarget>> Link::DescribeRemote(const CacheRef &ref, Deadline deadline) {
@@ -160,22 +169,13 @@ Result<std::shared_ptr<const RemoteTarget>> Link::DescribeRemote(const CacheRef 
       return it->second;
     }
   }
-  const Result<Frame> frame =
-      session_->Call(MessageType::kDescribe, Encode(DescribeRequest{ref}), MessageType::kCacheInfo, deadline);
-  if (!frame.ok()) {
-    return frame.status();
-  }
-  Result<CacheInfo> info = Decode<CacheInfo>(frame.value().body);
+  Result<CacheInfo> info =
+      Ask<CacheInfo>(MessageType::kDescribe, DescribeRequest{ref}, MessageType::kCacheInfo, deadline);
   if (!info.ok()) {
     return info.status();
   }
-  if (!info.value().status.ok()) {
-    return info.value().status;
-  }
   const RemoteCache &cache = info.value().target.cache;
-  const bool needs_addrs = outgoing_.kind == TransportKind::kCma;
-  if ((by_id && cache.cache_id != ref.cache_id) ||
-      (needs_addrs && cache.tensor_addrs.size() != cache.geometry.num_tensors)) {
+  if (by_id && cache.cache_id != ref.cache_id) {
     return Status(LLM_FAILED, "the peer answered for another cache");
   }
   auto target = std::make_shared<const RemoteTarget>(std::move(info.value().target));
@@ -194,22 +194,16 @@ bool Link::MayConsume(const CacheRef &remote) const {
 
 Status Link::ConsumeKey(const CacheKey &key, const TransferOp &op, Deadline deadline) {
   const ConsumeRequest request{key, op.remote->generation, op.remote_first_tensor, op.tensor_count};
-  const Result<Frame> frame =
-      session_->Call(MessageType::kConsume, Encode(request), MessageType::kConsumed, deadline);
-  if (!frame.ok()) {
-    return frame.status();
-  }
-  const Result<Consumed> consumed = Decode<Consumed>(frame.value().body);
-  return consumed.ok() ? consumed.value().status : consumed.status();
+  const Result<Consumed> consumed = Ask<Consumed>(MessageType::kConsume, request, MessageType::kConsumed, deadline);
+  return consumed.ok() ? Status::Ok() : consumed.status();
 }
 
 Status Link::AskToRead(const TransferOp &op, Deadline deadline) {
-  const RegisteredCache &source = op.local->cache();
   PushRequest request;
   request.cache_id = op.remote->cache_id;
   request.generation = op.remote->generation;
   request.first_tensor = op.remote_first_tensor;
-  request.source = Described(source);
+  request.source = outgoing_.transport->Describe(op.local->cache());
   request.source_first_tensor = op.local_first_tensor;
   request.tensor_count = op.tensor_count;
   // More runs than one request takes go in several, in their order.
@@ -219,14 +213,9 @@ Status Link::AskToRead(const TransferOp &op, Deadline deadline) {
       request.runs.push_back(Run{op.runs[i].local_offset, op.runs[i].remote_offset, op.runs[i].length});
     }
     request.remaining_ms = deadline.WireMillis();
-    const Result<Frame> frame =
-        session_->Call(MessageType::kPush, Encode(request), MessageType::kPushed, deadline);
-    if (!frame.ok()) {
-      return frame.status();
-    }
-    const Result<Pushed> pushed = Decode<Pushed>(frame.value().body);
-    if (!pushed.ok() || !pushed.value().status.ok()) {
-      return pushed.ok() ? pushed.value().status : pushed.status();
+    const Result<Pushed> pushed = Ask<Pushed>(MessageType::kPush, request, MessageType::kPushed, deadline);
+    if (!pushed.ok()) {
+      return pushed.status();
     }
   }
   return Status::Ok();

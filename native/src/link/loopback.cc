@@ -36,20 +36,19 @@ Status IntroduceHalves(const LocalEndpoint &endpoint, LinkParts &near, LinkParts
 }
 
 Status Connect(const LocalEndpoint &endpoint, LinkParts &near, LinkParts &far) {
-  Result<TransportChoice> choice = ChooseTransport(endpoint.options(), near.peer, near.process.get());
-  if (!choice.ok()) {
-    return choice.status();
+  Result<Route> route = endpoint.transports().Choose(near.peer.transports, near.process);
+  if (!route.ok()) {
+    return route.status();
   }
-  near.outgoing = std::move(choice).value();
-  far.incoming = near.outgoing.kind;
-  // Nobody initiates from the far half: it is in no table.
-  far.outgoing.kind = near.incoming = TransportKind::kLocal;
+  near.outgoing = far.incoming = std::move(route).value();
+  // Nobody initiates from the far half: it is in no table, and gets no data connections.
+  far.outgoing = near.incoming = near.outgoing;
   Fd near_control;
   Fd far_control;
   Status status = ConnectPair(near_control, far_control);
   near.control = std::move(near_control);
   far.control = std::move(far_control);
-  near.outgoing_streams.resize(near.outgoing.kind == TransportKind::kTcp ? endpoint.options().tcp_streams : 0);
+  near.outgoing_streams.resize(near.outgoing.transport->Connections(near.outgoing.peer));
   far.incoming_streams.resize(near.outgoing_streams.size());
   for (size_t i = 0; status.ok() && i < near.outgoing_streams.size(); ++i) {
     status = ConnectPair(near.outgoing_streams[i], far.incoming_streams[i]);

@@ -160,23 +160,21 @@ Result<std::vector<uint8_t>> ServerHandshake::OnReady(const std::vector<uint8_t>
   if (!ready.ok()) {
     return ready.status();
   }
-  Result<TransportChoice> choice = ChooseTransport(endpoint_->options(), parts_.peer, parts_.process.get());
-  if (!choice.ok()) {
-    return choice.status();
+  const Transports &transports = endpoint_->transports();
+  Result<Route> outgoing = transports.Choose(parts_.peer.transports, parts_.process);
+  if (!outgoing.ok()) {
+    return outgoing.status();
   }
-  if (Status status = CheckIncoming(ready.value().transport, parts_.process.get()); !status.ok()) {
-    return status;
+  Result<Route> incoming = transports.Admit(ready.value().transport, parts_.peer.transports, parts_.process);
+  if (!incoming.ok()) {
+    return incoming.status();
   }
-  parts_.incoming = ready.value().transport;
-  parts_.outgoing = std::move(choice).value();
-  if (parts_.incoming == TransportKind::kTcp) {
-    parts_.incoming_streams.resize(endpoint_->StreamsWith(parts_.peer));
-  }
-  if (parts_.outgoing.kind == TransportKind::kTcp) {
-    parts_.outgoing_streams.resize(endpoint_->StreamsWith(parts_.peer));
-  }
+  parts_.outgoing = std::move(outgoing).value();
+  parts_.incoming = std::move(incoming).value();
+  parts_.outgoing_streams.resize(parts_.outgoing.transport->Connections(parts_.outgoing.peer));
+  parts_.incoming_streams.resize(parts_.incoming.transport->Connections(parts_.incoming.peer));
   state_ = State::kAwaitEstablished;
-  return Encode(Ready{parts_.outgoing.kind, parts_.outgoing.reason});
+  return Encode(Ready{parts_.outgoing.name, parts_.outgoing.reason});
 }
 
 bool ServerHandshake::Wants(const Attach &attach) const {

@@ -4,23 +4,6 @@
 
 namespace datadist {
 
-const char *TransportName(TransportKind kind) {
-  switch (kind) {
-    case TransportKind::kLocal:
-      return "local";
-    case TransportKind::kCma:
-      return "cma";
-    case TransportKind::kTcp:
-      return "tcp";
-  }
-  return "unknown";
-}
-
-RemoteCache Described(const RegisteredCache &cache) {
-  return {cache.id(), cache.generation(), cache.geometry(), reinterpret_cast<uintptr_t>(&cache.stamp()->generation),
-          cache.addrs()};
-}
-
 Result<uint64_t> TotalBytes(const TransferOp &op) {
   const Status overflow(llm_datadist::LLM_PARAM_INVALID, "the size of the transfer exceeds 64 bits");
   uint64_t per_tensor = 0;

@@ -1,7 +1,12 @@
 // How bytes move over one link: the seam between the engine and local/, cma/ and tcp/.
 //
-//   transfer/ ── TransferOp ──> DataPath (one per link and direction of initiative) ──> bytes
+//   transfer/ ── TransferOp ──> DataPath ──> bytes <── OwnerPath        (the initiator's end, and the owner's)
 //                                  │ needs of the control connection: PeerCalls
+//
+// A Transport makes both for every link of an endpoint. It is chosen by name (registry.h), and what it must say to the
+// transport of that name at the other end goes as blobs, which only the two of them read: with HELLO and WELCOME one of
+// the endpoint, with CACHE_INFO and PUSH one of the cache. A further transport is a folder here and a line in
+// registry.cc.
 //
 // Contract, tested for every transport by tests/transport_contract_test.cc and transport_order_test.cc:
 //   - Pull and Push block until every byte moved or the call failed, and no later than their deadline plus the time the
@@ -23,32 +28,13 @@
 #include <vector>
 
 #include "base/deadline.h"
+#include "base/fd.h"
+#include "base/peer_process.h"
 #include "base/status.h"
 #include "memory/region_table.h"
+#include "memory/remote_cache.h"
 
 namespace datadist {
-
-enum class TransportKind : uint8_t { kLocal = 1, kCma = 2, kTcp = 3 };
-const char *TransportName(TransportKind kind);
-
-// What the owner told of one of its caches. The addresses are the owner's own and mean something in its process only.
-struct RemoteCache {
-  int64_t cache_id = 0;
-  uint64_t generation = 0;
-  CacheGeometry geometry;
-  uint64_t stamp_addr = 0;            // of its CacheStamp::generation; 0 when the link is not same-host
-  std::vector<uint64_t> tensor_addrs;  // empty when the link is not same-host
-};
-
-// What an owner tells of a cache of its own.
-RemoteCache Described(const RegisteredCache &cache);
-
-// `length` bytes at remote_offset of each remote tensor <-> local_offset of the local tensor paired with it.
-struct Run {
-  uint64_t remote_offset = 0;
-  uint64_t local_offset = 0;
-  uint64_t length = 0;
-};
 
 // Tensors [remote_first_tensor, +tensor_count) are paired in order with local [local_first_tensor, +tensor_count); each
 // pair moves the same runs.
@@ -76,7 +62,6 @@ class PeerCalls {
 class DataPath {
  public:
   virtual ~DataPath() = default;
-  virtual TransportKind kind() const = 0;
 
   // Remote -> local. LLM_KV_CACHE_NOT_EXIST: the owner no longer has that generation of the cache. LLM_TIMEOUT: the
   // deadline passed. LLM_PARAM_INVALID: a range is outside. LLM_FAILED: the path is broken; the link must be remade.
@@ -85,6 +70,65 @@ class DataPath {
   virtual Status Push(const TransferOp &op, Deadline deadline) = 0;
 
   virtual void Close() = 0;
+};
+
+// The owner's end of what the peer initiates; as it is, of a transport that needs none.
+class OwnerPath {
+ public:
+  virtual ~OwnerPath() = default;
+
+  // What reads the bytes that the peer asks us to read (PeerCalls); null where its pushes need no asking.
+  virtual DataPath *reading() { return nullptr; }
+  // From any thread. Whatever runs ends soon.
+  virtual void Close() {}
+  // Returns when nothing of the peer's touches our memory any more; for what `reading` does, its callers answer. Once
+  // closed.
+  virtual void Join() {}
+};
+
+// The peer as a transport sees it.
+struct TransportPeer {
+  Blob offer;                                  // of its transport of the same name: data of the peer's, unchecked
+  std::shared_ptr<const PeerProcess> process;  // what the kernel says of it; null of one over TCP
+};
+
+// One per endpoint. Start and Stop before and after all others, which may be called from any thread, and do not block.
+class Transport {
+ public:
+  virtual ~Transport() = default;
+
+  // Not where another transport is forced: then only peers may choose this one.
+  virtual void Start() {}
+  // Ends its threads. Idempotent.
+  virtual void Stop() {}
+
+  // What the peer's transport should know of this end: at most kMaxOfferBlob bytes.
+  virtual Blob Offer() const { return {}; }
+  // Whether the transfers that this end initiates can go this way; otherwise LLM_LINK_FAILED and why.
+  virtual Status Reaches(const TransportPeer &peer) const = 0;
+  // Whether anybody would have expected that it does: only then a link that goes another way says why.
+  virtual bool Expected(const TransportPeer &) const { return true; }
+  // Whether the peer may choose it for those that it initiates; otherwise LLM_LINK_FAILED.
+  virtual Status Admits(const TransportPeer &peer) const = 0;
+
+  // What follows is for a peer that passed.
+  //
+  // Data connections of each direction, at most kMaxDataConnections: both ends come to the same number.
+  virtual uint16_t Connections(const TransportPeer &) const { return 0; }
+  // `calls` outlives the path.
+  virtual std::unique_ptr<DataPath> MakePath(const TransportPeer &peer, std::vector<Fd> connections,
+                                             PeerCalls *calls) const = 0;
+  virtual std::unique_ptr<OwnerPath> Serve(const TransportPeer &, std::vector<Fd> /*connections*/) const {
+    return std::make_unique<OwnerPath>();
+  }
+  // What a peer that comes this way is told of a cache of ours.
+  RemoteCache Describe(const RegisteredCache &cache) const {
+    return {cache.id(), cache.generation(), cache.geometry(), BlobOf(cache)};
+  }
+
+ private:
+  // At most kMaxCacheBlob bytes.
+  virtual Blob BlobOf(const RegisteredCache &) const { return {}; }
 };
 
 }  // namespace datadist

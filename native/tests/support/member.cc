@@ -28,7 +28,6 @@ Member::Member(uint64_t cluster_id, const LinkOptions &options, uint32_t max_com
 // In the order of Engine::Stop.
 Member::~Member() {
   comms_->Stop();
-  endpoint_->Retire();
   StopListening();
   const std::vector<std::shared_ptr<Link>> links = table_->Shut();
   for (const std::shared_ptr<Link> &link : links) {
@@ -37,8 +36,7 @@ Member::~Member() {
   for (const std::shared_ptr<Link> &link : links) {
     link->WaitUntilServed();
   }
-  endpoint_->serving().Stop();
-  endpoint_->streams().Stop();
+  endpoint_->StopServing();
   endpoint_->loop()->Stop();
   endpoint_->regions()->UnregisterAll();
 }

@@ -19,11 +19,19 @@ namespace datadist::testing {
 
 inline Deadline Soon() { return Deadline::In(kPatience); }
 
+// All that this engine has, with so many streams of tcp.
+inline std::vector<TransportOffer> OffersWith(uint16_t streams) {
+  const auto low = static_cast<uint8_t>(streams);
+  const auto high = static_cast<uint8_t>(streams >> 8);
+  return {{"local", Blob(8, 0)}, {"cma", {}}, {"tcp", {low, high}}};
+}
+
 inline EndpointInfo InfoOf(uint64_t cluster_id) {
   EndpointInfo info;
   info.cluster_id = cluster_id;
   info.role = static_cast<int32_t>(llm_datadist::LlmRole::kMix);
   info.incarnation = RandomBytes().value();
+  info.transports = OffersWith(1);
   return info;
 }
 

@@ -20,7 +20,7 @@ PushRequest CallsTo::RequestOf(const TransferOp &op, Deadline deadline) {
   request.cache_id = op.remote->cache_id;
   request.generation = op.remote->generation;
   request.first_tensor = op.remote_first_tensor;
-  request.source = Described(op.local->cache());
+  request.source = Told(op.local->cache());
   request.source_first_tensor = op.local_first_tensor;
   request.tensor_count = op.tensor_count;
   request.remaining_ms = deadline.WireMillis();

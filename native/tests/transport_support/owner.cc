@@ -96,7 +96,7 @@ RemoteCache OwnerHere::AddCache(const CacheShape &shape, uint64_t seed) {
   const auto pin = regions_->Pin(id.value());
   const RegisteredCache &cache = pin.value().cache();
   arenas_[id.value()] = std::move(arena);
-  return Described(cache);
+  return Told(cache);
 }
 
 void OwnerHere::UnregisterAndReuse(int64_t cache_id) {

@@ -15,6 +15,7 @@
 #include "base/peer_process.h"
 #include "control/messages.h"
 #include "memory/region_table.h"
+#include "transport/cma/addresses.h"
 #include "transport/cma/cma_data_path.h"
 #include "transport/tcp/tcp_service.h"
 #include "transport/transport.h"
@@ -51,6 +52,11 @@ class Arena {
   std::vector<uint8_t *> allocations_;  // into memory_
   std::vector<uint8_t *> tensors_;  // into memory_, aligned as a tensor library aligns them
 };
+
+// As a peer is told of it that comes by cma.
+inline RemoteCache Told(const RegisteredCache &cache) {
+  return {cache.id(), cache.generation(), cache.geometry(), AddressesOf(cache)};
+}
 
 class Owner {
  public:

@@ -65,10 +65,7 @@ void PutCache(const RemoteCache &cache, Writer &out) {
   out.U64(cache.geometry.tensor_bytes);
   out.U64(cache.geometry.stride);
   out.U8(cache.geometry.tensors_overlap ? 1 : 0);
-  out.U64(cache.stamp_addr);
-  for (const uint64_t addr : cache.tensor_addrs) {
-    out.U64(addr);
-  }
+  out.Bytes(cache.blob.data(), cache.blob.size());
 }
 
 RemoteCache GetCache(Reader &in) {
@@ -80,10 +77,8 @@ RemoteCache GetCache(Reader &in) {
   cache.geometry.tensor_bytes = in.U64();
   cache.geometry.stride = in.U64();
   cache.geometry.tensors_overlap = in.U8() == 1;
-  cache.stamp_addr = in.U64();
-  for (uint32_t i = 0; i < cache.geometry.num_tensors; ++i) {
-    cache.tensor_addrs.push_back(in.U64());
-  }
+  cache.blob.resize(in.remaining());
+  in.Bytes(cache.blob.data(), cache.blob.size());
   return cache;
 }
 

@@ -6,6 +6,7 @@
 #include <utility>
 
 #include "base/fence.h"
+#include "transport/cma/addresses.h"
 #include "transport/cma/process_memory.h"
 #include "transport/pieces.h"
 
@@ -41,7 +42,6 @@ class CmaDataPath final : public DataPath {
   CmaDataPath(std::shared_ptr<const PeerProcess> process, PeerCalls *calls, std::shared_ptr<WorkerPool> pool)
       : process_(std::move(process)), calls_(calls), pool_(std::move(pool)) {}
 
-  TransportKind kind() const override { return TransportKind::kCma; }
   Status Pull(const TransferOp &op, Deadline deadline) override;
   Status Push(const TransferOp &op, Deadline deadline) override;
   void Close() override { closed_.store(true); }
@@ -66,7 +66,7 @@ Result<Job> CmaDataPath::Prepare(const TransferOp &op, Deadline deadline) const 
   if (!total.ok()) {
     return total.status();
   }
-  if (remote.stamp_addr == 0 || remote.tensor_addrs.size() != remote.geometry.num_tensors) {
+  if (!Addresses::AreWhole(remote)) {
     return Status(LLM_FAILED, "the peer did not tell the addresses of cache " + std::to_string(remote.cache_id));
   }
   Job job{op, deadline, total.value(), false, {}};
@@ -129,7 +129,7 @@ Status CmaDataPath::MovePart(const Job &job, uint64_t begin, uint64_t end, uint6
     Fill(batch, pieces, job.op);
     if (generation != nullptr && pieces.AtEnd()) {
       // The kernel fills a call's buffers in their order (process_vm_readv(2)): it is read after the bytes.
-      batch.Add(job.op.remote->stamp_addr, generation, sizeof(*generation));
+      batch.Add(Addresses(*job.op.remote).stamp(), generation, sizeof(*generation));
     }
     if (Status status = batch.Read(process_->pid()); !status.ok()) {
       return status;
@@ -141,11 +141,11 @@ Status CmaDataPath::MovePart(const Job &job, uint64_t begin, uint64_t end, uint6
 // The addresses are sound: offsets were checked against the geometry that comes with them (remote) and against the pin
 // (local).
 void CmaDataPath::Fill(IovecBatch &batch, PieceCursor &pieces, const TransferOp &op) const {
-  const uint64_t *const remote = &op.remote->tensor_addrs[op.remote_first_tensor];
+  const Addresses remote(*op.remote);
   const uint64_t *const local = &op.local->cache().addrs()[op.local_first_tensor];
   while (!pieces.AtEnd() && !batch.Full()) {
     const Piece piece = pieces.Next(batch.RoomBytes());
-    batch.Add(remote[piece.tensor] + piece.remote_offset,
+    batch.Add(remote.tensor(op.remote_first_tensor + piece.tensor) + piece.remote_offset,
               reinterpret_cast<void *>(static_cast<uintptr_t>(local[piece.tensor] + piece.local_offset)), piece.length);
   }
 }
@@ -153,7 +153,7 @@ void CmaDataPath::Fill(IovecBatch &batch, PieceCursor &pieces, const TransferOp 
 Status CmaDataPath::Verify(const TransferOp &op) const {
   uint64_t generation = 0;
   IovecBatch batch;
-  batch.Add(op.remote->stamp_addr, &generation, sizeof(generation));
+  batch.Add(Addresses(*op.remote).stamp(), &generation, sizeof(generation));
   Status status = batch.Read(process_->pid());
   return status.ok() ? Judge(generation, op) : status;
 }

@@ -22,7 +22,6 @@ class LocalDataPath final : public DataPath {
   LocalDataPath(std::weak_ptr<RegionTable> remote, std::shared_ptr<WorkerPool> pool)
       : remote_(std::move(remote)), pool_(std::move(pool)) {}
 
-  TransportKind kind() const override { return TransportKind::kLocal; }
   Status Pull(const TransferOp &op, Deadline deadline) override { return Transfer(op, Direction::kPull, deadline); }
   Status Push(const TransferOp &op, Deadline deadline) override { return Transfer(op, Direction::kPush, deadline); }
   void Close() override { closed_.store(true); }

@@ -108,7 +108,6 @@ class TcpDataPath final : public DataPath {
     }
   }
 
-  TransportKind kind() const override { return TransportKind::kTcp; }
   Status Pull(const TransferOp &op, Deadline deadline) override { return Transfer(DataOp::kPull, op, deadline); }
   Status Push(const TransferOp &op, Deadline deadline) override { return Transfer(DataOp::kPush, op, deadline); }
   void Close() override { Break("the link was closed"); }

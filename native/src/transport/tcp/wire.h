@@ -16,16 +16,11 @@
 
 #include "base/bytes.h"
 #include "base/status.h"
+#include "memory/remote_cache.h"
 
 namespace datadist {
 
 enum class DataOp : uint8_t { kPull = 1, kPush = 2 };
-
-// Bytes [offset, offset + length) of every tensor of a request.
-struct Span {
-  uint64_t offset = 0;
-  uint64_t length = 0;
-};
 
 // Bounds what one request makes its owner allocate: 512 KiB. Larger transfers take several requests.
 constexpr uint32_t kMaxSpansPerRequest = 32768;
