@@ -22,18 +22,27 @@ TEST(ChannelClient, GetsTheAnswerToEachRequest) {
   const LeaseTable::Ticket ticket = server.Grant();
   const LeaseToken unknown{9};
   const uint64_t rank = client.Send(server.port(), AskRank(1));
-  const uint64_t renewal = client.Send(server.port(), Renew{{unknown, ticket.token}, true});
+  const uint64_t renewal = client.Send(server.port(), Renew{{unknown, ticket.token}});
   const uint64_t held = client.Send(server.port(), Confirm{ticket.token, ticket.generation, {{1}, {2}}});
   const uint64_t other = client.Send(server.port(), Confirm{ticket.token, ticket.generation, {{1}, {3}}});
   const uint64_t release = client.Send(server.port(), Release{{ticket.token, unknown}});
   const uint64_t gone = client.Send(server.port(), Confirm{ticket.token, ticket.generation, {{1}, {2}}});
   EXPECT_EQ(std::get<RankAnswer>(client.Wait(rank).answer).geometry, std::vector<uint8_t>{3});
   EXPECT_EQ(std::get<Renewed>(client.Wait(renewal).answer).gone, std::vector<LeaseToken>{unknown});
-  EXPECT_FALSE(server.leases->RevokeIdle(ticket.token)) << "it is being pulled";
   EXPECT_EQ(std::get<Confirmed>(client.Wait(held).answer).verdict, LeaseVerdict::kHeld);
   EXPECT_EQ(std::get<Confirmed>(client.Wait(other).answer).verdict, LeaseVerdict::kOtherBlocks);
   EXPECT_TRUE(std::holds_alternative<Released>(client.Wait(release).answer));
   EXPECT_EQ(std::get<Confirmed>(client.Wait(gone).answer).verdict, LeaseVerdict::kGone);
+}
+
+TEST(ChannelClient, SaysWhatIsBeingPulled) {
+  ServerEnd server;
+  ClientEnd client;
+  const LeaseTable::Ticket ticket = server.Grant();
+  for (const bool pulling : {true, false}) {
+    (void)client.Ask(server.port(), Renew{{ticket.token}, pulling});
+    EXPECT_EQ(server.leases->RevokeIdle(ticket.token), !pulling);
+  }
 }
 
 TEST(ChannelClient, IsToldWhyThereIsNoSuchRank) {
