@@ -44,7 +44,7 @@ def main() -> None:
         start = time.perf_counter()
         pairings = pair(ours, theirs)
         pairing_s = time.perf_counter() - start
-        request = TokenRange(0, tokens, (blocks_of(p, tokens),), (blocks_of(d, tokens),))
+        request = TokenRange(0, tokens, (blocks_of(p, tokens),), (blocks_of(d, tokens),), tokens)
         seconds = []
         for _ in range(ROUNDS):
             start = time.perf_counter()

@@ -2,13 +2,29 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 
 import pytest
 from support.endpoints import Endpoint, Peer, PeerProcess
 
+import vllm_datadist_connector
+from vllm_datadist_connector.log_filter import OthersWords
+
 TRANSPORTS = ("local", "cma", "tcp")
+
+
+@pytest.fixture(autouse=True)
+def log_budgets() -> None:
+    """What a test logs is not kept back because those before it have used up the minute's lines."""
+    for name in list(logging.root.manager.loggerDict):
+        if not name.startswith(vllm_datadist_connector.__name__):
+            continue
+        logger = logging.getLogger(name)
+        for spent in [each for each in logger.filters if isinstance(each, OthersWords)]:
+            logger.removeFilter(spent)
+            logger.addFilter(OthersWords())
 
 
 @pytest.fixture(params=TRANSPORTS)

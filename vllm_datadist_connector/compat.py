@@ -19,6 +19,10 @@ TransferResults: Any = getattr(_base, "KVConnectorTransferResults", None)
 """Class of get_transfer_results()'s value; None before vLLM 0.30, where failed loads travel as invalid block ids.
 Goes when 0.30 is the oldest supported version."""
 
+LOADS_MAY_PRECEDE_ZEROING = hasattr(_base.KVConnectorBase_V1, "get_loaded_kv_cache_group_ids")
+"""Whether vLLM leaves blocks alone that are loaded into. Before, it zeroes a step's new blocks between the hooks
+handle_preemptions and start_load_kv. Goes when the oldest supported version has the hook."""
+
 
 def guard_failed_loads() -> None:
     """Keeps the engine core alive when a load of a model with several KV cache groups fails. Idempotent; never raises.

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import difflib
 import functools
+import importlib.util
 import ipaddress
 import os
 from collections.abc import Mapping
-from typing import Annotated, Literal
+from typing import Annotated, Final, Literal
 
 import msgspec
+import msgspec.inspect
+import msgspec.structs
 
+from vllm_datadist_connector.protocol.contract import OVERRIDABLE
 from vllm_datadist_connector.protocol.params import MIN_LEASE_S
 
 Port = Annotated[int, msgspec.Meta(ge=0, le=65535)]
@@ -21,6 +25,20 @@ SmallCount = Annotated[int, msgspec.Meta(ge=1, le=64)]
 class ConfigError(ValueError):
     """A key of kv_connector_extra_config is unknown or has a value that is not allowed, or an option of vLLM excludes
     the connector."""
+
+
+_PULL, _LEASE = "D gives up the whole pull by then", "the lease has ended by then"
+WITHIN: Final = (
+    ("recv_deadline_s", "lease_limit_s", _LEASE),
+    ("lease_s", "lease_limit_s", _LEASE),
+    ("claim_s", "lease_limit_s", _LEASE),
+    ("decoder_lease_s", "lease_limit_s", _LEASE),
+    ("pull_timeout_s", "recv_deadline_s", _PULL),
+    ("handshake_timeout_s", "recv_deadline_s", _PULL),
+    ("link_timeout_s", "recv_deadline_s", _PULL),
+    ("peer_backoff_s", "recv_deadline_s", _PULL),
+)
+"""Time limits within others, the outermost first, and why."""
 
 
 class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -69,10 +87,10 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """bidirectional: fewer tokens than these of an earlier turn are computed again rather than pulled."""
 
     recv_deadline_s: Seconds = 60.0
-    """D gives a pull so long, from the scheduling of the request to its confirmation."""
+    """D gives a pull so long, from the scheduling of the request to its confirmation; no other limit outlasts it."""
 
     pull_timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 20.0
-    """One PullKvBlocks call gives up after so long; its link is then remade."""
+    """One PullKvBlocks call gives up after so long; the link is then made anew, and the pull, up to the deadline."""
 
     handshake_timeout_s: Seconds = 5.0
     """D waits so long for an answer on the side channel, then asks again if P may be busy, up to the deadline."""
@@ -81,7 +99,7 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """One LinkLlmClusters call gives up after so long; it is made again up to the pull's deadline."""
 
     peer_backoff_s: Seconds = 1.0
-    """After a failed handshake or link, requests for that peer fail at once for so long."""
+    """After a fault of a link D waits before it links again: shortly, then twice as long each time, at most this."""
 
     peer_ttl_s: Seconds = 3600.0
     """D drops its links with an instance that nobody has asked it to pull from for so long."""
@@ -99,6 +117,13 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     verify: Literal["off", "log", "fail"] = "off"
     """After a pull, compare a digest of each block with its owner's: a wrong block is logged, or fails the pull."""
+
+    weights_id: Annotated[str, msgspec.Meta(max_length=200)] = ""
+    """What to compare weights by, in place of samples of their files: any text, the same on both ends."""
+
+    may_differ: Annotated[list[str], msgspec.Meta(max_length=256)] = []
+    """D pulls from a P although these differ, at the cost of wrong answers if they matter: `weights`, `model`, and
+    settings of the model as a refusal names them (`a` stands for all of `a.b`)."""
 
     provider: Literal["engine"] = "engine"
     """Implementation of the LLM-DataDist API."""
@@ -124,10 +149,20 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
                 raise ConfigError(
                     f"allowed_peers: {entry!r} is neither an IP address nor a network such as '10.0.0.0/16'"
                 ) from None
-        if self.lease_limit_s < self.lease_s:
+        for name in sorted({"kv_cache_dtype", "kv_packing"} & set(self.may_differ)):
             raise ConfigError(
-                f"lease_limit_s: {self.lease_limit_s} is below lease_s ({self.lease_s}); a lease lasts at least lease_s"
+                f"may_differ: {name!r} says how bytes of a KV cache are read; allowed: {', '.join(OVERRIDABLE)}, and"
+                " settings of the model such as 'rope_parameters.rope_theta'"
             )
+        self._check_times()
+
+    def _check_times(self) -> None:
+        """A limit that another one always cuts short would do nothing, and nobody would know."""
+        for inner, outer, why in WITHIN:
+            value, limit = getattr(self, inner), getattr(self, outer)
+            # Nothing lasts decoder_lease_s where turns are not kept.
+            if value > limit and (inner != "decoder_lease_s" or self.bidirectional):
+                raise ConfigError(f"{inner}: {value} is above {outer} ({limit}): {why}; lower {inner} or raise {outer}")
 
     def allows_peer(self, host: str) -> bool:
         """Whether a host named by a router, client or peer may be dialled. Names are refused: only literals match."""
@@ -147,6 +182,23 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 def _networks(entries: tuple[str, ...]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
     """Parsed once: every request of a D asks."""
     return tuple(ipaddress.ip_network(entry, strict=False) for entry in entries)
+
+
+def check_before_start(extra: Mapping[str, object] | None) -> ConnectorConfig:
+    """What can be told without an engine: minutes later, with a model in memory, it would end the start all the same.
+
+    Raises:
+        ConfigError: as parse_config(); or the key file cannot be read, or the native library is not there.
+    """
+    config = parse_config(extra)
+    if config.auth and not os.access(config.auth, os.R_OK):
+        raise ConfigError(f"auth: {config.auth!r} cannot be read; `vllm-datadist key FILE` makes a key file")
+    if importlib.util.find_spec(f"{__package__}._native") is None:
+        raise ConfigError(
+            f"{__package__} is installed without its native library, {__package__}/_native.*.so: install its wheel, or"
+            " `pip install .` in its repository, which compiles it"
+        )
+    return config
 
 
 def _trust_of_environment() -> dict[str, object]:
@@ -176,12 +228,46 @@ def parse_config(extra: Mapping[str, object] | None) -> ConnectorConfig:
             near = difflib.get_close_matches(key, known, n=1)
             hint = f"; did you mean {near[0]!r}?" if near else f"; known keys: {', '.join(known)}"
             raise ConfigError(f"kv_connector_extra_config: unknown key {key!r}{hint}")
+    _follow_what_is_given(given)
     try:
         return msgspec.convert(given, ConnectorConfig)
     except msgspec.ValidationError as error:
         cause = error.__cause__
         if isinstance(cause, ConfigError):
             raise cause from None
-        field = str(error).rpartition("$.")[2].rstrip("`") if "$." in str(error) else ""
-        value = f" (value {given[field]!r})" if field in given else ""
-        raise ConfigError(f"kv_connector_extra_config: {error}{value}") from None
+        field = str(error).rpartition("$.")[2].rstrip("`").partition("[")[0]
+        if field not in given:
+            raise ConfigError(f"kv_connector_extra_config: {error}") from None
+        raise ConfigError(
+            f"kv_connector_extra_config: {field}: {given[field]!r:.200}, allowed: {_allowed(field)}"
+        ) from None
+
+
+def _follow_what_is_given(given: dict[str, object]) -> None:
+    """Who sets one time limit need not know of the others: those within it that are not given are no longer than it."""
+    defaults = {each.name: each.default for each in msgspec.structs.fields(ConnectorConfig)}
+    for inner, outer, _ in WITHIN:
+        limit, default = given.get(outer), defaults[inner]
+        if inner not in given and isinstance(limit, int | float) and 0 < limit < default:
+            given[inner] = limit
+
+
+def _allowed(field: str) -> str:
+    """The values that a key may have, in words."""
+    (kind,) = (each.type for each in msgspec.structs.fields(ConnectorConfig) if each.name == field)
+    info = msgspec.inspect.type_info(kind)
+    match info:
+        case msgspec.inspect.LiteralType():
+            return ", ".join(map(repr, info.values))
+        case msgspec.inspect.BoolType():
+            return "true, false"
+        case msgspec.inspect.IntType():
+            return f"whole numbers from {info.ge} to {info.le}"
+        case msgspec.inspect.FloatType():
+            least = f"from {info.ge} to" if info.gt is None else f"above {info.gt} up to"
+            return f"numbers {least} {info.le}"
+        case msgspec.inspect.ListType():
+            return f"a list of at most {info.max_length} texts"
+        case msgspec.inspect.StrType(max_length=most):
+            return f"a text of at most {most} characters" if most is not None else "a text"
+    raise TypeError(f"{field}: {info}")

@@ -20,7 +20,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import (
 )
 
 from vllm_datadist_connector import compat
-from vllm_datadist_connector.config import ConfigError, parse_config
+from vllm_datadist_connector.config import ConfigError, check_before_start, parse_config
 from vllm_datadist_connector.metadata import RankHandshake, StepMetadata
 from vllm_datadist_connector.metrics import DataDistPromMetrics, DataDistStats
 
@@ -85,6 +85,8 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     @classmethod
     def requires_piecewise_for_cudagraph(cls, extra_config: dict[str, Any]) -> bool:
+        # The one question that vLLM may ask before it starts its processes and loads a model.
+        check_before_start(extra_config)
         return False
 
     @classmethod
@@ -173,8 +175,11 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         return RankHandshake(geometry) if geometry is not None else None
 
     def handle_preemptions(self, kv_connector_metadata: KVConnectorMetadata) -> None:
-        # A request that waits for its pull cannot be preempted; one whose pull is done prefills again locally.
-        return
+        # Nothing is to be saved: a request that waits for its pull cannot be preempted, and one whose pull is done
+        # prefills again. But of all hooks with the step's metadata it is the first; vLLM 0.32 calls start_load_kv only
+        # after the forward pass, which on the CPU has ended by then.
+        if compat.LOADS_MAY_PRECEDE_ZEROING and isinstance(kv_connector_metadata, StepMetadata):
+            self._working.start_step(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         step = self._get_connector_metadata()

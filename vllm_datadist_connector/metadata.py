@@ -27,6 +27,10 @@ class PullJob:
     deadline_s: float
     """Remaining time; rebased by the receiver, because clocks of different processes are never compared."""
 
+    def __str__(self) -> str:
+        """The request as the logs of both ends know it."""
+        return f"request {self.request_id} ({self.remote})"
+
 
 @dataclass(slots=True)
 class StepMetadata(KVConnectorMetadata):

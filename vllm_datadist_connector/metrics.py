@@ -40,6 +40,7 @@ COUNTERS: Final[dict[str, str]] = {
     "leases_ended": "Leases of P that ended, by reason.",
     "refused_confirms": "Pulls that P refused to confirm: their lease had ended or did not cover them.",
     "releases": "Leases that D gave back.",
+    "local_prefills": "Requests that an instance prefilled itself although it serves with others, by reason.",
 }
 GAUGES: Final[dict[str, str]] = {
     "held_leases": "Requests whose blocks P keeps for a D.",
@@ -47,7 +48,7 @@ GAUGES: Final[dict[str, str]] = {
     "pulling_requests": "Requests of D that wait for their KV cache.",
     "linked_peers": "Worker ranks of P that D's ranks are linked with.",
 }
-_LABELLED: Final = frozenset({"failed_transfers", "leases_ended"})
+_LABELLED: Final = frozenset({"failed_transfers", "leases_ended", "local_prefills"})
 """Counters with a `reason` label; their keys in `counts` are "name:reason"."""
 
 
@@ -171,6 +172,10 @@ class SchedulerMeter(_Meter):
     def consumer(self, pulling: int, releases: int) -> None:
         self._set("pulling_requests", pulling)
         self._count("releases", releases)
+
+    def local_prefills(self, by_reason: dict[str, int]) -> None:
+        for reason, count in by_reason.items():
+            self._count(f"local_prefills:{reason}", count)
 
 
 class DataDistPromMetrics(KVConnectorPromMetrics):

@@ -27,7 +27,7 @@ install(
   EXPORT llm_datadist
   LIBRARY DESTINATION ${library_dir}
   INCLUDES DESTINATION ${include_dir})
-install(DIRECTORY include/llm_datadist DESTINATION ${include_dir} FILES_MATCHING PATTERN "*.h")
+install(DIRECTORY include/ge include/llm_datadist DESTINATION ${include_dir} FILES_MATCHING PATTERN "*.h")
 
 # The export is the whole package: the library depends on nothing that a user would have to find.
 install(EXPORT llm_datadist NAMESPACE llm_datadist:: FILE llm_datadistConfig.cmake DESTINATION ${package_dir})

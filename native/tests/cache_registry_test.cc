@@ -32,7 +32,7 @@ TEST_F(CacheRegistryTest, RowsByTheirKeys) {
     ASSERT_TRUE(named.ok()) << Text(key);
     EXPECT_EQ(named.value().pin.cache().id(), id);
     EXPECT_EQ(named.value().row, row);
-    EXPECT_TRUE(named.value().lasting);
+    EXPECT_FALSE(named.value().lasting) << "the key can be removed";
   }
   for (const CacheKey &key : {Request(8), Prefix(7, 1), Blocks(0), Request(0)}) {
     EXPECT_EQ(FindCode(CacheRef::Key(key)), LLM_KV_CACHE_NOT_EXIST) << Text(key);
@@ -118,13 +118,17 @@ TEST_F(CacheRegistryTest, ARefusedRegistrationBindsNothing) {
   }
 }
 
-TEST_F(CacheRegistryTest, KeysOfRegisteredCachesStay) {
+TEST_F(CacheRegistryTest, KeysOfRegisteredCachesStayUntilTheyAreRemoved) {
   const int64_t id = Register(CacheLayout::kContiguous, {Request(1)});
   for (int i = 0; i < 2; ++i) {
     EXPECT_EQ(Consume(Request(1), GenerationOf(id), 0, 1), LLM_SUCCESS);
-    EXPECT_EQ(caches_.RemoveKey(Request(1)).code(), LLM_SUCCESS);
     EXPECT_EQ(caches_.Deallocate(id).code(), LLM_SUCCESS);
     EXPECT_EQ(CacheOf(CacheRef::Key(Request(1))), id);
+    EXPECT_EQ(CacheOf(CacheRef::Id(id)), id);
+  }
+  for (int i = 0; i < 2; ++i) {
+    EXPECT_EQ(caches_.RemoveKey(Request(1)).code(), LLM_SUCCESS);
+    EXPECT_EQ(FindCode(CacheRef::Key(Request(1))), LLM_KV_CACHE_NOT_EXIST);
     EXPECT_EQ(CacheOf(CacheRef::Id(id)), id);
   }
 }
@@ -224,7 +228,18 @@ TEST_F(CacheRegistryTest, WithoutAnyPool) {
   CacheRegistry caches(regions_, {}, true);
   EXPECT_EQ(Code(caches.Allocate(Desc(0, 4), CacheLayout::kContiguous, {})), LLM_FEATURE_NOT_ENABLED);
   EXPECT_EQ(caches.Deallocate(1).code(), LLM_FEATURE_NOT_ENABLED);
-  EXPECT_EQ(caches.RemoveKey(Request(1)).code(), LLM_FEATURE_NOT_ENABLED);
+  EXPECT_EQ(caches.RemoveKey(Request(1)).code(), LLM_SUCCESS);
+}
+
+// Programs that do not allocate reserve nothing.
+TEST_F(CacheRegistryTest, DefaultPoolsAreMadeWhenTheyAreNeeded) {
+  const PoolConfig more_than_there_is{uint64_t{1} << 62};
+  CacheRegistry caches(RegionTable::Create({}), {nullptr, nullptr, PoolConfig{4 * kPage, 12}, more_than_there_is}, true);
+  EXPECT_TRUE(caches.Deallocate(1).ok());
+  const auto made = caches.Allocate(Desc(4, 4), CacheLayout::kMix, {});
+  ASSERT_TRUE(made.ok()) << made.status().text();
+  EXPECT_EQ(Code(caches.Allocate(Desc(1, 4), CacheLayout::kMix, {})), LLM_OUT_OF_MEMORY) << "the same pool again";
+  EXPECT_EQ(Code(caches.Allocate(Desc(1, 4, CachePlacement::kHost), CacheLayout::kMix, {})), LLM_OUT_OF_MEMORY);
 }
 
 TEST_F(CacheRegistryTest, PlacementChoosesThePool) {

@@ -4,8 +4,12 @@
 #include <sys/wait.h>
 #include <unistd.h>
 
+#include <algorithm>
+#include <chrono>
+#include <string>
 #include <thread>
 
+#include "support/eventually.h"
 #include "support/node.h"
 
 namespace datadist::testing {
@@ -49,7 +53,7 @@ class TwoEndpoints : public ::testing::Test {
   int64_t theirs_ = 0;
 };
 
-TEST(NotInitialized, EveryCallFailsButTheFourThatAreNeverEnabled) {
+TEST(NotInitialized, EveryCallFails) {
   Node node(kA);
   LlmDataDist &datadist = node.datadist();
   Cache cache{};
@@ -70,10 +74,10 @@ TEST(NotInitialized, EveryCallFailsButTheFourThatAreNeverEnabled) {
   uint16_t port = 0;
   EXPECT_EQ(QueryListenPort(datadist, port), LLM_FAILED);
 
-  EXPECT_EQ(datadist.AllocateCache({}, cache), LLM_FEATURE_NOT_ENABLED);
-  EXPECT_EQ(datadist.DeallocateCache(1), LLM_FEATURE_NOT_ENABLED);
-  EXPECT_EQ(datadist.CopyKvCache(cache, cache), LLM_FEATURE_NOT_ENABLED);
-  EXPECT_EQ(datadist.CopyKvBlocks(cache, cache, {}, {}), LLM_FEATURE_NOT_ENABLED);
+  EXPECT_EQ(datadist.AllocateCache({}, cache), LLM_FAILED);
+  EXPECT_EQ(datadist.DeallocateCache(1), LLM_FAILED);
+  EXPECT_EQ(datadist.CopyKvCache(cache, cache), LLM_FAILED);
+  EXPECT_EQ(datadist.CopyKvBlocks(cache, cache, {}, {}), LLM_FAILED);
   datadist.Finalize();
 }
 
@@ -102,6 +106,32 @@ TEST_F(TwoEndpoints, LastErrorIsOfTheThreadsLastCall) {
   EXPECT_STREQ(GetStatusName(0x1234), "LLM_UNKNOWN");
   EXPECT_EQ(a_.datadist().UnregisterKvCache(0), LLM_SUCCESS);
   EXPECT_STREQ(GetLastErrorText(), "");
+}
+
+// One line for each failure, at the level that programs have unless they say otherwise, and no flood of them.
+TEST_F(TwoEndpoints, FailuresAreLogged) {
+  std::string once;
+  ASSERT_TRUE(Eventually([&] {  // other tests may have used up this second's lines
+    ::testing::internal::CaptureStderr();
+    EXPECT_EQ(a_.Pull(kB, theirs_, mine_, {0}, {0}), LLM_NOT_YET_LINK);
+    once = ::testing::internal::GetCapturedStderr();
+    return !once.empty();
+  }));
+  EXPECT_THAT(once, HasSubstr("ERROR PullKvBlocks: LLM_NOT_YET_LINK (0x5010B007): no link to cluster 2\n"));
+  EXPECT_EQ(std::count(once.begin(), once.end(), '\n'), 1);
+
+  ::testing::internal::CaptureStderr();
+  EXPECT_EQ(a_.datadist().UnregisterKvCache(0), LLM_SUCCESS);
+  EXPECT_EQ(::testing::internal::GetCapturedStderr(), "");
+
+  ::testing::internal::CaptureStderr();
+  const auto start = std::chrono::steady_clock::now();
+  for (int i = 0; i < 1000; ++i) {
+    (void)a_.Pull(kB, theirs_, mine_, {0}, {0});
+  }
+  const auto seconds = std::chrono::duration_cast<std::chrono::seconds>(std::chrono::steady_clock::now() - start);
+  const std::string flood = ::testing::internal::GetCapturedStderr();
+  EXPECT_LE(std::count(flood.begin(), flood.end(), '\n'), 10 * (seconds.count() + 2));
 }
 
 TEST_F(TwoEndpoints, ListenPort) {
@@ -138,6 +168,13 @@ TEST_F(TwoEndpoints, LinkCallChecks) {
   EXPECT_EQ(a.UnlinkLlmClusters({no_ip}, rets, 1000, true), LLM_SUCCESS) << "force needs no address";
   EXPECT_EQ(rets, std::vector<Status>{LLM_SUCCESS});
   EXPECT_EQ(a.LinkLlmClusters({no_local}, rets, 1000), LLM_SUCCESS) << "known from the first link";
+}
+
+TEST_F(TwoEndpoints, PeersThatCanBeAccessedHaveAnIdOfTheirOwn) {
+  Node same(kB);
+  ASSERT_EQ(same.Start(ClientOptions()), LLM_SUCCESS);
+  EXPECT_EQ(same.Link(kB, b_.port()), LLM_PARAM_INVALID);
+  EXPECT_THAT(GetLastErrorText(), HasSubstr("cluster id 2 is the server's own"));
 }
 
 TEST_F(TwoEndpoints, LocalCommResIsJudgedWhenLinking) {
@@ -187,7 +224,13 @@ TEST_F(TwoEndpoints, PullLayerRanges) {
   EXPECT_EQ(pull(Layers(0, 1, 0, 2)), LLM_PARAM_INVALID);
   EXPECT_EQ(pull(Layers(4, 5, 0, 1)), LLM_PARAM_INVALID) << "beyond the remote layers";
   EXPECT_EQ(pull(Layers(0, 1, 4, 5)), LLM_PARAM_INVALID) << "beyond the local layers";
-  EXPECT_EQ(pull(Layers(0, 0, -1, -1)), LLM_SUCCESS) << "one open range means everything";
+  for (const KvCacheExtParam &one : {Layers(-1, -1, 0, 0), Layers(1, 1, -1, -1), Layers(-1, 0, -1, 0)}) {
+    const Bytes untouched = a_.Contents(mine_);
+    EXPECT_EQ(pull(one), LLM_PARAM_INVALID) << "one range alone";
+    EXPECT_THAT(GetLastErrorText(), HasSubstr("_layer_range"));
+    EXPECT_EQ(a_.Contents(mine_), untouched);
+  }
+  EXPECT_EQ(pull(Layers(-1, -1, -1, -1, 3)), LLM_SUCCESS) << "selects nothing";
 
   const Bytes before = a_.Contents(mine_);
   Bytes expected = before;
@@ -225,7 +268,11 @@ TEST_F(TwoEndpoints, PushArguments) {
   EXPECT_EQ(PushWith(src, kB, theirs_, {0}, {1}), LLM_PARAM_INVALID);
   Cache no_desc{};
   no_desc.cache_id = mine_;
-  EXPECT_EQ(PushWith(no_desc, kB, theirs_, {0}, {1}), LLM_PARAM_INVALID) << "the layer count comes from the caller";
+  ASSERT_NE(b_.Contents(theirs_), a_.Contents(mine_));
+  EXPECT_EQ(PushWith(no_desc, kB, theirs_, {0, 1, 2, 3}, {0, 1, 2, 3}), LLM_SUCCESS) << GetLastErrorText();
+  EXPECT_EQ(b_.Contents(theirs_), a_.Contents(mine_)) << "every tensor that is registered";
+  no_desc.cache_id = kNoCache;
+  EXPECT_EQ(PushWith(no_desc, kB, theirs_, {0}, {1}), LLM_KV_CACHE_NOT_EXIST);
 }
 
 TEST_F(TwoEndpoints, PushLayerRanges) {
@@ -240,7 +287,12 @@ TEST_F(TwoEndpoints, PushLayerRanges) {
   EXPECT_EQ(push(Layers(-2, 0, 0, 1)), LLM_PARAM_INVALID);
   EXPECT_EQ(push(Layers(0, 1, 0, 2)), LLM_PARAM_INVALID);
   EXPECT_EQ(push(Layers(4, 5, 4, 5)), LLM_PARAM_INVALID);
-  EXPECT_EQ(push(Layers(0, 0, -1, -1)), LLM_PARAM_INVALID);
+  for (const KvCacheExtParam &one : {Layers(-1, -1, 1, 1), Layers(0, 0, -1, -1), Layers(-1, 0, -1, 0)}) {
+    const Bytes untouched = b_.Contents(theirs_);
+    EXPECT_EQ(push(one), LLM_PARAM_INVALID) << "one range alone";
+    EXPECT_THAT(GetLastErrorText(), HasSubstr("_layer_range"));
+    EXPECT_EQ(b_.Contents(theirs_), untouched);
+  }
 
   Bytes expected = b_.Contents(theirs_);
   const Bytes mine = a_.Contents(mine_);
@@ -250,6 +302,16 @@ TEST_F(TwoEndpoints, PushLayerRanges) {
                 expected.begin() + static_cast<std::ptrdiff_t>(tensor * 256 + 192));
   }
   EXPECT_EQ(b_.Contents(theirs_), expected);
+}
+
+// Three tensors are no two per layer, and need not be where every layer is meant.
+TEST_F(TwoEndpoints, PushOfUnevenLayers) {
+  const Shape uneven{3, 4, 64};
+  const int64_t from = a_.AddCache(uneven, 3);
+  const int64_t to = b_.AddCache(uneven, 4);
+  Link();
+  ASSERT_EQ(a_.Push(from, kB, to, {0, 1, 2, 3}, {0, 1, 2, 3}), LLM_SUCCESS) << GetLastErrorText();
+  EXPECT_EQ(b_.Contents(to), PatternContents(uneven, 3));
 }
 
 TEST_F(TwoEndpoints, PushErrorPrecedence) {

@@ -90,10 +90,10 @@ class Faults : public ::testing::Test {
   int64_t mine_ = 0;
 };
 
-TEST_F(Faults, PeerThatAcceptsAndNeverAnswersIsATimeout) {
+TEST_F(Faults, PeerThatAcceptsAndNeverAnswersIsAFailedLinkInTime) {
   const Listeners silent = Listen(SocketAddress::FromIp(kLoopback, 0).value()).value();
   const auto start = Clock::now();
-  EXPECT_EQ(client_.Link(kServer, SocketAddress::LocalOf(silent.tcp.get()).port(), 200), LLM_TIMEOUT);
+  EXPECT_EQ(client_.Link(kServer, SocketAddress::LocalOf(silent.tcp.get()).port(), 200), LLM_LINK_FAILED);
   EXPECT_GE(Clock::now() - start, milliseconds(200));
   EXPECT_LT(Clock::now() - start, milliseconds(200) + kSlack);
   ExpectHealthy();
@@ -108,7 +108,7 @@ TEST_F(Faults, SilentPeersDelayNeitherEachOtherNorTheRest) {
   clusters.push_back(Cluster(60, 1));
   clusters.back().remote_ip_infos.clear();
   clusters.push_back(Cluster(kServer, server_.port()));
-  std::vector<Code> expected(8, LLM_TIMEOUT);
+  std::vector<Code> expected(8, LLM_LINK_FAILED);
   expected.insert(expected.end(), {LLM_PARAM_INVALID, LLM_SUCCESS});
 
   std::vector<Code> rets(3, 77);
@@ -303,7 +303,7 @@ TEST(Resources, IdleLinkedEnginesUseNoCpu) {
   const Listeners silent = Listen(SocketAddress::FromIp(kLoopback, 0).value()).value();
   Node other(3);
   ASSERT_EQ(other.Start(ClientOptions()), LLM_SUCCESS);
-  EXPECT_EQ(other.Link(9, SocketAddress::LocalOf(silent.tcp.get()).port(), 1000), LLM_TIMEOUT);
+  EXPECT_EQ(other.Link(9, SocketAddress::LocalOf(silent.tcp.get()).port(), 1000), LLM_LINK_FAILED);
   ::clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &after);
   const double used = static_cast<double>(after.tv_sec - before.tv_sec) +
                       static_cast<double>(after.tv_nsec - before.tv_nsec) * 1e-9;

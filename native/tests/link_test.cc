@@ -136,7 +136,10 @@ TEST_P(TwoProcesses, StoppedPeerEndsTheCallAtItsDeadline) {
   // A cache not described yet: the call needs an answer of the stopped process, whatever the transport.
   EXPECT_EQ(client_.Pull(kServer, theirs_, mine_, {0}, {0}), LLM_TIMEOUT);
   EXPECT_EQ(client_.Pull(kServer, theirs_, mine_, {0}, {0}), LLM_FAILED) << "a timeout leaves the link lost";
-  EXPECT_EQ(client_.Unlink(kServer, port, 300), LLM_TIMEOUT);
+  EXPECT_EQ(client_.Unlink(kServer, port, 300), LLM_UNLINK_FAILED);
+  Node other(9);
+  ASSERT_EQ(other.Start(ClientOptions()), LLM_SUCCESS);
+  EXPECT_EQ(other.Link(kServer, port, 300), LLM_LINK_FAILED) << GetLastErrorText();
   EXPECT_EQ(client_.Unlink(kServer, port, 300, true), LLM_SUCCESS);
   server_.Signal(SIGCONT);
   ASSERT_EQ(client_.Link(kServer, server_.port()), LLM_SUCCESS) << GetLastErrorText();

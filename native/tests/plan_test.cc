@@ -33,8 +33,8 @@ void ExpectInvalid(const Status &status, const std::string &text) {
 
 TEST(ExtParam, Ranges) {
   EXPECT_TRUE(CheckExtParam({}).ok());
-  EXPECT_TRUE(CheckExtParam(Ext({0, 0}, {-1, -1})).ok());
-  EXPECT_TRUE(CheckExtParam(Ext({-1, 3}, {5, 7}, 255)).ok());
+  EXPECT_TRUE(CheckExtParam(Ext({-1, -1}, {-1, -1}, 255)).ok());
+  EXPECT_TRUE(CheckExtParam(Ext({0, 3}, {4, 7}, 255)).ok());
   ExpectInvalid(CheckExtParam(Ext({-2, 1}, {0, 0})), "src_layer_range {-2, 1}");
   ExpectInvalid(CheckExtParam(Ext({0, 0}, {0, -2})), "dst_layer_range {0, -2}");
   ExpectInvalid(CheckExtParam(Ext({0, -1}, {0, 0})), "src_layer_range {0, -1}");
@@ -42,10 +42,17 @@ TEST(ExtParam, Ranges) {
   ExpectInvalid(CheckExtParam(Ext({0, 0}, {0, 0}, 0)), "tensor_num_per_layer 0");
 }
 
+TEST(ExtParam, OneRangeAloneIsRefused) {
+  ExpectInvalid(CheckExtParam(Ext({-1, -1}, {0, 0})), "src_layer_range {-1, -1} and dst_layer_range {0, 0}: allowed");
+  ExpectInvalid(CheckExtParam(Ext({1, 1}, {-1, -1})), "src_layer_range {1, 1} and dst_layer_range {-1, -1}: allowed");
+  ExpectInvalid(CheckExtParam(Ext({-1, 0}, {-1, 0})), "src_layer_range {-1, 0}");
+  ExpectInvalid(CheckExtParam(Ext({-1, -1}, {-1, 0})), "dst_layer_range {-1, 0}");
+}
+
 TEST(ExtParam, EqualLengths) {
   EXPECT_TRUE(CheckEqualLayerCounts(Ext({0, 1}, {3, 4})).ok());
-  EXPECT_TRUE(CheckEqualLayerCounts(Ext({0, 0}, {-1, -1})).ok());
-  EXPECT_TRUE(CheckEqualLayerCounts(Ext({-1, INT32_MAX}, {-1, INT32_MAX})).ok());
+  EXPECT_TRUE(CheckEqualLayerCounts(Ext({-1, -1}, {-1, -1})).ok());
+  EXPECT_TRUE(CheckEqualLayerCounts(Ext({0, INT32_MAX}, {0, INT32_MAX})).ok());
   ExpectInvalid(CheckEqualLayerCounts(Ext({0, 1}, {0, 0})), "differ in length");
 }
 
@@ -74,8 +81,8 @@ Result<PullSelection> Select(const KvCacheExtParam &ext, const CacheGeometry &lo
   return SelectPullTensors(ChooseLayers(ext), local);
 }
 
-TEST(PullTensors, AllUnlessBothRangesAreGiven) {
-  for (const KvCacheExtParam &ext : {KvCacheExtParam{}, Ext({0, 0}, {-1, -1}), Ext({-1, -1}, {1, 2}, 7)}) {
+TEST(PullTensors, AllUnlessRangesAreGiven) {
+  for (const KvCacheExtParam &ext : {KvCacheExtParam{}, Ext({-1, -1}, {-1, -1}, 7)}) {
     const auto selection = Select(ext, Geometry(10));
     ASSERT_TRUE(selection.ok());
     EXPECT_TRUE(selection.value().whole_source);
@@ -133,27 +140,27 @@ TEST(PullTensors, Refusals) {
 
 // ---- push ----
 
-TEST(PushLayers, AllLayersOfTheCallersCount) {
-  const auto count_of = [](uint32_t num_tensors, uint8_t per_layer) {
-    return SelectPushLayers(Ext({-1, -1}, {-1, -1}, per_layer), num_tensors).value().count;
+// However many tensors a layer has, all are pushed: each layer is a transfer, or each tensor where layers are uneven.
+TEST(PushLayers, AllTensorsWithoutRanges) {
+  const auto layers_of = [](uint32_t num_tensors, uint8_t per_layer) {
+    const auto layers = SelectPushLayers(Ext({-1, -1}, {-1, -1}, per_layer), num_tensors);
+    EXPECT_EQ(layers.src_first, 0);
+    EXPECT_EQ(layers.dst_first, 0);
+    return std::pair(layers.count, layers.tensors_per_layer);
   };
-  EXPECT_EQ(count_of(10, 2), 5);
-  EXPECT_EQ(count_of(10, 1), 10);
-  EXPECT_EQ(count_of(10, 3), 4) << "the incomplete layer is there to be refused";
-  EXPECT_EQ(count_of(10, 17), 1);
-  EXPECT_EQ(count_of(UINT32_MAX, 255), 16843009);
-  ExpectInvalid(SelectPushLayers({}, 0).status(), "cache_desc.num_tensors");
-  const auto ignored = SelectPushLayers(Ext({-1, -1}, {3, 3}), 4);
-  ASSERT_TRUE(ignored.ok());
-  EXPECT_EQ(ignored.value().dst_first, 0) << "without a source range the destination range is ignored";
+  EXPECT_EQ(layers_of(10, 2), std::pair(int64_t{5}, 2U));
+  EXPECT_EQ(layers_of(10, 1), std::pair(int64_t{10}, 1U));
+  EXPECT_EQ(layers_of(10, 3), std::pair(int64_t{10}, 1U));
+  EXPECT_EQ(layers_of(1, 2), std::pair(int64_t{1}, 1U));
+  EXPECT_EQ(layers_of(UINT32_MAX, 255), std::pair(int64_t{16843009}, 255U));
 }
 
 TEST(PushLayers, EachLayerIsCheckedOnBothSides) {
   const auto layers = SelectPushLayers(Ext({1, 2}, {3, 4}), 0);
-  ASSERT_TRUE(layers.ok());
-  EXPECT_EQ(layers.value().src_first, 1);
-  EXPECT_EQ(layers.value().dst_first, 3);
-  ASSERT_EQ(layers.value().count, 2);
+  EXPECT_EQ(layers.src_first, 1);
+  EXPECT_EQ(layers.dst_first, 3);
+  EXPECT_EQ(layers.tensors_per_layer, 2U);
+  ASSERT_EQ(layers.count, 2);
   EXPECT_TRUE(CheckPushDestination(4, 2, Geometry(10)).ok());
   EXPECT_TRUE(CheckPushSource(2, 2, Geometry(6)).ok());
   ExpectInvalid(CheckPushDestination(4, 2, Geometry(9)), "dst layer 4");
@@ -161,8 +168,6 @@ TEST(PushLayers, EachLayerIsCheckedOnBothSides) {
 }
 
 TEST(PushLayers, Refusals) {
-  EXPECT_EQ(SelectPushLayers(Ext({0, 0}, {-1, -1}), 0).value().dst_first, -1)
-      << "told only after link and remote cache were looked up";
   ExpectInvalid(CheckPushDestination(-1, 2, Geometry(10)), "dst layer -1");
   ExpectInvalid(CheckPushDestination(5, 2, Geometry(10)), "dst layer 5");
   ExpectInvalid(CheckPushSource(0, 3, Geometry(10)), "does not divide");

@@ -50,6 +50,38 @@ TEST_P(Rights, AreWhatTheOwnerGives) {
   }
 }
 
+// Of several caches of one endpoint, for several linked clusters.
+TEST_P(Rights, AreOfTheCacheAndTheCluster) {
+  Member owner(2, Forced());
+  Member peer(1, Forced());
+  Member other(3, Forced());
+  const SocketAddress address = owner.Listen();
+  ASSERT_TRUE(peer.Dial(address, 2).ok());
+  ASSERT_TRUE(other.Dial(address, 2).ok());
+  const int64_t only_read = owner.AddCache(5, {PeerAccess::kRead, {}});
+  const int64_t only_peers = owner.AddCache(6, {PeerAccess::kReadWrite, {1}});
+  const int64_t nobodys = owner.AddCache(7, {PeerAccess::kNone, {}});
+  struct Case {
+    Member *who;
+    int64_t cache;
+    llm_datadist::Status pull;
+    llm_datadist::Status push;
+  };
+  for (const Case &test : {Case{&peer, only_read, LLM_SUCCESS, LLM_PARAM_INVALID},
+                           Case{&other, only_read, LLM_SUCCESS, LLM_PARAM_INVALID},
+                           Case{&peer, only_peers, LLM_SUCCESS, LLM_SUCCESS},
+                           Case{&other, only_peers, LLM_PARAM_INVALID, LLM_PARAM_INVALID},
+                           Case{&peer, nobodys, LLM_PARAM_INVALID, LLM_PARAM_INVALID}}) {
+    const int64_t ours = test.who->AddCache(9);
+    const auto before = owner.Bytes(test.cache);
+    EXPECT_EQ(test.who->Push(2, ours, test.cache, 4, 4, 4).code(), test.push);
+    EXPECT_EQ(owner.Bytes(test.cache) == before, test.push != LLM_SUCCESS);
+    EXPECT_EQ(test.who->Pull(2, test.cache, ours, 0, 0, 4).code(), test.pull);
+    EXPECT_EQ(test.who->Bytes(ours) == test::PatternOf(Member::kShape, 9), test.pull != LLM_SUCCESS);
+    EXPECT_TRUE(test.who->Linked(2)) << "a refusal is no fault of the link";
+  }
+}
+
 INSTANTIATE_TEST_SUITE_P(Transports, Rights,
                          ::testing::Values("local", "cma", "tcp"),
                          [](const auto &kind) { return std::string(kind.param); });

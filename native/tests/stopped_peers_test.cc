@@ -57,7 +57,7 @@ class StoppedPeers : public ::testing::TestWithParam<const char *> {
     }
   }
 
-  uint64_t SubmitPull(uint64_t id) {
+  uint64_t SubmitPull(uint64_t id, milliseconds deadline = kLong) {
     PullBlocksOp op;
     op.transfer.remote.cluster_id = id;
     op.transfer.remote.cache_id = remote_[id - 1];
@@ -66,7 +66,7 @@ class StoppedPeers : public ::testing::TestWithParam<const char *> {
       op.transfer.src_blocks.push_back(block);
       op.transfer.dst_blocks.push_back(block);
     }
-    return queue_->Submit(std::move(op), kLong).id;
+    return queue_->Submit(std::move(op), deadline).id;
   }
 
   std::vector<Completion> NextCompletions() {
@@ -107,6 +107,19 @@ TEST_P(StoppedPeers, DelayNobodyElse) {
     }
     ASSERT_EQ(got, expected) << round;
   }
+}
+
+// Their options would let them wait for a minute.
+TEST_P(StoppedPeers, HoldAPullNoLongerThanItsDeadline) {
+  constexpr milliseconds kSoon{300};
+  peers_[0].Signal(SIGSTOP);
+  const uint64_t id = SubmitPull(1, kSoon);
+  const std::vector<Completion> completions = NextCompletions();
+  ASSERT_EQ(completions.size(), 1U);
+  EXPECT_EQ(completions[0].id, id);
+  EXPECT_EQ(completions[0].status, llm_datadist::LLM_TIMEOUT) << completions[0].error;
+  EXPECT_FALSE(completions[0].cancelled);
+  EXPECT_LT(completions[0].run, std::chrono::seconds(10));
 }
 
 INSTANTIATE_TEST_SUITE_P(Transports, StoppedPeers, ::testing::Values("cma", "tcp"),

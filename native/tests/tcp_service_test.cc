@@ -227,7 +227,7 @@ TEST_F(FrozenPeers, LeaveTheirThreadToOthers) {
     int ends[2];
     ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
     peers.emplace_back(ends[0]);
-    servers.emplace_back(service, Fd(ends[1]), owner_.regions(), std::chrono::minutes(10));
+    servers.emplace_back(service, Fd(ends[1]), owner_.regions(), 0, std::chrono::minutes(10));
     ASSERT_TRUE(Send(peers.back(), request, request.size()).ok());
     const Status go = HearGo(peers.back());
     ASSERT_TRUE(go.ok()) << i << ": " << go.text();
@@ -247,7 +247,7 @@ TEST_F(FrozenPeers, EndWithTheirServer) {
     int ends[2];
     ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
     const Fd peer(ends[0]);
-    TcpServer server(service, Fd(ends[1]), owner_.regions(), std::chrono::minutes(10));
+    TcpServer server(service, Fd(ends[1]), owner_.regions(), 0, std::chrono::minutes(10));
     RequestHeader header = WholeOf(cache, op);
     header.remaining_ms = 600'000;
     const std::vector<uint8_t> request = Encoded(header, kWhole);
@@ -271,7 +271,7 @@ TEST_F(FrozenPeers, EndWithTheService) {
   int ends[2];
   ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
   const Fd peer(ends[0]);
-  TcpServer server(service, Fd(ends[1]), owner_.regions(), std::chrono::minutes(10));
+  TcpServer server(service, Fd(ends[1]), owner_.regions(), 0, std::chrono::minutes(10));
   RequestHeader header = WholeOf(cache, DataOp::kPush);
   const std::vector<uint8_t> request = Encoded(header, kWhole);
   ASSERT_TRUE(Send(peer, request, request.size()).ok());
@@ -282,7 +282,7 @@ TEST_F(FrozenPeers, EndWithTheService) {
 
   ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
   const Fd late(ends[0]);
-  TcpServer refused(service, Fd(ends[1]), owner_.regions(), std::chrono::minutes(10));
+  TcpServer refused(service, Fd(ends[1]), owner_.regions(), 0, std::chrono::minutes(10));
   refused.Join();
   char byte = 0;
   EXPECT_EQ(RecvAll(late.get(), &byte, 1, Soon()).code(), llm_datadist::LLM_FAILED);
@@ -299,7 +299,7 @@ TEST(Turns, AreBounded) {
   ASSERT_EQ(::socketpair(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0, ends), 0);
   const Fd peer(ends[0]);
   const Fd served(ends[1]);
-  TcpConnection connection(served.get(), owner.regions(), std::chrono::minutes(10));
+  TcpConnection connection(served.get(), owner.regions(), 0, std::chrono::minutes(10));
   std::vector<Span> spans;
   for (uint64_t i = 0; i < kMaxSpansPerRequest; ++i) {
     spans.push_back({2 * i, 1});

@@ -35,7 +35,7 @@ DECODE_OPTIONS = {
 }
 # D takes shorter requests than P: what P has prefilled may be refused by D's API server.
 PREFILL_MAX_LEN, DECODE_MAX_LEN = 4096, 2048
-# After a fault: the peer's backoff, a new link, and one request on a busy machine.
+# After a fault: the pause before the next try, a new link, and one request on a busy machine.
 RECOVERY_S = 20.0
 KV_BYTES = 40 << 20  # 40 blocks of 128 tokens
 
@@ -106,7 +106,7 @@ async def check_normal(trio: Trio, decode: Program, reference: Reference, seed: 
 async def check_recovers(
     trio: Trio, decode: Program, reference: Reference, interference: Interference | None = None
 ) -> None:
-    """Requests may fail for as long as D leaves the peer alone (peer_backoff_s); then they are served again."""
+    """Requests may fail while P is not there; then they are served again."""
     until = time.monotonic() + RECOVERY_S
     change = Change(decode.url)
     async with PDProxy(trio.prefill.url, decode.url, interference or Interference()) as proxy:

@@ -10,7 +10,17 @@ import equality
 import pytest
 from serving import Program
 from support.client import Answer, Request, new_salt, prompt_tokens
-from support.metrics import EXTERNAL_HITS, FAILED, LEASES_ENDED, LINKED_PEERS, Change, wait_empty, wait_for, wait_metric
+from support.metrics import (
+    EXTERNAL_HITS,
+    FAILED,
+    HELD_LEASES,
+    LEASES_ENDED,
+    LINKED_PEERS,
+    Change,
+    wait_empty,
+    wait_for,
+    wait_metric,
+)
 from support.proxy import PDProxy, RoundRobin
 from support.reference import Reference
 from support.servers import Pair, kv_transfer, make_router, make_server, running, spec_of
@@ -115,5 +125,30 @@ def test_it_comes_back_as_somebody_else(service: Service, reference: Reference) 
             answers += await equality.send(proxy.url, *requests)
         await reference.check_all(requests, answers)
         assert all(change.now(FAILED) == 0 for change in changes)
+
+    asyncio.run(scenario())
+
+
+def test_a_drained_one_leaves_unnoticed(service: Service, reference: Reference) -> None:
+    """Scaled down as the README says: no more legs, then no more leases, then SIGTERM. Nothing is computed twice."""
+    _, stayer, drained = service.prefill
+    prefill = RoundRobin([drained.url, stayer.url])
+    decode = RoundRobin([program.url for program in service.decode])
+
+    async def scenario() -> None:
+        stop = asyncio.Event()
+        changes = [Change(program.url) for program in service.decode]
+        async with PDProxy(prefill, decode) as proxy:
+            clients = [asyncio.create_task(load(proxy.url, reference, stop, 3000 * i)) for i in range(AT_ONCE)]
+            await served_by(drained, 4)
+            prefill.urls.remove(drained.url)
+            await wait_for("the last prefill", lambda: proxy.prefilling[drained.url], lambda legs: legs == 0, 60.0)
+            await wait_metric(drained.url, HELD_LEASES, lambda held: held == 0)
+            await asyncio.to_thread(drained.stop)
+            await served_by(stayer, 4)
+            stop.set()
+            answered = await asyncio.gather(*clients)
+        assert min(answered) > 0
+        assert [change.now(FAILED) for change in changes] == [0, 0]
 
     asyncio.run(scenario())

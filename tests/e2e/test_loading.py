@@ -1,4 +1,5 @@
-"""Other ways to load and to use the connector: by module path with plugins off, and kv_both on both sides."""
+"""Other ways to load and to use the connector: by module path with plugins off, under either name, and kv_both on both
+sides."""
 
 from __future__ import annotations
 
@@ -16,15 +17,16 @@ from support.servers import Pair, kv_transfer, make_server, running
 
 pytestmark = pytest.mark.usefixtures("nothing_held_afterwards")
 
-MODULE = {"kv_connector_module_path": "vllm_datadist_connector.connector"}
+OURS = {"kv_connector_module_path": "vllm_datadist_connector.connector"}
+AS_ROUTERS_KNOW_IT = {"kv_connector": "NixlConnector", "kv_connector_module_path": "vllm_datadist_connector.nixl"}
 NO_PLUGINS = {"VLLM_PLUGINS": "none"}  # an allow-list that names no plugin
 
 
 @pytest.fixture(scope="module")
 def pair(tiny_model: Path) -> Iterator[Pair]:
     specs = [
-        ServerSpec(name, tiny_model, kv_transfer("both", MODULE), variables=NO_PLUGINS)
-        for name in ("by-path-one", "by-path-two")
+        ServerSpec(name, tiny_model, kv_transfer("both", module), variables=NO_PLUGINS)
+        for name, module in (("by-path-one", OURS), ("by-path-two", AS_ROUTERS_KNOW_IT))
     ]
     started = Pair(*(make_server(spec) for spec in specs))
     with running(*started.both):

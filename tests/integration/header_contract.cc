@@ -2,6 +2,7 @@
 // headers. Compiling it checks most of it, running it the rest.
 #include <type_traits>
 
+#include "ge/llm_error_codes.h"
 #include "llm_datadist/llm_datadist.h"
 #include "llm_datadist/llm_datadist_ext.h"
 
@@ -30,6 +31,9 @@ static_assert(LLM_NOTIFY_PROMPT_UNLINK_FAILED == 0x5010B00B && LLM_CLUSTER_NUM_E
 static_assert(LLM_PROCESSING_LINK == 0x5010B00D && LLM_DEVICE_OUT_OF_MEMORY == 0x5010B00E, "");
 static_assert(LLM_EXIST_LINK == 0x5010B018 && LLM_FEATURE_NOT_ENABLED == 0x5010B019, "");
 static_assert(LLM_TIMEOUT == 0x5010B01A && LLM_LINK_BUSY == 0x5010B01B && LLM_OUT_OF_MEMORY == 0x5010B01C, "");
+
+static_assert(llm_datadist::SUCCESS == 0 && llm_datadist::FAILED == 0xFFFFFFFF, "");
+static_assert(ge::LLM_TIMEOUT == llm_datadist::LLM_TIMEOUT && ge::LLM_SUCCESS == ge::SUCCESS, "");
 
 static_assert(static_cast<int32_t>(LlmRole::kPrompt) == 1 && static_cast<int32_t>(LlmRole::kDecoder) == 2, "");
 static_assert(static_cast<int32_t>(LlmRole::kMix) == 3 && static_cast<int32_t>(LlmRole::kEnd) == 4, "");

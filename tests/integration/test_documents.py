@@ -107,6 +107,14 @@ def check_router(arguments: list[str], _: Path) -> None:
         assert arguments[arguments.index("--kv-connector") + 1] in connectors[1].split(",")
 
 
+def check_curl(arguments: list[str], folder: Path) -> None:
+    """It asks what a document starts at that port, and what it sends is JSON."""
+    (port,) = (match[1] for word in arguments if (match := re.match(r"http://127\.0\.0\.1:(\d+)/", word)))
+    assert f"--port {port} " in (folder / "README.md").read_text(encoding="utf-8")
+    if "-d" in arguments:
+        assert json.loads(arguments[arguments.index("-d") + 1])["prompt"]
+
+
 def check_cmake(arguments: list[str], folder: Path) -> None:
     """By preset; or as test_cpp_examples.py::test_installation_without_python_can_be_moved does it."""
     if "--preset" in arguments:
@@ -133,6 +141,7 @@ CHECKED: dict[str, Callable[[list[str], Path], None]] = {
     "apt-get": check_apt,
     "cmake": check_cmake,
     "ctest": check_cmake,
+    "curl": check_curl,
     "pip": check_pip,
     "python": check_script,
     "python3": check_script,
@@ -276,6 +285,7 @@ def test_flags_in_prose() -> None:
         "vllm serve MODEL --no-such-flag",
         'vllm serve MODEL --kv-transfer-config "$(cat configs/no-such-file.json)"',
         "vllm-router --no-such-flag",
+        "curl http://127.0.0.1:9/v1/completions",
         "cd native && cmake --workflow --preset no-such-preset",
         "python -m vllm_datadist_connector.llm_datadist no_such_script.py & true",
     ],

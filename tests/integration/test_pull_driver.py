@@ -189,26 +189,6 @@ def test_cancelled_while_a_pull_runs(
     consumer.check_bytes()
 
 
-def test_a_stopped_p_fails_what_is_queued_behind_the_first_timeout(
-    start_producer: Callable[..., ProducerProcess], start_consumer: Callable[..., Consumer]
-) -> None:
-    producer, consumer = start_producer(transport="tcp"), start_consumer(transport="tcp", pull_timeout_s=0.7)
-    warm = producer.prefill("warm", [1])
-    remotes = [producer.prefill(f"r{i}", [1 + i]) for i in range(8)]
-    consumer.expect(producer, warm, [1])
-    consumer.pull("warm", warm, [1])
-    consumer.wait(1)
-    producer.stop()
-    started = time.monotonic()
-    for i, remote in enumerate(remotes):
-        consumer.pull(f"r{i}", remote, [10 + i])
-    consumer.wait(9)
-    assert time.monotonic() - started < 2 * 0.7 + 1.0, "each pull waited for its own time-out"
-    assert consumer.failed == {f"r{i}" for i in range(8)}
-    assert consumer.invalid == set(range(10, 18))
-    consumer.check_bytes()
-
-
 def test_the_deadline_ends_a_pull_from_a_stopped_p(
     producer: ProducerProcess, start_consumer: Callable[..., Consumer]
 ) -> None:

@@ -13,19 +13,23 @@ class CountingKeeper:
         self.users: Counter[str] = Counter()
         self.endpoints: list[Endpoint] = []
         self.gone: set[str] = set()
+        self.asked: set[str] = set()
+        self.unanswered: set[str] = set()
         self.full = False
         self.pulled: list[str] = []
 
     def hold(self, endpoint: Endpoint, ticket: LeaseTicket, is_news: bool = True) -> bool:
-        del is_news
         if self.full:
             return False
         self.endpoints.append(endpoint)
         self.users[ticket.token] += 1
+        if not is_news:
+            self.asked.add(ticket.token)
         return True
 
-    def holds(self, ticket: LeaseTicket) -> bool:
-        return ticket.token not in self.gone
+    def holds(self, ticket: LeaseTicket) -> bool | None:
+        is_open = ticket.token in self.asked & self.unanswered
+        return None if is_open else ticket.token not in self.gone
 
     def pulls(self, ticket: LeaseTicket, at_most_s: float) -> None:
         assert at_most_s > 0

@@ -109,14 +109,14 @@ class KeyModel:
             self._unbind_all(cache_id)
 
     def remove_key(self, key: Key) -> None:
-        if key in self.bound and self.caches[self.bound[key].cache_id].allocated:
-            del self.bound[key]
+        self.bound.pop(key, None)
 
     def pulled(self, key: Key, tensors: Sequence[int]) -> None:
-        """By this key; a request's is used up once every tensor was pulled by it."""
+        """By this key; a request's of an allocated cache is used up once every tensor was pulled by it."""
         binding = self.bound[key]
         binding.pulled.update(tensors)
-        if self._consumes and key.kind == "request" and len(binding.pulled) == self._tensors:
+        allocated = self.caches[binding.cache_id].allocated
+        if self._consumes and allocated and key.kind == "request" and len(binding.pulled) == self._tensors:
             self.remove_key(key)
 
     def _unbind_all(self, cache_id: int) -> None:

@@ -14,11 +14,11 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from vllm_datadist_connector.protocol.contract import LayoutContract
 from vllm_datadist_connector.protocol.handshake import (
     K_TRANSPOSED,
     PLAIN,
     CacheLayout,
-    LayoutContract,
     RankGeometry,
     View,
 )
@@ -27,7 +27,9 @@ from vllm_datadist_connector.worker.kv_spec import LayerKV, Shards, StateKV, Sta
 from vllm_datadist_connector.worker.pairing import granules_of
 from vllm_datadist_connector.worker.plan import BlockPull
 
-CONTRACT = LayoutContract(model="Model", kv_cache_dtype="torch.uint8", kv_packing=PLAIN)
+CONTRACT = LayoutContract(
+    model="Model", kv_cache_dtype="torch.uint8", kv_packing=PLAIN, software="", settings={}, weights=""
+)
 _VIEWS = 1 << 24
 """Cache ids tell which cache, and in blocks of how many bytes."""
 FORMS = ("one tensor", "K and V", "K and V in one")

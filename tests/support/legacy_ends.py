@@ -27,10 +27,10 @@ Ends = tuple[Peer, Peer]
 """Prompt, decoder."""
 
 
-def open_ends(cluster: Cluster, **settings: Any) -> Ends:
+def open_ends(cluster: Cluster, decoder_id: int = DECODER, **settings: Any) -> Ends:
     """Not linked yet: the decoder, which does not listen, links with the prompt."""
     prompt = cluster.open(PROMPT, role="PROMPT", **LEGACY, **settings)
-    decoder = cluster.open(DECODER, role="DECODER", listen="", **LEGACY, **settings)
+    decoder = cluster.open(decoder_id, role="DECODER", listen="", **LEGACY, **settings)
     return prompt, decoder
 
 
@@ -39,7 +39,7 @@ def is_empty(node: Peer, devices: int = 1) -> bool:
     try:
         deallocate(node.allocate("whole", tensors=16, rows=1, row_bytes=POOL_BYTES // 16, devices=devices))
     except LLMException as error:
-        if error.status_code != LLMStatusCode.LLM_OUT_OF_MEMORY:
+        if error.status_code != LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY:
             raise
         return False
     return True

@@ -9,11 +9,11 @@ from typing import Any
 from vllm.sampling_params import SamplingParams
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_datadist_connector.protocol.contract import LayoutContract
 from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.handshake import (
     PLAIN,
     CacheLayout,
-    LayoutContract,
     RankGeometry,
     Segment,
     View,
@@ -40,6 +40,7 @@ def make_ticket(**changes: Any) -> LeaseTicket:
         "generation": 1,
         "lease_s": 30.0,
         "prompt_digest": prompt_digest(()),
+        "adapter": "",
         "block_sizes": (BLOCK_SIZE,),
     }
     return LeaseTicket(**(values | changes))
@@ -94,9 +95,12 @@ def decode(
 
 def make_contract(**changes: Any) -> LayoutContract:
     values: dict[str, Any] = {
-        "model": "TinyForCausalLM hidden_size=64",
+        "model": "TinyForCausalLM",
         "kv_cache_dtype": "torch.bfloat16",
         "kv_packing": PLAIN,
+        "software": "vllm 1, transformers 1",
+        "settings": {"hidden_size": "64", "rope_parameters.rope_theta": "10000"},
+        "weights": "tensors:11",
     }
     return LayoutContract(**(values | changes))
 

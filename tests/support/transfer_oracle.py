@@ -219,8 +219,14 @@ def push_layer(src: CacheModel, dst: CacheModel, layers: tuple[int, int], per_la
 
 
 def push_layers(src: CacheModel, dst: CacheModel, layers: Layers, pushed: Pushed) -> Iterator[list[Move]]:
-    """Layer after layer: those before the one that is refused have been moved. No range: as many as the source has."""
-    require(0 < layers.per_layer <= src.tensors, f"tensor_num_per_layer {layers.per_layer}")
+    """Layer after layer: those before the one that is refused have been moved. No range: as many as the source has,
+    and no ranges at all: all of its tensors."""
+    require(layers.per_layer > 0, "tensor_num_per_layer 0")
+    if layers.src is None and layers.dst is None and src.tensors % layers.per_layer != 0:
+        for tensor in range(src.tensors):
+            yield push_layer(src, dst, (tensor, tensor), 1, pushed)
+        return
+    require(layers.per_layer <= src.tensors, f"tensor_num_per_layer {layers.per_layer}")
     every = (0, src.tensors // layers.per_layer)
     from_layers, to_layers = range(*(layers.src or every)), range(*(layers.dst or every))
     require(len(from_layers) == len(to_layers), "ranges of different lengths")

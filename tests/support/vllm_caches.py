@@ -245,7 +245,7 @@ class Tables:
                 tables.append(tuple(NULL_BLOCK if i < gone else next(ids) for i in range(count)))
             return tuple(tables)
 
-        return cls(TokenRange(0, num_tokens, deal(p), deal(d)))
+        return cls(TokenRange(0, num_tokens, deal(p), deal(d), num_tokens))
 
 
 def _rows(rank: Rank, layer: Layer, table: Sequence[int]) -> Cells:

@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -122,3 +123,12 @@ def test_plugin_registers_once_however_often_it_is_called() -> None:
         plugin.register()
     assert KVConnectorFactory.get_connector_class_by_name(plugin.NAME) is DataDistConnector
     assert DataDistConnector.__name__ == plugin.NAME
+
+
+def test_the_name_that_routers_know_means_ours_by_module_path_alone() -> None:
+    from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
+
+    asked = SimpleNamespace(kv_connector="NixlConnector", kv_connector_module_path="vllm_datadist_connector.nixl")
+    ours = KVConnectorFactory.get_connector_class(asked)
+    assert issubclass(ours, DataDistConnector)
+    assert ours.__name__ == asked.kv_connector

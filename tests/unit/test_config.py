@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,8 @@ DEFAULTS = {
     "auth": "",
     "insecure": False,
     "verify": "off",
+    "weights_id": "",
+    "may_differ": [],
     "provider": "engine",
 }
 
@@ -49,21 +52,23 @@ ALLOWED: dict[str, list[object]] = {
     "huge_pages": [True, False],
     "queue_threads": [1, 64],
     "lease_s": [1, 600],
-    "claim_s": [1, 3600],
-    "lease_limit_s": [30, 86400],
+    "claim_s": [1, 600],
+    "lease_limit_s": [60, 86400],
     "bidirectional": [True, False],
     "decoder_lease_s": [1, 3600],
     "recompute_threshold": [0, 2**31],
-    "recv_deadline_s": [0.001, 86400],
-    "pull_timeout_s": [0.1, 3600],
-    "handshake_timeout_s": [0.001, 86400],
-    "link_timeout_s": [0.001, 86400],
-    "peer_backoff_s": [0.001, 86400],
+    "recv_deadline_s": [20, 600],
+    "pull_timeout_s": [0.1, 60],
+    "handshake_timeout_s": [0.001, 60],
+    "link_timeout_s": [0.001, 60],
+    "peer_backoff_s": [0.001, 60],
     "peer_ttl_s": [0.001, 86400],
     "allowed_peers": [[], ["10.0.0.0/8", "::1", "192.168.1.7"]],
     "auth": ["/run/secrets/datadist"],
     "insecure": [True, False],
     "verify": ["off", "log", "fail"],
+    "weights_id": ["", "release 7"],
+    "may_differ": [[], ["weights", "model", "rope_parameters.rope_theta"]],
     "provider": ["engine"],
 }
 
@@ -78,7 +83,7 @@ REFUSED: dict[str, list[object]] = {
     "queue_threads": [0, 65],
     "lease_s": [0.5, 3601, "30", float("nan")],
     "claim_s": [0.5, 3601],
-    "lease_limit_s": [0, 86401, 29],
+    "lease_limit_s": [0, 86401],
     "bidirectional": [1, "true", None],
     "decoder_lease_s": [0.5, 3601, "480", float("nan")],
     "recompute_threshold": [-1, 2**31 + 1, 1.5, True, None],
@@ -92,6 +97,8 @@ REFUSED: dict[str, list[object]] = {
     "auth": [5, None, "x" * 4097],
     "insecure": [1, "true", None],
     "verify": ["on", True, None],
+    "weights_id": [7, None, "x" * 201],
+    "may_differ": ["weights", ["kv_cache_dtype"], ["weights", "kv_packing"], [5], ["x"] * 257],
     "provider": ["cann", ""],
 }
 
@@ -125,6 +132,57 @@ def test_refused_by_name(key: str, value: object) -> None:
 def test_refusal_names_value_and_limits(value: object) -> None:
     with pytest.raises(ConfigError, match=rf"side_channel_port.*{value!r}"):
         parse_config({"side_channel_port": value})
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("transport", "rdma", "transport: 'rdma', allowed: 'auto', 'cma', 'local', 'tcp'"),
+        ("huge_pages", 1, "huge_pages: 1, allowed: true, false"),
+        ("transfer_threads", 65, "transfer_threads: 65, allowed: whole numbers from 1 to 64"),
+        ("lease_s", "30", "lease_s: '30', allowed: numbers from 1.0 to 3600"),
+        ("peer_ttl_s", 0, "peer_ttl_s: 0, allowed: numbers above 0 up to 86400"),
+        ("allowed_peers", "::1", "allowed_peers: '::1', allowed: a list of at most 256 texts"),
+        ("may_differ", [5], "may_differ: [5], allowed: a list of at most 256 texts"),
+        ("auth", 5, "auth: 5, allowed: a text of at most 4096 characters"),
+        ("host", 5, "host: 5, allowed: a text"),
+    ],
+)
+def test_refusal_lists_what_is_allowed(key: str, value: object, told: str) -> None:
+    with pytest.raises(ConfigError, match=f"^kv_connector_extra_config: {re.escape(told)}$"):
+        parse_config({key: value})
+
+
+WITHIN = [
+    ("pull_timeout_s", "recv_deadline_s"),
+    ("handshake_timeout_s", "recv_deadline_s"),
+    ("link_timeout_s", "recv_deadline_s"),
+    ("peer_backoff_s", "recv_deadline_s"),
+    ("recv_deadline_s", "lease_limit_s"),
+    ("lease_s", "lease_limit_s"),
+    ("decoder_lease_s", "lease_limit_s"),
+]
+
+
+@pytest.mark.parametrize(("inner", "outer"), WITHIN)
+def test_a_time_limit_that_another_cuts_short_is_refused_by_both_names(inner: str, outer: str) -> None:
+    short = dict.fromkeys(("pull_timeout_s", "handshake_timeout_s", "link_timeout_s", "peer_backoff_s"), 1)
+    roomy = {**short, "lease_s": 1, "decoder_lease_s": 1, "recv_deadline_s": 100, "bidirectional": True}
+    limits = {**roomy, "lease_limit_s": 100, outer: 100}
+    assert getattr(parse_config({**limits, inner: 100}), inner) == 100
+    with pytest.raises(ConfigError, match=rf"^{inner}: 101.* is above {outer} \(100"):
+        parse_config({**limits, inner: 101})
+
+
+def test_a_time_limit_that_is_not_given_follows_the_one_around_it() -> None:
+    config = parse_config({"recv_deadline_s": 2})
+    assert (config.pull_timeout_s, config.link_timeout_s, config.lease_s) == (2, 2, 30)
+    config = parse_config({"lease_limit_s": 10, "lease_s": 5})
+    assert (config.recv_deadline_s, config.pull_timeout_s, config.lease_s) == (10, 10, 5)
+
+
+def test_a_lease_of_turns_that_are_not_kept_has_no_limit() -> None:
+    assert parse_config({"decoder_lease_s": 3600}).decoder_lease_s == 3600
 
 
 def test_unknown_key_gets_the_nearest() -> None:

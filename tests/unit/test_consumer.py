@@ -3,55 +3,32 @@
 from __future__ import annotations
 
 from collections import Counter
-from typing import Any
 
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from support.counting_keeper import CountingKeeper
-from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TOKEN, make_params, make_request, make_ticket
+from support.d_requests import LOADED, LOCAL, PROMPT, REMOTE, d_request, make_consumer, params_for
+from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TOKEN, make_request, make_ticket
 
-from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, parse_remote_prefill
 from vllm_datadist_connector.scheduler import consumer as consumer_module
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
-from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
-
-PROMPT = list(range(100, 100 + 5 * BLOCK_SIZE - 3))
-REMOTE = (11, 4, 9, 2, 30)
-LOCAL = [50, 51, 52, 53, 54]
-LOADED = len(PROMPT) - 1
-"""All but the last token, which vLLM feeds in any case."""
+from vllm_datadist_connector.scheduler.local_prefills import LocalPrefills
+from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
 
 @pytest.fixture
-def consumer(keeper: CountingKeeper) -> ConsumerScheduler:
+def local() -> LocalPrefills:
+    return LocalPrefills()
+
+
+@pytest.fixture
+def consumer(keeper: CountingKeeper, local: LocalPrefills) -> ConsumerScheduler:
     del keeper
-    return make_consumer()
-
-
-def make_consumer(ourselves: tuple[Endpoint, str] | None = None) -> ConsumerScheduler:
-    return ConsumerScheduler(
-        (KVGroup(BLOCK_SIZE),),
-        allows_peer=lambda host: host == LOOPBACK,
-        recv_deadline_s=60.0,
-        answer_timeout_s=5.0,
-        trust=Trust(),
-        recompute_threshold=None,
-        ourselves=ourselves,
-    )
-
-
-def params_for(prompt: list[int], blocks: tuple[int, ...] = REMOTE, **changes: Any) -> dict[str, Any]:
-    ticket = make_ticket(prompt_digest=prompt_digest(prompt))
-    return make_params((blocks,), **({"ticket": ticket, "num_tokens": len(prompt)} | changes))
-
-
-def d_request(params: dict[str, Any] | None = None, **more: Any) -> Any:
-    return make_request(PROMPT, params if params is not None else params_for(PROMPT), **more)
+    return make_consumer(local=local)
 
 
 def job_of(consumer: ConsumerScheduler) -> PullJob:
@@ -208,6 +185,21 @@ def test_blocks_of_ours_are_known_as_such(
     consumer.received([request.request_id])
 
 
+@pytest.mark.parametrize("computed", [0, BLOCK_SIZE])
+@pytest.mark.parametrize("fewer", [1, 5, BLOCK_SIZE, 3 * BLOCK_SIZE])
+def test_vllm_takes_fewer_tokens_than_offered(consumer: ConsumerScheduler, computed: int, fewer: int) -> None:
+    """It rounds down to whole blocks, for one: what it takes begins where the offer began."""
+    request = d_request()
+    consumer.on_new_request(request)
+    consumer.matched_tokens(request, 2 * BLOCK_SIZE)
+    taken = consumer.matched_tokens(request, computed) - fewer
+    consumer.after_alloc(request, (LOCAL,), taken)
+    job = job_of(consumer)
+    assert (job.first_token, job.end_token) == (computed, computed + taken)
+    assert job.local_blocks == (tuple(LOCAL[computed // BLOCK_SIZE : -(-(computed + taken) // BLOCK_SIZE)]),)
+    consumer.received([request.request_id])
+
+
 def test_aborted_before_it_was_scheduled(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     request = d_request()
     consumer.on_new_request(request)
@@ -240,19 +232,37 @@ def test_a_failed_pull_is_recomputed_here(consumer: ConsumerScheduler) -> None:
     assert consumer.take_jobs() == ((), ())
 
 
-def test_a_lease_known_to_be_gone_is_not_pulled(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
+def test_a_lease_known_to_be_gone_is_not_pulled(
+    consumer: ConsumerScheduler, keeper: CountingKeeper, local: LocalPrefills, caplog: pytest.LogCaptureFixture
+) -> None:
     request = d_request()
     consumer.on_new_request(request)
     keeper.gone.add(request.kv_transfer_params[EXTRA_KEY]["token"])
     assert consumer.matched_tokens(request, 0) == 0
     consumer.after_alloc(request, (LOCAL,), 0)
+    assert local.take() == {"lease_gone": 1}
+    assert f"P's request cmpl-p-0-00000000 at {LOOPBACK}:40000" in caplog.text
 
 
-def test_more_leases_than_can_be_kept(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
+def test_a_lease_that_nobody_needs_is_not_missed(
+    consumer: ConsumerScheduler, keeper: CountingKeeper, local: LocalPrefills
+) -> None:
+    request = d_request()
+    consumer.on_new_request(request)
+    keeper.gone.add(request.kv_transfer_params[EXTRA_KEY]["token"])
+    consumer.matched_tokens(request, LOADED)
+    consumer.after_alloc(request, (LOCAL,), 0)
+    assert local.take() == {}
+
+
+def test_more_leases_than_can_be_kept(
+    consumer: ConsumerScheduler, keeper: CountingKeeper, local: LocalPrefills
+) -> None:
     keeper.full = True
     request = d_request()
     consumer.on_new_request(request)
     assert consumer.matched_tokens(request, 0) == 0
+    assert local.take() == {"too_many": 1}
 
 
 def test_children_that_share_a_lease(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
@@ -264,45 +274,6 @@ def test_children_that_share_a_lease(consumer: ConsumerScheduler, keeper: Counti
     consumer.received([child.request_id for child in children[:2]])
     assert +keeper.users
     consumer.received([children[2].request_id])
-
-
-HOSTILE: dict[str, dict[str, Any]] = {
-    "nothing but the flag": {"do_remote_prefill": True},
-    "another connector's": {**make_params(ticket=None)},
-    "a longer prompt's": params_for([*PROMPT, 1]),
-    "another prompt's": params_for([*PROMPT[:-1], 1]),
-    "not how it begins": params_for(PROMPT[1 : 2 * BLOCK_SIZE]),
-    "fewer tokens than the digest's": params_for(PROMPT, num_tokens=BLOCK_SIZE),
-    "forged digest": params_for(PROMPT, ticket=make_ticket(prompt_digest=OTHER_TOKEN)),
-    "host": params_for(PROMPT, host="169.254.169.254"),
-    "host name": params_for(PROMPT, host="localhost"),
-    "two groups": make_params((REMOTE, REMOTE), ticket=make_ticket(prompt_digest=prompt_digest(PROMPT))),
-    "null blocks": params_for(PROMPT) | {"remote_block_ids": None},
-    "port": params_for(PROMPT) | {"remote_port": 0},
-}
-
-
-@pytest.mark.parametrize("params", HOSTILE.values(), ids=HOSTILE.keys())
-def test_hostile_params_are_prefilled_here(
-    consumer: ConsumerScheduler, keeper: CountingKeeper, params: dict[str, Any], caplog: pytest.LogCaptureFixture
-) -> None:
-    request = d_request(dict(params))
-    consumer.on_new_request(request)
-    assert consumer.matched_tokens(request, 0) == 0
-    consumer.after_alloc(request, (LOCAL,), 0)
-    consumer.request_finished(request.request_id)
-    assert not +keeper.users
-    assert consumer.take_jobs() == ((), ())
-    assert [request.request_id in record.message for record in caplog.records] == [True]
-
-
-def test_embeddings_are_prefilled_here(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
-    zeros = [0] * len(PROMPT)
-    request = make_request(zeros, params_for(zeros), prompt_embeds=torch.zeros(len(PROMPT), 4))
-    consumer.on_new_request(request)
-    assert consumer.matched_tokens(request, 0) == 0
-    consumer.after_alloc(request, (LOCAL,), 0)
-    assert not +keeper.users
 
 
 def test_rejected_by_the_api_server_gives_the_lease_back(

@@ -54,7 +54,7 @@ def test_as_at_once(digests: PromptDigests, length: int) -> None:
     request = make_request(LONG[:length], TO_P)
     digests.begin(request, length)
     wait_until(lambda: digests.is_ready(request.request_id), "the digest")
-    assert digests.take(request, length) == prompt_digest(LONG[:length])
+    assert digests.take(request, length, "") == prompt_digest(LONG[:length])
 
 
 @pytest.mark.parametrize("shorter", [0, 1])
@@ -64,14 +64,14 @@ def test_what_came_after_the_prompt_is_added(digests: PromptDigests, shorter: in
     wait_until(lambda: digests.is_ready(request.request_id), "the digest")
     output = [7] * 40
     decode(request, output)
-    assert digests.take(request, len(LONG) + 39) == prompt_digest([*LONG, *output[:39]])
+    assert digests.take(request, len(LONG) + 39, "") == prompt_digest([*LONG, *output[:39]])
 
 
 def test_fewer_than_were_begun_with(digests: PromptDigests) -> None:
     request = make_request(LONG, TO_P)
     digests.begin(request, len(LONG))
     wait_until(lambda: digests.is_ready(request.request_id), "the digest")
-    assert digests.take(request, 10) == prompt_digest(LONG[:10])
+    assert digests.take(request, 10, "") == prompt_digest(LONG[:10])
 
 
 def test_the_scheduler_thread_reads_little(digests: PromptDigests, gate: Gate) -> None:
@@ -79,7 +79,7 @@ def test_the_scheduler_thread_reads_little(digests: PromptDigests, gate: Gate) -
     request = make_request(LONG, TO_P)
     digests.begin(request, len(LONG))
     wait_until(lambda: digests.is_ready(request.request_id), "the digest")
-    digests.take(request, len(LONG))
+    digests.take(request, len(LONG), "")
     assert gate.here == 0
 
 
@@ -89,7 +89,7 @@ def test_forgotten_ones_are_not_kept(digests: PromptDigests, gate: Gate) -> None
     digests.forget(request.request_id)
     gate.open.set()
     assert digests.is_ready(request.request_id)
-    assert digests.take(request, 3) == prompt_digest(LONG[:3])
+    assert digests.take(request, 3, "") == prompt_digest(LONG[:3])
     assert not digests._works
 
 

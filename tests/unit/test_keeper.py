@@ -32,6 +32,9 @@ class Producer:
         self.seen: list[int] = []
         self.pulling: dict[str, bool] = {}
         self.deaf_to_releases = 0
+        self.deaf_to_renewals = False
+        self.answers = threading.Lock()
+        """Held by a test, it keeps back the next answer."""
         self.ended: list[EndedLease] = []
         self._server = BareServer(self._answer)
         self.endpoint = self._server.endpoint
@@ -55,6 +58,10 @@ class Producer:
         if request.kind == RENEW:
             tokens, pulling = unpack_renewal(request.body)
             self.pulling.update(dict.fromkeys(tokens, pulling))
+            if self.deaf_to_renewals:
+                return None
+            with self.answers:
+                pass
             return Frame(RENEWED, request.seq, pack_tokens(self.table.renew(tokens, pulling)))
         tokens = unpack_tokens(request.body)
         if self.deaf_to_releases:
@@ -91,7 +98,7 @@ def test_renews_for_longer_than_the_lease_then_releases(producer: Producer, keep
 
 
 def test_p_hears_of_a_lease_at_once_and_of_its_pull(producer: Producer, keeper: LeaseKeeper) -> None:
-    """Not when a quarter of the lease has passed: one that nobody has asked for is short."""
+    """Not when a quarter of the lease has passed: a request may come late, and a lease not asked for is short."""
     ticket = msgspec.structs.replace(producer.grant(), lease_s=3600.0)
     keeper.hold(producer.endpoint, ticket)
     wait_until(lambda: producer.pulling.get(ticket.token) is False, "the first renewal")
@@ -104,34 +111,6 @@ def test_p_hears_of_a_lease_at_once_and_of_its_pull(producer: Producer, keeper: 
     assert producer.count(RELEASE) == 0
 
 
-def test_p_is_asked_about_an_earlier_turn_and_after_a_while(
-    producer: Producer, keeper: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """It may have needed the blocks itself: a lease that is gone costs a computation, not a failed pull."""
-    monkeypatch.setattr(keeper_module, "_NEWS_S", 3600.0)
-    granted, earlier, gone = producer.grant(), producer.grant(), make_ticket(lease_s=1.0)
-    keeper.hold(producer.endpoint, granted)
-    assert keeper.holds(granted)
-    for ticket in (earlier, gone):
-        keeper.hold(producer.endpoint, ticket, is_news=False)
-    wait_until(lambda: keeper.holds(earlier) is not None, "P's answer")
-    assert keeper.holds(earlier)
-    wait_until(lambda: keeper.holds(gone) is not None, "P's answer")
-    assert not keeper.holds(gone)
-
-
-def test_p_that_does_not_answer_is_not_waited_for(
-    producer: Producer, keeper: LeaseKeeper, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(keeper_module, "_NEWS_S", 0.5)
-    with socket.create_server((LOOPBACK, 0)) as silent:
-        ticket = producer.grant()
-        keeper.hold(Endpoint(LOOPBACK, silent.getsockname()[1]), ticket, is_news=False)
-        assert keeper.holds(ticket) is None
-        wait_until(lambda: keeper.holds(ticket) is not None, "the end of the wait")
-        assert keeper.holds(ticket)
-
-
 def test_a_pull_is_told_of_only_so_long(producer: Producer, keeper: LeaseKeeper) -> None:
     """A D that is paused renews, and makes no progress."""
     ticket = producer.grant()
@@ -139,6 +118,77 @@ def test_a_pull_is_told_of_only_so_long(producer: Producer, keeper: LeaseKeeper)
     keeper.pulls(ticket, 0.3)
     wait_until(lambda: producer.pulling.get(ticket.token, False), "the news of a pull")
     wait_until(lambda: not producer.pulling[ticket.token], "a renewal without it")
+
+
+class TestHolds:
+    """Whether a lease is worth a pull: P may have ended it, and what is gone costs a computation, not a failed pull."""
+
+    @pytest.fixture
+    def endless_news(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(keeper_module, "_NEWS_S", 3600.0)
+
+    @pytest.fixture
+    def old_news(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(keeper_module, "_NEWS_S", 0.0)
+
+    @pytest.mark.usefixtures("endless_news")
+    def test_what_was_just_granted(self, producer: Producer, keeper: LeaseKeeper) -> None:
+        ticket = producer.grant()
+        with producer.answers:
+            keeper.hold(producer.endpoint, ticket)
+            assert keeper.holds(ticket)
+        keeper.release(ticket)
+        assert keeper.holds(ticket) is False
+
+    def test_an_earlier_turn_once_p_has_said_so(self, producer: Producer, keeper: LeaseKeeper) -> None:
+        ticket = producer.grant()
+        with producer.answers:
+            keeper.hold(producer.endpoint, ticket, is_news=False)
+            assert keeper.holds(ticket) is None
+        wait_until(lambda: keeper.holds(ticket), "the answer")
+
+    @pytest.mark.usefixtures("old_news")
+    def test_any_lease_after_a_while(self, producer: Producer, keeper: LeaseKeeper) -> None:
+        """Though steps be further apart than news lasts, the answer is told."""
+        ticket = msgspec.structs.replace(producer.grant(), lease_s=3600.0)
+        keeper.hold(producer.endpoint, ticket)
+        for _ in range(3):
+            assert keeper.holds(ticket) is None
+            wait_until(lambda: keeper.holds(ticket), "the answer")
+        wait_until(lambda: producer.count(RENEW) >= 2, "a question beside the first renewal")
+
+    @pytest.mark.parametrize("is_news", [True, False])
+    @pytest.mark.usefixtures("old_news")
+    def test_what_p_has_ended(self, producer: Producer, keeper: LeaseKeeper, is_news: bool) -> None:
+        gone = make_ticket(lease_s=3600.0)
+        keeper.hold(producer.endpoint, gone, is_news)
+        assert keeper.holds(gone) is not True
+        wait_until(lambda: keeper.holds(gone) is False, "the news that the lease is gone")
+
+    @pytest.mark.parametrize("is_news", [True, False])
+    @pytest.mark.parametrize("listens", [True, False], ids=["silent", "dead"])
+    @pytest.mark.usefixtures("old_news")
+    def test_silence_ends_only_what_was_never_known(self, keeper: LeaseKeeper, listens: bool, is_news: bool) -> None:
+        """A busy P may miss renewals of a lease that stands; for its answer D waits only so long."""
+        ticket = make_ticket(lease_s=3600.0)
+        with socket.create_server((LOOPBACK, 0)) as server:
+            endpoint = Endpoint(LOOPBACK, server.getsockname()[1])
+            if not listens:
+                server.close()
+            keeper.hold(endpoint, ticket, is_news)
+            if listens:
+                assert keeper.holds(ticket) is None
+            wait_until(lambda: keeper.holds(ticket) is is_news, "the end of the waiting")
+
+    @pytest.mark.usefixtures("old_news")
+    def test_what_p_has_said_once_outlasts_its_silence(self, producer: Producer, keeper: LeaseKeeper) -> None:
+        ticket = msgspec.structs.replace(producer.grant(), lease_s=3600.0)
+        keeper.hold(producer.endpoint, ticket, is_news=False)
+        wait_until(lambda: keeper.holds(ticket), "the answer")
+        producer.deaf_to_renewals = True
+        for _ in range(2):
+            assert keeper.holds(ticket) is None
+            wait_until(lambda: keeper.holds(ticket), "the end of the waiting")
 
 
 def test_the_last_of_several_users_releases(producer: Producer, keeper: LeaseKeeper) -> None:

@@ -8,8 +8,8 @@ import pytest
 from support.clock import Clock
 
 from vllm_datadist_connector.log_filter import MAX_LINE, OthersWords
-from vllm_datadist_connector.scheduler import consumer, producer
-from vllm_datadist_connector.worker import peers
+from vllm_datadist_connector.scheduler import adapters, local_prefills, producer
+from vllm_datadist_connector.worker import driver, peers
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_record_is_cut(logger: logging.Logger, lines: list[str]) -> None:
     assert lines[0].endswith("...")
 
 
-@pytest.mark.parametrize("module", [producer, consumer, peers])
+@pytest.mark.parametrize("module", [adapters, driver, local_prefills, peers, producer])
 def test_who_quotes_others_uses_it(module: object) -> None:
     filters = module.logger.filters  # type: ignore[attr-defined]
     assert any(isinstance(each, OthersWords) for each in filters)

@@ -145,6 +145,7 @@ def test_library_exports_the_public_functions_and_nothing_else() -> None:
 def test_public_headers_are_installed() -> None:
     headers = {path.name for path in (PACKAGE / "include" / "llm_datadist").iterdir()}
     assert headers == {"ge_types.h", "llm_datadist.h", "llm_datadist_ext.h"}
+    assert [path.name for path in (PACKAGE / "include" / "ge").iterdir()] == ["llm_error_codes.h"]
 
 
 def test_importing_the_package_loads_nothing_heavy() -> None:

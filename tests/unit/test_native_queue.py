@@ -59,10 +59,10 @@ def test_ids_that_no_block_can_have_complete_as_invalid(queue: _native.TransferQ
         queue.submit_pull_blocks(2, 1, 1, ["0"], [1], 10_000)
 
 
-def test_a_deadline_in_the_past_completes_as_timeout(queue: _native.TransferQueue) -> None:
+def test_a_deadline_in_the_past_completes_as_cancelled(queue: _native.TransferQueue) -> None:
     queue.submit_pull_blocks(2, 1, 1, [0], [1], -1)
     (completion,) = _collect(queue, 1)
-    assert completion.status == _native.LLM_TIMEOUT
+    assert (completion.status, completion.cancelled) == (_native.LLM_TIMEOUT, True)
     assert completion.run_s == 0
 
 

@@ -66,6 +66,42 @@ def test_fields_are_those_of_the_nixl_flavour_and_one_of_ours() -> None:
     assert set(make_params(ticket=None)) == set(NIXL_FIELDS)
 
 
+# What llm-d's sidecar copies from an answer to the conversation's next prompt.
+COPIED = set(NIXL_FIELDS) - {"remote_blocks_expiry_time", "transfer_mode"}
+
+
+def test_a_router_that_knows_the_nixl_fields_only_carries_the_ticket() -> None:
+    params = make_params()
+    copied = json.loads(json.dumps({name: params[name] for name in COPIED}))
+    assert EXTRA_KEY not in copied
+    assert parse_remote_prefill(copied) == parse_remote_prefill(params)
+    assert was_remote_prefill(copied)
+    assert not was_remote_prefill({**copied, "remote_request_id": "cmpl-p-0-00000000"})
+
+
+def test_a_ticket_under_its_own_key_counts() -> None:
+    ticket = make_ticket(token=OTHER_TOKEN)
+    params = {**make_params(), EXTRA_KEY: make_params(ticket=ticket)[EXTRA_KEY]}
+    assert parse_remote_prefill(params).ticket == ticket
+    assert parse_remote_prefill(params).remote_request_id == "cmpl-p-0-00000000"
+
+
+@pytest.mark.parametrize("carried", ["", "5", "!", "\u00e9", "e30=", "W10=", "eyJ2ZXJzaW9uIjo1fQ==", "e" * 4000])
+def test_what_is_carried_and_no_ticket_is_refused(carried: str) -> None:
+    params = make_params()
+    del params[EXTRA_KEY]
+    params["remote_request_id"] = f"cmpl-p:datadist:{carried}"
+    with pytest.raises(ParamsError):
+        parse_remote_prefill(params)
+
+
+def test_request_ids_that_leave_no_room_carry_nothing() -> None:
+    request_id = "x" * 4000
+    params = make_params(request_id=request_id)
+    assert params["remote_request_id"] == request_id
+    assert parse_remote_prefill(params).remote_request_id == request_id
+
+
 @pytest.mark.parametrize(
     ("changes", "expected"),
     [
@@ -123,7 +159,7 @@ def test_refused_by_name(field: str, value: object) -> None:
 
 @pytest.mark.parametrize("field", ["remote_engine_id", "remote_request_id", "remote_host", "remote_port", EXTRA_KEY])
 def test_missing_field(field: str) -> None:
-    params = make_params()
+    params = make_params(request_id="cmpl-p" * 650)  # which leaves the ticket no second place
     del params[field]
     with pytest.raises(ParamsError, match=field):
         parse_remote_prefill(params)

@@ -50,7 +50,7 @@ class Request:
 
     @property
     def tokens(self) -> TokenRange:
-        return TokenRange(self.first, self.end, self.p_tables, self.d_tables)
+        return TokenRange(self.first, self.end, self.p_tables, self.d_tables, self.end)
 
 
 def _table(source: random.Random, side: Side, group: int, first: int, end: int, window: int) -> tuple[int, ...]:
@@ -291,13 +291,13 @@ def geometries() -> tuple[RankGeometry, RankGeometry, list[Pairing]]:
 
 
 BAD: dict[str, tuple[TokenRange, str]] = {
-    "no group": (TokenRange(0, 16, (), ((1,),)), "no remote blocks for KV cache group 0"),
-    "P's table is short": (TokenRange(0, 33, ((1, 2),), ((1, 2, 3),)), "do not reach token 33"),
-    "our table is short": (TokenRange(16, 49, ((1, 2, 3, 4),), ((1, 2),)), "do not reach token 49"),
-    "P's block is outside": (TokenRange(0, 16, ((32,),), ((1,),)), r"remote block ids 32\.\.32, allowed: 0\.\.31"),
-    "P's block is negative": (TokenRange(0, 16, ((-1,),), ((1,),)), "remote block ids -1"),
-    "our block is outside": (TokenRange(0, 16, ((1,),), ((32,),)), "local block ids 32"),
-    "P gave it back": (TokenRange(0, 32, ((0, 2),), ((3, 4),)), "P no longer has token 0"),
+    "no group": (TokenRange(0, 16, (), ((1,),), 16), "no remote blocks for KV cache group 0"),
+    "P's table is short": (TokenRange(0, 33, ((1, 2),), ((1, 2, 3),), 33), "do not reach token 33"),
+    "our table is short": (TokenRange(16, 49, ((1, 2, 3, 4),), ((1, 2),), 49), "do not reach token 49"),
+    "P's block is outside": (TokenRange(0, 16, ((32,),), ((1,),), 16), r"remote block ids 32\.\.32, allowed: 0\.\.31"),
+    "P's block is negative": (TokenRange(0, 16, ((-1,),), ((1,),), 16), "remote block ids -1"),
+    "our block is outside": (TokenRange(0, 16, ((1,),), ((32,),), 16), "local block ids 32"),
+    "P gave it back": (TokenRange(0, 32, ((0, 2),), ((3, 4),), 32), "P no longer has token 0"),
 }
 
 
@@ -310,25 +310,27 @@ def test_tables_that_do_not_fit(tokens: TokenRange, text: str) -> None:
 
 def test_null_blocks_of_ours_are_left_out() -> None:
     ours, theirs, pairings = geometries()
-    (pull,) = plan_pull(ours, theirs, pairings, TokenRange(0, 48, ((0, 5, 6),), ((0, 7, 8),)))
+    (pull,) = plan_pull(ours, theirs, pairings, TokenRange(0, 48, ((0, 5, 6),), ((0, 7, 8),), 48))
     assert (pull.src_blocks.tolist(), pull.dst_blocks.tolist()) == ([5, 6], [7, 8])
-    assert plan_pull(ours, theirs, pairings, TokenRange(0, 16, ((0,),), ((0,),))) == []
+    assert plan_pull(ours, theirs, pairings, TokenRange(0, 16, ((0,),), ((0,),), 16)) == []
 
 
 @pytest.mark.parametrize(
-    ("remote", "local", "text"),
+    ("remote", "local", "held", "text"),
     [
-        ((1, 2), (1,), "2 remote states"),
-        ((), (1,), "0 remote states"),
-        ((0,), (1,), "null block"),
-        ((1,), (0,), "null"),
+        ((1, 2), (1,), 16, "2 remote states"),
+        ((), (1,), 16, "0 remote states"),
+        ((0,), (1,), 16, "null block"),
+        ((1,), (0,), 16, "null"),
+        # vLLM took fewer tokens than it was offered.
+        ((1,), (1,), 20, "P's state is that after 20 tokens, not 16"),
     ],
 )
-def test_a_state_is_one_block(remote: tuple[int, ...], local: tuple[int, ...], text: str) -> None:
+def test_a_state_is_one_block(remote: tuple[int, ...], local: tuple[int, ...], held: int, text: str) -> None:
     side = replace(BASE, block_sizes=(16, 0))
     (rank,) = make_ranks(HYBRID, side)
     geometry = rank.geometry(2)
-    tokens = TokenRange(0, 16, ((1,), remote), ((1,), local))
+    tokens = TokenRange(0, 16, ((1,), remote), ((1,), local), held)
     with pytest.raises(PlanError, match=text):
         plan_pull(geometry, geometry, pair(geometry, geometry), tokens)
 

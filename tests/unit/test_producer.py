@@ -86,7 +86,7 @@ def test_params_of_a_held_request(producer: ProducerScheduler) -> None:
     assert (remote.remote_host, remote.remote_port) == producer.endpoint
     assert (remote.ticket.incarnation, remote.ticket.lease_s) == (IDENTITY.incarnation, LEASE_S)
     assert remote.ticket.block_sizes == (BLOCK_SIZE,)
-    assert remote.ticket.prompt_digest == digest_of(request, len(PROMPT)) == prompt_digest(PROMPT)
+    assert remote.ticket.prompt_digest == digest_of(request, len(PROMPT), "") == prompt_digest(PROMPT)
     assert (params["tp_size"], params["pp_size"], params["dcp_size"]) == (2, 1, 1)
     assert producer.held() == (1, 3)
 

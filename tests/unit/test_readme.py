@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import re
 import subprocess
@@ -44,6 +45,22 @@ def test_shipped_configuration_is_valid(path: Path) -> None:
     config = json.loads(path.read_text(encoding="utf-8"))
     assert config["kv_connector"] == "DataDistConnector"
     parse_config(config["kv_connector_extra_config"])
+
+
+def test_configurations_on_command_lines_are_the_shipped_ones() -> None:
+    """In full: a file that is not found would start vLLM without any. What is a default anyway may be left out."""
+    written = [json.loads(text) for text in re.findall(r"--kv-transfer-config '([^']*)'", README)]
+    for name, config in zip(("prefill", "decode"), written, strict=True):
+        shipped = json.loads((ROOT / "configs" / f"{name}.json").read_text(encoding="utf-8"))
+        assert parse_config(shipped.pop("kv_connector_extra_config")) == ConnectorConfig()
+        assert config == shipped
+    assert "$(cat" not in README.replace('Do not write `"$(cat prefill.json)"`', "")
+
+
+def test_the_connector_has_the_name_that_the_readme_gives_to_routers() -> None:
+    text = re.search(r'"kv_connector": "(\w+)", "kv_connector_module_path": "([\w.]+)"', README)
+    assert text is not None
+    assert hasattr(importlib.import_module(text[2]), text[1])
 
 
 def named_tests() -> list[str]:

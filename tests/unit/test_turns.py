@@ -8,7 +8,18 @@ from typing import Any
 import pytest
 from support.counting_keeper import CountingKeeper
 from support.engine_config import FULL, group_of, vllm_config
-from support.pd import BLOCK_SIZE, LOOPBACK, TO_P, decode, finish, make_contract, make_params, make_request, make_ticket
+from support.pd import (
+    BLOCK_SIZE,
+    LOOPBACK,
+    TO_P,
+    TOKEN,
+    decode,
+    finish,
+    make_contract,
+    make_params,
+    make_request,
+    make_ticket,
+)
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector.config import ConnectorConfig
@@ -79,6 +90,36 @@ class TestPull:
         # It still is a P request, whose blocks a D waits for.
         assert request.kv_transfer_params == params
         consumer.received([request.request_id])
+
+    def test_it_is_not_offered_before_its_holder_says_that_it_is_there(
+        self, make_consumer: MakeConsumer, keeper: CountingKeeper
+    ) -> None:
+        consumer = make_consumer(64)
+        request = make_request(NEXT_TURN, earlier_turn())
+        keeper.unanswered.add(TOKEN)
+        consumer.on_new_request(request)
+        assert consumer.matched_tokens(request, 0) is None
+        assert consumer.matched_tokens(request, HELD) == 0, "there is nothing to ask for"
+        keeper.unanswered.clear()
+        assert consumer.matched_tokens(request, 0) == HELD
+        consumer.request_finished(request.request_id)
+
+    def test_one_that_is_gone_is_computed(self, make_consumer: MakeConsumer, keeper: CountingKeeper) -> None:
+        consumer = make_consumer(64)
+        request = make_request(NEXT_TURN, earlier_turn())
+        consumer.on_new_request(request)
+        keeper.gone.add(TOKEN)
+        assert consumer.matched_tokens(request, 0) == 0
+        consumer.after_alloc(request, (TABLE,), 0)
+        assert consumer.take_jobs() == ((), ())
+
+    def test_the_d_of_a_first_turn_does_not_wait(self, make_consumer: MakeConsumer, keeper: CountingKeeper) -> None:
+        consumer = make_consumer(64)
+        request = make_request(NEXT_TURN, earlier_turn(for_next_turn=False))
+        keeper.unanswered.add(TOKEN)
+        consumer.on_new_request(request)
+        assert consumer.matched_tokens(request, 0) == HELD
+        consumer.request_finished(request.request_id)
 
     @pytest.mark.parametrize(
         ("threshold", "cached", "pulled"),

@@ -3,6 +3,10 @@
     python -m vllm_datadist_connector.llm_datadist SCRIPT [ARGS]
     python -m vllm_datadist_connector.llm_datadist -m MODULE [ARGS]
 
+A type checker finds the package by stubs, which this writes to FOLDER (MYPYPATH for mypy, stubPath for pyright):
+
+    python -m vllm_datadist_connector.llm_datadist --stubs FOLDER
+
 argv, sys.path, __main__, exit codes and tracebacks are those that python itself would give; Python processes that the
 program starts find the package as well.
 """
@@ -17,10 +21,10 @@ from pathlib import Path
 from types import CodeType, ModuleType, TracebackType
 from typing import Final, NoReturn
 
-from vllm_datadist_connector.llm_datadist import aliases
+from vllm_datadist_connector.llm_datadist import aliases, stubs
 
 _SHIM: Final = str(Path(__file__).parent / "shim")
-_USAGE: Final = "usage: python -m vllm_datadist_connector.llm_datadist (SCRIPT | -m MODULE) [ARGS]"
+_USAGE: Final = "usage: python -m vllm_datadist_connector.llm_datadist (SCRIPT | -m MODULE) [ARGS] | --stubs FOLDER"
 _OWN_FRAMES: Final = frozenset(
     {
         __file__,
@@ -78,6 +82,8 @@ def main() -> None:
     argv = sys.argv[1:]
     if argv[:1] in (["-h"], ["--help"]):
         print(_USAGE)
+    elif argv[:1] == ["--stubs"] and len(argv) == 2:
+        stubs.write_stubs(Path(argv[1]))
     elif argv[:1] == ["-m"] and len(argv) > 1:
         _prepare(str(Path.cwd()), argv[1:])
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)

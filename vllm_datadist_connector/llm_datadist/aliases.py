@@ -1,5 +1,12 @@
 """Makes `import llm_datadist` and `import llm_datadist_v1`, with their submodules, find this package.
 
+A program that cannot be started by `python -m vllm_datadist_connector.llm_datadist`, a notebook say, calls install()
+first:
+
+    from vllm_datadist_connector.llm_datadist import aliases
+    aliases.install()
+    import llm_datadist
+
 An aliased module is the very module object of this package: there is one LLMException, whichever name it came by.
 """
 
@@ -15,7 +22,8 @@ from types import ModuleType
 from typing import Final
 
 _PACKAGE: Final = __name__.rpartition(".")[0]
-_ALIASES: Final = {"llm_datadist": _PACKAGE, "llm_datadist_v1": f"{_PACKAGE}.v1"}
+NAMES: Final = {"llm_datadist": _PACKAGE, "llm_datadist_v1": f"{_PACKAGE}.v1"}
+"""What each alias stands for."""
 
 
 class _AliasLoader(Loader):
@@ -35,9 +43,9 @@ class _AliasFinder(MetaPathFinder):
         target: ModuleType | None = None,  # noqa: ARG002
     ) -> ModuleSpec | None:
         root, _, rest = fullname.partition(".")
-        if root not in _ALIASES:
+        if root not in NAMES:
             return None
-        name = ".".join(part for part in (_ALIASES[root], rest) if part)
+        name = ".".join(part for part in (NAMES[root], rest) if part)
         spec = importlib.util.find_spec(name)
         if spec is None:
             return None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Final
 
-from vllm_datadist_connector.llm_datadist.utils.utils import NamedIntEnum
+from vllm_datadist_connector.llm_datadist.utils.utils import NamedIntEnum, ValueObject
 
 _BASE: Final = 0x5010B000
 
@@ -58,7 +58,7 @@ class LLMException(RuntimeError):  # noqa: N818 - the documented name
         return self._status_code
 
 
-class Status:
+class Status(ValueObject):
     """A status code as an object (LLM-DataDist Python: Status)."""
 
     def __init__(self, status: LLMStatusCode) -> None:
@@ -70,6 +70,9 @@ class Status:
     @property
     def status_code(self) -> LLMStatusCode:
         return self._status_code
+
+    def _fields(self) -> tuple[object, ...]:
+        return (self._status_code,)
 
     def __repr__(self) -> str:
         return f"Status({self._status_code})"

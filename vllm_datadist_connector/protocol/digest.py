@@ -29,20 +29,20 @@ class PromptHash:
         other._state = self._state.copy()
         return other
 
-    def hexdigest(self, lora_name: str | None = None, mm_hashes: Sequence[str] = ()) -> str:
+    def hexdigest(self, adapter: str = "", mm_hashes: Sequence[str] = ()) -> str:
         """32 hex digits of token ids, LoRA adapter and multi-modal content hashes (in prompt order)."""
         state = self._state.copy()
-        for part in (lora_name or "", *mm_hashes):
+        for part in (adapter, *mm_hashes):
             encoded = part.encode(errors="surrogatepass")
             state.update(len(encoded).to_bytes(4, "little"))
             state.update(encoded)
         return state.hexdigest()
 
 
-def prompt_digest(token_ids: Sequence[int], lora_name: str | None = None, mm_hashes: Sequence[str] = ()) -> str:
+def prompt_digest(token_ids: Sequence[int], adapter: str = "", mm_hashes: Sequence[str] = ()) -> str:
     whole = PromptHash()
     whole.update(token_ids)
-    return whole.hexdigest(lora_name, mm_hashes)
+    return whole.hexdigest(adapter, mm_hashes)
 
 
 def blocks_digest(blocks: BlockIds) -> str:

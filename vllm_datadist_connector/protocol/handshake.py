@@ -22,6 +22,8 @@ from typing import Annotated, Final
 
 import msgspec
 
+from vllm_datadist_connector.protocol.contract import LayoutContract
+
 MAX_BYTES: Final = 2**62
 """No offset into a cache may reach it: block ids times strides are computed in 64 bits."""
 
@@ -82,16 +84,6 @@ class CacheLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     """For peers that pull; none where no peer may."""
 
 
-class LayoutContract(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
-    """What both ends must agree on for P's bytes to mean the same on D."""
-
-    model: _Name
-    """Architecture and sizes of the model (not its path: instances may mount it at different places)."""
-    kv_cache_dtype: _Name
-    kv_packing: _Name
-    """In what order a platform keeps the bytes of a head's tokens in a block."""
-
-
 class RankGeometry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
     """What a D rank must know of a P rank to link with it and to plan transfers."""
 
@@ -107,18 +99,6 @@ class RankGeometry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     block_sizes: Annotated[tuple[_Tokens, ...], msgspec.Meta(min_length=1, max_length=64)]
     """Tokens per block of each KV cache group's block table; 0 for a group of states."""
     caches: Annotated[tuple[CacheLayout, ...], msgspec.Meta(max_length=4096)]
-
-
-def find_mismatches(ours: RankGeometry, theirs: RankGeometry) -> list[str]:
-    """Why two instances cannot exchange blocks: one line per field with both values; empty if they may try.
-
-    What the contract leaves open is judged when caches are paired, see worker/pairing.py.
-    """
-    return [
-        f"{name}: ours {getattr(ours.contract, name)!r}, theirs {getattr(theirs.contract, name)!r}"
-        for name in LayoutContract.__struct_fields__
-        if getattr(ours.contract, name) != getattr(theirs.contract, name)
-    ]
 
 
 def decode_geometry(data: bytes) -> RankGeometry:

@@ -7,6 +7,8 @@ integers may arrive as integral floats or digit strings (protobuf- and string-ba
 
 from __future__ import annotations
 
+import base64
+import enum
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -15,6 +17,10 @@ from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 
 EXTRA_KEY: Final = "datadist"
 """The one key of ours in kv_transfer_params."""
+_CARRIED: Final = ":datadist:"
+"""Stands between P's request id and the ticket, once more, in remote_request_id: llm-d's sidecar takes the fields of
+the NIXL flavour from an answer to the conversation's next prompt, and no others."""
+_MAX_REQUEST_ID: Final = 4096
 
 BlockIds = tuple[tuple[int, ...], ...]
 """Block ids per KV cache group, in token order."""
@@ -26,11 +32,28 @@ Token = Annotated[str, msgspec.Meta(pattern=r"^[0-9a-f]{32}\Z")]
 
 MIN_LEASE_S: Final = 1.0
 """Renewals come several times per lease: a forged ticket with a shorter one would make D flood P."""
+MAX_ADAPTER: Final = 512
 _MAX_ERROR_CHARS: Final = 300
+
+
+FLAGS: Final = ("do_remote_prefill", "do_remote_decode")
+
+
+class Unusable(enum.Enum):
+    """Why params cannot be used."""
+
+    MALFORMED = enum.auto()
+    VERSION = enum.auto()
+    HOST = enum.auto()
+    NOTHING_HELD = enum.auto()
 
 
 class ParamsError(ValueError):
     """kv_transfer_params ask for a remote prefill that cannot be carried out; says which field and why."""
+
+    def __init__(self, text: str, why: Unusable = Unusable.MALFORMED) -> None:
+        super().__init__(text)
+        self.why = why
 
 
 class LeaseTicket(msgspec.Struct, frozen=True, kw_only=True):
@@ -45,6 +68,8 @@ class LeaseTicket(msgspec.Struct, frozen=True, kw_only=True):
     lease_s: Annotated[float, msgspec.Meta(ge=MIN_LEASE_S, le=3600)]
     prompt_digest: Token
     """Of the tokens whose KV P holds, see digest.py: D pulls only for a prompt that begins with them."""
+    adapter: Annotated[str, msgspec.Meta(max_length=MAX_ADAPTER)]
+    """LoRA adapter of the request, see scheduler/adapters.py; empty for none."""
     block_sizes: Annotated[tuple[Annotated[int, msgspec.Meta(ge=0, le=2**24)], ...], msgspec.Meta(max_length=64)]
     """Tokens per block of each of P's KV cache groups; 0 for a group of states, which has one block per request."""
 
@@ -53,13 +78,17 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
     """A prefill that P has done and D may pull."""
 
     remote_engine_id: Annotated[str, msgspec.Meta(min_length=1, max_length=512)]
-    remote_request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=4096)]
+    remote_request_id: Annotated[str, msgspec.Meta(min_length=1, max_length=_MAX_REQUEST_ID)]
     remote_host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     remote_block_ids: Annotated[tuple[_Group, ...], msgspec.Meta(min_length=1, max_length=64)]
     remote_num_tokens: Annotated[int, msgspec.Meta(ge=0, le=2**31)]
     """Tokens whose KV the blocks hold, from the first one on."""
     ticket: LeaseTicket = msgspec.field(name=EXTRA_KEY)
+
+    def __str__(self) -> str:
+        host = f"[{self.remote_host}]" if ":" in self.remote_host else self.remote_host
+        return f"P's request {self.remote_request_id:.80} at {host}:{self.remote_port}"
 
 
 def wants_remote_prefill(params: object) -> bool:
@@ -83,7 +112,30 @@ def names_earlier_turn(params: object) -> bool:
 
 def was_remote_prefill(params: object) -> bool:
     """Whether a request came with a lease as a D request, also after its flag was cleared."""
-    return isinstance(params, dict) and isinstance(params.get(EXTRA_KEY), dict) and not wants_remote_decode(params)
+    if not isinstance(params, dict) or wants_remote_decode(params):
+        return False
+    return isinstance(params[EXTRA_KEY], dict) if EXTRA_KEY in params else bool(_split_request_id(params)[1])
+
+
+def _split_request_id(params: dict[str, Any]) -> tuple[object, str]:
+    """(P's request id, the ticket that it carries or an empty text)."""
+    value = params.get("remote_request_id")
+    if not isinstance(value, str) or _CARRIED not in value:
+        return value, ""
+    request_id, _, carried = value.rpartition(_CARRIED)
+    return request_id, carried
+
+
+def _with_ticket(params: dict[str, Any]) -> dict[str, Any]:
+    """`params` with P's own request id, and the ticket under EXTRA_KEY wherever it was."""
+    request_id, carried = _split_request_id(params)
+    extra = params.get(EXTRA_KEY)
+    if carried and EXTRA_KEY not in params:
+        try:
+            extra = msgspec.json.decode(base64.urlsafe_b64decode(carried))
+        except (ValueError, RecursionError):
+            raise ParamsError("remote_request_id: what it carries is no ticket") from None
+    return {**params, "remote_request_id": request_id, EXTRA_KEY: extra}
 
 
 def parse_remote_prefill(params: dict[str, Any]) -> RemotePrefill:
@@ -96,11 +148,15 @@ def parse_remote_prefill(params: dict[str, Any]) -> RemotePrefill:
     if isinstance(blocks, (list, tuple)) and blocks and not isinstance(blocks[0], (list, tuple)):
         # Older routers and vLLM's own tests send one flat group.
         params = {**params, "remote_block_ids": [blocks]}
-    extra = params.get(EXTRA_KEY)
+    params = _with_ticket(params)
+    extra = params[EXTRA_KEY]
     if not isinstance(extra, dict):
+        if params.get("remote_num_tokens") == 0 and isinstance(blocks, (list, tuple)) and not any(blocks):
+            raise ParamsError("P holds nothing of it", Unusable.NOTHING_HELD)
         raise ParamsError(f"no {EXTRA_KEY!r} object: the prefill was not done by a DataDistConnector")
     if extra.get("version") != PROTOCOL_VERSION:
-        raise ParamsError(f"{EXTRA_KEY}.version: P speaks {extra.get('version')!r:.40}, we speak {PROTOCOL_VERSION}")
+        versions = f"P speaks {extra.get('version')!r:.40}, we speak {PROTOCOL_VERSION}"
+        raise ParamsError(f"{EXTRA_KEY}.version: {versions}", Unusable.VERSION)
     try:
         return msgspec.convert(params, RemotePrefill, strict=False)
     except (msgspec.ValidationError, RecursionError) as error:
@@ -144,4 +200,7 @@ def build_params(
     }
     if ticket is not None:
         params[EXTRA_KEY] = msgspec.to_builtins(ticket)
+        carrying = f"{request_id}{_CARRIED}{base64.urlsafe_b64encode(msgspec.json.encode(ticket)).decode()}"
+        if len(carrying) <= _MAX_REQUEST_ID:
+            params["remote_request_id"] = carrying
     return params

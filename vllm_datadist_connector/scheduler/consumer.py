@@ -3,7 +3,7 @@
 "P" is whoever holds the blocks and "D" we who pull them: the D of an earlier turn is the P of the next one's prefill.
 
     NEW ──alloc, tokens to load──> PULLING ──finished_recving──> (gone; lease released)
-     │ lease renewed                  └──request_finished (abort)──> worker drains ──finished_recving──> (gone)
+     │ lease renewed at once          └──request_finished (abort)──> worker drains ──finished_recving──> (gone)
      ├──alloc, nothing to load or refused──> (gone; lease released)
      └──request_finished before any alloc──> (gone; lease released)
 
@@ -14,31 +14,29 @@ recomputed, and a preempted request end up prefilling here.
 from __future__ import annotations
 
 import enum
-import logging
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_datadist_connector.kv_groups import KVGroup
-from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.params import (
     ParamsError,
     RemotePrefill,
+    Unusable,
     names_earlier_turn,
     parse_remote_prefill,
     wants_remote_prefill,
 )
+from vllm_datadist_connector.scheduler.adapters import is_same
 from vllm_datadist_connector.scheduler.digests import PromptDigests
-from vllm_datadist_connector.scheduler.identity import is_token_prompt
+from vllm_datadist_connector.scheduler.identity import adapter_of, is_token_prompt
 from vllm_datadist_connector.scheduler.keeper import LeaseKeeper
+from vllm_datadist_connector.scheduler.local_prefills import REASON_OF, LocalPrefills, Reason
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
-
-logger = logging.getLogger(__name__)
-logger.addFilter(OthersWords())
 
 
 class _State(enum.Enum):
@@ -51,11 +49,15 @@ class _Tracked:
     remote: RemotePrefill
     prompt_digest: str
     loadable_tokens: int
+    offered_from: int = 0
+    """The first token that vLLM was offered last: it may take fewer than all that follow."""
     least_tokens: int = 1
     """Fewer than these are not worth a pull."""
     is_compared: bool = False
     """Whether the prompt was found to be P's, which takes time for a long one."""
-    refusal: str = ""
+    is_gone: bool = False
+    """Whether nothing was offered last because the lease does not stand."""
+    refusal: tuple[Reason, str] | None = None
     """Why nothing of it may be loaded. The request is tracked all the same, because P waits to hear of its lease: vLLM
     announces a request that its API server rejected with a prompt of its own making, only to abort it."""
     state: _State = _State.NEW
@@ -73,6 +75,7 @@ class ConsumerScheduler:
         recompute_threshold: int | None,
         prompt_tail: int = 1,
         ourselves: tuple[Endpoint, str] | None = None,
+        local: LocalPrefills | None = None,
     ) -> None:
         """
         Args:
@@ -80,6 +83,7 @@ class ConsumerScheduler:
                 at once; None: such blocks are not pulled.
             prompt_tail: so many of a prompt's last tokens at least are computed here.
             ourselves: our own side channel and incarnation, where we may be the P of our own requests.
+            local: notes what is prefilled here after all.
         """
         self._groups = groups
         self._largest_block = max([1, *(group.block_size for group in groups)])
@@ -88,6 +92,7 @@ class ConsumerScheduler:
         self._ourselves = ourselves
         self._allows_peer = allows_peer
         self._recv_deadline_s = recv_deadline_s
+        self._local = local if local is not None else LocalPrefills()
         self._keeper = LeaseKeeper(answer_timeout_s, trust)
         self._requests: dict[str, _Tracked] = {}
         self._pulls: list[PullJob] = []
@@ -106,7 +111,7 @@ class ConsumerScheduler:
             if earlier_turn and self._recompute_threshold is not None:
                 tracked.least_tokens = max(tracked.least_tokens, self._recompute_threshold)
         except ParamsError as error:
-            logger.warning("request %s is prefilled here: kv_transfer_params: %s", request.request_id, error)
+            self._local.note(request.request_id, REASON_OF[error.why], f"kv_transfer_params: {error}")
             return
         remote = tracked.remote
         self._digests.begin(request, remote.remote_num_tokens)
@@ -116,22 +121,25 @@ class ConsumerScheduler:
             self._requests[request.request_id] = tracked
         else:
             self._digests.forget(request.request_id)
+            self._local.note(request.request_id, Reason.TOO_MANY, "as many leases are kept alive as can be")
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
-        """Tokens that P can give beyond those computed here; None: P is being asked whether it still can.
+        """Tokens that P can give beyond those computed here; None: not known yet, vLLM asks again in its next step.
 
-        vLLM may ask many times.
+        vLLM may ask many times: the last answer counts.
         """
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.state is not _State.NEW:
             return 0
+        tracked.offered_from, tracked.is_gone = num_computed_tokens, False
         if not tracked.is_compared and not self._compare(request, tracked):
             return None
         count = tracked.loadable_tokens - num_computed_tokens
         if count < tracked.least_tokens:
             return 0
         held = self._keeper.holds(tracked.remote.ticket)
-        return None if held is None else count if held else 0
+        tracked.is_gone = held is False
+        return None if held is None else count * held
 
     def waiting_on_ourselves(self) -> list[str]:
         """Requests that have not begun to pull blocks which we hold for them ourselves, the newest first."""
@@ -155,13 +163,16 @@ class ConsumerScheduler:
         if wants_remote_prefill(request.kv_transfer_params) and request.kv_transfer_params is not None:
             request.kv_transfer_params["do_remote_prefill"] = False
         if num_external_tokens <= 0:
-            if tracked.refusal:
-                logger.warning("request %s is prefilled here: %s", request.request_id, tracked.refusal)
+            if tracked.refusal is not None:
+                self._local.note(request.request_id, *tracked.refusal)
+            elif tracked.is_gone:
+                gone = f"the lease of {tracked.remote} is gone, or nobody answers for it"
+                self._local.note(request.request_id, Reason.LEASE_GONE, gone)
             self._forget(request.request_id)
             return
         tracked.state = _State.PULLING
         self._pulling += 1
-        first, end = tracked.loadable_tokens - num_external_tokens, tracked.loadable_tokens
+        first, end = tracked.offered_from, tracked.offered_from + num_external_tokens
         self._keeper.pulls(tracked.remote.ticket, self._recv_deadline_s)
         grouped = zip(self._groups, tables, strict=True)
         self._pulls.append(
@@ -214,7 +225,7 @@ class ConsumerScheduler:
         params = request.kv_transfer_params
         remote = parse_remote_prefill(params if params is not None else {})
         if not self._allows_peer(remote.remote_host):
-            raise ParamsError(f"remote_host: {remote.remote_host!r:.80} is not among allowed_peers")
+            raise ParamsError(f"remote_host: {remote.remote_host!r:.80} is not among allowed_peers", Unusable.HOST)
         loadable = self._loadable(request, remote)
         refusal = self._refusal(request, remote, loadable)
         tracked = _Tracked(remote, remote.ticket.prompt_digest, 0 if refusal else loadable, refusal=refusal)
@@ -226,15 +237,14 @@ class ConsumerScheduler:
 
     def _compare(self, request: Request, tracked: _Tracked) -> bool:
         """Compares the prompt with P's, whose KV would be another's; False if that takes a while longer."""
-        if not tracked.refusal:
+        if tracked.refusal is None:
             if not self._digests.is_ready(request.request_id):
                 return False
-            remote = tracked.remote
-            if remote.ticket.prompt_digest != self._digests.take(request, remote.remote_num_tokens):
+            remote, ticket = tracked.remote, tracked.remote.ticket
+            # Of an adapter that only P can read, P's word: the confirmation fails if it is not P's.
+            if ticket.prompt_digest != self._digests.take(request, remote.remote_num_tokens, ticket.adapter):
                 tracked.loadable_tokens = 0
-                tracked.refusal = (
-                    f"the tokens of P's request {remote.remote_request_id!r:.80} are not how this prompt begins"
-                )
+                tracked.refusal = Reason.PROMPT, f"the tokens of {remote} are not how this prompt begins"
         tracked.is_compared = True
         return True
 
@@ -248,22 +258,22 @@ class ConsumerScheduler:
         covered = min((len(table) * size for table, size in tables if size), default=remote.remote_num_tokens)
         return min(len(request.prompt_token_ids or ()) - self._prompt_tail, remote.remote_num_tokens, covered)
 
-    def _refusal(self, request: Request, remote: RemotePrefill, loadable: int) -> str:
-        """Why P's blocks would be wrong for this request; empty if they fit."""
+    def _refusal(self, request: Request, remote: RemotePrefill, loadable: int) -> tuple[Reason, str] | None:
+        """Why P's blocks would be wrong for this request; None if they fit."""
         if len(remote.remote_block_ids) != len(remote.ticket.block_sizes):
-            return (
-                f"remote_block_ids: {len(remote.remote_block_ids)} KV cache groups, the lease is for "
-                f"{len(remote.ticket.block_sizes)}"
-            )
+            groups, leased = len(remote.remote_block_ids), len(remote.ticket.block_sizes)
+            return Reason.PARAMS, f"remote_block_ids: {groups} KV cache groups, the lease is for {leased}"
         if not is_token_prompt(request):
-            return "a prompt of embeddings cannot be compared with P's"
+            return Reason.PROMPT, "a prompt of embeddings cannot be compared with P's"
+        ours, theirs = adapter_of(request), remote.ticket.adapter
+        if not is_same(ours, theirs):
+            return Reason.ADAPTER, f"LoRA adapter: ours {ours or 'none'}, that of {remote} {theirs or 'none'}"
         if any(group.forgets for group in self._groups) and loadable != remote.remote_num_tokens:
             # A state cannot be taken back to an earlier token, nor a window to blocks that it has left.
             have = request.num_prompt_tokens
-            return (
-                f"P's blocks are those after {remote.remote_num_tokens} tokens; of the prompt's {have} {loadable} fit"
-            )
-        return ""
+            fit = f"after {remote.remote_num_tokens} tokens; of the prompt's {have} {loadable} fit"
+            return Reason.PROMPT, f"the blocks of {remote} are those {fit}"
+        return None
 
     def _forget(self, request_id: str) -> None:
         tracked = self._requests.pop(request_id, None)

@@ -57,13 +57,13 @@ class PromptDigests:
         work = self._works.get(request_id)
         return work is None or work.done is not None
 
-    def take(self, request: Request, num_tokens: int) -> str:
+    def take(self, request: Request, num_tokens: int, adapter: str) -> str:
         """The digest of the request's first `num_tokens` tokens, generated ones included. Waits for nothing."""
         work = self._works.get(request.request_id)
         self.forget(request.request_id)
         if work is None or work.done is None or work.num_tokens > num_tokens:
-            return digest_of(request, num_tokens)
-        return digest_of(request, num_tokens, work.done, work.num_tokens)
+            return digest_of(request, num_tokens, adapter)
+        return digest_of(request, num_tokens, adapter, work.done, work.num_tokens)
 
     def forget(self, request_id: str) -> None:
         work = self._works.pop(request_id, None)

@@ -8,9 +8,13 @@ from typing import TYPE_CHECKING
 
 from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.protocol.digest import PromptHash
+from vllm_datadist_connector.scheduler.adapters import Adapters
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
+
+
+_adapters = Adapters()
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,7 +35,14 @@ def is_token_prompt(request: Request) -> bool:
     return bool(request.prompt_token_ids) and request.prompt_embeds is None
 
 
-def digest_of(request: Request, num_tokens: int, begun: PromptHash | None = None, num_begun: int = 0) -> str:
+def adapter_of(request: Request) -> str:
+    """Identity of the request's LoRA adapter; empty for none."""
+    return _adapters.identity_of(request.lora_request)
+
+
+def digest_of(
+    request: Request, num_tokens: int, adapter: str, begun: PromptHash | None = None, num_begun: int = 0
+) -> str:
     """The digest of a vLLM request's first `num_tokens` tokens, generated ones included.
 
     Args:
@@ -39,8 +50,7 @@ def digest_of(request: Request, num_tokens: int, begun: PromptHash | None = None
     """
     whole = begun.copy() if begun is not None else PromptHash()
     whole.update(request.all_token_ids[num_begun:num_tokens])
-    lora = request.lora_request
     return whole.hexdigest(
-        lora.lora_name if lora is not None else None,
+        adapter,
         [feature.identifier for feature in request.mm_features or () if feature.mm_position.offset < num_tokens],
     )

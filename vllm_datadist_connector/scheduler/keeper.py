@@ -25,8 +25,7 @@ _RENEWALS_PER_LEASE = 4
 """Three lost renewals in a row do not cost a lease."""
 
 _NEWS_S = 1.0
-"""What P has said of a lease is true for so long, or nearly: it may need the blocks itself. For its answer D waits no
-longer than that, either."""
+"""What P has said of a lease is true for so long, or nearly: it may need the blocks itself."""
 
 _RELEASE_RETRY_S = 1.0
 _POLL_S = 0.25
@@ -43,9 +42,12 @@ class _Kept:
     lease_s: float
     users: int
     next_send: float
-    heard_of: float
-    """When the renewal was sent that P answered last."""
+    stands: bool
+    """What P said of it last, or by its silence."""
+    news_at: float
+    """When."""
     asked_at: float = 0.0
+    """0, or when news was asked for that holds() has not told yet."""
     pulling_until: float = 0.0
     give_up: float = 0.0
     """0 while in use; once released, when retrying the release stops being useful because the lease has run out."""
@@ -62,13 +64,13 @@ class LeaseKeeper:
         self._client = open_client(trust)
         self._thread: threading.Thread | None = None
         self._stopping = False
-        self._has_news = False
+        self._has_work = False
 
     def hold(self, endpoint: Endpoint, ticket: LeaseTicket, is_news: bool = True) -> bool:
         """Starts renewing a lease, or adds a user to it. False if there are too many.
 
         Args:
-            is_news: P has granted it just now.
+            is_news: P has granted it just now. Otherwise it may long have gone: holds() tells only what P says.
         """
         now = time.monotonic()
         with self._lock:
@@ -78,12 +80,13 @@ class LeaseKeeper:
                 return True
             if len(self._kept) >= MAX_HELD:
                 return False
-            heard_of = now if is_news else now - _NEWS_S
-            self._kept[ticket.token] = _Kept(endpoint, ticket.lease_s, users=1, next_send=now, heard_of=heard_of)
+            # At once: of a request that came late, little of the lease is left.
+            news_at, asked_at = (now, 0.0) if is_news else (0.0, now)
+            self._kept[ticket.token] = _Kept(endpoint, ticket.lease_s, 1, now, is_news, news_at, asked_at)
             if self._thread is None:
                 self._thread = threading.Thread(target=self._run, name="datadist-lease-keeper", daemon=True)
                 self._thread.start()
-            self._has_news = True
+            self._has_work = True
             is_first = len(self._kept) == 1
         if is_first:
             self._wakeup.set()
@@ -91,24 +94,25 @@ class LeaseKeeper:
 
     def flush(self) -> None:
         """Once per step: to wake the thread costs the scheduler thread its turn, so not with each call."""
-        if self._has_news:
-            self._has_news = False
+        if self._has_work:
+            self._has_work = False
             self._wakeup.set()
 
     def holds(self, ticket: LeaseTicket) -> bool | None:
-        """False once P has said that the lease is gone: its blocks are not worth a pull. None: P is being asked."""
+        """False: the lease is gone, and its blocks are not worth a pull. None: P is being asked, and has time left."""
         now = time.monotonic()
         with self._lock:
             kept = self._kept.get(ticket.token)
             if kept is None or kept.give_up:
                 return False
-            if now - kept.heard_of < _NEWS_S:
-                return True
-            if kept.asked_at:
-                return True if now - kept.asked_at >= _NEWS_S else None
-            kept.asked_at = kept.next_send = now
-            self._has_news = True
-        return None
+            if not kept.asked_at and now - kept.news_at >= _NEWS_S:
+                kept.asked_at = kept.next_send = now
+                self._has_work = True
+            if kept.asked_at > kept.news_at:
+                return None
+            # Steps may be further apart than news lasts: what was asked for is told once, however old.
+            kept.asked_at = 0.0
+            return kept.stands
 
     def pulls(self, ticket: LeaseTicket, at_most_s: float) -> None:
         """A user of the lease has begun to pull: P is told so, for as long as that can take."""
@@ -119,7 +123,7 @@ class LeaseKeeper:
                 return
             kept.pulling_until = max(kept.pulling_until, now + at_most_s)
             kept.next_send = now
-            self._has_news = True
+            self._has_work = True
 
     def lose(self, ticket: LeaseTicket) -> None:
         """P, which we are ourselves, has ended the lease."""
@@ -137,7 +141,7 @@ class LeaseKeeper:
                 return
             kept.next_send = now
             kept.give_up = now + kept.lease_s
-            self._has_news = True
+            self._has_work = True
 
     def close(self) -> None:
         """Stops the thread; leases that are still held run out by themselves."""
@@ -150,19 +154,20 @@ class LeaseKeeper:
         self._client.close()
 
     def _run(self) -> None:
-        sent: dict[int, tuple[float, tuple[str, ...]]] = {}
+        sent: dict[int, tuple[str, ...]] = {}
         while not self._stopping:
             try:
                 until = self._send_due(sent)
                 if self._wakeup.fileno() in wait_readable([self._wakeup.fileno(), self._client.fileno()], until):
                     self._wakeup.clear()
                 for answer in self._client.take():
-                    sent_at, tokens = sent.pop(answer.id, (0.0, ()))
+                    tokens = sent.pop(answer.id, ())
                     if answer.response is None:
                         logger.debug("lease keeper: %s", answer.error)
+                        self._hear(tokens, stands=False)
                     elif isinstance(answer.response, Renewed):
                         self._forget_gone(answer.response.gone)
-                        self._hear_of(tokens, sent_at)
+                        self._hear(tokens, stands=True)
                     else:
                         self._forget(tokens)
             except Exception:
@@ -170,8 +175,8 @@ class LeaseKeeper:
                 logger.exception("lease keeper: a round failed")
                 time.sleep(_PAUSE_AFTER_FAULT_S)
 
-    def _send_due(self, sent: dict[int, tuple[float, tuple[str, ...]]]) -> float | None:
-        """Sends what is due, batched per endpoint; returns when the next is."""
+    def _send_due(self, sent: dict[int, tuple[str, ...]]) -> float | None:
+        """Sends what is due, batched per endpoint, and notes it in `sent`; returns when the next is."""
         now = time.monotonic()
         renewals: defaultdict[tuple[Endpoint, bool], list[str]] = defaultdict(list)
         releases: defaultdict[Endpoint, list[str]] = defaultdict(list)
@@ -192,17 +197,19 @@ class LeaseKeeper:
                 until = min(until, now + _POLL_S)
         for (endpoint, pulling), tokens in renewals.items():
             for batch in _batches(tokens):
-                sent[self._client.renew(endpoint, batch, self._answer_timeout_s, pulling)] = now, batch
+                sent[self._client.renew(endpoint, batch, self._answer_timeout_s, pulling)] = batch
         for endpoint, tokens in releases.items():
             for batch in _batches(tokens):
-                sent[self._client.release(endpoint, batch, self._answer_timeout_s)] = now, batch
+                sent[self._client.release(endpoint, batch, self._answer_timeout_s)] = batch
         return until
 
-    def _hear_of(self, tokens: tuple[str, ...], sent_at: float) -> None:
+    def _hear(self, tokens: tuple[str, ...], stands: bool) -> None:
+        """Silence is news only where nothing was known: a busy P may miss a renewal of a lease that stands."""
+        now = time.monotonic()
         with self._lock:
             for token in tokens:
                 if (kept := self._kept.get(token)) is not None:
-                    kept.heard_of, kept.asked_at = sent_at, 0.0
+                    kept.stands, kept.news_at = kept.stands or stands, now
 
     def _forget(self, tokens: tuple[str, ...]) -> None:
         with self._lock:

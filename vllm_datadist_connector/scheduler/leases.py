@@ -34,7 +34,13 @@ class Leases:
         self._block_sizes = block_sizes
 
     def grant(
-        self, request_id: str, blocks: BlockIds, prompt_digest: str, lease_s: float, is_renewed: bool = True
+        self,
+        request_id: str,
+        blocks: BlockIds,
+        prompt_digest: str,
+        lease_s: float,
+        adapter: str = "",
+        is_renewed: bool = True,
     ) -> LeaseTicket:
         """Keeps a request's blocks until `lease_s` pass without a renewal.
 
@@ -54,5 +60,6 @@ class Leases:
             generation=generation,
             lease_s=lease_s,
             prompt_digest=prompt_digest,
+            adapter=adapter,
             block_sizes=self._block_sizes,
         )

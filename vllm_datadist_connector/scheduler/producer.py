@@ -13,7 +13,7 @@ from vllm.v1.request import RequestStatus
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.params import build_params
 from vllm_datadist_connector.scheduler.digests import PromptDigests
-from vllm_datadist_connector.scheduler.identity import InstanceIdentity, is_token_prompt
+from vllm_datadist_connector.scheduler.identity import InstanceIdentity, adapter_of, is_token_prompt
 from vllm_datadist_connector.scheduler.leases import Leases
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 from vllm_datadist_connector.side_channel.server import LeaseTable, serve
@@ -78,8 +78,9 @@ class ProducerScheduler:
         held = tuple(group.holding(table, num_tokens) for group, table in zip(groups, tables, strict=True))
         ticket = None
         if num_tokens and any(any(group) for group in held):
-            digest = self._digests.take(request, num_tokens)
-            ticket = self._leases.grant(request.request_id, held, digest, lease_s, not for_next_turn)
+            adapter = adapter_of(request)
+            digest = self._digests.take(request, num_tokens, adapter)
+            ticket = self._leases.grant(request.request_id, held, digest, lease_s, adapter, not for_next_turn)
         return ticket is not None, build_params(
             engine_id=self._identity.engine_id,
             request_id=request.request_id,

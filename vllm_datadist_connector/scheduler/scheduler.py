@@ -14,6 +14,7 @@ from vllm_datadist_connector.metrics import DataDistStats, SchedulerMeter
 from vllm_datadist_connector.protocol.params import wants_remote_decode, was_remote_prefill
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity
+from vllm_datadist_connector.scheduler.local_prefills import LocalPrefills
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
 from vllm_datadist_connector.scheduler.relief import Relief
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
@@ -41,6 +42,7 @@ class ConnectorScheduler:
         self._bidirectional = config.bidirectional
         self._prompt_tail = compat.prompt_tail(vllm_config, any(group.forgets for group in identity.groups))
         self._meter = SchedulerMeter("scheduler")
+        self._local = LocalPrefills()
         trust = Trust(config.auth, config.insecure)
         if config.insecure:
             logger.warning("insecure: whoever can connect to %s is a peer, and may read what peers may", config.host)
@@ -61,6 +63,7 @@ class ConnectorScheduler:
                 config.recompute_threshold if config.bidirectional else None,
                 self._prompt_tail,
                 (self._producer.endpoint, identity.incarnation) if self._producer is not None else None,
+                self._local,
             )
         self._relief = Relief(self._producer, self._consumer) if self._producer is not None else None
 
@@ -69,6 +72,8 @@ class ConnectorScheduler:
             self._producer.set_geometries(geometries)
 
     def on_new_request(self, request: Request) -> None:
+        prefills, decodes = self._producer is not None, self._consumer is not None
+        self._local.note_arrival(request.request_id, request.kv_transfer_params, prefills, decodes)
         if self._relief is not None:
             self._relief.arrived(request.request_id)
         if self._producer is not None and self._prompt_tail and wants_remote_decode(request.kv_transfer_params):
@@ -137,6 +142,7 @@ class ConnectorScheduler:
             self._meter.producer(leases, blocks, *self._producer.take_counts())
         if self._consumer is not None:
             self._meter.consumer(self._consumer.pulling(), self._consumer.take_releases())
+        self._meter.local_prefills(self._local.take())
 
     def close(self) -> None:
         if self._producer is not None:

@@ -10,22 +10,13 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 from vllm_datadist_connector import compat
 from vllm_datadist_connector.config import ConfigError, ConnectorConfig
 from vllm_datadist_connector.kv_groups import describe_groups
-from vllm_datadist_connector.protocol.handshake import LayoutContract
+from vllm_datadist_connector.protocol.contract import LayoutContract
 from vllm_datadist_connector.worker.kv_spec import describe_layers
+from vllm_datadist_connector.worker.model_identity import identify_weights, settings_of, software
 from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
-
-_MODEL_SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-)
 
 
 def build_worker(config: ConnectorConfig, vllm_config: VllmConfig, groups: Sequence[Any]) -> ConnectorWorker:
@@ -43,7 +34,7 @@ def build_worker(config: ConnectorConfig, vllm_config: VllmConfig, groups: Seque
     place = RankPlace(tp_rank, pp_rank, tp_size, pp_size, index)
     return ConnectorWorker(
         config,
-        _contract(vllm_config, groups),
+        _contract(config, vllm_config, groups),
         place,
         layers=describe_layers(vllm_config, groups, tp_rank, tp_size),
         block_sizes=tuple(group.block_size for group in describe_groups(groups)),
@@ -52,22 +43,15 @@ def build_worker(config: ConnectorConfig, vllm_config: VllmConfig, groups: Seque
     )
 
 
-def _contract(vllm_config: VllmConfig, groups: Sequence[Any]) -> LayoutContract:
-    hf_config = vllm_config.model_config.hf_text_config
-    known = {name: _model_size(hf_config, name) for name in _MODEL_SIZES}
-    sizes = [f"{name}={value}" for name, value in known.items() if value is not None]
+def _contract(config: ConnectorConfig, vllm_config: VllmConfig, groups: Sequence[Any]) -> LayoutContract:
     specs = [compat.layer_spec(group.kv_cache_spec, name) for group in groups for name in group.layer_names]
     dtypes = sorted({str(dtype) for spec in specs for dtype in getattr(spec, "dtypes", None) or (spec.dtype,)})
     packings = sorted({compat.kv_packing(vllm_config, spec) for spec in specs})
     return LayoutContract(
-        model=" ".join([*(vllm_config.model_config.hf_config.architectures or ["unknown"]), *sizes]),
+        model=" ".join(vllm_config.model_config.hf_config.architectures or ["unknown"]),
         kv_cache_dtype=f"{vllm_config.cache_config.cache_dtype} ({', '.join(dtypes)})",
         kv_packing=" ".join(packings),
+        software=software(),
+        settings=settings_of(vllm_config.model_config),
+        weights=identify_weights(vllm_config, config.weights_id),
     )
-
-
-def _model_size(hf_config: Any, name: str) -> Any:
-    try:
-        return getattr(hf_config, name, None)
-    except Exception:  # transformers raises for a size that differs by layer (heads of Gemma 4)
-        return None

@@ -7,6 +7,7 @@ block of vLLM's is addressed through a *view*, the same tensors registered as bl
 from __future__ import annotations
 
 import ctypes
+import time
 from collections.abc import Sequence
 
 import msgspec
@@ -32,7 +33,7 @@ def check(status: int, what: str) -> None:
 
 
 class RegisteredCaches:
-    """Registers views and keeps them. Used at start-up, then by the driver thread alone."""
+    """Registers views and keeps them. Used at start-up, then by the driver thread alone, but for copy()."""
 
     def __init__(self, datadist: _native.LlmDataDist, specs: Sequence[CacheSpec]) -> None:
         self._datadist = datadist
@@ -57,16 +58,22 @@ class RegisteredCaches:
         self._views[index, granule] = cache_id
         return cache_id
 
-    def copy(self, pull: BlockPull) -> None:
-        """Carries out a planned pull from our own blocks, in this thread; PullKvBlocks refuses the own cluster."""
+    def copy(self, pull: BlockPull, deadline: float) -> bool:
+        """Carries out a planned pull from our own blocks, in any thread; PullKvBlocks refuses the own cluster.
+
+        Returns False if it was given up at the deadline, in time.monotonic().
+        """
         src, dst = pull.src_blocks, pull.dst_blocks
         starts = np.flatnonzero(np.concatenate(([True], (np.diff(src) != 1) | (np.diff(dst) != 1))))
         lengths = np.diff(np.append(starts, len(src)))
         runs = (np.stack((src[starts], dst[starts], lengths), axis=1) * pull.granule).tolist()
         for addr in self._specs[pull.dst_index].addrs[pull.dst_layers[0] : pull.dst_layers[1] + 1]:
+            if time.monotonic() >= deadline:
+                return False
             for src_offset, dst_offset, length in runs:
                 # Lets other threads run meanwhile, unlike an assignment of numpy's.
                 ctypes.memmove(addr + dst_offset, addr + src_offset, length)
+        return True
 
     def layouts(self) -> tuple[CacheLayout, ...]:
         """What peers are told, with a view of every granule that a pull between us and one of usual shape may need.

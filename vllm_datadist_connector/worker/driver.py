@@ -2,10 +2,13 @@
 
     step (vLLM's thread) ── submit, cancel ──> inbox ─┐
     side channel (answers) ───────────────────────────┼──> driver thread ──> outbox ──> next step
-    transfer queue (completions) ─────────────────────┘
+    transfer queue, own copies (completions) ─────────┘
 
 It sleeps until one of them has something or a deadline passes, and never blocks on a peer: greetings are messages,
 links and pulls are native calls in the transfer queue.
+
+A pull ends at its deadline at the latest, and until then a fault of a link costs it time only: it waits for the next
+link and reads everything once more.
 """
 
 from __future__ import annotations
@@ -19,6 +22,7 @@ from typing import Protocol, TypeVar
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.digest import blocks_digest
 from vllm_datadist_connector.protocol.handshake import RankGeometry
@@ -26,12 +30,15 @@ from vllm_datadist_connector.side_channel.client import ChannelAnswer, Confirmed
 from vllm_datadist_connector.side_channel.endpoint import Trust
 from vllm_datadist_connector.wakeup import Wakeup, wait_readable
 from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
-from vllm_datadist_connector.worker.instances import Instance, InstanceState, Peer
-from vllm_datadist_connector.worker.peers import InstanceTable, rehearse
+from vllm_datadist_connector.worker.copies import OwnCopies
+from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceState, Peer
+from vllm_datadist_connector.worker.pairing import rehearse
+from vllm_datadist_connector.worker.peers import InstanceTable
 from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
 from vllm_datadist_connector.worker.transfers import Failure, FinishedPulls, Outbox, Phase, Transfer, TransferTable
 
 logger = logging.getLogger(__name__)
+logger.addFilter(OthersWords())
 T = TypeVar("T")
 
 _PAUSE_AFTER_FAULT_S = 0.1
@@ -75,6 +82,7 @@ class PullDriver:
         self._linked = 0
         self._transfers = TransferTable()
         self._queue = _native.TransferQueue(datadist, threads=config.queue_threads)
+        self._copies = OwnCopies(caches, ended=self._wakeup.set)
         self._client = open_client(Trust(config.auth, config.insecure))
         self._instances = InstanceTable(
             ours,
@@ -86,6 +94,7 @@ class PullDriver:
             link_timeout_s=config.link_timeout_s,
             backoff_s=config.peer_backoff_s,
             ttl_s=config.peer_ttl_s,
+            may_differ=config.may_differ,
         )
         rehearse(ours)
         self._thread = threading.Thread(target=self._run, name="datadist-pull-driver", daemon=True)
@@ -112,6 +121,7 @@ class PullDriver:
         self._wakeup.set()
         self._thread.join()
         self._queue.close()
+        self._copies.close()
 
     def _run(self) -> None:
         while not self._stopping:
@@ -126,17 +136,19 @@ class PullDriver:
 
     def _round(self) -> None:
         fds = [self._wakeup.fileno(), self._queue.fileno(), self._client.fileno()]
-        wakes = (self._transfers.next_deadline(time.monotonic()), self._instances.next_wake())
+        wakes = (self._transfers.next_deadline(), self._instances.next_wake())
         if self._wakeup.fileno() in wait_readable(fds, min((at for at in wakes if at is not None), default=None)):
             self._wakeup.clear()
         self._each(self._take, self._taken_from_inbox())
-        self._each(self._on_completion, self._queue.poll())
+        # Before what else has come: when we are late, the end of a greeting's time is not to be told as the reason.
+        self._each(self._on_deadline, self._transfers.overdue(time.monotonic()))
+        self._each(self._on_completion, self._queue.poll() + self._copies.poll())
         self._each(self._on_answer, self._client.take())
         self._each(self._settle, self._instances.take_changed())
         now = time.monotonic()
-        self._each(self._on_deadline, self._transfers.overdue(now))
-        self._instances.link_again(now)
-        self._instances.drop_unused(now, self._transfers.instances())
+        busy = self._transfers.instances()
+        self._instances.try_again(now, busy)
+        self._instances.drop_unused(now, busy)
         self._linked = self._instances.linked()
 
     def _each(self, handle: Callable[[T], None], events: Iterable[T]) -> None:
@@ -162,23 +174,30 @@ class PullDriver:
             instance = self._instances.meet(job.remote, deadline, job.from_ourselves)
         except Exception:
             # No deadline watches over this request yet: it would wait for ever.
-            logger.exception("request %s: pull failed (internal)", job.request_id)
+            logger.exception("%s: pull failed (internal)", job)
             self._observer.failed(Failure.INTERNAL)
             self._outbox.put(job, failed=True)
             return
-        transfer = self._transfers.add(job, instance, deadline)
+        self._begin(self._transfers.add(job, instance, deadline))
+
+    def _begin(self, transfer: Transfer) -> None:
+        """As soon as its instance is linked with."""
+        instance = transfer.instance
+        transfer.phase, transfer.interrupted = Phase.WAITING, False
         if instance.state is InstanceState.READY:
             self._pull(transfer)
         elif instance.state is InstanceState.BROKEN:
             self._fail(transfer, Failure(instance.failed_step), instance.reason)
         else:
-            instance.waiting.append(job.request_id)
+            instance.waiting.append(transfer.job.request_id)
 
     def _pull(self, transfer: Transfer) -> None:
         """Submits one call per pair of caches and rank of P; those of different ranks run side by side."""
         job = transfer.job
-        tokens = TokenRange(job.first_token, job.end_token, job.remote.remote_block_ids, job.local_blocks)
-        transfer.phase = Phase.PULLING
+        remote = job.remote
+        held = remote.remote_num_tokens
+        tokens = TokenRange(job.first_token, job.end_token, remote.remote_block_ids, job.local_blocks, held)
+        transfer.phase, transfer.meeting, transfer.num_bytes = Phase.PULLING, transfer.instance.meeting, 0
         try:
             for peer, geometry in transfer.instance.givers:
                 self._pull_from(transfer, peer, geometry, tokens)
@@ -195,7 +214,7 @@ class PullDriver:
         for pull in plan_pull(self._ours, theirs, peer.pairings, tokens):
             transfer.num_bytes += pull.num_bytes
             if transfer.instance.is_ourselves:
-                self._caches.copy(pull)
+                self._transfers.add_call(transfer, self._copies.submit(pull, transfer.deadline))
                 continue
             call = self._queue.submit_pull_blocks(
                 theirs.cluster_id,
@@ -217,22 +236,56 @@ class PullDriver:
             return
         transfer.queued_s = max(transfer.queued_s, completion.queued_s)
         transfer.run_s = max(transfer.run_s, completion.run_s)
-        if completion.status != _native.LLM_SUCCESS and not completion.cancelled:
-            reason = f"{_native.status_name(completion.status)}: {completion.error}"
+        reason = f"{_native.status_name(completion.status)}: {completion.error}"
+        if completion.status == _native.LLM_SUCCESS:
+            transfer.instance.faults = 0
+        elif completion.cancelled:
+            # It never ran, which says nothing of the link: by its deadline, or because we took it back.
+            if completion.status == _native.LLM_TIMEOUT:
+                self._on_deadline(transfer)
+                return
+        elif completion.status in _LINK_LOST and not transfer.instance.is_ourselves:
+            self._on_link_fault(transfer, reason)
+            return
+        else:
             self._fail(transfer, Failure.TRANSFER, reason)
-            if completion.status in _LINK_LOST:
-                self._lose_link(transfer.instance, f"pull from {transfer.instance.key.endpoint}: {reason}")
-        elif not transfer.calls:
-            if transfer.cancelled or transfer.failure is not None:
-                self._end(transfer)
-            else:
-                self._confirm(transfer)
+            return
+        if not transfer.calls:
+            self._on_all_back(transfer)
 
-    def _lose_link(self, instance: Instance, reason: str) -> None:
-        """Fails whatever is queued behind a pull that broke the link, or each would wait for its own time-out."""
-        self._instances.broke(instance, reason, "link")
-        for transfer in self._transfers.pulling_from(instance):
-            self._fail(transfer, Failure.TRANSFER, reason)
+    def _on_all_back(self, transfer: Transfer) -> None:
+        """No call of it is queued or running."""
+        if transfer.is_over:
+            self._end(transfer)
+        elif transfer.interrupted:
+            self._begin(transfer)
+        else:
+            self._confirm(transfer)
+
+    def _on_link_fault(self, transfer: Transfer, reason: str) -> None:
+        """Interrupts all that pulls over the instance's links, or each would wait for its own time-out."""
+        instance = transfer.instance
+        hits_all = transfer.meeting == instance.meeting
+        if hits_all:
+            self._instances.rest(instance, f"pull from {instance.key.endpoint}: {reason}")
+        transfer.faults += 1
+        if transfer.deadline <= time.monotonic():
+            self._on_deadline(transfer)
+        elif transfer.faults >= MAX_FAULTS:
+            # Others' pulls pass over the links that this one breaks.
+            self._fail(transfer, Failure.TRANSFER, f"{reason} ({transfer.faults} times)")
+        else:
+            self._interrupt(transfer)
+        if hits_all:
+            for other in self._transfers.pulling_from(instance):
+                self._interrupt(other)
+
+    def _interrupt(self, transfer: Transfer) -> None:
+        transfer.interrupted = True
+        for call in transfer.calls:
+            self._take_back(call)
+        if not transfer.calls:
+            self._on_all_back(transfer)
 
     def _confirm(self, transfer: Transfer) -> None:
         """Asks P whether the lease was held all the while: only then the bytes count."""
@@ -255,8 +308,8 @@ class PullDriver:
         transfer = self._transfers.take_confirm(answer.id)
         if transfer is None:
             return
-        if answer.timed_out and self._instances.is_linked(transfer.instance):
-            # P lives but is busy: to ask again costs less than to throw the bytes away. The deadline bounds it.
+        if answer.timed_out:
+            # P may be busy: to ask again costs less than to throw the bytes away. The deadline bounds it.
             self._confirm(transfer)
         elif isinstance(answer.response, Confirmed) and answer.response.held:
             seconds = time.monotonic() - transfer.accepted_at
@@ -273,12 +326,8 @@ class PullDriver:
             self._observer.handshake(time.monotonic() - instance.met_at)
         for request_id in self._instances.take_waiting(instance):
             transfer = self._transfers.get(request_id)
-            if transfer is None or transfer.instance is not instance:
-                continue
-            if ready:
-                self._pull(transfer)
-            else:
-                self._fail(transfer, Failure(instance.failed_step), instance.reason)
+            if transfer is not None and transfer.instance is instance and transfer.phase is Phase.WAITING:
+                self._begin(transfer)
 
     def _cancel(self, request_id: str) -> None:
         transfer = self._transfers.get(request_id)
@@ -288,23 +337,31 @@ class PullDriver:
         self._abandon_calls(transfer)
 
     def _on_deadline(self, transfer: Transfer) -> None:
-        if transfer.failure is None:
-            unmet = f": {transfer.instance.key.endpoint} was not met" if transfer.phase is Phase.WAITING else ""
-            self._fail(transfer, Failure.DEADLINE, f"not done within {transfer.job.deadline_s:g} s{unmet}")
+        instance, unmet = transfer.instance, ""
+        if transfer.phase is Phase.WAITING:
+            unmet = f": {instance.key.endpoint} was not met" + (f", {instance.reason}" if instance.reason else "")
+        self._fail(transfer, Failure.DEADLINE, f"not done within {transfer.job.deadline_s:g} s{unmet}")
 
     def _fail(self, transfer: Transfer, failure: Failure, reason: str) -> None:
-        if transfer.failure is None:
+        if not transfer.is_over:
             transfer.failure = failure
             self._observer.failed(failure)
-            logger.warning("request %s: pull failed (%s): %s", transfer.job.request_id, failure.value, reason)
+            logger.warning("%s: pull failed (%s): %s", transfer.job, failure.value, reason)
         self._abandon_calls(transfer)
 
     def _abandon_calls(self, transfer: Transfer) -> None:
         """Takes back queued calls; ends the transfer now or, if one runs, when that has come back."""
         for call in transfer.calls:
-            self._queue.cancel(call)
+            self._take_back(call)
         if not transfer.calls:
             self._end(transfer)
+
+    def _take_back(self, call: int) -> None:
+        """If it has not started, it completes as cancelled."""
+        if call < 0:
+            self._copies.cancel(call)
+        else:
+            self._queue.cancel(call)
 
     def _end(self, transfer: Transfer) -> None:
         self._transfers.remove(transfer)

@@ -13,10 +13,24 @@ from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.pairing import Pairing, Rank
 
+MAX_FAULTS = 8
+"""In a row: what does not work so often, over links each made anew, is no passing fault."""
+_FIRST_PAUSE_S = 0.05
+
+
+def pause_s(faults: int, most_s: float, spread: float) -> float:
+    """Until an instance is met anew after so many faults in a row: twice as long each time, at most `most_s`.
+
+    Args:
+        spread: from 0 to 1, by chance: ranks that lost one P at the same moment are not to come back at the same.
+    """
+    return min(most_s, _FIRST_PAUSE_S * 2.0 ** min(faults - 1, 30)) * (1.0 - spread / 2)
+
 
 class InstanceState(enum.Enum):
     MEETING = enum.auto()
     READY = enum.auto()
+    RESTING = enum.auto()
     BROKEN = enum.auto()
 
 
@@ -51,15 +65,30 @@ class Instance:
     state: InstanceState = InstanceState.MEETING
     peers: dict[Rank, Peer] = field(default_factory=dict)
     reason: str = ""
-    """Why it is BROKEN."""
+    """Why it is RESTING or BROKEN."""
     failed_step: str = ""
     """handshake or link, for the metrics."""
-    retry_at: float = 0.0
+    faults: int = 0
+    """Of its links, one after another, with no pull that succeeded in between."""
+    meeting: int = 0
+    """How often it was met: a fault of a link of an earlier time says nothing of the present ones."""
+    again_at: float = 0.0
+    """When a RESTING one is met anew."""
     waiting: list[str] = field(default_factory=list)
     """Requests to start once READY, to fail once BROKEN."""
     wanted_until: float = 0.0
     """The last of their deadlines."""
     is_ourselves: bool = False
+
+    @property
+    def is_proven(self) -> bool:
+        """Whether somebody has answered as who it is said to be."""
+        known = any(peer.geometry is not None for peer in self.peers.values())
+        return known or self.state is not InstanceState.MEETING
+
+    def is_meeting(self, peer: Peer) -> bool:
+        """Whether what is heard of the peer is of the meeting that goes on, and not of one that was given up."""
+        return self.state is InstanceState.MEETING and self.peers.get(peer.rank) is peer
 
     @property
     def givers(self) -> list[tuple[Peer, RankGeometry]]:

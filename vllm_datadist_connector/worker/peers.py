@@ -1,11 +1,15 @@
 """InstanceTable: meets the engine cores that we pull from, and links with each of their worker ranks.
 
     MEETING ── every rank that has KV of ours: greeted, paired, linked ──> READY ── unused for peer_ttl_s ──> (gone)
-       └───────────────────────────────┬──────────────────────────────────────┘
-                                       └─ any failure ─> BROKEN (requests fail at once until retry_at, then met anew)
+     │ │  ▲                                                                  │
+     │ └──┼── a link is not to be had, or is lost ──> RESTING ──> MEETING <──┘
+     │    └── no answer in time                          │
+     └── refused, or nobody is there ──> BROKEN, and gone, with whoever waits for it <── so many faults in a row
 
-A peer that has not answered in time may be busy: it is greeted, or linked with, again for as long as some request may
-wait. A refusal is a failure at once.
+Whoever waits for an instance waits until its own deadline. A peer that has not answered in time may be busy: it is
+greeted, or linked with, again. After a fault of a link it is met anew after a pause, which grows with the faults: the
+greeting tells whether it lives. A refusal, or nobody there, is known at once, and is not remembered: the requests that
+waited share it, and the next one asks again.
 
 An instance is met with its rank (0, 0), whose geometry tells how many ranks there are; nothing about the other side is
 configured, and nothing that a router said decides whom we greet.
@@ -17,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import random
 import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator
@@ -26,11 +31,12 @@ import msgspec
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.log_filter import OthersWords
-from vllm_datadist_connector.protocol.handshake import RankGeometry, decode_geometry, find_mismatches
+from vllm_datadist_connector.protocol.contract import are_weights_comparable, find_mismatches
+from vllm_datadist_connector.protocol.handshake import RankGeometry, decode_geometry
 from vllm_datadist_connector.protocol.params import RemotePrefill
 from vllm_datadist_connector.side_channel.client import ChannelAnswer, ChannelClient, RankDescription, Refused
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
-from vllm_datadist_connector.worker.instances import Instance, InstanceKey, InstanceState, Peer
+from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceKey, InstanceState, Peer, pause_s
 from vllm_datadist_connector.worker.pairing import MismatchError, Rank, find_gaps, pair, pair_with_itself, sources
 
 logger = logging.getLogger(__name__)
@@ -47,6 +53,9 @@ _LINK_PAUSE_S = 0.02
 """Until the next try of a link that its other end is just making as well, or has not answered."""
 _LINK_AGAIN = frozenset({_native.LLM_PROCESSING_LINK, _native.LLM_TIMEOUT})
 """Codes after which the same call may succeed."""
+_LINK_REFUSED = frozenset({_native.LLM_PARAM_INVALID, _native.LLM_FEATURE_NOT_ENABLED})
+"""Codes after which no later call would."""
+_AFTER_DEADLINE_S = 0.1
 _UNLINK_TIMEOUT_MS = 1000
 _QUEUED_MS = 60_000
 """A link or unlink call may wait so long for its turn behind pulls."""
@@ -58,16 +67,6 @@ class Linking(NamedTuple):
     instance: Instance
     peer: Peer
     geometry: RankGeometry
-
-
-def rehearse(ours: RankGeometry) -> None:
-    """Reads and pairs a geometry, as for the first peer; nobody waits for it yet.
-
-    What is made on first use (decoders, parts of numpy) takes some 8 ms of computing; beside a step thread that wants
-    the interpreter too it kept the first request waiting for 15 to 30.
-    """
-    with contextlib.suppress(MismatchError):
-        pair_with_itself(decode_geometry(msgspec.msgpack.encode(ours)))
 
 
 class InstanceTable:
@@ -82,8 +81,10 @@ class InstanceTable:
         link_timeout_s: float,
         backoff_s: float,
         ttl_s: float,
+        may_differ: Collection[str],
     ) -> None:
         self._ours = ours
+        self._may_differ = may_differ
         self._client = client
         self._queue = queue
         self._link_report = link_report
@@ -113,14 +114,15 @@ class InstanceTable:
             Endpoint(remote.remote_host, remote.remote_port), remote.remote_engine_id, remote.ticket.incarnation
         )
         now = time.monotonic()
-        self._forget_broken(now)
         instance = self._instances.get(key)
-        if instance is not None and instance.state is InstanceState.READY and not self.is_linked(instance):
-            # Lost while nobody used it: worth a new link, not a failed request.
-            self.broke(instance, f"link with {key.endpoint} was lost; linking again", "link")
-            instance = None
-        if instance is None:
-            instance = Instance(key, met_at=now, last_used=now)
+        if instance is not None:
+            instance.last_used, instance.wanted_until = now, max(instance.wanted_until, deadline)
+            if instance.state is InstanceState.READY and not self.is_linked(instance):
+                logger.warning("link with %s was lost; linking again", key.endpoint)
+                self._unlink(instance)
+                self._meet(instance)
+        else:
+            instance = Instance(key, met_at=now, last_used=now, wanted_until=deadline)
             self._make_room()
             if len(self._instances) >= MAX_INSTANCES + MAX_UNPROVEN:
                 instance.state, instance.reason = InstanceState.BROKEN, f"more than {MAX_INSTANCES} instances"
@@ -130,9 +132,7 @@ class InstanceTable:
             if is_ourselves:
                 self._know_ourselves(instance)
             else:
-                self._greet(instance, _FIRST)
-        instance.last_used = now
-        instance.wanted_until = max(instance.wanted_until, deadline)
+                self._meet(instance)
         return instance
 
     def on_answer(self, answer: ChannelAnswer) -> bool:
@@ -141,7 +141,7 @@ class InstanceTable:
         if greeted is None:
             return False
         instance, peer = greeted
-        if instance.state is not InstanceState.MEETING:
+        if not instance.is_meeting(peer):
             return True
         if isinstance(answer.response, RankDescription):
             self._on_description(instance, peer, answer.response)
@@ -159,7 +159,7 @@ class InstanceTable:
         if linking is None:
             return
         instance, peer = linking.instance, linking.peer
-        if instance.state is not InstanceState.MEETING:
+        if not instance.is_meeting(peer):
             return
         now = time.monotonic()
         if completion.status in (_native.LLM_SUCCESS, _native.LLM_ALREADY_LINK):
@@ -168,12 +168,15 @@ class InstanceTable:
             self._settle(instance)
             return
         name = _native.status_name(completion.status)
+        reason = f"link with {instance.key.endpoint}: {name}: {completion.error}"
         if completion.status in _LINK_AGAIN and now < instance.wanted_until:
             # A busy peer, or two that meet each other at once: the one that is refused soon finds the other's link.
             logger.debug("link with %s: %s: we try again", instance.key.endpoint, name)
             self._links_again.append((now + _LINK_PAUSE_S, linking))
+        elif completion.status in _LINK_REFUSED:
+            self.broke(instance, reason, "link")
         else:
-            self.broke(instance, f"link with {instance.key.endpoint}: {name}: {completion.error}", "link")
+            self.rest(instance, reason)
 
     def take_changed(self) -> list[Instance]:
         """Instances that have become READY or BROKEN since the last call."""
@@ -181,14 +184,28 @@ class InstanceTable:
         return changed
 
     def broke(self, instance: Instance, reason: str, step: str) -> None:
-        """Drops the instance's links; whoever asks for it before retry_at is told `reason`."""
+        """Drops the instance and its links; whoever waits for it is told `reason`."""
         if instance.state is InstanceState.BROKEN:
             return
         logger.warning("%s", reason)
         self._unlink(instance)
         instance.state, instance.reason, instance.failed_step = InstanceState.BROKEN, reason, step
-        instance.retry_at = time.monotonic() + self._backoff_s
+        self._instances.pop(instance.key, None)
         self._changed.append(instance)
+
+    def rest(self, instance: Instance, reason: str) -> None:
+        """A link failed: drops all of them, and meets the instance anew after a while; whoever waits for it goes on."""
+        if instance.state in (InstanceState.BROKEN, InstanceState.RESTING):
+            return
+        instance.faults += 1
+        if instance.faults >= MAX_FAULTS:
+            self.broke(instance, f"{reason} ({instance.faults} times in a row)", "link")
+            return
+        pause = pause_s(instance.faults, self._backoff_s, random.random())  # noqa: S311
+        logger.warning("%s; linking again in %.2f s", reason, pause)
+        self._unlink(instance)
+        instance.state, instance.reason = InstanceState.RESTING, reason
+        instance.again_at = time.monotonic() + pause
 
     def take_waiting(self, instance: Instance) -> list[str]:
         waiting, instance.waiting = instance.waiting, []
@@ -215,29 +232,36 @@ class InstanceTable:
                     self._unlink(instance)
                     del self._instances[key]
 
-    def link_again(self, now: float) -> None:
-        """Tries the links once more that may succeed now."""
+    def try_again(self, now: float, busy: Collection[Instance]) -> None:
+        """Links, and meets instances, once more where that may succeed now and somebody waits for it."""
         while self._links_again and self._links_again[0][0] <= now:
             _, linking = self._links_again.popleft()
-            if linking.instance.state is InstanceState.MEETING:
+            if linking.instance.is_meeting(linking.peer):
                 self._link(linking)
+        for instance in list(self._instances.values()):
+            if instance.state is InstanceState.RESTING and instance.again_at <= now:
+                if instance in busy:
+                    self._meet(instance)
+                else:
+                    del self._instances[instance.key]
 
     def next_wake(self) -> float | None:
-        """When there is a link to try again, or the next instance may be idle for too long."""
-        ready = (each.last_used for each in self._instances.values() if each.state is InstanceState.READY)
-        wakes = [at + self._ttl_s for at in ready]
-        if self._links_again:
-            wakes.append(self._links_again[0][0])
+        """When there is something to try again, or the next instance may be idle for too long."""
+        wakes = [at for at, _ in self._links_again]
+        for instance in self._instances.values():
+            if instance.state is InstanceState.READY:
+                wakes.append(instance.last_used + self._ttl_s)
+            elif instance.state is InstanceState.RESTING:
+                wakes.append(instance.again_at)
         return min(wakes, default=None)
 
     def _make_room(self) -> None:
         """For one more that is unproven. A real one answers within milliseconds, so the oldest is the least to lose."""
-        unproven = [each for each in self._instances.values() if each.state is not InstanceState.READY]
+        unproven = [each for each in self._instances.values() if not each.is_proven]
         if len(unproven) >= MAX_UNPROVEN:
-            oldest = min(unproven, key=lambda each: (each.state is InstanceState.MEETING, each.met_at))
+            oldest = min(unproven, key=lambda each: each.met_at)
             reason = f"{oldest.key.endpoint} has not answered, and too many others are said to be instances"
             self.broke(oldest, reason, "handshake")
-            del self._instances[oldest.key]
 
     def _know_ourselves(self, instance: Instance) -> None:
         """Every rank has all that it needs itself: nobody to greet, nothing to link."""
@@ -245,11 +269,19 @@ class InstanceTable:
         instance.peers[rank] = Peer(rank, self._ours, pair_with_itself(self._ours))
         instance.state, instance.is_ourselves = InstanceState.READY, True
 
+    def _meet(self, instance: Instance) -> None:
+        """From the beginning: the links of an earlier meeting are gone."""
+        instance.state, instance.met_at = InstanceState.MEETING, time.monotonic()
+        instance.meeting += 1
+        instance.peers = {}
+        self._greet(instance, _FIRST)
+
     def _greet(self, instance: Instance, rank: Rank) -> None:
         peer = instance.peers[rank] = Peer(rank)
         key = instance.key
+        timeout_s = self._within(self._handshake_timeout_s, instance)
         sent = self._client.describe_rank(
-            key.endpoint, key.engine_id, key.incarnation, rank.pp_rank, rank.tp_rank, self._handshake_timeout_s
+            key.endpoint, key.engine_id, key.incarnation, rank.pp_rank, rank.tp_rank, timeout_s
         )
         self._greetings[sent] = (instance, peer)
 
@@ -270,6 +302,11 @@ class InstanceTable:
             return
         peer.geometry = geometry
         if peer.rank == _FIRST:
+            if not are_weights_comparable(self._ours.contract, geometry.contract):
+                weights = (each.contract.weights or "not known" for each in (self._ours, geometry))
+                logger.warning(
+                    "whether %s has our weights is not checked: ours %s, theirs %s", instance.key.endpoint, *weights
+                )
             for rank in sources(self._ours, geometry.tp_size, geometry.pp_size):
                 if rank not in instance.peers:
                     self._greet(instance, rank)
@@ -279,7 +316,7 @@ class InstanceTable:
             self._settle(instance)
 
     def _mismatches(self, instance: Instance, peer: Peer, theirs: RankGeometry) -> list[str]:
-        found = find_mismatches(self._ours, theirs)
+        found = find_mismatches(self._ours.contract, theirs.contract, self._may_differ)
         if (theirs.pp_rank, theirs.tp_rank) != peer.rank:
             found.append(f"(pp, tp) rank: asked for {tuple(peer.rank)}, got {(theirs.pp_rank, theirs.tp_rank)}")
         if not theirs.port:
@@ -308,13 +345,18 @@ class InstanceTable:
         self.broke(instance, f"{instance.key.endpoint} is not compatible: {'; '.join(mismatches)}", "handshake")
 
     def _link(self, linking: Linking) -> None:
-        timeout_ms = int(self._link_timeout_s * 1000)
+        timeout_ms = max(1, int(self._within(self._link_timeout_s, linking.instance) * 1000))
         try:
             call = self._queue.submit_link(self._cluster(linking.geometry), timeout_ms, timeout_ms + _QUEUED_MS)
         except _native.QueueFullError as error:
-            self.broke(linking.instance, f"link with {linking.instance.key.endpoint}: {error}", "link")
+            self.rest(linking.instance, f"link with {linking.instance.key.endpoint}: {error}")
         else:
             self._links[call] = linking
+
+    @staticmethod
+    def _within(limit_s: float, instance: Instance) -> float:
+        """`limit_s`, or until just after the last deadline of those who wait: it is that which ends them."""
+        return min(limit_s, max(0.0, instance.wanted_until - time.monotonic()) + _AFTER_DEADLINE_S)
 
     def _settle(self, instance: Instance) -> None:
         """READY once every rank is known and linked, if together they have all that is ours."""
@@ -328,7 +370,7 @@ class InstanceTable:
         instance.state = InstanceState.READY
         self._changed.append(instance)
         # Only now is it proven that the address has a new tenant: a client could have made up the incarnation.
-        for other in self._instances.values():
+        for other in list(self._instances.values()):
             if other.key.endpoint == instance.key.endpoint and other is not instance:
                 self.broke(other, f"{other.key.endpoint}: another instance lives there now", "handshake")
 
@@ -355,8 +397,3 @@ class InstanceTable:
             remote_ip_infos=[(geometry.host, geometry.port)],
             local_ip_infos=[(self._ours.host, 0)],
         )
-
-    def _forget_broken(self, now: float) -> None:
-        for key, instance in list(self._instances.items()):
-            if instance.state is InstanceState.BROKEN and instance.retry_at <= now and not instance.waiting:
-                del self._instances[key]

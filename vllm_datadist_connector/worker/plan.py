@@ -35,6 +35,8 @@ class TokenRange:
     end: int
     remote: BlockIds
     local: BlockIds
+    held: int
+    """Tokens whose KV the remote blocks hold: a state is that after the last of them."""
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -97,6 +99,8 @@ def plan_pull(
 
 def _states(pairing: Pairing, tokens: TokenRange) -> tuple[Int64s, Int64s]:
     src, dst = tokens.remote[pairing.src.group], tokens.local[pairing.dst.group]
+    if tokens.end != tokens.held:
+        raise PlanError(f"group {pairing.dst.group}: P's state is that after {tokens.held} tokens, not {tokens.end}")
     if len(src) != 1 or len(dst) != 1:
         raise PlanError(f"group {pairing.dst.group}: {len(src)} remote states for {len(dst)} local ones; it takes one")
     src_blocks, dst_blocks = _checked("remote", src, pairing.src, 1), _checked("local", dst, pairing.dst, 1)

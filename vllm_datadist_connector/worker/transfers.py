@@ -1,9 +1,12 @@
 """Transfers: the pulls of this rank that are under way, and what they ended in.
 
     WAITING (for its instance) ──> PULLING ──all calls succeeded──> CONFIRMING ──held──> done
-        └──────────────────────┴── failure, cancel, deadline ──┴──> failed or cancelled
+        │         ▲                   │ │                              │
+        │         └─── link fault ────┘ │                              │
+        └───────────────────────────────┴── failure, cancel, deadline ─┴──> failed or cancelled
 
-A transfer ends only when no native call of it is queued or running: from then on nothing writes into its blocks.
+A transfer ends, or begins anew, only when no call of it is queued or running: from then on nothing writes into its
+blocks. What a call that failed has written there is written again; nobody reads it before all is confirmed.
 """
 
 from __future__ import annotations
@@ -45,13 +48,24 @@ class Transfer:
     deadline: float
     phase: Phase = Phase.WAITING
     calls: set[int] = field(default_factory=set)
-    """Native calls that are queued or running."""
+    """Native calls, or copies, that are queued or running."""
+    meeting: int = 0
+    """The meeting of its instance whose links the calls use."""
+    interrupted: bool = False
+    """By a fault of a link: once its calls have come back, it waits for its instance again."""
+    faults: int = 0
+    """Of links, in calls of its own."""
     failure: Failure | None = None
     cancelled: bool = False
     num_bytes: int = 0
     queued_s: float = 0.0
     run_s: float = 0.0
     """Of the slowest call: they run beside or after one another."""
+
+    @property
+    def is_over(self) -> bool:
+        """Nothing more comes of it; at most its calls have still to come back."""
+        return self.cancelled or self.failure is not None
 
     @property
     def num_blocks(self) -> int:
@@ -141,8 +155,8 @@ class TransferTable:
         return {transfer.instance for transfer in self._by_request.values()}
 
     def overdue(self, now: float) -> list[Transfer]:
-        return [transfer for transfer in self._by_request.values() if transfer.deadline <= now]
+        return [t for t in self._by_request.values() if not t.is_over and t.deadline <= now]
 
-    def next_deadline(self, now: float) -> float | None:
-        """Of the transfers that are not overdue yet: an overdue one waits for its running calls, not for time."""
-        return min((t.deadline for t in self._by_request.values() if t.deadline > now), default=None)
+    def next_deadline(self) -> float | None:
+        """May have passed already. One that is over waits for its running calls, not for time."""
+        return min((t.deadline for t in self._by_request.values() if not t.is_over), default=None)

@@ -14,7 +14,8 @@ from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.metadata import StepMetadata
 from vllm_datadist_connector.metrics import DataDistStats, WorkerMeter
-from vllm_datadist_connector.protocol.handshake import MAX_BYTES, LayoutContract, RankGeometry
+from vllm_datadist_connector.protocol.contract import LayoutContract
+from vllm_datadist_connector.protocol.handshake import MAX_BYTES, RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.caches import RegisteredCaches, check
 from vllm_datadist_connector.worker.driver import PullDriver
@@ -72,6 +73,7 @@ class ConnectorWorker:
         self._driver: PullDriver | None = None
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
+        self._step: StepMetadata | None = None
         self._scheduler_has_stats = False
         self._huge_pages: threading.Thread | None = None
 
@@ -120,6 +122,10 @@ class ConnectorWorker:
         return msgspec.msgpack.encode(self._geometry) if self._geometry is not None else None
 
     def start_step(self, step: StepMetadata) -> None:
+        """Once for each step, however many hooks bring it."""
+        if step is self._step:
+            return
+        self._step = step
         self._sent.update(step.ended_leases)
         self._scheduler_has_stats = step.has_stats
         if self._driver is None:

@@ -38,6 +38,8 @@ namespace llm_datadist {
 using Status = ge::Status;
 using AscendString = ge::AscendString;
 using DataType = ge::DataType;
+using ge::FAILED;
+using ge::SUCCESS;
 
 using ge::DT_BF16;
 using ge::DT_BOOL;
@@ -155,8 +157,9 @@ struct Cache {
   uint8_t reserved[128];
 };
 
-// Layer ranges are inclusive; {-1, -1} means every layer. Layer L owns tensors [L * tensor_num_per_layer, (L + 1) *
-// tensor_num_per_layer).
+// Layer ranges are inclusive and given for both sides, equally long; {-1, -1} in both means every layer. One side alone
+// is LLM_PARAM_INVALID. Layer L owns tensors [L * tensor_num_per_layer, (L + 1) * tensor_num_per_layer); where every
+// layer is meant, that number selects nothing and need not divide the tensors.
 struct KvCacheExtParam {
   std::pair<int32_t, int32_t> src_layer_range = {-1, -1};
   std::pair<int32_t, int32_t> dst_layer_range = {-1, -1};
@@ -186,16 +189,20 @@ class LLM_DATADIST_API LlmDataDist {
   Status SetRole(LlmRole role, const std::map<AscendString, AscendString> &options = {});
 
   // One status per cluster in `rets`, in order; the result is LLM_SUCCESS only if all succeeded. Links that were made
-  // stay when others fail. The timeout covers each cluster's whole exchange.
+  // stay when others fail. The timeout covers each cluster's whole exchange; LLM_LINK_FAILED when it has passed.
   Status LinkLlmClusters(const std::vector<ClusterInfo> &clusters, std::vector<Status> &rets,
                          int32_t timeout_in_millis = 1000);
 
   // With force_flag only the local half is dropped and the peer is not contacted. An unknown link is a success.
+  // LLM_UNLINK_FAILED when the peer cannot be reached or the timeout has passed; the link is kept.
   Status UnlinkLlmClusters(const std::vector<ClusterInfo> &clusters, std::vector<Status> &rets,
                            int32_t timeout_in_millis = 1000, bool force_flag = false);
 
-  // Always LLM_FEATURE_NOT_ENABLED: memory belongs to the caller, see RegisterKvCache.
+  // A cache in memory of ours, from the pool of its placement (llm.MemPoolConfig, llm.HostMemPoolConfig; without such an
+  // option as large as OPTION_MAX_DEVICE_BYTES and OPTION_MAX_HOST_BYTES allow): zeros, committed by the kernel when it
+  // is first touched. LLM_DEVICE_OUT_OF_MEMORY (kDevice) or LLM_OUT_OF_MEMORY (kHost): the pool is exhausted.
   Status AllocateCache(const CacheDesc &cache_desc, Cache &cache);
+  // Frees it once no transfer touches it any more. An unknown id, or a registered cache, is a success without effect.
   Status DeallocateCache(int64_t cache_id);
 
   // Reads row `src_cache_index.batch_index` of a remote cache into row `batch_index` of a local one: `size` bytes of
@@ -208,14 +215,19 @@ class LLM_DATADIST_API LlmDataDist {
                       const std::vector<uint64_t> &src_blocks, const std::vector<uint64_t> &dst_blocks,
                       const KvCacheExtParam &ext_param = {});
 
-  // Always LLM_FEATURE_NOT_ENABLED.
+  // Within this process, of caches registered or allocated, which it knows by their cache_id. CopyKvCache: `size` bytes
+  // (-1: the rest of the source's row) of each tensor, at `offset` of both rows; the result of overlapping rows is
+  // undefined. CopyKvBlocks: all src_blocks to each list of dst_blocks_list in turn, which is as long: src_blocks[i] of
+  // every tensor goes to block [i] of the list. There, a cache whose cache_id is not above 0 is memory at its
+  // tensor_addrs, as its cache_desc describes it.
   Status CopyKvCache(const Cache &src_cache, const Cache &dst_cache, uint32_t src_batch_index = 0U,
                      uint32_t dst_batch_index = 0U, uint64_t offset = 0U, int64_t size = -1);
   Status CopyKvBlocks(const Cache &src_cache, const Cache &dst_cache, const std::vector<uint64_t> &src_blocks,
                       const std::vector<std::vector<uint64_t>> &dst_blocks_list);
 
   // Writes row `src_batch_index` of a local cache into row `dst_cache_index.batch_index` of a remote one, layer by
-  // layer; `size` must be -1.
+  // layer; `size` must be -1. Of src_cache count cache_id, cache_desc.placement (kDevice) and cache_desc.num_tensors: how
+  // many tensors are pushed where the layers are not given, 0 for those that are registered.
   Status PushKvCache(const Cache &src_cache, const CacheIndex &dst_cache_index, uint32_t src_batch_index = 0U,
                      int64_t size = -1, const KvCacheExtParam &ext_param = {});
 

@@ -4,6 +4,7 @@
 
 #include <cstdint>
 #include <string>
+#include <vector>
 
 #include "llm_datadist/llm_datadist.h"
 
@@ -47,7 +48,8 @@ constexpr char OPTION_MAX_DEVICE_BYTES[] = "datadist.MaxDeviceBytes";
 constexpr char OPTION_MAX_HOST_BYTES[] = "datadist.MaxHostBytes";
 
 // Why the last call on this thread failed: "CALL: LLM_PARAM_INVALID (0x5010B005): " and option or field, value, allowed
-// range, peer. Empty after a success. Valid until the thread's next call.
+// range, peer. Empty after a success. Valid until the thread's next call. It is logged as well, at ERROR, at most ten
+// times a second.
 LLM_DATADIST_API const char *GetLastErrorText();
 
 // "LLM_PARAM_INVALID" for 0x5010B005 and so on; "LLM_UNKNOWN" for other values.
@@ -77,6 +79,19 @@ struct HugePagesReport {
   uint64_t huge_bytes = 0;  // of these, known to be huge now; what nobody has touched yet is not counted
   double seconds = 0;       // that it took in the background
 };
+
+enum class PeerAccess : uint8_t { kNone, kRead, kReadWrite };
+
+// What peers may do with one cache, never more than OPTION_PEER_ACCESS says.
+struct CacheRights {
+  PeerAccess access = PeerAccess::kReadWrite;
+  std::vector<uint64_t> clusters;  // of which clusters; empty: of whoever is linked
+};
+
+// LlmDataDist::RegisterKvCache with rights; a peer's transfer beyond them fails with LLM_PARAM_INVALID, at the peer.
+LLM_DATADIST_API Status RegisterKvCache(const LlmDataDist &datadist, const CacheDesc &cache_desc,
+                                        const std::vector<uint64_t> &addrs, const CacheRights &rights,
+                                        int64_t &cache_id);
 
 // Returns when all memory that is registered by now has been gone through, or at Finalize. Nobody needs to wait for it.
 LLM_DATADIST_API Status WaitForHugePages(const LlmDataDist &datadist, HugePagesReport &report);

@@ -10,7 +10,7 @@
 namespace datadist {
 namespace {
 
-constexpr uint32_t kPeerLinesPerSecond = 10;
+constexpr uint32_t kLinesPerSecond = 10;
 
 LogLevel LevelFromEnvironment() {
   const char *text = std::getenv("ASCEND_GLOBAL_LOG_LEVEL");
@@ -57,7 +57,7 @@ bool LogBudget::Take() {
   if (second_.exchange(now) != now) {
     used_.store(0);
   }
-  return used_.fetch_add(1) < kPeerLinesPerSecond;
+  return used_.fetch_add(1) < kLinesPerSecond;
 }
 
 }  // namespace datadist

@@ -15,8 +15,8 @@ enum class LogLevel : uint8_t { kDebug = 0, kInfo = 1, kWarning = 2, kError = 3 
 bool LogEnabled(LogLevel level);
 void Log(LogLevel level, const std::string &text);
 
-// For lines that a peer can cause at will: a few per second, then silence until the second is over, so that a hostile
-// peer cannot fill a disk.
+// For lines that a peer, or a program that tries again, can cause at will: a few per second, then silence until the
+// second is over, so that nobody can fill a disk.
 class LogBudget {
  public:
   bool Take();

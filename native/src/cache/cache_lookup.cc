@@ -35,9 +35,9 @@ Result<NamedCache> CacheRegistry::Find(const CacheRef &ref) {
   if (!two_sided_ && !cache.remote_accessible()) {
     return Invalid(Text(ref) + ": cache " + std::to_string(cache.id()) + " is not remote accessible");
   }
-  // An allocated cache can lose each of its names alone, and a blocks key goes to the cache registered with it last.
-  const bool movable_key = ref.by == CacheRef::By::kKey && ref.key.kind == KeyKind::kBlocks;
-  named.lasting = !cache.owned() && !movable_key;
+  // An allocated cache can lose each of its names alone, a key can be removed, and a blocks key goes to the cache
+  // registered with it last.
+  named.lasting = !cache.owned() && ref.by != CacheRef::By::kKey;
   return found;
 }
 

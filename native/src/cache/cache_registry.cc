@@ -46,7 +46,10 @@ struct CacheRegistry::OwnedMemory {
 };
 
 CacheRegistry::CacheRegistry(std::shared_ptr<RegionTable> regions, Pools pools, bool two_sided)
-    : regions_(std::move(regions)), pools_(std::move(pools)), two_sided_(two_sided) {}
+    : regions_(std::move(regions)),
+      has_pool_(pools.device != nullptr || pools.host != nullptr || pools.default_device || pools.default_host),
+      two_sided_(two_sided),
+      pools_(std::move(pools)) {}
 
 CacheRegistry::~CacheRegistry() { ReleaseAll(); }
 
@@ -86,13 +89,29 @@ void CacheRegistry::Unregister(int64_t cache_id) {
 
 // ---- allocated caches ----
 
-Result<CacheRegistry::Memory> CacheRegistry::AllocateMemory(const CacheGeometry &geometry) const {
-  const bool host = geometry.placement == llm_datadist::CachePlacement::kHost;
-  const std::shared_ptr<MemoryPool> &pool = host ? pools_.host : pools_.device;
-  if (pool == nullptr) {
+Result<std::shared_ptr<MemoryPool>> CacheRegistry::PoolLocked(bool host) {
+  std::shared_ptr<MemoryPool> &pool = host ? pools_.host : pools_.device;
+  const std::optional<PoolConfig> &config = host ? pools_.default_host : pools_.default_device;
+  if (pool == nullptr && !config.has_value()) {
     return Invalid(std::string("cache_desc.placement: no ") + (host ? "host" : "device") +
                    " memory pool, set option " + (host ? "llm.HostMemPoolConfig" : "llm.MemPoolConfig"));
   }
+  if (pool == nullptr) {
+    Result<std::shared_ptr<MemoryPool>> made = MemoryPool::Create(*config);
+    if (!made.ok()) {
+      return made;
+    }
+    pool = std::move(made).value();
+  }
+  return pool;
+}
+
+Result<CacheRegistry::Memory> CacheRegistry::AllocateLocked(const CacheGeometry &geometry) {
+  const auto found = PoolLocked(geometry.placement == llm_datadist::CachePlacement::kHost);
+  if (!found.ok()) {
+    return found.status();
+  }
+  const std::shared_ptr<MemoryPool> &pool = found.value();
   if (geometry.num_tensors == 0 || geometry.num_tensors > kMaxTensorsPerCache) {
     return Invalid("cache_desc.num_tensors is " + std::to_string(geometry.num_tensors) + ", allowed: 1.." +
                    std::to_string(kMaxTensorsPerCache));
@@ -112,7 +131,7 @@ Result<CacheRegistry::Memory> CacheRegistry::AllocateMemory(const CacheGeometry 
 
 Result<CacheRegistry::Allocation> CacheRegistry::Allocate(const llm_datadist::CacheDesc &desc, CacheLayout layout,
                                                           const RowKeys &keys) {
-  if (!HasPool()) {
+  if (!has_pool_) {
     return NoPool();
   }
   const Result<CacheGeometry> geometry = ComputeGeometry(desc, layout);
@@ -127,7 +146,7 @@ Result<CacheRegistry::Allocation> CacheRegistry::Allocate(const llm_datadist::Ca
   if (Status status = CheckUnboundLocked(keys); !status.ok()) {
     return status;
   }
-  const Result<Memory> allocated = AllocateMemory(geometry.value());
+  const Result<Memory> allocated = AllocateLocked(geometry.value());
   if (!allocated.ok()) {
     return allocated.status();
   }
@@ -144,7 +163,7 @@ Result<CacheRegistry::Allocation> CacheRegistry::Allocate(const llm_datadist::Ca
 }
 
 Status CacheRegistry::Deallocate(int64_t cache_id) {
-  if (!HasPool()) {
+  if (!has_pool_) {
     return NoPool();
   }
   Garbage garbage;
@@ -162,13 +181,9 @@ Status CacheRegistry::Deallocate(int64_t cache_id) {
 }
 
 Status CacheRegistry::RemoveKey(const CacheKey &key) {
-  if (!HasPool()) {
-    return NoPool();
-  }
   Garbage garbage;
   const std::lock_guard<std::mutex> lock(mutex_);
-  const auto binding = keys_.find(key);
-  if (binding != keys_.end() && owned_.count(binding->second.cache_id) != 0) {
+  if (const auto binding = keys_.find(key); binding != keys_.end()) {
     UnbindLocked(binding, garbage);
   }
   return Status::Ok();

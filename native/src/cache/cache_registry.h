@@ -1,7 +1,7 @@
 // The caches of one endpoint by the names that the API gives them: ids and keys; and the memory of those that were
 // allocated here.
 //
-//   registered cache   the caller's memory: lives until Unregister; its keys are never consumed
+//   registered cache   the caller's memory: lives until Unregister; its keys are never consumed, but may be removed
 //   allocated cache    pool memory, counted by references: its id, and each key bound to it. Deallocate drops the id,
 //                      and the key of a blocks cache; RemoveKey and Consume drop a key; the last one frees the memory,
 //                      once no transfer uses it any more
@@ -41,6 +41,9 @@ class CacheRegistry {
   struct Pools {
     std::shared_ptr<MemoryPool> device;  // empty: none
     std::shared_ptr<MemoryPool> host;
+    // What the first allocation makes where there is none: programs that never allocate reserve no addresses.
+    std::optional<PoolConfig> default_device{};
+    std::optional<PoolConfig> default_host{};
   };
   // two_sided: peers may name every cache, and a pull by a request key consumes it. Otherwise only remote accessible
   // caches can be named (LLM_PARAM_INVALID) and nothing is ever consumed.
@@ -61,8 +64,9 @@ class CacheRegistry {
   // LLM_FEATURE_NOT_ENABLED: no pool at all. LLM_PARAM_INVALID: no pool of the placement, more keys than rows, a key
   // twice or bound already. LLM_OUT_OF_MEMORY.
   Result<Allocation> Allocate(const llm_datadist::CacheDesc &desc, CacheLayout layout, const RowKeys &keys);
-  // Unknown id or key, registered cache: Ok, nothing happens. LLM_FEATURE_NOT_ENABLED without any pool.
+  // Unknown id, registered cache: Ok, nothing happens. LLM_FEATURE_NOT_ENABLED without any pool.
   Status Deallocate(int64_t cache_id);
+  // Peers no longer find the row by it. Unknown key: Ok, nothing happens.
   Status RemoveKey(const CacheKey &key);
 
   // A cache of ours by its id. LLM_KV_CACHE_NOT_EXIST also when the id was dropped and only keys are left.
@@ -100,8 +104,8 @@ class CacheRegistry {
   // the kernel takes time, in which peers may go on.
   using Garbage = std::vector<Memory>;
 
-  bool HasPool() const { return pools_.device != nullptr || pools_.host != nullptr; }
-  Result<Memory> AllocateMemory(const CacheGeometry &geometry) const;
+  Result<std::shared_ptr<MemoryPool>> PoolLocked(bool host);
+  Result<Memory> AllocateLocked(const CacheGeometry &geometry);
   Result<CachePin> PinByIdLocked(int64_t cache_id);
   Result<NamedCache> FindLocked(const CacheRef &ref);
   Result<NamedCache> FindByKeyLocked(const CacheKey &key);
@@ -118,10 +122,11 @@ class CacheRegistry {
   void ReleaseAll();
 
   const std::shared_ptr<RegionTable> regions_;
-  const Pools pools_;
+  const bool has_pool_;
   const bool two_sided_;
   // Taken before the region table's, never the other way round.
   std::mutex mutex_;
+  Pools pools_;                          // guarded by mutex_
   std::map<CacheKey, Binding> keys_;     // guarded by mutex_
   std::map<int64_t, OwnedCache> owned_;  // guarded by mutex_
 };

@@ -1,5 +1,6 @@
 #include "engine/engine.h"
 
+#include <algorithm>
 #include <utility>
 
 #include "cache/memory_pool.h"
@@ -12,6 +13,8 @@ using llm_datadist::LLM_EXIST_LINK;
 using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_FEATURE_NOT_ENABLED;
 
+constexpr uint64_t kMaxDefaultPool = uint64_t{1} << 40;  // a limit may be raised to more than any address space has
+
 Result<Listeners> ListenAt(const SocketAddress &address, const Trust &trust) {
   Result<Listeners> bound = ListenOpen(address, trust);
   if (!bound.ok()) {
@@ -21,8 +24,13 @@ Result<Listeners> ListenAt(const SocketAddress &address, const Trust &trust) {
   return bound;
 }
 
-Result<CacheRegistry::Pools> MakePools(const EngineOptions &options) {
+// The Python API documents that caches come from configured pools only; programs for the C++ class configure none.
+Result<CacheRegistry::Pools> MakePools(EngineApi api, const EngineOptions &options) {
   CacheRegistry::Pools pools;
+  if (api == EngineApi::kCpp) {
+    pools.default_device = PoolConfig{std::min(options.limits.max_device_bytes, kMaxDefaultPool)};
+    pools.default_host = PoolConfig{std::min(options.limits.max_host_bytes, kMaxDefaultPool)};
+  }
   for (const auto &[config, pool] : {std::pair(&options.device_pool, &pools.device),
                                      std::pair(&options.host_pool, &pools.host)}) {
     if (config->has_value()) {
@@ -56,7 +64,7 @@ Result<std::shared_ptr<Engine>> Engine::Start(uint64_t cluster_id, llm_datadist:
   if (Status status = ParseLateOptions(map, options); !status.ok()) {
     return status;
   }
-  const Result<CacheRegistry::Pools> pools = MakePools(options);
+  const Result<CacheRegistry::Pools> pools = MakePools(api, options);
   if (!pools.ok()) {
     return pools.status();
   }

@@ -6,6 +6,7 @@
 #define DATADIST_ENGINE_ENGINE_H_
 
 #include <atomic>
+#include <chrono>
 #include <cstdint>
 #include <memory>
 #include <mutex>
@@ -64,7 +65,8 @@ class Engine {
                      const llm_datadist::KvCacheExtParam &ext);
   Status PullKvBlocks(const llm_datadist::CacheIndex &src, int64_t dst_cache_id,
                       const std::vector<uint64_t> &src_blocks, const std::vector<uint64_t> &dst_blocks,
-                      const llm_datadist::KvCacheExtParam &ext);
+                      const llm_datadist::KvCacheExtParam &ext,
+                      std::optional<std::chrono::milliseconds> time_left = std::nullopt);
   Status PushKvCache(const llm_datadist::Cache &src_cache, const llm_datadist::CacheIndex &dst, uint32_t src_row,
                      int64_t size, const llm_datadist::KvCacheExtParam &ext);
   Status PushKvBlocks(const llm_datadist::Cache &src_cache, const llm_datadist::CacheIndex &dst,
@@ -81,6 +83,9 @@ class Engine {
   // ---- copies within this process ----
   Status CopyRow(const RowCopy &copy);
   Status CopyBlocks(int64_t cache_id, const BlockMove &move);
+  // The source's blocks to those of each list.
+  Status CopyKvBlocks(const llm_datadist::Cache &src, const llm_datadist::Cache &dst,
+                      const std::vector<uint64_t> &src_blocks, const std::vector<std::vector<uint64_t>> &dst_lists);
   Status CopyBlocksBetween(const CopySide &src, const CopySide &dst, uint64_t block_bytes, const BlockMove &move);
 
   Result<uint16_t> ListenPort() const;
@@ -94,6 +99,7 @@ class Engine {
   Status LinkOne(const llm_datadist::ClusterInfo &cluster, Deadline deadline);
   Status UnlinkOne(const llm_datadist::ClusterInfo &cluster, Deadline deadline, bool force);
   Result<std::shared_ptr<Link>> FindLink(uint64_t cluster_id) const;
+  bool IsOurselves(uint64_t cluster_id) const;
   Status PullOnce(const PullTarget &target, Move &move);
   Status PushLayerOnce(const PushTarget &target, const CacheRef &dst, Move &move);
   Status PushLayers(const llm_datadist::Cache &src_cache, const llm_datadist::CacheIndex &dst, const Move &move,

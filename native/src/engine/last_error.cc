@@ -3,6 +3,7 @@
 #include <cstdio>
 #include <string>
 
+#include "base/log.h"
 #include "llm_datadist/llm_datadist_ext.h"
 
 namespace datadist {
@@ -10,6 +11,15 @@ namespace {
 
 thread_local std::string last_error;
 thread_local std::string last_reason;
+
+// Programs print the number of a status and no more: without the line nobody would know why. Those that try again and
+// again, as one waits for a peer, must not fill a disk.
+void LogFailure() {
+  static LogBudget budget;
+  if (LogEnabled(LogLevel::kError) && budget.Take()) {
+    Log(LogLevel::kError, last_error);
+  }
+}
 
 std::string CodeText(llm_datadist::Status code) {
   char number[16];
@@ -26,6 +36,7 @@ llm_datadist::Status Remember(const char *call, const Status &status) {
   } else {
     last_reason = std::string(call) + ": " + status.text();
     last_error = std::string(call) + ": " + CodeText(status.code()) + ": " + status.text();
+    LogFailure();
   }
   return status.code();
 }

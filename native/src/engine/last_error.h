@@ -6,7 +6,7 @@
 
 namespace datadist {
 
-// Remembers the text (none for a success) and returns the code.
+// Remembers the text (none for a success), logs it at ERROR within a budget, and returns the code.
 llm_datadist::Status Remember(const char *call, const Status &status);
 
 // As GetLastErrorText() without the code, for those who tell the code themselves.

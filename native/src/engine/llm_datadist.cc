@@ -25,22 +25,19 @@ struct LlmDataDistAccess {
 
 namespace {
 
-EngineStatus NotEnabled(const char *why) { return EngineStatus(LLM_FEATURE_NOT_ENABLED, why); }
-
-constexpr char kCallerOwnsMemory[] = "memory belongs to the caller, see RegisterKvCache";
-constexpr char kNoLocalCopies[] = "local copies are the caller's business";
-
-// The statuses of the clusters into the caller's list; the last failure is that of the call.
-EngineStatus Deliver(const datadist::Result<std::vector<EngineStatus>> &results, std::vector<Status> &rets) {
+// The statuses of the clusters into the caller's list; the last failure is that of the call. `unanswered` is what
+// programs wait for where a peer, a stopped one say, does not answer in time: LLM_TIMEOUT they take for a transfer's.
+EngineStatus Deliver(const datadist::Result<std::vector<EngineStatus>> &results, Status unanswered,
+                     std::vector<Status> &rets) {
   if (!results.ok()) {
     return results.status();
   }
   EngineStatus overall;
   rets.clear();
   for (const EngineStatus &status : results.value()) {
-    rets.push_back(status.code());
+    rets.push_back(status.code() == LLM_TIMEOUT ? unanswered : status.code());
     if (!status.ok()) {
-      overall = status;
+      overall = EngineStatus(rets.back(), status.text());
     }
   }
   return overall;
@@ -67,22 +64,36 @@ Status LlmDataDist::SetRole(LlmRole role, const std::map<AscendString, AscendStr
 Status LlmDataDist::LinkLlmClusters(const std::vector<ClusterInfo> &clusters, std::vector<Status> &rets,
                                     int32_t timeout_in_millis) {
   return LlmDataDistAccess::WithEngine("LinkLlmClusters", *this, [&](Engine &engine) {
-    return Deliver(engine.LinkClusters(clusters, timeout_in_millis), rets);
+    return Deliver(engine.LinkClusters(clusters, timeout_in_millis), LLM_LINK_FAILED, rets);
   });
 }
 
 Status LlmDataDist::UnlinkLlmClusters(const std::vector<ClusterInfo> &clusters, std::vector<Status> &rets,
                                       int32_t timeout_in_millis, bool force_flag) {
   return LlmDataDistAccess::WithEngine("UnlinkLlmClusters", *this, [&](Engine &engine) {
-    return Deliver(engine.UnlinkClusters(clusters, timeout_in_millis, force_flag), rets);
+    return Deliver(engine.UnlinkClusters(clusters, timeout_in_millis, force_flag), LLM_UNLINK_FAILED, rets);
   });
 }
 
-Status LlmDataDist::AllocateCache(const CacheDesc &, Cache &) {
-  return Remember("AllocateCache", NotEnabled(kCallerOwnsMemory));
+Status LlmDataDist::AllocateCache(const CacheDesc &cache_desc, Cache &cache) {
+  return LlmDataDistAccess::WithEngine("AllocateCache", *this, [&](Engine &engine) {
+    const auto made = engine.caches().Allocate(cache_desc, datadist::CacheLayout::kMix, {});
+    if (!made.ok()) {
+      const bool device_full =
+          made.status().code() == LLM_OUT_OF_MEMORY && cache_desc.placement == CachePlacement::kDevice;
+      return EngineStatus(device_full ? LLM_DEVICE_OUT_OF_MEMORY : made.status().code(), made.status().text());
+    }
+    cache.cache_id = made.value().cache_id;
+    cache.tensor_addrs.assign(made.value().addrs.begin(), made.value().addrs.end());
+    cache.cache_desc = cache_desc;
+    return EngineStatus::Ok();
+  });
 }
 
-Status LlmDataDist::DeallocateCache(int64_t) { return Remember("DeallocateCache", NotEnabled(kCallerOwnsMemory)); }
+Status LlmDataDist::DeallocateCache(int64_t cache_id) {
+  return LlmDataDistAccess::WithEngine("DeallocateCache", *this,
+                                       [&](Engine &engine) { return engine.caches().Deallocate(cache_id); });
+}
 
 Status LlmDataDist::PullKvCache(const CacheIndex &src_cache_index, const Cache &dst_cache, uint32_t batch_index,
                                 int64_t size, const KvCacheExtParam &ext_param) {
@@ -99,13 +110,19 @@ Status LlmDataDist::PullKvBlocks(const CacheIndex &src_cache_index, const Cache 
   });
 }
 
-Status LlmDataDist::CopyKvCache(const Cache &, const Cache &, uint32_t, uint32_t, uint64_t, int64_t) {
-  return Remember("CopyKvCache", NotEnabled(kNoLocalCopies));
+Status LlmDataDist::CopyKvCache(const Cache &src_cache, const Cache &dst_cache, uint32_t src_batch_index,
+                                uint32_t dst_batch_index, uint64_t offset, int64_t size) {
+  return LlmDataDistAccess::WithEngine("CopyKvCache", *this, [&](Engine &engine) {
+    return engine.CopyRow({dst_cache.cache_id, src_cache.cache_id, dst_batch_index, src_batch_index, offset, size});
+  });
 }
 
-Status LlmDataDist::CopyKvBlocks(const Cache &, const Cache &, const std::vector<uint64_t> &,
-                                 const std::vector<std::vector<uint64_t>> &) {
-  return Remember("CopyKvBlocks", NotEnabled(kNoLocalCopies));
+Status LlmDataDist::CopyKvBlocks(const Cache &src_cache, const Cache &dst_cache,
+                                 const std::vector<uint64_t> &src_blocks,
+                                 const std::vector<std::vector<uint64_t>> &dst_blocks_list) {
+  return LlmDataDistAccess::WithEngine("CopyKvBlocks", *this, [&](Engine &engine) {
+    return engine.CopyKvBlocks(src_cache, dst_cache, src_blocks, dst_blocks_list);
+  });
 }
 
 Status LlmDataDist::PushKvCache(const Cache &src_cache, const CacheIndex &dst_cache_index, uint32_t src_batch_index,
@@ -160,6 +177,20 @@ Status QueryLink(const LlmDataDist &datadist, uint64_t cluster_id, LinkReport &r
       return result.status();
     }
     report = result.value();
+    return EngineStatus::Ok();
+  });
+}
+
+Status RegisterKvCache(const LlmDataDist &datadist, const CacheDesc &cache_desc, const std::vector<uint64_t> &addrs,
+                       const CacheRights &rights, int64_t &cache_id) {
+  return LlmDataDistAccess::WithEngine("RegisterKvCache", datadist, [&](Engine &engine) {
+    datadist::Registration registration;
+    registration.rights = rights;
+    const datadist::Result<int64_t> id = engine.RegisterCache(cache_desc, addrs, registration, {});
+    if (!id.ok()) {
+      return id.status();
+    }
+    cache_id = id.value();
     return EngineStatus::Ok();
   });
 }

@@ -41,6 +41,24 @@ struct BlockSide {
   }
 };
 
+// Of a registered cache, or of memory as the caller describes it.
+Result<CacheGeometry> GeometryOf(CacheRegistry &caches, const llm_datadist::Cache &cache) {
+  if (cache.cache_id > 0) {
+    const Result<CachePin> pin = caches.Pin(cache.cache_id);
+    return pin.ok() ? Result<CacheGeometry>(pin.value().cache().geometry()) : pin.status();
+  }
+  Result<CacheGeometry> geometry = ComputeGeometry(cache.cache_desc);
+  if (geometry.ok() && cache.tensor_addrs.size() != geometry.value().num_tensors) {
+    return Invalid("tensor_addrs has " + std::to_string(cache.tensor_addrs.size()) +
+                   " entries, cache_desc.num_tensors is " + std::to_string(geometry.value().num_tensors));
+  }
+  return geometry;
+}
+
+CopySide SideOf(const llm_datadist::Cache &cache) {
+  return {cache.cache_id, {cache.tensor_addrs.begin(), cache.tensor_addrs.end()}};
+}
+
 Status CheckSide(const char *name, const BlockSide &side, uint64_t block_bytes) {
   if (side.pin && side.pin.cache().geometry().stride != block_bytes) {
     return Invalid(std::string(name) + " cache: its blocks have " +
@@ -91,6 +109,42 @@ Status Engine::CopyBlocks(int64_t cache_id, const BlockMove &move) {
     const std::vector<ByteRun> run = {
         {move.src_blocks[i] * geometry.stride, move.dst_blocks[i] * geometry.stride, geometry.stride}};
     if (Status status = CopyRuns(cache.value(), cache.value(), run); !status.ok()) {
+      return status;
+    }
+  }
+  return Status::Ok();
+}
+
+Status Engine::CopyKvBlocks(const llm_datadist::Cache &src, const llm_datadist::Cache &dst,
+                            const std::vector<uint64_t> &src_blocks,
+                            const std::vector<std::vector<uint64_t>> &dst_lists) {
+  const Result<CacheGeometry> from = GeometryOf(*endpoint_->caches(), src);
+  if (!from.ok()) {
+    return Status(from.status().code(), "src_cache: " + from.status().text());
+  }
+  const Result<CacheGeometry> to = GeometryOf(*endpoint_->caches(), dst);
+  if (!to.ok()) {
+    return Status(to.status().code(), "dst_cache: " + to.status().text());
+  }
+  if (dst_lists.empty()) {
+    return Invalid("dst_blocks_list is empty: at least one list of blocks is needed");
+  }
+  for (const std::vector<uint64_t> &dst_blocks : dst_lists) {
+    for (const Status &status :
+         {CheckBlockLists(src_blocks, dst_blocks), CheckBlockIndices("src_blocks", src_blocks, from.value()),
+          CheckBlockIndices("dst_blocks", dst_blocks, to.value())}) {
+      if (!status.ok()) {
+        return status;
+      }
+    }
+  }
+  if (from.value().stride != to.value().stride) {
+    return Invalid("a block of src_cache has " + std::to_string(from.value().stride) + " bytes, one of dst_cache " +
+                   std::to_string(to.value().stride));
+  }
+  for (const std::vector<uint64_t> &dst_blocks : dst_lists) {
+    const BlockMove move{src_blocks, dst_blocks};
+    if (Status status = CopyBlocksBetween(SideOf(src), SideOf(dst), from.value().stride, move); !status.ok()) {
       return status;
     }
   }

@@ -100,6 +100,15 @@ std::optional<uint64_t> DestinationEnd(const std::vector<ByteRun> &runs) {
 
 }  // namespace
 
+// Not where a peer has our id, see MayBeCalled.
+bool Engine::IsOurselves(uint64_t cluster_id) const {
+  if (cluster_id != endpoint_->cluster_id()) {
+    return false;
+  }
+  const std::shared_ptr<Link> link = table_->Find(cluster_id);
+  return link == nullptr || link->peer_incarnation() == endpoint_->incarnation();
+}
+
 // ---- pull ----
 
 Status Engine::PullKvCache(const CacheIndex &src, int64_t dst_cache_id, uint32_t dst_row, int64_t size,
@@ -114,13 +123,15 @@ Status Engine::PullKvCache(const CacheIndex &src, int64_t dst_cache_id, uint32_t
 }
 
 Status Engine::PullKvBlocks(const CacheIndex &src, int64_t dst_cache_id, const std::vector<uint64_t> &src_blocks,
-                            const std::vector<uint64_t> &dst_blocks, const KvCacheExtParam &ext) {
+                            const std::vector<uint64_t> &dst_blocks, const KvCacheExtParam &ext,
+                            std::optional<std::chrono::milliseconds> time_left) {
   if (Status status = FirstFailure(
           {CheckNoBatch("src_cache_index", src), CheckExtParam(ext), CheckBlockLists(src_blocks, dst_blocks)});
       !status.ok()) {
     return status;
   }
-  return Pull({src.cluster_id, ToRef(src), 0, dst_cache_id, ChooseLayers(ext)}, BlockMove{src_blocks, dst_blocks});
+  return Pull({src.cluster_id, ToRef(src), 0, dst_cache_id, ChooseLayers(ext), time_left},
+              BlockMove{src_blocks, dst_blocks});
 }
 
 Status Engine::Pull(const PullTarget &target, Move move) {
@@ -128,8 +139,9 @@ Status Engine::Pull(const PullTarget &target, Move move) {
 }
 
 Status Engine::PullOnce(const PullTarget &target, Move &move) {
-  const Deadline deadline = Deadline::In(endpoint_->options().transfer_timeout);
-  if (target.src_cluster_id == endpoint_->cluster_id()) {
+  const std::chrono::milliseconds timeout = endpoint_->options().transfer_timeout;
+  const Deadline deadline = Deadline::In(std::min(timeout, target.time_left.value_or(timeout)));
+  if (IsOurselves(target.src_cluster_id)) {
     return Status(LLM_PARAM_INVALID,
                   "src_cache_index.cluster_id: " + std::to_string(target.src_cluster_id) + " is our own");
   }
@@ -216,15 +228,19 @@ Status Engine::PushLayers(const llm_datadist::Cache &src_cache, const CacheIndex
   if (Status status = FirstFailure({CheckExtParam(ext), CheckEqualLayerCounts(ext)}); !status.ok()) {
     return status;
   }
-  const Result<datadist::PushLayers> layers = SelectPushLayers(ext, src_cache.cache_desc.num_tensors);
-  if (!layers.ok()) {
-    return layers.status();
+  uint32_t num_tensors = src_cache.cache_desc.num_tensors;
+  if (num_tensors == 0) {  // the caller filled in no more than the id
+    const Result<CachePin> pin = PinLocal(*endpoint_->caches(), src_cache.cache_id);
+    if (!pin.ok()) {
+      return pin.status();
+    }
+    num_tensors = pin.value().cache().geometry().num_tensors;
   }
+  const datadist::PushLayers layers = SelectPushLayers(ext, num_tensors);
   const CacheRef remote = ToRef(dst);
-  for (int64_t i = 0; i < layers.value().count; ++i) {
-    const int64_t src_layer = layers.value().src_first + i;
-    const int64_t dst_layer = layers.value().dst_first < 0 ? -1 : layers.value().dst_first + i;
-    const PushTarget target{src_cache.cache_id, src_layer, dst.cluster_id, dst_layer, ext.tensor_num_per_layer};
+  for (int64_t i = 0; i < layers.count; ++i) {
+    const PushTarget target{src_cache.cache_id, layers.src_first + i, dst.cluster_id, layers.dst_first + i,
+                            layers.tensors_per_layer};
     if (Status status = PushLayer(target, remote, move); !status.ok()) {
       return status;
     }

@@ -110,7 +110,7 @@ Status ClientHandshake::CheckPeer() const {
   if (ourselves && (parts_.process == nullptr || !parts_.process->IsSelf())) {
     return Status(LLM_LINK_FAILED, "the peer gives itself out as this very endpoint, and is another process");
   }
-  if (peer_id == endpoint_->cluster_id() && !ourselves) {
+  if (!ourselves && !MayBeCalled(*endpoint_, peer_id, target_.comm_name)) {
     return Status(LLM_PARAM_INVALID, "the peer's cluster id " + std::to_string(peer_id) + " is our own");
   }
   return CheckSameAccess(*endpoint_, parts_.peer);
@@ -149,7 +149,7 @@ Status ClientHandshake::LinkToSelf() {
 
 Status ClientHandshake::AgreeOnTransports() {
   const Transports &transports = endpoint_->transports();
-  Result<Route> outgoing = transports.Choose(parts_.peer.transports, parts_.process);
+  Result<Route> outgoing = transports.Choose(parts_.peer.cluster_id, parts_.peer.transports, parts_.process);
   if (!outgoing.ok()) {
     return outgoing.status();
   }
@@ -163,7 +163,8 @@ Status ClientHandshake::AgreeOnTransports() {
   if (!ready.ok()) {
     return ready.status();
   }
-  Result<Route> incoming = transports.Admit(ready.value().transport, parts_.peer.transports, parts_.process);
+  Result<Route> incoming =
+      transports.Admit(parts_.peer.cluster_id, ready.value().transport, parts_.peer.transports, parts_.process);
   if (!incoming.ok()) {
     return incoming.status();
   }

@@ -26,7 +26,7 @@ LocalEndpoint::LocalEndpoint(uint64_t cluster_id, llm_datadist::LlmRole role, Li
       loop_(std::make_shared<EventLoop>()),
       pool_(std::make_shared<WorkerPool>(transfer_threads)),
       serving_(kServingThreads),
-      transports_(options_.transports, TransportHost{regions_, pool_, MaxPeerHold(), options_.tcp_streams},
+      transports_(options_.transports, TransportHost{cluster_id_, regions_, pool_, MaxPeerHold(), options_.tcp_streams},
                   options_.forced_transport) {}
 
 Status LocalEndpoint::Start() {
@@ -72,6 +72,10 @@ Status CheckSameAccess(const LocalEndpoint &endpoint, const EndpointInfo &peer) 
   return Status(llm_datadist::LLM_PARAM_INVALID,
                 "llm.EnableRemoteCacheAccessible differs: " + side(ours, endpoint.cluster_id()) + ", " +
                     side(peer.remote_accessible, peer.cluster_id) + "; both ends need the same");
+}
+
+bool MayBeCalled(const LocalEndpoint &endpoint, uint64_t cluster_id, const std::string &comm_name) {
+  return cluster_id != endpoint.cluster_id() || (!endpoint.options().remote_accessible && comm_name.empty());
 }
 
 }  // namespace datadist

@@ -83,6 +83,10 @@ class LocalEndpoint {
 // LLM_PARAM_INVALID unless both ends have remote access, or both have not.
 Status CheckSameAccess(const LocalEndpoint &endpoint, const EndpointInfo &peer);
 
+// Whether another endpoint may have that cluster id: any but our own. Two-sided clients of a server may have ours, too:
+// programs that are published give both ends the same one. Members of a comm are told apart by it.
+bool MayBeCalled(const LocalEndpoint &endpoint, uint64_t cluster_id, const std::string &comm_name);
+
 }  // namespace datadist
 
 #endif  // DATADIST_LINK_ENDPOINT_H_

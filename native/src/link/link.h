@@ -163,6 +163,7 @@ class Link final : public PeerCalls, public SessionHandler, public std::enable_s
   Status ConsumeKey(const CacheKey &key, const TransferOp &op, Deadline deadline);
 
   Status OnDescribeOnLoop(const Frame &frame);
+  Result<NamedCache> FindForPeer(const CacheRef &ref) const;
   Status OnPushOnLoop(const Frame &frame);
   Status OnDigestOnLoop(const Frame &frame);
   Status ServeOnLoop(std::function<void()> work, std::function<void()> answer);

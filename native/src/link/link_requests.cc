@@ -44,9 +44,7 @@ Status Link::OnDescribeOnLoop(const Frame &frame) {
     return request.status();
   }
   CacheInfo info;
-  const Status allowed = endpoint_->regions()->CheckPeerUse(PeerUse::kRead);
-  const Result<NamedCache> named = allowed.ok() ? endpoint_->caches()->Find(request.value().ref)
-                                                : Result<NamedCache>(allowed);
+  const Result<NamedCache> named = FindForPeer(request.value().ref);
   if (named.ok()) {
     RemoteTarget &target = info.target;
     target.cache = incoming_.transport->Describe(named.value().pin.cache());
@@ -60,6 +58,21 @@ Status Link::OnDescribeOnLoop(const Frame &frame) {
   }
   session_->Send(MessageType::kCacheInfo, frame.seq, Encode(info));
   return Status::Ok();
+}
+
+Result<NamedCache> Link::FindForPeer(const CacheRef &ref) const {
+  // Before it is looked for: where nobody may read, nobody is told what there is.
+  if (Status status = endpoint_->regions()->CheckPeerUse(PeerUse::kRead); !status.ok()) {
+    return status;
+  }
+  Result<NamedCache> named = endpoint_->caches()->Find(ref);
+  if (named.ok()) {
+    const PeerRequest reads{peer_.cluster_id, PeerUse::kRead};
+    if (Status status = endpoint_->regions()->CheckPeerRequest(named.value().pin.cache(), reads); !status.ok()) {
+      return status;
+    }
+  }
+  return named;
 }
 
 // Runs `work` on a thread of the endpoint's, then `answer`. One at a time: the peer waits for its answer before it asks
@@ -117,7 +130,8 @@ Status Link::OnDigestOnLoop(const Frame &frame) {
 }
 
 Digests Link::ServeDigest(const DigestRequest &request) try {
-  const Result<CachePin> pin = endpoint_->regions()->PinForPeer(request.cache_id, request.generation, PeerUse::kRead);
+  const Result<CachePin> pin = endpoint_->regions()->PinForPeer(request.cache_id, request.generation,
+                                                                      {peer_.cluster_id, PeerUse::kRead});
   if (!pin.ok()) {
     return Digests{pin.status(), {}};
   }
@@ -132,7 +146,7 @@ Digests Link::ServeDigest(const DigestRequest &request) try {
 // On a thread of the endpoint's. No memory for it is a failed push, not a broken process.
 Status Link::ServePush(const PushRequest &request) try {
   const Result<CachePin> pin =
-      endpoint_->regions()->PinForPeer(request.cache_id, request.generation, PeerUse::kWrite);
+      endpoint_->regions()->PinForPeer(request.cache_id, request.generation, {peer_.cluster_id, PeerUse::kWrite});
   if (!pin.ok()) {
     return pin.status();
   }

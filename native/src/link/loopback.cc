@@ -36,7 +36,7 @@ Status IntroduceHalves(const LocalEndpoint &endpoint, LinkParts &near, LinkParts
 }
 
 Status Connect(const LocalEndpoint &endpoint, LinkParts &near, LinkParts &far) {
-  Result<Route> route = endpoint.transports().Choose(near.peer.transports, near.process);
+  Result<Route> route = endpoint.transports().Choose(near.peer.cluster_id, near.peer.transports, near.process);
   if (!route.ok()) {
     return route.status();
   }

@@ -88,7 +88,7 @@ Status ServerHandshake::CheckClient(const Hello &hello) const {
   if (Status status = CheckSameAccess(*endpoint_, hello.client); !status.ok()) {
     return status;
   }
-  if (client_id == endpoint_->cluster_id()) {
+  if (!MayBeCalled(*endpoint_, client_id, hello.comm_name)) {
     return Status(LLM_PARAM_INVALID, "cluster id " + std::to_string(client_id) + " is the server's own");
   }
   if (!endpoint_->options().local_comm_res.ok()) {
@@ -161,11 +161,12 @@ Result<std::vector<uint8_t>> ServerHandshake::OnReady(const std::vector<uint8_t>
     return ready.status();
   }
   const Transports &transports = endpoint_->transports();
-  Result<Route> outgoing = transports.Choose(parts_.peer.transports, parts_.process);
+  Result<Route> outgoing = transports.Choose(parts_.peer.cluster_id, parts_.peer.transports, parts_.process);
   if (!outgoing.ok()) {
     return outgoing.status();
   }
-  Result<Route> incoming = transports.Admit(ready.value().transport, parts_.peer.transports, parts_.process);
+  Result<Route> incoming =
+      transports.Admit(parts_.peer.cluster_id, ready.value().transport, parts_.peer.transports, parts_.process);
   if (!incoming.ok()) {
     return incoming.status();
   }

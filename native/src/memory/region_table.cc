@@ -51,6 +51,12 @@ Result<uint64_t> CheckExtent(const CacheGeometry &geometry, const std::vector<ui
 
 std::string RaisedBy(const char *option) { return std::string(" (option ") + option + " raises it)"; }
 
+bool Allows(PeerAccess access, PeerUse use) {
+  return access == PeerAccess::kReadWrite || (access == PeerAccess::kRead && use == PeerUse::kRead);
+}
+
+const char *NameOf(PeerUse use) { return use == PeerUse::kRead ? "read" : "write into"; }
+
 }  // namespace
 
 struct RegionTable::State {
@@ -283,21 +289,40 @@ Result<CachePin> RegionTable::Pin(int64_t cache_id) {
 }
 
 Status RegionTable::CheckPeerUse(PeerUse use) const {
-  const bool allowed = use == PeerUse::kRead ? limits_.peer_access != PeerAccess::kNone
-                                             : limits_.peer_access == PeerAccess::kReadWrite;
-  return allowed ? Status::Ok()
-                 : Invalid(std::string("peers may not ") + (use == PeerUse::kRead ? "read" : "write into") +
-                           " the caches of this endpoint (option " + llm_datadist::OPTION_PEER_ACCESS + ")");
+  return Allows(limits_.peer_access, use)
+             ? Status::Ok()
+             : Invalid(std::string("peers may not ") + NameOf(use) + " the caches of this endpoint (option " +
+                       llm_datadist::OPTION_PEER_ACCESS + ")");
 }
 
-Result<CachePin> RegionTable::PinForPeer(int64_t cache_id, uint64_t generation, PeerUse use) {
-  if (Status status = CheckPeerUse(use); !status.ok()) {
+Status RegionTable::CheckPeerRequest(const RegisteredCache &cache, const PeerRequest &request) const {
+  if (Status status = CheckPeerUse(request.use); !status.ok()) {
+    return status;
+  }
+  const CacheRights &rights = cache.rights();
+  const auto &whose = rights.clusters;
+  if (!whose.empty() && std::find(whose.begin(), whose.end(), request.cluster_id) == whose.end()) {
+    return Invalid("cache " + std::to_string(cache.id()) + " is not for cluster " +
+                   std::to_string(request.cluster_id));
+  }
+  return Allows(rights.access, request.use)
+             ? Status::Ok()
+             : Invalid("peers may not " + std::string(NameOf(request.use)) + " cache " + std::to_string(cache.id()));
+}
+
+Result<CachePin> RegionTable::PinForPeer(int64_t cache_id, uint64_t generation, const PeerRequest &request) {
+  if (Status status = CheckPeerUse(request.use); !status.ok()) {
     return status;
   }
   Result<CachePin> pin = Pin(cache_id);
   if (pin.ok() && pin.value().cache().generation() != generation) {
     return Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST,
                   "cache " + std::to_string(cache_id) + " was registered anew");
+  }
+  if (pin.ok()) {
+    if (Status status = CheckPeerRequest(pin.value().cache(), request); !status.ok()) {
+      return status;
+    }
   }
   return pin;
 }

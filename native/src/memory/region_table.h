@@ -28,6 +28,7 @@
 
 #include "base/deadline.h"
 #include "base/status.h"
+#include "llm_datadist/llm_datadist_ext.h"
 
 namespace datadist {
 
@@ -62,10 +63,14 @@ struct alignas(64) CacheStamp {
 // A cache's description, 8 bytes per address, must fit into one control frame of 1 MiB.
 constexpr uint32_t kMaxTensorsPerCache = 65536;
 
-// What peers may do with the caches of a table.
-enum class PeerAccess : uint8_t { kNone, kRead, kReadWrite };
-// What one of them is about to do.
+using llm_datadist::CacheRights;
+using llm_datadist::PeerAccess;
+// What a peer is about to do.
 enum class PeerUse : uint8_t { kRead, kWrite };
+struct PeerRequest {
+  uint64_t cluster_id = 0;
+  PeerUse use = PeerUse::kRead;
+};
 
 struct RegionLimits {
   PeerAccess peer_access = PeerAccess::kReadWrite;
@@ -79,6 +84,7 @@ struct Registration {
   CacheLayout layout = CacheLayout::kMix;
   bool remote_accessible = true;  // whether a peer may name it when remote access is on
   bool owned = false;             // its memory came from a pool of ours
+  CacheRights rights = {};
 };
 
 class RegionTable;
@@ -91,6 +97,7 @@ class RegisteredCache {
   const CacheGeometry &geometry() const { return geometry_; }
   bool remote_accessible() const { return registration_.remote_accessible; }
   bool owned() const { return registration_.owned; }
+  const CacheRights &rights() const { return registration_.rights; }
   const std::vector<uint64_t> &addrs() const { return addrs_; }  // for cma peers; to dereference, use CachePin
   const CacheStamp *stamp() const { return stamp_; }
 
@@ -156,10 +163,11 @@ class RegionTable : public std::enable_shared_from_this<RegionTable> {
   Result<CachePin> Pin(int64_t cache_id);
 
   // For a peer's transfer that means exactly that registration. Also LLM_PARAM_INVALID where peers may not do that.
-  Result<CachePin> PinForPeer(int64_t cache_id, uint64_t generation, PeerUse use);
+  Result<CachePin> PinForPeer(int64_t cache_id, uint64_t generation, const PeerRequest &request);
 
-  // LLM_PARAM_INVALID, with the option that says so, where peers may not do that.
+  // LLM_PARAM_INVALID, with what says so, where peers may not do that with any cache, or that peer with this one.
   Status CheckPeerUse(PeerUse use) const;
+  Status CheckPeerRequest(const RegisteredCache &cache, const PeerRequest &request) const;
 
   // Where [address, +length) lies: the lowest cache id with a tensor that holds all of it. LLM_PARAM_INVALID when there
   // is none, and for no bytes, which lie nowhere.

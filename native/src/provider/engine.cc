@@ -98,7 +98,7 @@ class EngineProvider final : public Provider, public Extension {
 
   Status PullKvBlocks(const BlocksTransfer &t) override {
     return Enter("PullKvBlocks", [&](Engine &engine) {
-      return engine.PullKvBlocks(t.remote, t.local.cache_id, t.src_blocks, t.dst_blocks, t.ext);
+      return engine.PullKvBlocks(t.remote, t.local.cache_id, t.src_blocks, t.dst_blocks, t.ext, t.time_left);
     });
   }
   Status PushKvBlocks(const BlocksTransfer &t) override {

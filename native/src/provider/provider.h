@@ -13,9 +13,11 @@
 #ifndef DATADIST_PROVIDER_PROVIDER_H_
 #define DATADIST_PROVIDER_PROVIDER_H_
 
+#include <chrono>
 #include <cstdint>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -34,6 +36,9 @@ struct BlocksTransfer {
   std::vector<uint64_t> src_blocks;
   std::vector<uint64_t> dst_blocks;
   llm_datadist::KvCacheExtParam ext;
+  // A pull gives up after so long, or after what the options say if that is sooner. A provider of another library, whose
+  // calls take no such limit, knows its options alone.
+  std::optional<std::chrono::milliseconds> time_left = std::nullopt;
 };
 
 struct CacheTransfer {

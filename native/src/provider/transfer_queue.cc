@@ -175,6 +175,9 @@ class TransferQueue::State {
       prompt_.emplace(started, op.id);
       StartNextLocked();
       lock.unlock();
+      if (auto *const pull = std::get_if<PullBlocksOp>(&op.operation)) {
+        pull->transfer.time_left = std::chrono::ceil<std::chrono::milliseconds>(op.deadline - started);
+      }
       const Status status = RunOperation(*provider_, op.operation);
       const auto ended = Clock::now();
       op.operation = RefusedOp{};  // frees the block lists outside the lock
@@ -243,7 +246,7 @@ class TransferQueue::State {
   }
 
   void CompleteExpired(const WaitingOp &op) {
-    Complete({op.id, llm_datadist::LLM_TIMEOUT, false, "the deadline passed before the operation started",
+    Complete({op.id, llm_datadist::LLM_TIMEOUT, true, "the deadline passed before the operation started",
               Clock::now() - op.submitted, {}});
   }
 

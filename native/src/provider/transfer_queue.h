@@ -2,8 +2,8 @@
 //
 //   Submit ──> lane of its cluster (FIFO) ──> worker, one per lane at a time ──> Completion ──> Poll
 //                    │        │                                                      ▲
-//                    │        └── Cancel, Drain: cancelled ──────────────────────────┤
-//                    └── deadline passed: LLM_TIMEOUT ───────────────────────────────┘
+//                    │        └── Cancel, Drain: cancelled, LLM_FAILED ──────────────┤
+//                    └── deadline passed: cancelled, LLM_TIMEOUT ────────────────────┘
 //
 // Contract:
 //   - Every accepted id appears in exactly one Completion, also when the queue is drained or closed under it.
@@ -12,8 +12,9 @@
 //   - At most `threads` operations run at once, but for those that have run for `patience`: they wait for a peer, and
 //     peers that do not answer must not cost others their turn. For those that wait instead there are more threads, up
 //     to kMaxThreads in all, started when they are needed.
-//   - An operation that has not started at its deadline completes then, whether or not a thread is free. One that has
-//     started runs to its end, which the provider's own timeouts bound.
+//   - An operation that has not started at its deadline completes then, whether or not a thread is free, and as
+//     cancelled: it says nothing of the link. One that has started runs to its end, which the provider's own timeouts
+//     bound, and that of a pull its deadline, too (BlocksTransfer::time_left).
 //   - Completions that were not polled yet do not count against the capacity.
 //
 // Threads: every member may be called from any thread. The pool never calls back into its user: completions are polled

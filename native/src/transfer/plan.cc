@@ -15,8 +15,10 @@ std::string Text(const LayerRange &range) {
   return "{" + std::to_string(range.first) + ", " + std::to_string(range.second) + "}";
 }
 
+bool IsAll(const LayerRange &range) { return range.first < 0; }
+
 Status CheckLayerRange(const char *field, const LayerRange &range) {
-  if (range.first < -1 || range.second < -1 || range.first > range.second) {
+  if (range.first < -1 || range.first > range.second || IsAll(range) != (range.second < 0)) {
     return Invalid(std::string(field) + " " + Text(range) + ": allowed are 0 <= first <= last, or {-1, -1} for all");
   }
   return Status::Ok();
@@ -70,6 +72,10 @@ Status CheckExtParam(const KvCacheExtParam &ext) {
   if (ext.tensor_num_per_layer == 0) {
     return Invalid("tensor_num_per_layer 0: allowed is 1..255");
   }
+  if (IsAll(ext.src_layer_range) != IsAll(ext.dst_layer_range)) {
+    return Invalid("src_layer_range " + Text(ext.src_layer_range) + " and dst_layer_range " +
+                   Text(ext.dst_layer_range) + ": allowed are two layer ranges, or {-1, -1} in both for all layers");
+  }
   return Status::Ok();
 }
 
@@ -116,7 +122,7 @@ Status CheckBlockIndices(const char *field, const std::vector<uint64_t> &blocks,
 LayerChoice ChooseLayers(const KvCacheExtParam &ext) {
   LayerChoice choice;
   choice.tensors_per_layer = ext.tensor_num_per_layer;
-  if (ext.src_layer_range.first >= 0 && ext.dst_layer_range.first >= 0) {
+  if (!IsAll(ext.src_layer_range)) {
     const auto span = [](const LayerRange &range) {
       return LayerSpan{range.first, int64_t{range.second} - range.first + 1};
     };
@@ -175,17 +181,16 @@ Status CheckPullSource(const PullSelection &selection, const CacheGeometry &remo
   return Status::Ok();
 }
 
-Result<PushLayers> SelectPushLayers(const KvCacheExtParam &ext, uint32_t caller_num_tensors) {
+PushLayers SelectPushLayers(const KvCacheExtParam &ext, uint32_t num_tensors) {
+  const uint32_t per_layer = ext.tensor_num_per_layer;
   const LayerRange &src = ext.src_layer_range;
-  if (src.first >= 0) {
-    return PushLayers{src.first, ext.dst_layer_range.first, int64_t{src.second} - src.first + 1};
+  if (!IsAll(src)) {
+    return {src.first, ext.dst_layer_range.first, int64_t{src.second} - src.first + 1, per_layer};
   }
-  if (caller_num_tensors == 0) {
-    return Invalid("cache_desc.num_tensors of the source cache is 0: without a src_layer_range it must be filled in");
+  if (num_tensors % per_layer != 0) {
+    return {0, 0, num_tensors, 1};
   }
-  // A last, incomplete layer is counted, so that it is refused and not silently left behind.
-  const int64_t per_layer = ext.tensor_num_per_layer;
-  return PushLayers{0, 0, (int64_t{caller_num_tensors} + per_layer - 1) / per_layer};
+  return {0, 0, num_tensors / per_layer, per_layer};
 }
 
 Status CheckPushDestination(int64_t dst_layer, uint32_t tensors_per_layer, const CacheGeometry &remote) {

@@ -25,7 +25,8 @@ struct TensorPairing {
 
 // ---- both directions ----
 
-// Each bound >= -1, first <= last, tensor_num_per_layer > 0. A push also demands ranges of equal length.
+// Two ranges 0 <= first <= last, or {-1, -1} twice: where only one range counted, every layer would be written. And
+// tensor_num_per_layer > 0. A push also demands ranges of equal length.
 Status CheckExtParam(const llm_datadist::KvCacheExtParam &ext);
 Status CheckEqualLayerCounts(const llm_datadist::KvCacheExtParam &ext);
 
@@ -51,7 +52,7 @@ struct LayerChoice {
   uint32_t tensors_per_layer = 2;
 };
 
-// Of an ext param that passed CheckExtParam. If either of its ranges says "all" (-1), both do.
+// Of an ext param that passed CheckExtParam.
 LayerChoice ChooseLayers(const llm_datadist::KvCacheExtParam &ext);
 
 // What a choice selects, as far as it can be judged without the remote cache. `whole_source`: the pairing begins at the
@@ -67,17 +68,17 @@ Status CheckPullSource(const PullSelection &selection, const CacheGeometry &remo
 
 // ---- layers of a push: source is local, destination remote; one transfer per layer ----
 
-// Source layer src_first + i goes to destination layer dst_first + i. Not yet checked against any cache: dst_first is
-// -1 when the caller gave only the source range, which CheckPushDestination refuses.
+// Source layer src_first + i goes to destination layer dst_first + i. Not yet checked against any cache.
 struct PushLayers {
   int64_t src_first = 0;
   int64_t dst_first = 0;
   int64_t count = 0;
+  uint32_t tensors_per_layer = 2;
 };
 
-// `caller_num_tensors` is cache_desc.num_tensors as the caller filled it in: it decides the number of layers when no
-// source range is given, and must then not be 0.
-Result<PushLayers> SelectPushLayers(const llm_datadist::KvCacheExtParam &ext, uint32_t caller_num_tensors);
+// Of an ext param that passed CheckExtParam. Without ranges all of `num_tensors`; where the layers do not divide them,
+// tensor by tensor: tensor_num_per_layer then selects nothing.
+PushLayers SelectPushLayers(const llm_datadist::KvCacheExtParam &ext, uint32_t num_tensors);
 
 // One layer against the remote cache, then against the local one.
 Status CheckPushDestination(int64_t dst_layer, uint32_t tensors_per_layer, const CacheGeometry &remote);

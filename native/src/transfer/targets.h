@@ -2,7 +2,9 @@
 #ifndef DATADIST_TRANSFER_TARGETS_H_
 #define DATADIST_TRANSFER_TARGETS_H_
 
+#include <chrono>
 #include <cstdint>
+#include <optional>
 #include <vector>
 
 #include "cache/cache_key.h"
@@ -17,6 +19,7 @@ struct PullTarget {
   uint32_t src_row = 0;
   int64_t dst_cache_id = 0;
   LayerChoice layers;
+  std::optional<std::chrono::milliseconds> time_left = std::nullopt;  // if that is less than the option says
 };
 
 // Of one layer of a Push. `dst_layer` and `dst_row` have no meaning when bare addresses are pushed to.

@@ -14,14 +14,14 @@ namespace {
 using llm_datadist::LLM_LINK_FAILED;
 
 // The route by the transport of that name, if the peer has it too.
-Result<Route> RouteTo(const std::string &name, const Transport &transport, const std::vector<TransportOffer> &theirs,
-                      const std::shared_ptr<const PeerProcess> &process) {
+Result<Route> RouteTo(uint64_t cluster_id, const std::string &name, const Transport &transport,
+                      const std::vector<TransportOffer> &theirs, const std::shared_ptr<const PeerProcess> &process) {
   const auto offer = std::find_if(theirs.begin(), theirs.end(),
                                   [&](const TransportOffer &each) { return each.name == name; });
   if (offer == theirs.end()) {
     return Status(LLM_LINK_FAILED, "the peer does not offer it");
   }
-  return Route{name, &transport, TransportPeer{offer->blob, process}, ""};
+  return Route{name, &transport, TransportPeer{offer->blob, process, cluster_id}, ""};
 }
 
 }  // namespace
@@ -65,7 +65,7 @@ std::vector<TransportOffer> Transports::Offers() const {
   return offers;
 }
 
-Result<Route> Transports::Choose(const std::vector<TransportOffer> &theirs,
+Result<Route> Transports::Choose(uint64_t cluster_id, const std::vector<TransportOffer> &theirs,
                                  const std::shared_ptr<const PeerProcess> &process) const {
   const std::string forced_text = std::string("forced by ") + llm_datadist::OPTION_TRANSPORT;
   std::string why_not;
@@ -73,7 +73,7 @@ Result<Route> Transports::Choose(const std::vector<TransportOffer> &theirs,
     if (!MayChoose(named)) {
       continue;
     }
-    Result<Route> route = RouteTo(named.name, *named.transport, theirs, process);
+    Result<Route> route = RouteTo(cluster_id, named.name, *named.transport, theirs, process);
     const Status reaches = route.ok() ? named.transport->Reaches(route.value().peer) : route.status();
     if (reaches.ok()) {
       route.value().reason = forced_.empty() ? why_not : forced_text;
@@ -90,7 +90,8 @@ Result<Route> Transports::Choose(const std::vector<TransportOffer> &theirs,
   return Status(LLM_LINK_FAILED, "no transport reaches the peer" + (why_not.empty() ? "" : ": " + why_not));
 }
 
-Result<Route> Transports::Admit(const std::string &name, const std::vector<TransportOffer> &theirs,
+Result<Route> Transports::Admit(uint64_t cluster_id, const std::string &name,
+                                const std::vector<TransportOffer> &theirs,
                                 const std::shared_ptr<const PeerProcess> &process) const {
   const auto refuse = [&](const std::string &why) {
     return Status(LLM_LINK_FAILED, "transport " + name + why);
@@ -101,7 +102,7 @@ Result<Route> Transports::Admit(const std::string &name, const std::vector<Trans
     if (named.name != name) {
       continue;
     }
-    Result<Route> route = RouteTo(name, *named.transport, theirs, process);
+    Result<Route> route = RouteTo(cluster_id, name, *named.transport, theirs, process);
     if (!route.ok()) {
       return refuse(": " + route.status().text());
     }

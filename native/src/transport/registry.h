@@ -17,6 +17,7 @@ namespace datadist {
 
 // What an endpoint has for its transports.
 struct TransportHost {
+  uint64_t cluster_id = 0;
   std::shared_ptr<RegionTable> regions;
   std::shared_ptr<WorkerPool> pool;
   std::chrono::milliseconds max_peer_hold{0};  // the longest that a peer's request may hold memory of ours
@@ -51,14 +52,14 @@ class Transports {
   void Stop();
 
   std::vector<TransportOffer> Offers() const;
-  // For the transfers that this end initiates: the first that both have and that reaches the peer, or the forced one,
+  // For the transfers that this end initiates to that cluster: the first that both have and that reaches the peer, or the forced one,
   // or LLM_LINK_FAILED. `process` is what the kernel says of the peer, null of one over TCP: only to it is memory given
   // or taken without the peer's help.
-  Result<Route> Choose(const std::vector<TransportOffer> &theirs,
+  Result<Route> Choose(uint64_t cluster_id, const std::vector<TransportOffer> &theirs,
                        const std::shared_ptr<const PeerProcess> &process) const;
-  // What the peer has chosen for those that it initiates. LLM_LINK_FAILED where one of us has no such transport, or it
+  // What that cluster has chosen for those that it initiates. LLM_LINK_FAILED where one of us has no such transport, or it
   // takes our memory without our help and the kernel does not say whose hands it gets into.
-  Result<Route> Admit(const std::string &name, const std::vector<TransportOffer> &theirs,
+  Result<Route> Admit(uint64_t cluster_id, const std::string &name, const std::vector<TransportOffer> &theirs,
                       const std::shared_ptr<const PeerProcess> &process) const;
 
  private:

@@ -90,6 +90,7 @@ class OwnerPath {
 struct TransportPeer {
   Blob offer;                                  // of its transport of the same name: data of the peer's, unchecked
   std::shared_ptr<const PeerProcess> process;  // what the kernel says of it; null of one over TCP
+  uint64_t cluster_id = 0;
 };
 
 // One per endpoint. Start and Stop before and after all others, which may be called from any thread, and do not block.

@@ -78,10 +78,13 @@ Status Member::Unlink(uint64_t peer_id) {
 
 bool Member::Linked(uint64_t peer_id) const { return table_->HasLive(peer_id); }
 
-int64_t Member::AddCache(uint64_t seed) {
+int64_t Member::AddCache(uint64_t seed, const CacheRights &rights) {
   auto arena = std::make_unique<Arena>(kShape);
   arena->Fill(PatternOf(kShape, seed));
-  const int64_t id = endpoint_->regions()->Register(datadist::test::DescOf(kShape), arena->Addrs()).value();
+  Registration registration;
+  registration.rights = rights;
+  const auto desc = datadist::test::DescOf(kShape);
+  const int64_t id = endpoint_->regions()->Register(desc, arena->Addrs(), registration).value();
   arenas_[id] = std::move(arena);
   return id;
 }

@@ -45,7 +45,7 @@ class Member {
   bool Linked(uint64_t peer_id) const;
 
   // A cache of kShape filled from `seed`.
-  int64_t AddCache(uint64_t seed);
+  int64_t AddCache(uint64_t seed, const CacheRights &rights = {});
   std::vector<uint8_t> Bytes(int64_t cache_id);
   bool CanariesIntact() const;
   // Blocks [from, +count) of the source onto blocks [to, +count) of the destination.

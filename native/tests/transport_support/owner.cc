@@ -129,7 +129,7 @@ void OwnerHere::Serve(size_t connections, std::chrono::milliseconds max_request)
   for (size_t i = 0; i < connections; ++i) {
     Fd stream(::accept4(listener_.get(), nullptr, nullptr, SOCK_CLOEXEC));
     EXPECT_TRUE(stream);
-    servers_.push_back(std::make_unique<TcpServer>(streams_, std::move(stream), regions_, max_request));
+    servers_.push_back(std::make_unique<TcpServer>(streams_, std::move(stream), regions_, 0, max_request));
   }
 }
 

@@ -41,7 +41,7 @@ class EachTransport : public testing::TestWithParam<Setting> {
 
   std::unique_ptr<DataPath> MakePath() {
     if (GetParam().transport == "local") {
-      return MakeLocalDataPath(static_cast<OwnerHere &>(*owner_).regions(), pool_);
+      return MakeLocalDataPath(static_cast<OwnerHere &>(*owner_).regions(), 0, pool_);
     }
     return GetParam().transport == "cma" ? ConnectCma(*owner_, &calls_, pool_)
                                          : ConnectTcp(*owner_, 2, pool_, std::chrono::seconds(30));

@@ -246,11 +246,11 @@ def test_registered_caches_have_no_references_to_drop(two_sided: World) -> None:
     arena, caches = Arena(5, TENSORS, ROWS, ROW_BYTES), two_sided.caches
     cache = caches.register_cache(arena.desc(), arena.addrs, [key(1)])
     caches.deallocate_cache(cache)
-    caches.remove_cache_key(key(1))
     for _ in range(2):
         two_sided.pull(key(1), arena, 0)
-    caches.unregister_cache(cache.cache_id)
+    caches.remove_cache_key(key(1))
     two_sided.pull_fails(key(1))
+    caches.unregister_cache(cache.cache_id)
 
 
 def test_without_a_pool(transport: str) -> None:
@@ -262,5 +262,5 @@ def test_without_a_pool(transport: str) -> None:
         disabled = LLMStatusCode.LLM_FEATURE_NOT_ENABLED
         assert failure(lambda: caches.deallocate_cache(rows)) == disabled
         assert failure(lambda: caches.deallocate_blocks_cache(blocks)) == disabled
-        assert failure(lambda: caches.remove_cache_key(key(1))) == disabled
+        caches.remove_cache_key(key(1))  # a no-op, as with any key that nothing has
         assert rows.tensor_addrs == arena.addrs

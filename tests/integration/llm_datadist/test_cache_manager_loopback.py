@@ -297,7 +297,7 @@ def test_push_out_of_range_moves_nothing(remote: Pair) -> None:
         lambda: caches.push_cache(key, remote.src_rows, 6),
         lambda: caches.push_cache(key, remote.src_rows, 0, range(4, 5), range(1)),
         lambda: caches.push_cache(key, remote.src_rows, 0, range(1), range(4, 5)),
-        lambda: caches.push_cache(key, remote.src_rows, tensor_num_per_layer=3),
+        lambda: caches.push_cache(key, remote.src_rows, 0, range(1), range(1), tensor_num_per_layer=3),
         lambda: caches.push_blocks(blocks_key, remote.src_blocks, [6], [0]),
         lambda: caches.push_blocks(blocks_key, remote.src_blocks, [0], [6]),
         lambda: caches.push_blocks(blocks_key, remote.src_blocks, [0, 1], [0]),

@@ -58,7 +58,7 @@ class Pair:
         try:
             self.prompt.deallocate_cache(self.prompt.allocate_cache(whole))
         except LLMException as error:
-            if error.status_code != LLMStatusCode.LLM_OUT_OF_MEMORY:
+            if error.status_code != LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY:
                 raise
             return False
         return True

@@ -11,6 +11,7 @@ from support.datadist_peer import Gate
 from support.legacy_ends import (
     BLOCKS,
     DECODER,
+    POOL_BYTES,
     PROMPT,
     SHAPE,
     TWO_DEVICES,
@@ -172,6 +173,32 @@ def test_blocks_in_list_order(cluster: Cluster, ends: Ends) -> None:
     deallocate(src)
     assert failure(pull, src.blocks_key, dst, [0], [0]) == GONE
     await_empty(prompt)
+    cluster.check()
+
+
+def test_a_full_pool_has_the_code_that_programs_wait_for(cluster: Cluster, ends: Ends) -> None:
+    prompt, _ = ends
+    whole = prompt.allocate("whole", tensors=16, rows=1, row_bytes=POOL_BYTES // 16)
+    full = LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
+    assert failure(prompt.allocate, "more", **SHAPE) == full
+    assert failure(prompt.allocate, "more blocks", **BLOCKS) == full
+    deallocate(whole)
+    prompt.allocate("more", **SHAPE)
+    cluster.check()
+
+
+def test_both_ends_may_have_the_same_cluster_id(cluster: Cluster) -> None:
+    """Published programs give the prompt's keys and both ends one id."""
+    prompt, decoder = open_ends(cluster, decoder_id=PROMPT)
+    decoder.link(prompt)
+    src, dst = prompt.allocate("src", keys=[CacheKey(PROMPT, 1)], **SHAPE), decoder.allocate("dst", **SHAPE)
+    decoder.manager.pull_cache(CacheKey(PROMPT, 1), dst, 2)
+    dst.expect_rows(src, [(0, 2)])
+    again = prompt.allocate("again", **SHAPE)
+    assert transfer(prompt, again, [TransferConfig(PROMPT, dst.addrs[:2], range(1, 2), 3)]) == [OK]
+    dst.expect_rows(again, [(3, 0)], [(2, 0), (3, 1)])
+    assert decoder.datadist.unlink_clusters([prompt.info()]) == (OK, [OK])
+    assert failure(decoder.manager.pull_cache, CacheKey(PROMPT, 2), dst) == INVALID  # our own id, and nobody else's
     cluster.check()
 
 

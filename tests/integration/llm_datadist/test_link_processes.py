@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import random
+import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
+from support.datadist_channels import ProcessChannel
 from support.datadist_cluster import Cluster, failure
 from support.datadist_peer import LOOPBACK, Peer, RemoteCache
 from support.datadist_values import cluster_info
@@ -141,7 +143,7 @@ def test_one_status_per_cluster_and_those_that_worked_stay(
     assert each == [
         OK,
         LLMStatusCode.LLM_LINK_FAILED,
-        LLMStatusCode.LLM_TIMEOUT,
+        LLMStatusCode.LLM_LINK_FAILED,
         LLMStatusCode.LLM_PARAM_INVALID,
         OK,
     ]
@@ -152,6 +154,19 @@ def test_one_status_per_cluster_and_those_that_worked_stay(
     assert (overall, each) == (OK, [OK, OK, OK])  # there is no link with the one that cannot be reached
     assert data.is_cut(client, first)
     assert data.is_cut(client, second)
+
+
+def test_a_stopped_peer_fails_a_link_and_its_end(processes: Cluster) -> None:
+    """By the codes that programs wait for, and not by a transfer's."""
+    server, client, other = processes.open(1), processes.open(2, listen=""), processes.open(3, listen="")
+    client.link(server)
+    assert isinstance(server.channel, ProcessChannel)
+    address = server.info()
+    server.channel.signal(signal.SIGSTOP)
+    link_failed, unlink_failed = LLMStatusCode.LLM_LINK_FAILED, LLMStatusCode.LLM_UNLINK_FAILED
+    assert other.datadist.link_clusters([address], 500) == (link_failed, [link_failed])
+    assert client.datadist.unlink_clusters([address], 500) == (unlink_failed, [unlink_failed])
+    server.channel.signal(signal.SIGCONT)
 
 
 def test_calls_that_reach_nobody(cluster: Cluster) -> None:

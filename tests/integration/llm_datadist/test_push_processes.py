@@ -128,7 +128,7 @@ def test_what_is_out_of_range_moves_nothing(cluster: Cluster, ends: Ends) -> Non
         (manager.push_cache, [dst.row(0), src, 0, range(3, 4), range(1)], {}),
         (manager.push_cache, [dst.row(0), src, 0, range(1), range(3, 4)], {}),
         (manager.push_cache, [dst.row(0), src, 0, range(2), range(1)], {}),
-        (manager.push_cache, [dst.row(0), src], {"tensor_num_per_layer": 4}),
+        (manager.push_cache, [dst.row(0), src, 0, range(1), range(1)], {"tensor_num_per_layer": 4}),
         (manager.push_blocks, [dst_blocks.blocks_key, src_blocks, [6], [0]], {}),
         (manager.push_blocks, [dst_blocks.blocks_key, src_blocks, [0], [6]], {}),
         (manager.push_blocks, [dst_blocks.blocks_key, src_blocks, [4, 5, 6], [0, 1, 2]], {}),

@@ -87,15 +87,17 @@ def test_blocks_keys_are_not_consumed_and_go_with_the_cache(cluster: Cluster, en
     cluster.check()
 
 
-def test_keys_of_registered_memory_are_not_consumed(cluster: Cluster, ends: Ends) -> None:
+def test_keys_of_registered_memory_end_when_they_are_removed(cluster: Cluster, ends: Ends) -> None:
     prompt, decoder = ends
     key = CacheKey(1, 7)
     src, dst = prompt.register("src", keys=[key], **SHAPE), decoder.register("dst", **SHAPE)
     for row in range(3):
         decoder.manager.pull_cache(key, dst, row)
         dst.expect_rows(src, [(0, row)])
-    prompt.manager.remove_cache_key(key)  # ignored
-    decoder.manager.pull_cache(key, dst, 3)
+    prompt.manager.remove_cache_key(key)
+    prompt.manager.remove_cache_key(key)  # a second time is nothing
+    assert failure(decoder.manager.pull_cache, key, dst, 3) == GONE
+    decoder.manager.pull_cache(src.row(0), dst, 3)
     dst.expect_rows(src, [(0, 3)])
     cluster.check()
 

@@ -152,6 +152,14 @@ def test_push_blocks_goes_layer_by_layer(engine: RecordingEngine) -> None:
     assert (arguments["src_blocks"], arguments["dst_blocks"]) == ([1, 2], [3, 0])
 
 
+@pytest.mark.parametrize("per_layer", [3, 5])
+def test_uneven_layers_are_pushed_tensor_by_tensor(engine: RecordingEngine, per_layer: int) -> None:
+    """Where no layers are chosen, how many tensors they have selects nothing."""
+    manager(engine, remote_accessible=True).push_cache(BY_ID, ROWS, tensor_num_per_layer=per_layer)
+    pushed = [(call.arguments["src_layer"], call.arguments["tensor_num_per_layer"]) for call in engine.calls]
+    assert pushed == [(0, 1), (1, 1), (2, 1), (3, 1)]
+
+
 def test_the_first_layer_that_fails_ends_a_push(engine: RecordingEngine) -> None:
     engine.answers["push_layer"] = lambda src_layer, **_: _native.LLM_NOT_YET_LINK if src_layer == 1 else 0
     with pytest.raises(LLMException, match="layer 1 to layer 1 of CacheKeyByIdAndIndex") as caught:
@@ -171,7 +179,10 @@ def test_the_first_layer_that_fails_ends_a_push(engine: RecordingEngine) -> None
         (lambda m: m.push_cache(BY_ID, ROWS, 0, range(1), range(2)), "dst_layer_range"),
         (lambda m: m.push_cache(BY_ID, ROWS, 0, range(1, 1), range(1, 1)), "src_layer_range"),
         (lambda m: m.push_cache(BY_ID, ROWS, 0, range(0, 2, 2), range(1)), "src_layer_range"),
-        (lambda m: m.push_cache(BY_ID, ROWS, tensor_num_per_layer=5), "tensor_num_per_layer: 5, allowed: at most 4"),
+        (
+            lambda m: m.push_cache(BY_ID, ROWS, 0, range(1), range(1), tensor_num_per_layer=5),
+            "tensor_num_per_layer: 5, allowed: at most 4",
+        ),
         (lambda m: m.push_cache(BY_ID, ROWS, tensor_num_per_layer=0), "tensor_num_per_layer: 0"),
         (lambda m: m.push_blocks(BlocksCacheKey(3), ROWS, [1], [1]), "src_cache: .*a blocks cache"),
         (lambda m: m.push_blocks(BlocksCacheKey(3), CPU, [1], [1]), r"src_cache\.cache_desc\.placement"),

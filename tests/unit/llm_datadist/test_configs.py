@@ -109,6 +109,8 @@ NOT_ALLOWED: list[tuple[str, Any]] = [
     ("mem_utilization", -0.1),
     ("mem_utilization", 1.1),
     ("mem_utilization", float("nan")),
+    ("transfer_backend", "hccl"),
+    ("transfer_backend", "HIXL"),
     ("cluster_info", "{"),
     ("cluster_info", "[]"),
     ("cluster_info", '{"listen_ip_info": [1]}'),
@@ -118,6 +120,17 @@ NOT_ALLOWED: list[tuple[str, Any]] = [
 def test_defaults() -> None:
     config = LLMConfig()
     assert {name: getattr(config, name) for name in DEFAULTS} == DEFAULTS
+    assert config.generate_options() == ALWAYS
+
+
+def test_unknown_options_are_refused() -> None:
+    config = LLMConfig()
+    with pytest.raises(AttributeError, match="no option 'listen_ip'; did you mean listen_ip_info"):
+        config.listen_ip = "127.0.0.1:1"  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no option 'xyz', allowed: ge_options, device_id"):
+        config.xyz = 1  # type: ignore[attr-defined]
+    with pytest.raises(AttributeError, match="no option 'gen_options'"):
+        config.gen_options = dict  # type: ignore[method-assign]
     assert config.generate_options() == ALWAYS
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import subprocess
 import sys
@@ -181,3 +182,53 @@ def test_help(tmp_path: Path) -> None:
     done = run("--help", cwd=tmp_path)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.startswith("usage: ")
+
+
+# ---- the same name without the runner ----
+
+
+def test_a_program_that_is_running_gets_the_name() -> None:
+    text = (
+        "from vllm_datadist_connector.llm_datadist import aliases\n"
+        "aliases.install()\n"
+        "import llm_datadist, vllm_datadist_connector.llm_datadist as ours\n"
+        "from llm_datadist.v2.cache_manager import CacheManager\n"
+        "print(llm_datadist is ours, CacheManager.__name__)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "True CacheManager\n"), done.stderr
+
+
+TYPED = """
+import llm_datadist
+from llm_datadist.configs import LLMClusterInfo
+from llm_datadist.status import LLMStatusCode
+from llm_datadist.v2.cache_manager import CacheManager
+from llm_datadist_v1.llm_types import KvCache
+
+
+def use(datadist: llm_datadist.LLMDataDist, manager: CacheManager, cache: KvCache) -> LLMStatusCode:
+    manager.pull_cache(llm_datadist.CacheKey(1, 2), cache)
+    return datadist.link_clusters([LLMClusterInfo()])[0]
+
+
+def misuse(datadist: llm_datadist.LLMDataDist) -> None:
+    datadist.link_clusters(5)
+"""
+
+
+def test_a_type_checker_finds_the_name(tmp_path: Path) -> None:
+    (tmp_path / "typed.py").write_text(TYPED)
+    assert run("--stubs", "typings", cwd=tmp_path).returncode == 0
+    done = subprocess.run(
+        [sys.executable, "-m", "mypy", "--strict", "--cache-dir", "cache", "typed.py"],
+        cwd=tmp_path,
+        env={**os.environ, "MYPYPATH": "typings"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    errors = [line for line in done.stdout.splitlines() if "error:" in line]
+    assert len(errors) == 1, done.stdout + done.stderr
+    assert 'Argument 1 to "link_clusters" of "LLMDataDist" has incompatible type "int"' in errors[0]
+    assert errors[0].startswith("typed.py:15:")

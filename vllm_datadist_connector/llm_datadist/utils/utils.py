@@ -23,6 +23,27 @@ class NamedIntEnum(IntEnum):
         return format(int(self), format_spec) if format_spec else str(self)
 
 
+class ValueObject:
+    """Equal to another of its type whose fields are equal, and hashed by what does not change."""
+
+    __slots__ = ()
+
+    def _fields(self) -> tuple[object, ...]:
+        """All that the object says."""
+        raise NotImplementedError
+
+    def _lasting_fields(self) -> tuple[object, ...]:
+        return self._fields()
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, type(self)):
+            return NotImplemented
+        return self._fields() == other._fields()
+
+    def __hash__(self) -> int:
+        return hash((type(self), self._lasting_fields()))
+
+
 def _names(types: Types) -> str:
     return " or ".join(kind.__name__ for kind in (types if isinstance(types, tuple) else (types,)))
 

@@ -23,6 +23,7 @@ from vllm_datadist_connector.llm_datadist.v1.tensor import Tensor, TensorDesc
 from vllm_datadist_connector.llm_datadist.v2 import cache_keys as keys
 from vllm_datadist_connector.llm_datadist.v2.cache_keys import BlocksCacheKey, CacheKey, CacheKeyByIdAndIndex
 from vllm_datadist_connector.llm_datadist.v2.caches import CPU_CACHE_ID, CacheDesc, KvCache, Placement
+from vllm_datadist_connector.llm_datadist.v2.interruptible import interruptible
 from vllm_datadist_connector.llm_datadist.v2.llm_utils import (
     WHOLE,
     LayerSelection,
@@ -68,7 +69,7 @@ class KvCacheManager(CacheManagerBase):
         """A contiguous DEVICE cache; `cache_keys[i]` (role PROMPT only) names row i, one without any id skips its row.
 
         The memory is free again once the cache is deallocated and every key is pulled or removed; a prefix key is not
-        used up by pulls. A key given twice or bound already: LLM_PARAM_INVALID. LLM_OUT_OF_MEMORY: the pool is
+        used up by pulls. A key given twice or bound already: LLM_PARAM_INVALID. LLM_DEVICE_OUT_OF_MEMORY: the pool is
         exhausted. Source: LLM-DataDist Python, KvCacheManager.allocate_cache.
         """
         self._engine()
@@ -115,6 +116,7 @@ class KvCacheManager(CacheManagerBase):
         check_isinstance("cache_key", cache_key, CacheKey, allow_none=False)
         raise_on_failure(engine.remove_cache_key(keys.removable_key(cache_key)), "remove_cache_key")
 
+    @interruptible
     def pull_cache(
         self,
         cache_key: CacheKey | CacheKeyByIdAndIndex,
@@ -158,6 +160,7 @@ class KvCacheManager(CacheManagerBase):
             )
             raise_on_failure(status, "pull_cache", f"from {cache_key}")
 
+    @interruptible
     def pull_blocks(
         self,
         prompt_cache_key: BlocksCacheKey,
@@ -260,6 +263,8 @@ class KvCacheManager(CacheManagerBase):
             desc.placement.value,
             native_keys,
         )
+        if status == LLMStatusCode.LLM_OUT_OF_MEMORY:  # the word of this generation, for which programs wait
+            status = LLMStatusCode.LLM_DEVICE_OUT_OF_MEMORY
         raise_on_failure(status, "allocate_blocks_cache" if is_blocks_cache else "allocate_cache")
         per_device = [addrs[first : first + desc.num_tensors] for first in range(0, len(addrs), desc.num_tensors)]
         return KvCache(cache_id, desc, per_device, is_blocks_cache, owner=self)

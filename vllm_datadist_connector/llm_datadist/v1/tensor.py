@@ -10,14 +10,19 @@ from vllm_datadist_connector import _native
 from vllm_datadist_connector.llm_datadist import data_type
 from vllm_datadist_connector.llm_datadist.data_type import DataType
 from vllm_datadist_connector.llm_datadist.status import param_invalid, raise_on_failure
-from vllm_datadist_connector.llm_datadist.utils.utils import check_int64, check_isinstance, check_list_element
+from vllm_datadist_connector.llm_datadist.utils.utils import (
+    ValueObject,
+    check_int64,
+    check_isinstance,
+    check_list_element,
+)
 
 if TYPE_CHECKING:
     import numpy as np
     import numpy.typing as npt
 
 
-class TensorDesc:
+class TensorDesc(ValueObject):
     """Element type and shape, int64 (LLM-DataDist Python: TensorDesc). TypeError, ValueError."""
 
     def __init__(self, dtype: DataType, shape: Sequence[int]) -> None:
@@ -35,6 +40,9 @@ class TensorDesc:
     @property
     def shape(self) -> list[int]:
         return list(self._shape)
+
+    def _fields(self) -> tuple[object, ...]:
+        return self._dtype, *self._shape
 
     def __repr__(self) -> str:
         return f"TensorDesc({self._dtype}, {self._shape})"
@@ -56,16 +64,9 @@ class Tensor:
 
     @classmethod
     def at_address(cls, address: int, tensor_desc: TensorDesc, owner: object) -> Tensor:
-        """The memory at `address`, which `owner` holds: it lives as long as the tensor or an array of it does.
-
-        LLMException (LLM_PARAM_INVALID): DT_STRING, which has no such form in numpy, or a shape without a size.
-        """
-        status, size = _native.tensor_bytes(tensor_desc.shape, tensor_desc.dtype.value)
-        raise_on_failure(status, "Tensor", repr(tensor_desc))
-        memory = (ctypes.c_ubyte * size).from_address(address)
-        memory.owner = owner  # type: ignore[attr-defined]  # numpy keeps what it was made of
+        """The memory at `address`, as memory_as_array has it."""
         tensor = cls.__new__(cls)
-        tensor._stored = _memory_as_array(memory, tensor_desc)
+        tensor._stored = memory_as_array(address, tensor_desc, owner)
         tensor._desc = tensor_desc
         return tensor
 
@@ -113,9 +114,17 @@ def _stored(data: Any, desc: TensorDesc) -> npt.NDArray[Any]:
         raise param_invalid("data", f"{array.dtype}{list(array.shape)}", f"what {desc!r} can hold ({error})") from None
 
 
-def _memory_as_array(memory: Any, desc: TensorDesc) -> npt.NDArray[Any]:
+def memory_as_array(address: int, desc: TensorDesc, owner: object) -> npt.NDArray[Any]:
+    """The memory at `address`, which `owner` holds: it lives as long as an array of it does. DT_BF16 as uint16.
+
+    LLMException (LLM_PARAM_INVALID): DT_STRING, which has no such form in numpy, or a shape without a size.
+    """
     import numpy as np
 
+    status, size = _native.tensor_bytes(desc.shape, desc.dtype.value)
+    raise_on_failure(status, "Tensor", repr(desc))
+    memory: Any = (ctypes.c_ubyte * size).from_address(address)
+    memory.owner = owner  # numpy keeps what it was made of
     if desc.dtype == DataType.DT_STRING:
         raise param_invalid("tensor_desc.dtype", desc.dtype, "an element type of a fixed width")
     stored: type[np.generic] = np.uint16 if desc.dtype == DataType.DT_BF16 else data_type.dtype_to_np_dtype[desc.dtype]

@@ -7,7 +7,13 @@ from typing import Final
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.llm_datadist.status import param_invalid
-from vllm_datadist_connector.llm_datadist.utils.utils import check_int64, check_isinstance, check_uint32, check_uint64
+from vllm_datadist_connector.llm_datadist.utils.utils import (
+    ValueObject,
+    check_int64,
+    check_isinstance,
+    check_uint32,
+    check_uint64,
+)
 
 INVALID_ID: Final = 2**64 - 1
 """A request or prefix id that names nothing."""
@@ -40,7 +46,7 @@ def _bind(owner: str, fields: Mapping[str, int | None], args: Sequence[int], giv
     return [values[name] for name in names]
 
 
-class CacheKey:
+class CacheKey(ValueObject):
     """Names one row of a contiguous cache (LLM-DataDist Python: CacheKey).
 
     `CacheKey(cluster_id, req_id, model_id=0, prefix_id=2**64-1)`, by position or keyword; `prompt_cluster_id` may be
@@ -80,6 +86,9 @@ class CacheKey:
     def prefix_id(self) -> int:
         return self._prefix_id
 
+    def _fields(self) -> tuple[object, ...]:
+        return self._cluster_id, self._req_id, self._model_id, self._prefix_id
+
     def __repr__(self) -> str:
         return (
             f"CacheKey(cluster_id={self._cluster_id}, req_id={self._req_id}, model_id={self._model_id}, "
@@ -87,7 +96,7 @@ class CacheKey:
         )
 
 
-class BlocksCacheKey:
+class BlocksCacheKey(ValueObject):
     """Names a whole blocks cache (LLM-DataDist Python: BlocksCacheKey).
 
     `BlocksCacheKey(cluster_id, model_id=0)`, by position or keyword; `prompt_cluster_id` may be said for `cluster_id`.
@@ -116,11 +125,14 @@ class BlocksCacheKey:
     def model_id(self) -> int:
         return self._model_id
 
+    def _fields(self) -> tuple[object, ...]:
+        return self._cluster_id, self._model_id
+
     def __repr__(self) -> str:
         return f"BlocksCacheKey(cluster_id={self._cluster_id}, model_id={self._model_id})"
 
 
-class CacheKeyByIdAndIndex:
+class CacheKeyByIdAndIndex(ValueObject):
     """Names one row of a peer's cache by its cache id (LLM-DataDist Python: CacheKeyByIdAndIndex).
 
     cluster_id uint64, cache_id int64, batch_index uint32: TypeError, ValueError.
@@ -147,6 +159,9 @@ class CacheKeyByIdAndIndex:
     @property
     def batch_index(self) -> int:
         return self._batch_index
+
+    def _fields(self) -> tuple[object, ...]:
+        return self._cluster_id, self._cache_id, self._batch_index
 
     def __repr__(self) -> str:
         return (

@@ -26,6 +26,7 @@ from vllm_datadist_connector.llm_datadist.v2.caches import (
     check_address_types,
     check_addresses,
 )
+from vllm_datadist_connector.llm_datadist.v2.interruptible import interruptible
 from vllm_datadist_connector.llm_datadist.v2.llm_utils import given, require_blocks, require_contiguous
 from vllm_datadist_connector.llm_datadist.v2.memory import MemInfo, Memtype
 
@@ -59,8 +60,8 @@ class CacheManager(CacheTransfers):
         """Registers the caller's memory as a contiguous cache; `cache_keys[i]` names its row i.
 
         addrs: one uint64 address per tensor. remote_accessible None: True for DEVICE and False for HOST, False once
-        link() was called, and True is refused then. A pull never consumes the keys. AttributeError if cache_desc is
-        None. Source: LLM-DataDist Python, CacheManager.register_cache.
+        link() was called, and True is refused then. A pull never consumes the keys, remove_cache_key ends them.
+        AttributeError if cache_desc is None. Source: LLM-DataDist Python, CacheManager.register_cache.
         """
         self._engine()
         desc = given("cache_desc", cache_desc, CacheDesc)
@@ -85,6 +86,7 @@ class CacheManager(CacheTransfers):
         _check_registered_addresses(addrs)
         return self._register(desc, addrs, _blocks_keys(blocks_cache_key), remote_accessible, is_blocks_cache=True)
 
+    @interruptible
     def unregister_cache(self, cache_id: int) -> None:
         """Ends a registration, its keys with it, once no transfer reads or writes it; an unknown id (int64) is ignored.
 
@@ -138,10 +140,10 @@ class CacheManager(CacheTransfers):
         cache.forget_addresses()
 
     def remove_cache_key(self, cache_key: CacheKey) -> None:
-        """Unbinds the key of a row of an allocated cache: pulls by it get LLM_KV_CACHE_NOT_EXIST.
+        """Unbinds the key of a row: pulls by it get LLM_KV_CACHE_NOT_EXIST.
 
-        A key that is unknown, removed or pulled already, or of a registered cache, is ignored.
-        LLM_FEATURE_NOT_ENABLED: no pool. Source: LLM-DataDist Python, CacheManager.remove_cache_key.
+        A key that is unknown, removed or pulled already is ignored. Source: LLM-DataDist Python,
+        CacheManager.remove_cache_key.
         """
         engine = self._engine()
         check_isinstance("cache_key", cache_key, CacheKey, allow_none=False)

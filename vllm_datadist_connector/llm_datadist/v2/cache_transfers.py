@@ -15,6 +15,7 @@ from vllm_datadist_connector.llm_datadist.v2.cache_keys import (
     cache_reference,
 )
 from vllm_datadist_connector.llm_datadist.v2.caches import Cache
+from vllm_datadist_connector.llm_datadist.v2.interruptible import interruptible
 from vllm_datadist_connector.llm_datadist.v2.llm_utils import (
     WHOLE,
     LayerSelection,
@@ -47,6 +48,7 @@ class CacheTransfers(CacheManagerBase):
         super().__init__(native)
         self._remote_accessible = remote_accessible
 
+    @interruptible
     def pull_cache(
         self,
         cache_key: CacheKey | CacheKeyByIdAndIndex,
@@ -83,6 +85,7 @@ class CacheTransfers(CacheManagerBase):
         )
         raise_on_failure(status, "pull_cache", f"from {cache_key}")
 
+    @interruptible
     def pull_blocks(
         self,
         src_cache_key: CacheKey | BlocksCacheKey | CacheKeyByIdAndIndex,
@@ -123,6 +126,7 @@ class CacheTransfers(CacheManagerBase):
         )
         raise_on_failure(status, "pull_blocks", f"from {src_cache_key}")
 
+    @interruptible
     def push_cache(
         self,
         dst_cache_key: CacheKeyByIdAndIndex,
@@ -146,7 +150,8 @@ class CacheTransfers(CacheManagerBase):
         check_size(size)
         if size != WHOLE:
             raise param_invalid("size", size, f"{WHOLE}: a push writes whole rows")
-        for src_layer, dst_layer in _layer_pairs(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer):
+        layers, per_layer = _pushed_layers(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
+        for src_layer, dst_layer in layers:
             status = engine.push_layer(
                 src_cache.cache_id,
                 src_layer,
@@ -155,10 +160,11 @@ class CacheTransfers(CacheManagerBase):
                 dst_layer,
                 src_batch_index,
                 dst_cache_key.batch_index,
-                tensor_num_per_layer=tensor_num_per_layer,
+                tensor_num_per_layer=per_layer,
             )
             raise_on_failure(status, "push_cache", f"layer {src_layer} to layer {dst_layer} of {dst_cache_key}")
 
+    @interruptible
     def push_blocks(
         self,
         dst_cache_key: BlocksCacheKey,
@@ -180,7 +186,8 @@ class CacheTransfers(CacheManagerBase):
         check_block_ids("src_blocks", src_blocks, allow_empty=True)
         check_block_ids("dst_blocks", dst_blocks, allow_empty=False)
         dst, _ = cache_reference(dst_cache_key)
-        for src_layer, dst_layer in _layer_pairs(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer):
+        layers, per_layer = _pushed_layers(src_cache, src_layer_range, dst_layer_range, tensor_num_per_layer)
+        for src_layer, dst_layer in layers:
             status = engine.push_layer(
                 src_cache.cache_id,
                 src_layer,
@@ -189,7 +196,7 @@ class CacheTransfers(CacheManagerBase):
                 dst_layer,
                 src_blocks=src_blocks,
                 dst_blocks=dst_blocks,
-                tensor_num_per_layer=tensor_num_per_layer,
+                tensor_num_per_layer=per_layer,
             )
             raise_on_failure(status, "push_blocks", f"layer {src_layer} to layer {dst_layer} of {dst_cache_key}")
 
@@ -221,13 +228,19 @@ class CacheTransfers(CacheManagerBase):
         return engine
 
 
-def _layer_pairs(
+def _pushed_layers(
     src_cache: Cache, src: range | None, dst: range | None, tensor_num_per_layer: int
-) -> list[tuple[int, int]]:
+) -> tuple[list[tuple[int, int]], int]:
+    """(pairs of source and destination layers, tensors of each).
+
+    Without ranges tensor_num_per_layer selects nothing: where it does not divide the tensors they go one by one.
+    """
     check_layer_range("src_layer_range", src, allow_none=True)
     check_layer_range("dst_layer_range", dst, allow_none=True)
     check_tensor_num_per_layer(tensor_num_per_layer)
     num_tensors = src_cache.cache_desc.num_tensors
+    if src is None and dst is None and num_tensors % tensor_num_per_layer != 0:
+        return [(tensor, tensor) for tensor in range(num_tensors)], 1
     if tensor_num_per_layer > num_tensors:
         raise param_invalid("tensor_num_per_layer", tensor_num_per_layer, f"at most {num_tensors}, those of src_cache")
     every_layer = range(num_tensors // tensor_num_per_layer)
@@ -235,4 +248,4 @@ def _layer_pairs(
     dst = every_layer if dst is None else dst
     if len(src) != len(dst):
         raise param_invalid("dst_layer_range", dst, f"as many layers as src_layer_range {src}")
-    return list(zip(src, dst, strict=True))
+    return list(zip(src, dst, strict=True)), tensor_num_per_layer

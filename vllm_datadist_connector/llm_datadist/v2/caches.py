@@ -12,6 +12,7 @@ from vllm_datadist_connector.llm_datadist.data_type import DataType
 from vllm_datadist_connector.llm_datadist.status import param_invalid, raise_on_failure
 from vllm_datadist_connector.llm_datadist.utils.utils import (
     NamedIntEnum,
+    ValueObject,
     check_int64,
     check_isinstance,
     check_list_element,
@@ -30,7 +31,7 @@ class Placement(NamedIntEnum):
     DEVICE = 1
 
 
-class CacheDesc:
+class CacheDesc(ValueObject):
     """`num_tensors` tensors of one shape and data type (LLM-DataDist Python: CacheDesc).
 
     num_tensors uint32; shape list or tuple of int64, dimension 0 being the batch rows or the blocks; batch_dim_index in
@@ -119,6 +120,14 @@ class CacheDesc:
         _check_dim_index("dim_index", dim_index, self._shape)
         check_int64("value", value)
         self._shape[dim_index] = value
+
+    def _fields(self) -> tuple[object, ...]:
+        return (*self._lasting_fields(), *self._shape, self._batch_size)
+
+    def _lasting_fields(self) -> tuple[object, ...]:
+        """Without the dimensions, which update_dim sets."""
+        dims = (len(self._shape), self._batch_dim_index, self._seq_len_dim_index)
+        return (self._num_tensors, self._data_type, self._placement, self._kv_tensor_format, *dims)
 
     def __repr__(self) -> str:
         return (

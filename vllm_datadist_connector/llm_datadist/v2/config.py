@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import difflib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Generic, TypeVar, cast, overload
@@ -99,6 +100,13 @@ def _check_cluster_info(name: str, value: Any) -> None:
         _cluster_info_with_int_ips(name, value)
 
 
+def _check_backend(name: str, value: Any) -> None:
+    """An empty text counts as one that init refuses: that it was given says something by itself."""
+    check_isinstance(name, value, str)
+    if value not in (None, "", "hixl"):
+        raise param_invalid(name, value, "'hixl', or do not set it")
+
+
 def _device_ids(value: int | Sequence[int] | None) -> Sequence[int]:
     if value is None:
         return ()
@@ -186,7 +194,7 @@ class LLMConfig:
     local_comm_res = _Option(
         "", _is(str), _emit_given("llm.LocalCommRes"), "JSON of the local device, may be empty: turns CacheManager on."
     )
-    transfer_backend = _Option("", _is(str), _emit_given("llm.TransferBackend"), "'hixl', or do not set it.")
+    transfer_backend = _Option("", _check_backend, _emit_given("llm.TransferBackend"), "'hixl', or do not set it.")
     global_resource_config = _Option("", _is(str), _emit_given("llm.GlobalResourceConfig"), "JSON, backend hixl only.")
     cluster_info = _Option(
         "",
@@ -211,6 +219,15 @@ class LLMConfig:
         self._emitted: set[str] = set()
         self.ge_options = {}
         self.mem_utilization = 0.95
+
+    def __setattr__(self, name: str, value: object) -> None:
+        """Where an unknown name were taken, a slip of the pen would leave the option at its default."""
+        if not name.startswith("_") and not isinstance(getattr(type(self), name, None), _Option):
+            options = [known for known, option in vars(type(self)).items() if isinstance(option, _Option)]
+            close = ", ".join(difflib.get_close_matches(name, options))
+            hint = f"; did you mean {close}?" if close else f", allowed: {', '.join(options)}"
+            raise AttributeError(f"{type(self).__name__} has no option {name!r}{hint}")
+        super().__setattr__(name, value)
 
     def generate_options(self) -> dict[str, str]:
         """The options for LLMDataDist.init. Always the same dict: what was added to it by hand stays in it."""

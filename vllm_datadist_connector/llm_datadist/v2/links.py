@@ -45,12 +45,22 @@ def _native_cluster(name: str, cluster: LLMClusterInfo) -> _native.ClusterInfo:
     )
 
 
-def link_result(call: str, status: int, each: list[int]) -> tuple[LLMStatusCode, list[LLMStatusCode]]:
-    """(overall, per cluster) codes. A failure's reason goes to the log: codes are all that the caller gets."""
-    status_code = to_status_code(status)
-    if status_code != LLMStatusCode.LLM_SUCCESS:
-        log.error("[%s] %s (0x%08X): %s", call, status_code, status, _native.last_error())
-    return status_code, [to_status_code(one) for one in each]
+def link_result(
+    call: str, status: int, each: list[int], unanswered: LLMStatusCode
+) -> tuple[LLMStatusCode, list[LLMStatusCode]]:
+    """(overall, per cluster) codes. A failure's reason goes to the log: codes are all that the caller gets.
+
+    `unanswered`: what programs wait for where a peer, a stopped one say, does not answer in time; LLM_TIMEOUT they take
+    for a transfer's.
+    """
+
+    def code(native: int) -> LLMStatusCode:
+        status_code = to_status_code(native)
+        return unanswered if status_code == LLMStatusCode.LLM_TIMEOUT else status_code
+
+    if status != LLMStatusCode.LLM_SUCCESS:
+        log.error("[%s] %s (0x%08X): %s", call, code(status), code(status), _native.last_error())
+    return code(status), [code(one) for one in each]
 
 
 def check_comm(comm_name: str, cluster_rank_info: dict[int, int]) -> None:

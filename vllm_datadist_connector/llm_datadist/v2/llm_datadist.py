@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import os
 from collections.abc import Sequence
 from typing import ClassVar
 
@@ -20,6 +21,7 @@ from vllm_datadist_connector.llm_datadist.v1.kv_cache_manager import KvCacheMana
 from vllm_datadist_connector.llm_datadist.v2 import engine_options
 from vllm_datadist_connector.llm_datadist.v2 import rank_table as rank_tables
 from vllm_datadist_connector.llm_datadist.v2.cache_manager import CacheManager
+from vllm_datadist_connector.llm_datadist.v2.interruptible import interruptible
 from vllm_datadist_connector.llm_datadist.v2.links import check_comm, link_result, native_clusters
 from vllm_datadist_connector.llm_datadist.v2.llm_types import Placement, RegisterMemStatus
 
@@ -137,13 +139,15 @@ class LLMDataDist:
 
     # ---- links of a client to servers ----
 
+    @interruptible
     def link_clusters(
         self, clusters: Sequence[LLMClusterInfo], timeout: int = 3000
     ) -> tuple[LLMStatusCode, list[LLMStatusCode]]:
         """Links with each of `clusters`, in parallel (LLMDataDist.link_clusters).
 
         `timeout`: milliseconds, above 0, for each. Returns the overall status and one per cluster, in order; the links
-        that came up stay. An empty list is (LLM_PARAM_INVALID, []). Why a link failed is in the log at ERROR.
+        that came up stay. An empty list is (LLM_PARAM_INVALID, []). Why a link failed is in the log at ERROR; a peer
+        that refuses, or does not answer in time: LLM_LINK_FAILED.
         LLMException (LLM_PARAM_INVALID): the timeout; a cluster without local ip where none is known otherwise.
         """
         native = self._native()
@@ -152,20 +156,22 @@ class LLMDataDist:
             for index, info in enumerate(infos):
                 if not info.local_ip_infos:
                     raise param_invalid(f"clusters[{index}].local_ip_info_list", [], "at least one local ip")
-        return link_result("link_clusters", *native.link_clusters(infos, timeout))
+        status, each = native.link_clusters(infos, timeout)
+        return link_result("link_clusters", status, each, LLMStatusCode.LLM_LINK_FAILED)
 
+    @interruptible
     def unlink_clusters(
         self, clusters: Sequence[LLMClusterInfo], timeout: int = 3000, force: bool = False
     ) -> tuple[LLMStatusCode, list[LLMStatusCode]]:
         """Drops the links with `clusters`; with `force` without telling the peers (LLMDataDist.unlink_clusters).
 
-        Waits for running transfers. Parameters and result as link_clusters; a cluster without a link is a success.
+        Waits for running transfers. Parameters and result as link_clusters; a cluster without a link is a success. A
+        peer that does not answer in time: LLM_UNLINK_FAILED, and the link stays.
         """
         native = self._native()
         check_isinstance("force", force, bool)
-        return link_result(
-            "unlink_clusters", *native.unlink_clusters(native_clusters(clusters, timeout), timeout, bool(force))
-        )
+        status, each = native.unlink_clusters(native_clusters(clusters, timeout), timeout, bool(force))
+        return link_result("unlink_clusters", status, each, LLMStatusCode.LLM_UNLINK_FAILED)
 
     def check_link_status(self, remote_cluster_id: int) -> None:
         """Legacy mode: returns if the link works (LLMDataDist.check_link_status).
@@ -207,6 +213,7 @@ class LLMDataDist:
             self._cache_manager.set_is_call_linked()
         return comm_id
 
+    @interruptible
     def unlink(self, comm_id: int) -> None:
         """Ends what link() began, waiting for running transfers (LLMDataDist.unlink).
 
@@ -231,6 +238,7 @@ class LLMDataDist:
 
     # ---- role and managers ----
 
+    @interruptible
     def switch_role(self, role: LLMRole, switch_options: dict[str, str] | None = None) -> None:
         """Changes the role, and whether and where this endpoint listens (LLMDataDist.switch_role).
 
@@ -296,4 +304,11 @@ def _shutdown_handler() -> None:
         LLMDataDist.llm_engine_instance.finalize()
 
 
+def _forget_parents_instance() -> None:
+    """In a child of fork(), where the parent's engine has no threads, an engine of the child's own may be initialised.
+    What the parent has made stays the parent's: its calls say so."""
+    LLMDataDist.llm_engine_instance = None
+
+
 atexit.register(_shutdown_handler)
+os.register_at_fork(after_in_child=_forget_parents_instance)

@@ -24,10 +24,14 @@ _MAX_LAYER: Final = 2**31 - 1
 T = TypeVar("T")
 
 
+class NoneGiven(TypeError, AttributeError):  # noqa: N818 - raised as either
+    """None where there must be a value: a TypeError, and the AttributeError that the documentation says of some."""
+
+
 def given(name: str, value: T | None, kind: type[T]) -> T:
-    """`value`, if it is a `kind`. TypeError if not; AttributeError for None, as the documentation says of these."""
+    """`value`, if it is a `kind`. TypeError if not, which for None is an AttributeError as well."""
     if value is None:
-        raise AttributeError(f"{name}: None, only support {kind.__name__}")
+        raise NoneGiven(f"{name}: None, only support {kind.__name__}")
     check_isinstance(name, value, kind)
     return value
 

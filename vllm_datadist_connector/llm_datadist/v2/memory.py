@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from enum import Enum
 
-from vllm_datadist_connector.llm_datadist.utils.utils import check_isinstance
+from vllm_datadist_connector.llm_datadist.utils.utils import ValueObject, check_isinstance
 
 
 class Memtype(Enum):
@@ -22,7 +22,7 @@ class RegisterMemStatus(Enum):
     FAILED = 2
 
 
-class MemInfo:
+class MemInfo(ValueObject):
     """A region for remap_registered_memory (LLM-DataDist Python: MemInfo). `size` in bytes. TypeError."""
 
     def __init__(self, mem_type: Memtype, addr: int, size: int) -> None:
@@ -44,6 +44,9 @@ class MemInfo:
     @property
     def size(self) -> int:
         return self._size
+
+    def _fields(self) -> tuple[object, ...]:
+        return self._mem_type, self._addr, self._size
 
     def __repr__(self) -> str:
         return f"MemInfo({self._mem_type}, addr={self._addr:#x}, size={self._size})"

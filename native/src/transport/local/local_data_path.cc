@@ -19,8 +19,8 @@ enum class Direction { kPull, kPush };
 
 class LocalDataPath final : public DataPath {
  public:
-  LocalDataPath(std::weak_ptr<RegionTable> remote, std::shared_ptr<WorkerPool> pool)
-      : remote_(std::move(remote)), pool_(std::move(pool)) {}
+  LocalDataPath(std::weak_ptr<RegionTable> remote, uint64_t self, std::shared_ptr<WorkerPool> pool)
+      : remote_(std::move(remote)), self_(self), pool_(std::move(pool)) {}
 
   Status Pull(const TransferOp &op, Deadline deadline) override { return Transfer(op, Direction::kPull, deadline); }
   Status Push(const TransferOp &op, Deadline deadline) override { return Transfer(op, Direction::kPush, deadline); }
@@ -33,6 +33,7 @@ class LocalDataPath final : public DataPath {
               Deadline deadline) const;
 
   const std::weak_ptr<RegionTable> remote_;
+  const uint64_t self_;
   const std::shared_ptr<WorkerPool> pool_;
   std::atomic<bool> closed_{false};
 };
@@ -44,7 +45,7 @@ Result<CachePin> LocalDataPath::PinRemote(const TransferOp &op, Direction direct
     return Status(LLM_FAILED, "the peer endpoint in this process is gone");
   }
   const PeerUse use = direction == Direction::kPull ? PeerUse::kRead : PeerUse::kWrite;
-  Result<CachePin> pin = table->PinForPeer(op.remote->cache_id, op.remote->generation, use);
+  Result<CachePin> pin = table->PinForPeer(op.remote->cache_id, op.remote->generation, {self_, use});
   if (!pin.ok()) {
     return pin;
   }
@@ -102,8 +103,9 @@ Status LocalDataPath::Copy(const TransferOp &op, const CachePin &remote, Directi
 
 }  // namespace
 
-std::unique_ptr<DataPath> MakeLocalDataPath(std::weak_ptr<RegionTable> remote, std::shared_ptr<WorkerPool> pool) {
-  return std::make_unique<LocalDataPath>(std::move(remote), std::move(pool));
+std::unique_ptr<DataPath> MakeLocalDataPath(std::weak_ptr<RegionTable> remote, uint64_t self,
+                                            std::shared_ptr<WorkerPool> pool) {
+  return std::make_unique<LocalDataPath>(std::move(remote), self, std::move(pool));
 }
 
 }  // namespace datadist

@@ -9,7 +9,9 @@
 
 namespace datadist {
 
-std::unique_ptr<DataPath> MakeLocalDataPath(std::weak_ptr<RegionTable> remote, std::shared_ptr<WorkerPool> pool);
+// `self`: the cluster that the owner of `remote` sees in us.
+std::unique_ptr<DataPath> MakeLocalDataPath(std::weak_ptr<RegionTable> remote, uint64_t self,
+                                            std::shared_ptr<WorkerPool> pool);
 
 }  // namespace datadist
 

@@ -49,7 +49,7 @@ bool IsHere(const TransportPeer &peer) { return peer.process != nullptr && peer.
 class LocalTransport final : public Transport {
  public:
   explicit LocalTransport(const TransportHost &host)
-      : pool_(host.pool), number_(TheEndpoints().Add(host.regions)) {}
+      : cluster_id_(host.cluster_id), pool_(host.pool), number_(TheEndpoints().Add(host.regions)) {}
   ~LocalTransport() override { TheEndpoints().Remove(number_); }
 
   Blob Offer() const override {
@@ -68,10 +68,11 @@ class LocalTransport final : public Transport {
                         : Status(LLM_LINK_FAILED, "is for a peer that the kernel names, in this process");
   }
   std::unique_ptr<DataPath> MakePath(const TransportPeer &peer, std::vector<Fd>, PeerCalls *) const override {
-    return MakeLocalDataPath(TheEndpoints().Find(peer.offer), pool_);
+    return MakeLocalDataPath(TheEndpoints().Find(peer.offer), cluster_id_, pool_);
   }
 
  private:
+  const uint64_t cluster_id_;
   const std::shared_ptr<WorkerPool> pool_;
   const uint64_t number_;
 };

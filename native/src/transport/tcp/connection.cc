@@ -20,9 +20,10 @@ constexpr size_t kTurnCalls = 32;
 constexpr uint64_t kTailBytes = 16 << 10;
 
 // The pin of what a request names, with every span checked against it.
-Result<CachePin> PinRequested(RegionTable &regions, const RequestHeader &header, const std::vector<Span> &spans) {
+Result<CachePin> PinRequested(RegionTable &regions, uint64_t peer, const RequestHeader &header,
+                              const std::vector<Span> &spans) {
   const PeerUse use = header.op == DataOp::kPull ? PeerUse::kRead : PeerUse::kWrite;
-  Result<CachePin> pin = regions.PinForPeer(header.cache_id, header.generation, use);
+  Result<CachePin> pin = regions.PinForPeer(header.cache_id, header.generation, {peer, use});
   if (!pin.ok()) {
     return pin;
   }
@@ -43,8 +44,8 @@ std::vector<uint8_t> Encoded(const Status &status, uint64_t total_bytes) {
 
 }  // namespace
 
-TcpConnection::TcpConnection(int fd, std::shared_ptr<RegionTable> regions, milliseconds max_request)
-    : fd_(fd), regions_(std::move(regions)), max_request_(max_request) {}
+TcpConnection::TcpConnection(int fd, std::shared_ptr<RegionTable> regions, uint64_t peer, milliseconds max_request)
+    : fd_(fd), regions_(std::move(regions)), peer_(peer), max_request_(max_request) {}
 
 TcpConnection::Next TcpConnection::Serve() {
   calls_left_ = kTurnCalls;
@@ -126,7 +127,7 @@ std::optional<TcpConnection::Next> TcpConnection::ReadSpans() {
 
 // Says whether the request is served, and a pull's bytes follow.
 void TcpConnection::Answer() {
-  Result<CachePin> pin = PinRequested(*regions_, header_, spans_);
+  Result<CachePin> pin = PinRequested(*regions_, peer_, header_, spans_);
   answer_ = Encoded(pin.ok() ? Status::Ok() : pin.status(), header_.total_bytes);
   answered_ = 0;
   phase_ = Phase::kAnswer;

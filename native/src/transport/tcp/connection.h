@@ -26,7 +26,7 @@ class TcpConnection {
  public:
   // `fd` outlives it. A request holds its pin no longer than the smaller of the time that the peer gave and
   // `max_request`.
-  TcpConnection(int fd, std::shared_ptr<RegionTable> regions, std::chrono::milliseconds max_request);
+  TcpConnection(int fd, std::shared_ptr<RegionTable> regions, uint64_t peer, std::chrono::milliseconds max_request);
 
   enum class Next : uint8_t { kRead, kWrite, kEnd };
   // One turn: does what the socket takes and gives, a bounded amount of it, so that others get theirs. What to wait for
@@ -57,6 +57,7 @@ class TcpConnection {
 
   const int fd_;
   const std::shared_ptr<RegionTable> regions_;
+  const uint64_t peer_;  // its cluster id
   const std::chrono::milliseconds max_request_;
 
   Phase phase_ = Phase::kHeader;

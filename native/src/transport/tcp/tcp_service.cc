@@ -30,8 +30,8 @@ using Clock = Deadline::Clock;
 }  // namespace
 
 struct TcpServer::Served {
-  Served(Fd given, std::shared_ptr<RegionTable> regions, std::chrono::milliseconds max_request)
-      : stream(std::move(given)), connection(std::in_place, stream.get(), std::move(regions), max_request) {}
+  Served(Fd given, std::shared_ptr<RegionTable> regions, uint64_t peer, std::chrono::milliseconds max_request)
+      : stream(std::move(given)), connection(std::in_place, stream.get(), std::move(regions), peer, max_request) {}
 
   void Shut() { (void)::shutdown(stream.get(), SHUT_RDWR); }
 
@@ -238,10 +238,10 @@ TcpService::~TcpService() { Stop(); }
 
 void TcpService::Stop() { state_->Stop(); }
 
-TcpServer::TcpServer(const TcpService &service, Fd stream, std::shared_ptr<RegionTable> regions,
+TcpServer::TcpServer(const TcpService &service, Fd stream, std::shared_ptr<RegionTable> regions, uint64_t peer,
                      std::chrono::milliseconds max_request)
     : service_(service.state_),
-      served_(std::make_unique<Served>(std::move(stream), std::move(regions), max_request)) {
+      served_(std::make_unique<Served>(std::move(stream), std::move(regions), peer, max_request)) {
   TuneStream(served_->stream.get());
   service_->Add(served_.get());
 }

@@ -38,8 +38,8 @@ class TcpService {
 // sees a closed connection, as with any other loss.
 class TcpServer {
  public:
-  // See TcpConnection for `max_request`.
-  TcpServer(const TcpService &service, Fd stream, std::shared_ptr<RegionTable> regions,
+  // See TcpConnection.
+  TcpServer(const TcpService &service, Fd stream, std::shared_ptr<RegionTable> regions, uint64_t peer,
             std::chrono::milliseconds max_request);
   ~TcpServer();  // Close and Join
   TcpServer(const TcpServer &) = delete;

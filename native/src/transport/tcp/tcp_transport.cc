@@ -60,10 +60,11 @@ class TcpTransport final : public Transport {
   std::unique_ptr<DataPath> MakePath(const TransportPeer &, std::vector<Fd> connections, PeerCalls *) const override {
     return MakeTcpDataPath(std::move(connections), host_.pool);
   }
-  std::unique_ptr<OwnerPath> Serve(const TransportPeer &, std::vector<Fd> connections) const override {
+  std::unique_ptr<OwnerPath> Serve(const TransportPeer &peer, std::vector<Fd> connections) const override {
     auto owner = std::make_unique<TcpOwnerPath>();
     for (Fd &connection : connections) {
-      owner->Add(std::make_unique<TcpServer>(service_, std::move(connection), host_.regions, host_.max_peer_hold));
+      owner->Add(std::make_unique<TcpServer>(service_, std::move(connection), host_.regions, peer.cluster_id,
+                                             host_.max_peer_hold));
     }
     return owner;
   }

@@ -1,0 +1,313 @@
+"""PullDriver and links that fail under its pulls: they cost time, up to each pull's deadline, and nobody else's."""
+
+from __future__ import annotations
+
+import socket
+import threading
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+from support.consumer import Consumer, release
+from support.kv_ranks import BLOCKS
+from support.pd import LOOPBACK, WAIT_S, wait_until
+from support.producer_process import ProducerProcess
+
+from vllm_datadist_connector import _native
+from vllm_datadist_connector.worker.instances import MAX_FAULTS
+from vllm_datadist_connector.worker.transfers import Failure, Transfer
+
+StartProducer = Callable[..., ProducerProcess]
+StartConsumer = Callable[..., Consumer]
+
+P_CLUSTER = 100
+IN_TIME_S = 1.0
+"""How much later than its deadline a pull may end."""
+
+
+def warmed(producer: ProducerProcess, consumer: Consumer) -> None:
+    """Met and linked, so that what follows is about pulls."""
+    remote = producer.prefill("warm", [1])
+    consumer.expect(producer, remote, [1])
+    consumer.pull("warm", remote, [1])
+    consumer.wait(1)
+
+
+def cut(consumer: Consumer) -> None:
+    """The link, at our end and by force; whatever runs over it fails."""
+    consumer.datadist.unlink_clusters([_native.ClusterInfo(P_CLUSTER)], 1000, True)
+
+
+def test_pulls_from_a_p_that_was_stopped_are_made_again(
+    start_producer: StartProducer, start_consumer: StartConsumer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first one's time-out interrupts those behind it, too: each would wait for its own."""
+    producer = start_producer(transport="tcp")
+    consumer = start_consumer(transport="tcp", pull_timeout_s=0.7, handshake_timeout_s=0.3)
+    warmed(producer, consumer)
+    remotes = [producer.prefill(f"r{i}", [1 + i]) for i in range(8)]
+    producer.stop()
+    for i, remote in enumerate(remotes):
+        consumer.expect(producer, remote, [10 + i])
+        consumer.pull(f"r{i}", remote, [10 + i])
+    wait_until(lambda: "linking again" in caplog.text, "the end of the link")
+    producer.resume()
+    started = time.monotonic()
+    consumer.wait(9)
+    assert time.monotonic() - started < 4 * 0.7
+    assert consumer.failed == set()
+    assert consumer.observer.failures == []
+    assert consumer.observer.handshakes == 2
+    consumer.check_bytes()
+
+
+@pytest.mark.parametrize("transport", ["cma", "tcp"])
+def test_links_that_are_cut_again_and_again(
+    start_producer: StartProducer, start_consumer: StartConsumer, transport: str
+) -> None:
+    producer = start_producer(transport=transport)
+    consumer = start_consumer(transport=transport, peer_backoff_s=0.05)
+    warmed(producer, consumer)
+    sources = 1 + np.random.default_rng(7).permutation(BLOCKS - 1)
+    cuts = 0
+    for i in range(200):
+        remote = producer.prefill(f"r{i}", [int(sources[i])])
+        consumer.expect(producer, remote, [2 + i])
+        consumer.pull(f"r{i}", remote, [2 + i], deadline_s=60.0)
+        if i % 40 == 20:
+            wait_until(lambda: consumer.driver.linked_peers() == 1, "the link")
+            cut(consumer)
+            cuts += 1
+    consumer.wait(201)
+    assert consumer.failed == set()
+    assert consumer.observer.handshakes > 1
+    consumer.check_bytes()
+
+
+def test_a_lease_that_ends_before_the_second_attempt_fails_the_pull(
+    start_producer: StartProducer, start_consumer: StartConsumer, caplog: pytest.LogCaptureFixture
+) -> None:
+    producer, consumer = start_producer(transport="tcp"), start_consumer(transport="tcp", pull_timeout_s=0.3)
+    warmed(producer, consumer)
+    remote = producer.prefill("r", [2])
+    producer.stop()
+    consumer.pull("r", remote, [3])
+    wait_until(lambda: "linking again" in caplog.text, "the end of the link")
+    producer.resume()
+    release(remote)
+    consumer.wait(2)
+    assert (consumer.failed, consumer.invalid) == ({"r"}, {3})
+    assert consumer.observer.failures == [Failure.LEASE]
+
+
+@pytest.mark.parametrize("others_succeed", [False, True])
+def test_what_fails_over_every_link_is_given_up(
+    producer: ProducerProcess, start_consumer: StartConsumer, monkeypatch: pytest.MonkeyPatch, others_succeed: bool
+) -> None:
+    """Or it would break the links of others until its deadline."""
+    consumer = start_consumer(peer_backoff_s=0.01)
+    warmed(producer, consumer)
+    good, bad = producer.prefill("good", [2]), producer.prefill("bad", [3])
+    pull_from, attempts = consumer.driver._pull_from, []
+
+    def into_no_cache(transfer: Transfer, *arguments: Any) -> None:
+        attempts.append(transfer)
+        if others_succeed:
+            transfer.instance.faults = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(consumer.driver._caches, "view", lambda *_: 1 << 40)
+            pull_from(transfer, *arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(consumer.driver, "_pull_from", into_no_cache)
+        consumer.pull("bad", bad, [5], deadline_s=60.0)
+        consumer.wait(2)
+    assert consumer.observer.failures == [Failure.TRANSFER]
+    assert len(attempts) == MAX_FAULTS
+    consumer.expect(producer, good, [6])
+    consumer.pull("good", good, [6])
+    consumer.wait(3)
+    assert consumer.failed == {"bad"}
+    consumer.check_bytes()
+
+
+def test_links_that_are_never_to_be_had_are_given_up(
+    start_producer: StartProducer, start_consumer: StartConsumer, caplog: pytest.LogCaptureFixture
+) -> None:
+    """P lives, or its greeting would say so, but nobody listens where its engine is said to be."""
+    with socket.create_server((LOOPBACK, 0)) as closed:
+        port = closed.getsockname()[1]
+    producer, consumer = start_producer(lies={"0": {"port": port}}), start_consumer(peer_backoff_s=0.02)
+    consumer.pull("r", producer.prefill("r", [1]), [2], deadline_s=600.0)
+    consumer.wait(1)
+    assert consumer.observer.failures == [Failure.LINK]
+    assert f"({MAX_FAULTS} times in a row)" in caplog.text
+
+
+class TestDeadline:
+    def test_passed_in_the_queue_costs_nobody_else(
+        self, start_producer: StartProducer, start_consumer: StartConsumer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """It never ran, which says nothing of the link that the one before it is still using."""
+        producer = start_producer(transport="tcp")
+        consumer = start_consumer(transport="tcp", pull_timeout_s=WAIT_S)
+        warmed(producer, consumer)
+        patient, hasty = producer.prefill("patient", [2]), producer.prefill("hasty", [3])
+        consumer.expect(producer, patient, [4])
+        producer.stop()
+        consumer.pull("patient", patient, [4])
+        consumer.pull("hasty", hasty, [5], deadline_s=0.3)
+        consumer.wait(2)
+        assert consumer.failed == {"hasty"}
+        assert consumer.observer.failures == [Failure.DEADLINE]
+        producer.resume()
+        consumer.wait(3)
+        assert consumer.failed == {"hasty"}
+        assert consumer.observer.handshakes == 1
+        assert "linking again" not in caplog.text
+        consumer.check_bytes()
+
+    def test_ends_a_pull_that_runs(self, start_producer: StartProducer, start_consumer: StartConsumer) -> None:
+        producer, consumer = start_producer(transport="tcp"), start_consumer(transport="tcp", pull_timeout_s=3.0)
+        warmed(producer, consumer)
+        remote = producer.prefill("r", [2])
+        producer.stop()
+        started = time.monotonic()
+        consumer.pull("r", remote, [3], deadline_s=0.5)
+        consumer.wait(2)
+        took_s = time.monotonic() - started
+        print(f"deadline 0.5 s, pull time-out 3 s: ended after {took_s:.2f} s")
+        assert 0.5 <= took_s < 0.5 + IN_TIME_S
+        assert consumer.observer.failures == [Failure.DEADLINE]
+
+    @pytest.mark.parametrize("stopped", [True, False])
+    def test_ends_a_greeting_or_a_link(
+        self,
+        producer: ProducerProcess,
+        start_consumer: StartConsumer,
+        monkeypatch: pytest.MonkeyPatch,
+        stopped: bool,
+    ) -> None:
+        """And the time that a native call may take is bounded by it: nobody is left to wait for the link."""
+        consumer = start_consumer(handshake_timeout_s=30.0, link_timeout_s=30.0)
+        instances, limits = consumer.driver._instances, []
+        submit = instances._queue.submit_link
+
+        class Queue:
+            def submit_link(self, cluster: _native.ClusterInfo, timeout_ms: int, deadline_ms: int) -> int:
+                limits.append(timeout_ms)
+                return submit(cluster, timeout_ms, deadline_ms)
+
+            def __getattr__(self, name: str) -> object:
+                return getattr(consumer.driver._queue, name)
+
+        monkeypatch.setattr(instances, "_queue", Queue())
+        remote = producer.prefill("r", [1])
+        if stopped:
+            producer.stop()
+        else:
+            link = instances._link
+            monkeypatch.setattr(instances, "_link", lambda linking: (producer.stop(), link(linking)))
+        started = time.monotonic()
+        consumer.pull("r", remote, [1], deadline_s=0.5)
+        consumer.wait(1)
+        assert 0.5 <= time.monotonic() - started < 0.5 + IN_TIME_S
+        assert consumer.observer.failures == [Failure.DEADLINE]
+        assert all(limit <= 600 for limit in limits)
+        assert stopped or limits
+
+    def test_ends_a_copy_of_our_own(self, start_consumer: StartConsumer, monkeypatch: pytest.MonkeyPatch) -> None:
+        consumer = start_consumer(serves=True)
+        held, runs = threading.Event(), threading.Event()
+        copy = consumer.driver._caches.copy
+
+        def slow(*arguments: object) -> bool:
+            runs.set()
+            held.wait(WAIT_S)
+            return copy(*arguments)
+
+        monkeypatch.setattr(consumer.driver._caches, "copy", slow)
+        first, second = consumer.prefill("first", [5]), consumer.prefill("second", [6])
+        consumer.pull("first", first, [20], deadline_s=0.2)
+        assert runs.wait(WAIT_S)
+        consumer.pull("second", second, [21], deadline_s=0.2)
+        consumer.wait(1)
+        assert consumer.received == ["second"], "nothing of it ran, so nothing of it is waited for"
+        held.set()
+        consumer.wait(2)
+        assert consumer.observer.failures == [Failure.DEADLINE] * 2
+        consumer.check_bytes()
+
+
+class TestDeadP:
+    LEGS = 200
+
+    @pytest.mark.parametrize("linked", [False, True])
+    def test_hundreds_of_legs_cost_no_more_than_one(
+        self,
+        producer: ProducerProcess,
+        start_consumer: StartConsumer,
+        caplog: pytest.LogCaptureFixture,
+        linked: bool,
+    ) -> None:
+        consumer = start_consumer(handshake_timeout_s=WAIT_S, link_timeout_s=WAIT_S, pull_timeout_s=WAIT_S)
+        remotes = [producer.prefill(f"r{i}", [1 + i]) for i in range(self.LEGS)]
+        if linked:
+            warmed(producer, consumer)
+        producer.kill()
+        before = len(consumer.received)
+        started = time.monotonic()
+        for i, remote in enumerate(remotes):
+            consumer.pull(f"r{i}", remote, [2 + i], deadline_s=600.0)
+        consumer.wait(before + self.LEGS)
+        took_s = time.monotonic() - started
+        print(f"{self.LEGS} legs to a dead P{' that was linked' if linked else ''}: {took_s:.3f} s")
+        assert took_s < 1.0
+        assert consumer.failed == {f"r{i}" for i in range(self.LEGS)}
+        assert set(consumer.observer.failures) == {Failure.HANDSHAKE}
+        assert f"{LOOPBACK}:{producer.port} does not let us connect" in caplog.text
+        assert "refused" in caplog.text
+        assert "in time" not in caplog.text
+
+    def test_is_not_remembered(self, start_producer: StartProducer, start_consumer: StartConsumer) -> None:
+        """One that comes back on its address is met at once."""
+        first = start_producer(P_CLUSTER)
+        consumer = start_consumer(peer_backoff_s=60.0)
+        lost = first.prefill("lost", [1])
+        first.kill()
+        consumer.pull("lost", lost, [1])
+        consumer.wait(1)
+        second = start_producer(P_CLUSTER, port=first.port)
+        remote = second.prefill("r", [2])
+        consumer.expect(second, remote, [3])
+        consumer.pull("r", remote, [3])
+        consumer.wait(2)
+        assert consumer.failed == {"lost"}
+        consumer.check_bytes()
+
+
+def test_a_copy_of_our_own_stops_nobody_else(
+    producer: ProducerProcess, start_consumer: StartConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    consumer = start_consumer(serves=True)
+    held = threading.Event()
+    copy = consumer.driver._caches.copy
+
+    def slow(*arguments: object) -> bool:
+        held.wait(WAIT_S)
+        return copy(*arguments)
+
+    monkeypatch.setattr(consumer.driver._caches, "copy", slow)
+    ours, theirs = consumer.prefill("ours", [5]), producer.prefill("theirs", [6])
+    consumer.pull("ours", ours, [20])
+    consumer.expect(producer, theirs, [21])
+    consumer.pull("theirs", theirs, [21])
+    consumer.wait(1)
+    assert consumer.received == ["theirs"]
+    consumer.check_bytes()
+    consumer.driver.cancel("ours")
+    held.set()
+    consumer.wait(2)
+    assert consumer.failed == set()

@@ -1,0 +1,84 @@
+"""When in a step its pulls start: with the first hook that has the step's metadata, and once."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.engine_config import vllm_config
+from support.pd import make_contract, make_params, make_ticket
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
+
+from vllm_datadist_connector import compat
+from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.connector import DataDistConnector
+from vllm_datadist_connector.metadata import PullJob, StepMetadata
+from vllm_datadist_connector.protocol.params import parse_remote_prefill
+from vllm_datadist_connector.worker import build
+from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
+
+
+class Driver:
+    def __init__(self) -> None:
+        self.events: list[str] = []
+
+    def submit(self, job: PullJob) -> None:
+        self.events.append(job.request_id)
+
+    def cancel(self, request_id: str) -> None:
+        self.events.append(f"cancel {request_id}")
+
+
+@pytest.fixture
+def driver() -> Driver:
+    return Driver()
+
+
+@pytest.fixture
+def connector(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Any:
+    worker: Any = ConnectorWorker(
+        ConnectorConfig(), make_contract(), RankPlace(0, 0, 1, 1, 0), {}, (16,), is_producer=True, is_consumer=True
+    )
+    worker._driver = driver
+    monkeypatch.setattr(build, "build_worker", lambda *_: worker)
+    return DataDistConnector(vllm_config("kv_both"), KVConnectorRole.WORKER, SimpleNamespace(kv_cache_groups=()))
+
+
+def step_of(request_id: str) -> StepMetadata:
+    remote = parse_remote_prefill(make_params(((1,),), ticket=make_ticket()))
+    job = PullJob(request_id, remote, ((2,),), 0, 16, "", False, 1.0)
+    return StepMetadata(pulls=(job,), cancels=("gone",), ended_leases=(f"{request_id}'s lease",))
+
+
+def test_pulls_start_before_the_forward_pass(connector: Any, driver: Driver) -> None:
+    """vLLM 0.32 has run the forward pass when it calls start_load_kv; on the CPU it has ended by then, too."""
+    step = step_of("r")
+    connector.handle_preemptions(step)
+    assert driver.events == ["r", "cancel gone"]
+    connector.bind_connector_metadata(step)
+    connector.start_load_kv(None)
+    assert driver.events == ["r", "cancel gone"], "a pull that is submitted twice would end twice"
+
+
+def test_every_step_starts_its_own(connector: Any, driver: Driver) -> None:
+    for number in range(3):
+        step = step_of(str(number))
+        connector.handle_preemptions(step)
+        connector.bind_connector_metadata(step)
+        connector.start_load_kv(None)
+        connector.clear_connector_metadata()
+    assert [event for event in driver.events if not event.startswith("cancel")] == ["0", "1", "2"]
+    assert connector._working.take_sent() == {"0's lease", "1's lease", "2's lease"}
+
+
+def test_not_where_vllm_would_zero_the_blocks_afterwards(
+    connector: Any, driver: Driver, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compat, "LOADS_MAY_PRECEDE_ZEROING", False)
+    step = step_of("r")
+    connector.handle_preemptions(step)
+    assert driver.events == []
+    connector.bind_connector_metadata(step)
+    connector.start_load_kv(None)
+    assert driver.events == ["r", "cancel gone"]

@@ -1,0 +1,117 @@
+"""Requests that an instance prefills itself although it serves with others: nothing fails, and nobody would notice.
+
+Each is counted by its reason. Now and then a line names one of them, and says what to do.
+"""
+
+from __future__ import annotations
+
+import enum
+import logging
+import time
+from collections import Counter
+from collections.abc import Callable
+from typing import Final
+
+from vllm_datadist_connector.log_filter import OthersWords
+from vllm_datadist_connector.protocol.params import (
+    FLAGS,
+    Unusable,
+    wants_remote_decode,
+    wants_remote_prefill,
+)
+
+logger = logging.getLogger(__name__)
+logger.addFilter(OthersWords(most=1000))
+
+LINE_INTERVAL_S: Final = 60.0
+"""Between two lines for one reason."""
+
+
+class Reason(enum.Enum):
+    """The values are labels of a metric."""
+
+    NO_PARAMS = "no_params"
+    ROLE = "role"
+    FLAG = "flag"
+    PARAMS = "params"
+    VERSION = "version"
+    PEER = "peer"
+    PROMPT = "prompt"
+    ADAPTER = "adapter"
+    NOTHING_HELD = "nothing_held"
+    LEASE_GONE = "lease_gone"
+    TOO_MANY = "too_many"
+
+
+REASON_OF: Final = {
+    Unusable.MALFORMED: Reason.PARAMS,
+    Unusable.VERSION: Reason.VERSION,
+    Unusable.HOST: Reason.PEER,
+    Unusable.NOTHING_HELD: Reason.NOTHING_HELD,
+}
+
+_ADVICE: Final = {
+    Reason.NO_PARAMS: "let the router ask a prefill instance first (vllm-router: --vllm-pd-disaggregation)",
+    Reason.ROLE: "compare the router's lists of instances with their kv_role",
+    Reason.FLAG: "a router must send true or false",
+    Reason.PARAMS: "a router must hand on all that P has returned, and nothing else",
+    Reason.VERSION: "install one release of vllm-datadist-connector on both ends",
+    Reason.PEER: "add it to allowed_peers if it is a peer",
+    Reason.PROMPT: "a router must send P and D the same prompt",
+    Reason.ADAPTER: "load the same adapter on both ends",
+    Reason.LEASE_GONE: "raise P's claim_s and lease_s if D may come so late; P's log tells if its KV cache was full",
+    Reason.TOO_MANY: "spread the requests over more instances",
+}
+"""None for what is as it should be: P held nothing."""
+
+
+class LocalPrefills:
+    """Belongs to the scheduler thread."""
+
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
+        self._counts: Counter[str] = Counter()
+        self._unsaid: Counter[Reason] = Counter()
+        self._next_line: dict[Reason, float] = {}
+
+    def note(self, request_id: str, reason: Reason, detail: str) -> None:
+        self._counts[reason.value] += 1
+        now = self._clock()
+        if reason not in _ADVICE:
+            return
+        if now < self._next_line.get(reason, now):
+            self._unsaid[reason] += 1
+            return
+        more = f" (and {self._unsaid[reason]} others since the last such line)" if self._unsaid[reason] else ""
+        logger.warning("request %s is prefilled here: %s; %s%s", request_id, detail, _ADVICE[reason], more)
+        self._unsaid[reason] = 0
+        self._next_line[reason] = now + LINE_INTERVAL_S
+
+    def note_arrival(self, request_id: str, params: object, prefills: bool, decodes: bool) -> None:
+        """Notes a request that asks for nothing that this instance does for others.
+
+        Args:
+            prefills: the instance may be a request's P.
+            decodes: it may be a request's D.
+        """
+        if params is not None and not isinstance(params, dict):
+            self.note(request_id, Reason.PARAMS, "kv_transfer_params are no object")
+            return
+        for flag in FLAGS:
+            value = (params or {}).get(flag)
+            if value is not None and not isinstance(value, bool):
+                self.note(request_id, Reason.FLAG, f"{flag} is {value!r:.40}")
+                return
+        if wants_remote_prefill(params):
+            if not decodes:
+                self.note(request_id, Reason.ROLE, "it asks for a D, and kv_role is kv_producer")
+        elif wants_remote_decode(params):
+            if not prefills:
+                self.note(request_id, Reason.ROLE, "it asks for a P, and kv_role is kv_consumer")
+        elif not (prefills and decodes):
+            self.note(request_id, Reason.NO_PARAMS, "it has no kv_transfer_params with a flag")
+
+    def take(self) -> dict[str, int]:
+        """Counts by reason since the last call."""
+        taken, self._counts = dict(self._counts), Counter()
+        return taken
