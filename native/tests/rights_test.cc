@@ -1,7 +1,9 @@
 // What peers may do with an endpoint's caches, on every transport: read, write, neither.
+#include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
 #include "support/member.h"
+#include "support/node.h"
 
 namespace datadist::testing {
 namespace {
@@ -85,6 +87,32 @@ TEST_P(Rights, AreOfTheCacheAndTheCluster) {
 INSTANTIATE_TEST_SUITE_P(Transports, Rights,
                          ::testing::Values("local", "cma", "tcp"),
                          [](const auto &kind) { return std::string(kind.param); });
+
+TEST(RightsOfTheApi, AreToldAtRegistration) {
+  constexpr uint64_t kOwner = 2;
+  constexpr uint64_t kReader = 1;
+  std::vector<uint8_t> bytes(4096, 7);
+  Node owner(kOwner);
+  Node reader(kReader);
+  ASSERT_EQ(owner.Start(ServerOptions()), LLM_SUCCESS) << llm_datadist::GetLastErrorText();
+  ASSERT_EQ(reader.Start(ClientOptions()), LLM_SUCCESS) << llm_datadist::GetLastErrorText();
+  llm_datadist::CacheDesc desc{};
+  desc.num_tensors = 1;
+  desc.data_type = llm_datadist::DT_INT32;
+  desc.shape = {16, 64};
+  int64_t for_reading = 0;
+  int64_t for_others = 0;
+  const std::vector<uint64_t> addrs{reinterpret_cast<uint64_t>(bytes.data())};
+  ASSERT_EQ(RegisterKvCache(owner.datadist(), desc, addrs, {PeerAccess::kRead, {}}, for_reading), LLM_SUCCESS);
+  ASSERT_EQ(RegisterKvCache(owner.datadist(), desc, addrs, {PeerAccess::kRead, {9}}, for_others), LLM_SUCCESS);
+  const int64_t ours = reader.AddCache({1, 16, 256}, 3);
+  ASSERT_EQ(reader.Link(kOwner, owner.port()), LLM_SUCCESS) << llm_datadist::GetLastErrorText();
+  EXPECT_EQ(reader.Push(ours, kOwner, for_reading, {0}, {0}), LLM_PARAM_INVALID);
+  EXPECT_EQ(reader.Pull(kOwner, for_others, ours, {0}, {0}), LLM_PARAM_INVALID);
+  EXPECT_THAT(llm_datadist::GetLastErrorText(), ::testing::HasSubstr("is not for cluster 1"));
+  EXPECT_EQ(reader.Pull(kOwner, for_reading, ours, {0}, {0}), LLM_SUCCESS) << llm_datadist::GetLastErrorText();
+  EXPECT_EQ(reader.Contents(ours)[255], 7);
+}
 
 }  // namespace
 }  // namespace datadist::testing
