@@ -5,7 +5,7 @@ business of the engine and comes back as a status word (`LLM_SUCCESS` is 0) whos
 """
 
 from collections.abc import Sequence
-from typing import Any, Final, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 LLM_SUCCESS: Final[int]
 LLM_FAILED: Final[int]
@@ -425,7 +425,7 @@ class TransferQueue:
 class EndedLease(NamedTuple):
     request_id: str
     why: str
-    """released or expired"""
+    """released, expired, unclaimed (expired, and nobody ever renewed it) or revoked"""
 
 class ManualClock:
     """Stands still until somebody sets `now` (seconds): for tests, which cannot wait for leases to run out."""
@@ -437,7 +437,8 @@ class LeaseTable:
     """P's promises to keep finished requests' blocks, the only place that knows which still stand.
 
     grant ──> held ──┬── release (D is done, or will never come)
-                     └── expiry (no renewal for lease_s, or limit_s after the grant)
+                     ├── expiry (no renewal for claim_s, then lease_s, or limit_s after the grant)
+                     └── revoke (P needs the blocks itself)
 
     A lease leaves the table before take_ended() tells of it, so a confirmation that succeeds proves that the blocks
     were the request's own until then. Tokens and digests are 32 hex digits.
@@ -445,17 +446,37 @@ class LeaseTable:
 
     def __init__(self, limit_s: float, clock: ManualClock | None = None) -> None: ...
     def grant(
-        self, request_id: str, prompt_digest: str, blocks_digest: str, num_blocks: int, lease_s: float
+        self,
+        request_id: str,
+        prompt_digest: str,
+        blocks_digest: str,
+        num_blocks: int,
+        claim_s: float,
+        lease_s: float,
     ) -> tuple[str, int]:
-        """Keeps a request's blocks until `lease_s` pass without a renewal: (token, generation)."""
+        """Keeps a request's blocks for `claim_s`, and for `lease_s` from each renewal: (token, generation)."""
 
     def confirm(self, token: str, generation: int, prompt_digest: str, blocks_digest: str) -> str:
         """Empty if the lease stands, for this prompt and these blocks; otherwise why the read does not count."""
 
-    def renew(self, tokens: Sequence[str]) -> tuple[str, ...]:
-        """Extends leases by their duration from now, within their limit; returns the tokens that name none."""
+    def renew(self, tokens: Sequence[str], pulling: bool = False) -> tuple[str, ...]:
+        """Extends leases by their duration from now, within their limit; returns the tokens that name none.
+
+        Args:
+            pulling: their D reads the blocks right now.
+        """
 
     def release(self, tokens: Sequence[str]) -> None: ...
+    def revoke(self, which: Literal["unclaimed", "idle", "all"], age_s: float, most: int) -> int:
+        """Ends at most `most` such leases that were granted at least `age_s` ago, the oldest first; returns how many.
+
+        A D that reads one all the same is refused its confirmation. Unclaimed: no D has renewed it yet; idle: no D says
+        that it is pulling it right now.
+        """
+
+    def revoke_idle(self, token: str) -> bool:
+        """Ends that lease unless it is being pulled; whether it did."""
+
     def take_ended(self) -> list[EndedLease]:
         """Leases that ended since the last call, each once."""
 
@@ -543,7 +564,7 @@ class ChannelClient:
     ) -> int:
         """Answered by RankDescription or Refused."""
 
-    def renew(self, endpoint: tuple[str, int], tokens: Sequence[str], timeout_s: float) -> int:
+    def renew(self, endpoint: tuple[str, int], tokens: Sequence[str], timeout_s: float, pulling: bool = False) -> int:
         """Answered by Renewed. At most MAX_LEASES_PER_MESSAGE tokens."""
 
     def release(self, endpoint: tuple[str, int], tokens: Sequence[str], timeout_s: float) -> int:

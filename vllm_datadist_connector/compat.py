@@ -90,6 +90,35 @@ def _end_failed_loads(scheduler: Any, invalid_block_ids: set[int]) -> set[str]:
     return set()
 
 
+def watch_pauses() -> None:
+    """Tells our connectors of vLLM's pauses, by their _set_paused(). Idempotent; never raises.
+
+    Symptom: /pause and /sleep wait until no request holds blocks, and a connector that keeps some for a D hears nothing
+    of it: an operator waits for leases to run out. Goes when vLLM tells connectors. Without it, that is what happens.
+    """
+    try:
+        from vllm.v1.core.sched.scheduler import Scheduler
+
+        original = Scheduler.set_pause_state
+        parameters = list(inspect.signature(original).parameters)
+    except (ImportError, AttributeError, TypeError, ValueError):
+        parameters = []
+    if parameters != ["self", "pause_state"]:
+        logger.info("this vLLM says nothing of pauses: a pause of a P waits until its leases have ended")
+        return
+    if getattr(original, "__module__", "") == __name__:
+        return
+
+    def set_pause_state(self: Any, pause_state: Any) -> None:
+        original(self, pause_state)
+        connector = self.connector
+        for each in getattr(connector, "_connectors", [connector]):
+            if _is_ours(each):
+                each._set_paused(pause_state != type(pause_state).UNPAUSED)
+
+    Scheduler.set_pause_state = set_pause_state
+
+
 def cache_hit_source() -> Any:
     """Label under which vLLM 0.32+ counts tokens that came from a peer; None before. Goes with 0.31."""
     try:

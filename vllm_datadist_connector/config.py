@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import importlib.util
 import ipaddress
 import os
@@ -30,6 +31,7 @@ _PULL, _LEASE = "D gives up the whole pull by then", "the lease has ended by the
 WITHIN: Final = (
     ("recv_deadline_s", "lease_limit_s", _LEASE),
     ("lease_s", "lease_limit_s", _LEASE),
+    ("claim_s", "lease_limit_s", _LEASE),
     ("decoder_lease_s", "lease_limit_s", _LEASE),
     ("pull_timeout_s", "recv_deadline_s", _PULL),
     ("handshake_timeout_s", "recv_deadline_s", _PULL),
@@ -68,6 +70,9 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     lease_s: Annotated[float, msgspec.Meta(ge=MIN_LEASE_S, le=3600)] = 30.0
     """P keeps a finished request's blocks so long after the last sign of life of its D."""
+
+    claim_s: Annotated[float, msgspec.Meta(ge=MIN_LEASE_S, le=3600)] = 10.0
+    """P keeps them only so long, or lease_s if that is less, before it has heard of a D at all."""
 
     lease_limit_s: Seconds = 600.0
     """P ends a lease so long after it was granted, however often it was renewed."""
@@ -170,7 +175,13 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             return False
         if address.is_loopback or address == ipaddress.ip_address(self.host):
             return True
-        return any(address in ipaddress.ip_network(entry, strict=False) for entry in self.allowed_peers)
+        return any(address in network for network in _networks(tuple(self.allowed_peers)))
+
+
+@functools.lru_cache(maxsize=16)
+def _networks(entries: tuple[str, ...]) -> tuple[ipaddress.IPv4Network | ipaddress.IPv6Network, ...]:
+    """Parsed once: every request of a D asks."""
+    return tuple(ipaddress.ip_network(entry, strict=False) for entry in entries)
 
 
 def check_before_start(extra: Mapping[str, object] | None) -> ConnectorConfig:

@@ -67,6 +67,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         self._huge_pages = config.huge_pages
         if role == KVConnectorRole.SCHEDULER:
             compat.guard_failed_loads()
+            compat.watch_pauses()
             from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
 
             self._scheduler = ConnectorScheduler(config, vllm_config, groups)
@@ -110,6 +111,10 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     # ---- scheduler side ----
 
+    def _set_paused(self, paused: bool) -> None:
+        """No hook of vLLM's: compat.watch_pauses() calls it."""
+        self._scheduling.set_paused(paused)
+
     def on_new_request(self, request: Request) -> None:
         self._scheduling.on_new_request(request)
 
@@ -121,10 +126,10 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduling.after_alloc(request, self._transferred(blocks.get_block_ids()), num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
-        return self._scheduling.build_step()
+        return self._scheduling.build_step(scheduler_output.total_num_scheduled_tokens)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
-        self._scheduling.received(connector_output.finished_recving or ())
+        self._scheduling.finished(connector_output.finished_recving or (), connector_output.finished_sending or ())
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._scheduling.request_finished(request, (block_ids,))
@@ -216,7 +221,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
     # ---- both ----
 
     def get_kv_connector_stats(self) -> DataDistStats | None:
-        return self._scheduler.take_stats() if self._scheduler is not None else self._working.meter.take()
+        return self._scheduler.take_stats() if self._scheduler is not None else self._working.take_stats()
 
     def _transferred(self, tables: Sequence[list[int]]) -> list[list[int]]:
         """The block tables of the KV cache groups that cross instances."""

@@ -106,6 +106,10 @@ class _Meter:
         self._stats = DataDistStats()
         self._gauges: dict[str, int] = {}
 
+    def has_some(self) -> bool:
+        with self._lock:
+            return not self._stats.is_empty()
+
     def take(self) -> DataDistStats | None:
         """What was recorded since the last call; None if nothing was."""
         with self._lock:

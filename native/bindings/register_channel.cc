@@ -162,8 +162,10 @@ void RegisterClient(py::module_ &module, const AnswerTypes &types) {
       .def(
           "renew",
           [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::vector<std::string> &tokens,
-             double timeout_s) { return Send(self, server, Renew{ToTokens(tokens)}, timeout_s); },
-          endpoint, py::arg("tokens"), timeout)
+             double timeout_s, bool pulling) {
+            return Send(self, server, Renew{ToTokens(tokens), pulling}, timeout_s);
+          },
+          endpoint, py::arg("tokens"), timeout, py::arg("pulling") = false)
       .def(
           "release",
           [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::vector<std::string> &tokens,

@@ -34,19 +34,46 @@ std::shared_ptr<LeaseTable> Construct(double limit_s, const std::shared_ptr<Manu
 }
 
 py::tuple Grant(LeaseTable &self, const py::str &request_id, const std::string &prompt, const std::string &blocks,
-                uint64_t num_blocks, double lease_s) {
-  const auto ticket =
-      self.Grant(ToBytes(request_id), {FromHex(prompt), FromHex(blocks)}, num_blocks, FromSeconds(lease_s));
+                uint64_t num_blocks, double claim_s, double lease_s) {
+  const auto ticket = self.Grant(ToBytes(request_id), {FromHex(prompt), FromHex(blocks)}, num_blocks,
+                                 {FromSeconds(claim_s), FromSeconds(lease_s)});
   if (!ticket.ok()) {
     Raise(ticket.status());
   }
   return py::make_tuple(ToHex(ticket.value().token), ticket.value().generation);
 }
 
+const char *NameOf(LeaseTable::End why) {
+  switch (why) {
+    case LeaseTable::End::kReleased:
+      return "released";
+    case LeaseTable::End::kExpired:
+      return "expired";
+    case LeaseTable::End::kUnclaimed:
+      return "unclaimed";
+    case LeaseTable::End::kRevoked:
+      return "revoked";
+  }
+  return "?";
+}
+
+LeaseTable::Revocable ToRevocable(const std::string &which) {
+  if (which == "unclaimed") {
+    return LeaseTable::Revocable::kUnclaimed;
+  }
+  if (which == "idle") {
+    return LeaseTable::Revocable::kIdle;
+  }
+  if (which == "all") {
+    return LeaseTable::Revocable::kAll;
+  }
+  throw py::value_error("which: '" + which + "', allowed: unclaimed, idle, all");
+}
+
 py::list TakeEnded(LeaseTable &self, const py::object &ended_type) {
   py::list ended;
   for (const LeaseTable::Ended &lease : self.TakeEnded()) {
-    ended.append(ended_type(FromBytes(lease.request_id), lease.released ? "released" : "expired"));
+    ended.append(ended_type(FromBytes(lease.request_id), NameOf(lease.why)));
   }
   return ended;
 }
@@ -72,7 +99,7 @@ void RegisterLeases(py::module_ &module) {
   py::class_<LeaseTable, std::shared_ptr<LeaseTable>>(module, "LeaseTable")
       .def(py::init(&Construct), py::arg("limit_s"), py::arg("clock") = nullptr)
       .def("grant", &Grant, py::arg("request_id"), py::arg("prompt_digest"), py::arg("blocks_digest"),
-           py::arg("num_blocks"), py::arg("lease_s"))
+           py::arg("num_blocks"), py::arg("claim_s"), py::arg("lease_s"))
       .def(
           "confirm",
           [](LeaseTable &self, const std::string &token, uint64_t generation, const std::string &prompt,
@@ -82,14 +109,23 @@ void RegisterLeases(py::module_ &module) {
           py::arg("token"), py::arg("generation"), py::arg("prompt_digest"), py::arg("blocks_digest"))
       .def(
           "renew",
-          [](LeaseTable &self, const std::vector<std::string> &tokens) {
-            return FromTokens(self.Renew(ToTokens(tokens)));
+          [](LeaseTable &self, const std::vector<std::string> &tokens, bool pulling) {
+            return FromTokens(self.Renew(ToTokens(tokens), pulling));
           },
-          py::arg("tokens"))
+          py::arg("tokens"), py::arg("pulling") = false)
       .def(
           "release",
           [](LeaseTable &self, const std::vector<std::string> &tokens) { self.Release(ToTokens(tokens)); },
           py::arg("tokens"))
+      .def(
+          "revoke",
+          [](LeaseTable &self, const std::string &which, double age_s, size_t most) {
+            return self.Revoke(ToRevocable(which), FromSeconds(age_s), most);
+          },
+          py::arg("which"), py::arg("age_s"), py::arg("most"))
+      .def(
+          "revoke_idle", [](LeaseTable &self, const std::string &token) { return self.RevokeIdle(FromHex(token)); },
+          py::arg("token"))
       .def("take_ended", [ended](LeaseTable &self) { return TakeEnded(self, ended); })
       .def("take_refused", &TakeRefused)
       .def("held", [](const LeaseTable &self) {

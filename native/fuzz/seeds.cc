@@ -82,7 +82,7 @@ std::vector<Bytes> Messages() {
       Encode(ChannelGreeting{{kProtocolVersion, kProtocolVersion}, 7}),
       Encode(DescribeRank{"engine", {1}, {2, 3}}),
       Encode(RankAnswer{Status::Ok(), {1, 2, 3}}),
-      Encode(Renew{{LeaseToken{1}, LeaseToken{2}}}),
+      Encode(Renew{{LeaseToken{1}, LeaseToken{2}}, true}),
       Encode(Renewed{{LeaseToken{1}}}),
       Encode(Confirm{LeaseToken{1}, 5, {}}),
       Encode(Confirmed{LeaseVerdict::kHeld}),

@@ -35,6 +35,16 @@ TEST(ChannelClient, GetsTheAnswerToEachRequest) {
   EXPECT_EQ(std::get<Confirmed>(client.Wait(gone).answer).verdict, LeaseVerdict::kGone);
 }
 
+TEST(ChannelClient, SaysWhatIsBeingPulled) {
+  ServerEnd server;
+  ClientEnd client;
+  const LeaseTable::Ticket ticket = server.Grant();
+  for (const bool pulling : {true, false}) {
+    (void)client.Ask(server.port(), Renew{{ticket.token}, pulling});
+    EXPECT_EQ(server.leases->RevokeIdle(ticket.token), !pulling);
+  }
+}
+
 TEST(ChannelClient, IsToldWhyThereIsNoSuchRank) {
   ServerEnd server;
   ClientEnd client;

@@ -12,6 +12,8 @@ namespace datadist {
 namespace {
 
 constexpr LeaseContent kContent{{1}, {2}};
+constexpr LeaseTable::Durations kLasting{std::chrono::minutes(1), std::chrono::minutes(1)};
+constexpr LeaseTable::Durations kShort{std::chrono::milliseconds(10), std::chrono::milliseconds(10)};
 
 // Whoever comes first ends a lease, and it ends once: a second time its blocks would be another request's.
 TEST(LeaseTable, RacingThreadsEndEachLeaseOnce) {
@@ -19,15 +21,16 @@ TEST(LeaseTable, RacingThreadsEndEachLeaseOnce) {
   LeaseTable table(std::chrono::minutes(10));
   std::vector<LeaseTable::Ticket> tickets;
   for (size_t i = 0; i < kLeases; ++i) {
-    tickets.push_back(table.Grant(std::to_string(i), kContent, 1, std::chrono::minutes(1)).value());
+    tickets.push_back(table.Grant(std::to_string(i), kContent, 1, kLasting).value());
   }
   std::vector<std::thread> threads;
   std::atomic<size_t> running{4};
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&] {
       for (const LeaseTable::Ticket &ticket : tickets) {
-        (void)table.Renew({ticket.token});
+        (void)table.Renew({ticket.token}, false);
         (void)table.held();
+        (void)table.Revoke(LeaseTable::Revocable::kAll, std::chrono::seconds(0), 1);
         table.Release({ticket.token});
         EXPECT_EQ(table.Confirm(ticket.token, ticket.generation, kContent), LeaseVerdict::kGone);
       }
@@ -53,13 +56,62 @@ TEST(LeaseTable, RacingThreadsEndEachLeaseOnce) {
   EXPECT_EQ(table.held().blocks, 0U);
 }
 
+LeaseTable::Ticket Grant(LeaseTable &table, const std::string &name) {
+  return table.Grant(name, kContent, 1, kLasting).value();
+}
+
+// P needs the blocks itself: what a D reads right now goes last, and whoever reads on is told that it does not count.
+TEST(LeaseTable, RevokesTheOldestThatNobodyReads) {
+  using Revocable = LeaseTable::Revocable;
+  const LeaseTable::Clock::duration any_age{};
+  LeaseTable table(std::chrono::minutes(10));
+  const auto pulled = Grant(table, "pulled");
+  const auto waited_for = Grant(table, "waited for");
+  const auto first = Grant(table, "first");
+  const auto last = Grant(table, "last");
+  EXPECT_TRUE(table.Renew({pulled.token}, true).empty());
+  EXPECT_TRUE(table.Renew({waited_for.token}, false).empty());
+  EXPECT_EQ(table.Revoke(Revocable::kUnclaimed, std::chrono::minutes(1), 9), 0U);
+  EXPECT_EQ(table.Revoke(Revocable::kUnclaimed, any_age, 1), 1U);
+  EXPECT_EQ(table.Confirm(first.token, first.generation, kContent), LeaseVerdict::kGone);
+  EXPECT_EQ(table.Confirm(last.token, last.generation, kContent), LeaseVerdict::kHeld);
+  EXPECT_EQ(table.Revoke(Revocable::kUnclaimed, any_age, 9), 1U);
+  EXPECT_FALSE(table.RevokeIdle(pulled.token));
+  EXPECT_EQ(table.Revoke(Revocable::kIdle, any_age, 9), 1U);
+  EXPECT_EQ(table.Confirm(waited_for.token, waited_for.generation, kContent), LeaseVerdict::kGone);
+  EXPECT_EQ(table.held().leases, 1U);
+  EXPECT_TRUE(table.Renew({pulled.token}, false).empty());
+  EXPECT_TRUE(table.RevokeIdle(pulled.token));
+  for (const LeaseTable::Ended &lease : table.TakeEnded()) {
+    EXPECT_EQ(lease.why, LeaseTable::End::kRevoked);
+  }
+  EXPECT_EQ(table.held().blocks, 0U);
+}
+
+TEST(LeaseTable, OneThatNobodyAskedForIsShort) {
+  LeaseTable::Clock::time_point now{};
+  LeaseTable table(std::chrono::minutes(10), [&now] { return now; });
+  const LeaseTable::Durations durations{std::chrono::seconds(1), std::chrono::seconds(30)};
+  const auto claimed = table.Grant("claimed", kContent, 1, durations).value();
+  (void)table.Grant("left", kContent, 1, durations);
+  EXPECT_TRUE(table.Renew({claimed.token}, false).empty());
+  now += std::chrono::seconds(1);
+  const std::vector<LeaseTable::Ended> left = table.TakeEnded();
+  ASSERT_EQ(left.size(), 1U);
+  EXPECT_EQ(left[0].why, LeaseTable::End::kUnclaimed);
+  now += std::chrono::seconds(29);
+  const std::vector<LeaseTable::Ended> silent = table.TakeEnded();
+  ASSERT_EQ(silent.size(), 1U);
+  EXPECT_EQ(silent[0].why, LeaseTable::End::kExpired);
+}
+
 // What a confirmation proves: no lease that was confirmed had been told of as ended before.
 TEST(LeaseTable, ConfirmsNothingWhoseEndWasTold) {
   std::atomic<int64_t> now{0};
   LeaseTable table(std::chrono::minutes(10),
                    [&now] { return LeaseTable::Clock::time_point(std::chrono::milliseconds(now.load())); });
   for (int round = 0; round < 300; ++round) {
-    const LeaseTable::Ticket ticket = table.Grant("r", kContent, 1, std::chrono::milliseconds(10)).value();
+    const LeaseTable::Ticket ticket = table.Grant("r", kContent, 1, kShort).value();
     std::atomic<bool> told{false};
     std::thread steps([&] {
       now += 10;

@@ -31,7 +31,7 @@ std::vector<Sample> Samples() {
       {"CHANNEL", Encode(ChannelGreeting{{3, 5}, 2}), &Decodes<ChannelGreeting>},
       {"DESCRIBE_RANK", Encode(DescribeRank{"engine", {1}, {2, kMaxRank}}), &Decodes<DescribeRank>},
       {"RANK", Encode(RankAnswer{Status::Ok(), {1, 2, 3}}), &Decodes<RankAnswer>},
-      {"RENEW", Encode(Renew{{LeaseToken{1}, LeaseToken{2}}}), &Decodes<Renew>},
+      {"RENEW", Encode(Renew{{LeaseToken{1}, LeaseToken{2}}, true}), &Decodes<Renew>},
       {"RENEWED", Encode(Renewed{{LeaseToken{1}}}), &Decodes<Renewed>},
       {"CONFIRM", Encode(Confirm{{1}, 2, {{3}, {4}}}), &Decodes<Confirm>},
       {"CONFIRMED", Encode(Confirmed{LeaseVerdict::kOtherBlocks}), &Decodes<Confirmed>},
@@ -97,12 +97,16 @@ TEST(ChannelMessages, ValuesOutOfTheirRangeAreRefused) {
   EXPECT_FALSE(Decodes<RankAnswer>(Encode(RankAnswer{Invalid("no"), {1}}))) << "refused, and told all the same";
   EXPECT_FALSE(Decodes<RankAnswer>(Encode(RankAnswer{Status(llm_datadist::LLM_TIMEOUT, "no"), {}})))
       << "the peer does not choose what our caller is told";
+  Body renew = Encode(Renew{{LeaseToken{1}}, true});
+  renew.back() = 2;
+  EXPECT_FALSE(Decodes<Renew>(renew));
   // As many tokens as were announced, and more than a message may have.
   const uint32_t count = kMaxLeasesPerMessage + 1;
   Body tokens = {static_cast<uint8_t>(count), static_cast<uint8_t>(count >> 8), 0, 0};
   tokens.resize(tokens.size() + count * sizeof(LeaseToken));
-  EXPECT_FALSE(Decodes<Renew>(tokens));
   EXPECT_FALSE(Decodes<Release>(tokens));
+  tokens.push_back(0);
+  EXPECT_FALSE(Decodes<Renew>(tokens));
 }
 
 TEST(ChannelMessages, RandomBytesCostNothingButARefusal) {

@@ -80,8 +80,8 @@ async def check(prefill: Program, decode: Program, reference: Reference, *reques
     await reference.check_all(requests, answers)
     tokens = [len(request.prompt) - 1 for request in requests]
     if prefill is decode:
-        # What it has prefilled itself is in its prefix cache, in whole blocks: only the rest is copied.
-        tokens = [each % 128 for each in tokens]
+        # What it has prefilled itself is in its prefix cache, in whole blocks: the rest is not worth a second copy.
+        tokens = []
     await equality.check_moved(change, sum(tokens))
     assert change.now(FAILED) == 0
 

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable
 
+import msgspec
 import pytest
 from support.consumer import D_CLUSTER, Consumer, release
 from support.endpoints import LOOPBACK, check
@@ -16,6 +17,7 @@ from support.producer_process import ProducerProcess
 from support.slow_relay import SlowRelay
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.worker import peers as peers_module
 from vllm_datadist_connector.worker.transfers import Failure
 
 StartProducer = Callable[..., ProducerProcess]
@@ -289,3 +291,27 @@ class TestClusterIds:
         wait_until(lost, "the loss of the link")
         pull(consumer, start_producer(100), "second", [3], [4])
         assert consumer.observer.handshakes == 2
+
+
+def test_made_up_instances_do_not_shut_out_a_real_one(
+    start_producer: StartProducer, start_consumer: StartConsumer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A client can invent tickets by the hundred; those that wait longest for an answer leave first."""
+    monkeypatch.setattr(peers_module, "MAX_UNPROVEN", 8)
+    monkeypatch.setattr(peers_module, "MAX_INSTANCES", 1)
+    producer, frozen = start_producer(), start_producer(101)
+    consumer = start_consumer(handshake_timeout_s=60.0)
+    remote, silent = producer.prefill("real", [2]), frozen.prefill("silent", [2])
+    frozen.stop()
+    for index in range(30):
+        ticket = msgspec.structs.replace(silent.ticket, incarnation=f"{index:032x}")
+        forged = msgspec.structs.replace(silent, ticket=ticket)
+        consumer.pull(f"forged {index}", forged, [20 + index], deadline_s=60.0)
+    consumer.expect(producer, remote, [3])
+    consumer.pull("real", remote, [3])
+    # 7 of the forged ones still wait for their answer.
+    consumer.wait(24)
+    assert "real" in consumer.received
+    assert consumer.failed == {f"forged {index}" for index in range(23)}
+    consumer.check_bytes()
+    frozen.resume()

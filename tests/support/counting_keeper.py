@@ -13,25 +13,37 @@ class CountingKeeper:
         self.users: Counter[str] = Counter()
         self.endpoints: list[Endpoint] = []
         self.gone: set[str] = set()
+        self.asked: set[str] = set()
         self.unanswered: set[str] = set()
         self.full = False
+        self.pulled: list[str] = []
 
-    def hold(self, endpoint: Endpoint, ticket: LeaseTicket) -> bool:
+    def hold(self, endpoint: Endpoint, ticket: LeaseTicket, is_news: bool = True) -> bool:
         if self.full:
             return False
         self.endpoints.append(endpoint)
         self.users[ticket.token] += 1
+        if not is_news:
+            self.asked.add(ticket.token)
         return True
 
-    def holds(self, ticket: LeaseTicket) -> bool:
-        return ticket.token not in self.gone
+    def holds(self, ticket: LeaseTicket) -> bool | None:
+        is_open = ticket.token in self.asked & self.unanswered
+        return None if is_open else ticket.token not in self.gone
 
-    def stands(self, ticket: LeaseTicket) -> bool | None:
-        return None if ticket.token in self.unanswered else self.holds(ticket)
+    def pulls(self, ticket: LeaseTicket, at_most_s: float) -> None:
+        assert at_most_s > 0
+        self.pulled.append(ticket.token)
+
+    def lose(self, ticket: LeaseTicket) -> None:
+        self.gone.add(ticket.token)
 
     def release(self, ticket: LeaseTicket) -> None:
         self.users[ticket.token] -= 1
         assert self.users[ticket.token] >= 0
+
+    def flush(self) -> None:
+        pass
 
     def close(self) -> None:
         pass

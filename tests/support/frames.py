@@ -62,3 +62,8 @@ def pack_tokens(tokens: tuple[str, ...]) -> bytes:
 def unpack_tokens(body: bytes) -> tuple[str, ...]:
     assert len(body) == 4 + 16 * int.from_bytes(body[:4], "little")
     return tuple(body[start : start + 16].hex() for start in range(4, len(body), 16))
+
+
+def unpack_renewal(body: bytes) -> tuple[tuple[str, ...], bool]:
+    """(tokens, whether they are being pulled)"""
+    return unpack_tokens(body[:-1]), {b"\0": False, b"\1": True}[body[-1:]]

@@ -11,6 +11,7 @@ from support.engine_config import FULL, group_of, vllm_config
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
+from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
 from vllm.v1.request import RequestStatus
 
@@ -157,3 +158,31 @@ def test_an_unknown_scheduler_is_left_alone(monkeypatch: pytest.MonkeyPatch) -> 
     compat.guard_failed_loads()
     assert Scheduler._handle_invalid_blocks is changed
     assert said
+
+
+@pytest.mark.parametrize("is_one_of_several", [False, True])
+def test_pauses_are_told_of(monkeypatch: pytest.MonkeyPatch, is_one_of_several: bool) -> None:
+    told: list[bool] = []
+    monkeypatch.setattr(Scheduler, "set_pause_state", Scheduler.set_pause_state)
+    monkeypatch.setattr(DataDistConnector, "_set_paused", lambda _, paused: told.append(paused))
+    for _ in range(2):
+        compat.watch_pauses()
+    ours, theirs = object.__new__(DataDistConnector), object()
+    connector = SimpleNamespace(_connectors=[theirs, ours]) if is_one_of_several else ours
+    scheduler: Any = SimpleNamespace(connector=connector)
+    for state in (PauseState.PAUSED_NEW, PauseState.PAUSED_ALL, PauseState.UNPAUSED):
+        Scheduler.set_pause_state(scheduler, state)
+        assert scheduler._pause_state is state
+    assert told == [True, True, False]
+
+
+def test_pauses_without_us(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Scheduler, "set_pause_state", Scheduler.set_pause_state)
+    compat.watch_pauses()
+    for connector in (None, object()):
+        Scheduler.set_pause_state(SimpleNamespace(connector=connector), PauseState.PAUSED_ALL)  # type: ignore[arg-type]
+
+
+def test_a_vllm_that_cannot_be_watched(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Scheduler, "set_pause_state")
+    compat.watch_pauses()

@@ -22,6 +22,7 @@ DEFAULTS = {
     "huge_pages": True,
     "queue_threads": 4,
     "lease_s": 30.0,
+    "claim_s": 10.0,
     "lease_limit_s": 600.0,
     "bidirectional": False,
     "decoder_lease_s": 480.0,
@@ -51,6 +52,7 @@ ALLOWED: dict[str, list[object]] = {
     "huge_pages": [True, False],
     "queue_threads": [1, 64],
     "lease_s": [1, 600],
+    "claim_s": [1, 600],
     "lease_limit_s": [60, 86400],
     "bidirectional": [True, False],
     "decoder_lease_s": [1, 3600],
@@ -80,6 +82,7 @@ REFUSED: dict[str, list[object]] = {
     "huge_pages": [1, "yes", None],
     "queue_threads": [0, 65],
     "lease_s": [0.5, 3601, "30", float("nan")],
+    "claim_s": [0.5, 3601],
     "lease_limit_s": [0, 86401],
     "bidirectional": [1, "true", None],
     "decoder_lease_s": [0.5, 3601, "480", float("nan")],
@@ -245,3 +248,13 @@ def test_shipped_configs(path: Path) -> None:
     assert transfer["kv_connector"] == "DataDistConnector"
     assert transfer["kv_role"] in ("kv_producer", "kv_consumer", "kv_both")
     parse_config(transfer.get("kv_connector_extra_config"))
+
+
+def test_networks_are_not_parsed_per_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = parse_config({"allowed_peers": [f"10.{index}.0.0/16" for index in range(256)]})
+    assert config.allows_peer("10.255.1.2")
+    parsed: list[object] = []
+    monkeypatch.setattr("ipaddress.ip_network", lambda *values, **_: parsed.append(values))
+    assert config.allows_peer("10.7.1.2")
+    assert not config.allows_peer("11.7.1.2")
+    assert not parsed

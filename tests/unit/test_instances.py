@@ -38,3 +38,12 @@ def test_what_is_heard_of_an_earlier_meeting_does_not_count() -> None:
     for state in set(InstanceState) - {InstanceState.MEETING}:
         instance.state = state
         assert not instance.is_meeting(present)
+
+
+def test_it_is_proven_by_an_answer_only() -> None:
+    """Clients can make up any number of instances; one that rests between two meetings is none of those."""
+    instance = Instance(InstanceKey(Endpoint("127.0.0.1", 1), "e", "i"), met_at=0.0, last_used=0.0)
+    instance.peers[Rank(0, 0)] = Peer(Rank(0, 0))
+    assert not instance.is_proven
+    instance.state = InstanceState.RESTING
+    assert instance.is_proven

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import msgspec
 import pytest
 from support.channels import BareServer
-from support.frames import RELEASE, RELEASED, RENEW, RENEWED, Frame, pack_tokens, unpack_tokens
+from support.frames import RELEASE, RELEASED, RENEW, RENEWED, Frame, pack_tokens, unpack_renewal, unpack_tokens
 from support.pd import LOOPBACK, OTHER_TOKEN, TOKEN, WAIT_S, make_ticket, wait_until
 
 from vllm_datadist_connector.protocol.params import LeaseTicket
@@ -30,6 +30,7 @@ class Producer:
         self._leases = Leases(TOKEN, (16,), 600.0)
         self.table = self._leases.table
         self.seen: list[int] = []
+        self.pulling: dict[str, bool] = {}
         self.deaf_to_releases = 0
         self.deaf_to_renewals = False
         self.answers = threading.Lock()
@@ -54,13 +55,15 @@ class Producer:
 
     def _answer(self, request: Frame) -> Frame | None:
         self.seen.append(request.kind)
-        tokens = unpack_tokens(request.body)
         if request.kind == RENEW:
+            tokens, pulling = unpack_renewal(request.body)
+            self.pulling.update(dict.fromkeys(tokens, pulling))
             if self.deaf_to_renewals:
                 return None
             with self.answers:
                 pass
-            return Frame(RENEWED, request.seq, pack_tokens(self.table.renew(tokens)))
+            return Frame(RENEWED, request.seq, pack_tokens(self.table.renew(tokens, pulling)))
+        tokens = unpack_tokens(request.body)
         if self.deaf_to_releases:
             self.deaf_to_releases -= 1
             return None
@@ -94,48 +97,98 @@ def test_renews_for_longer_than_the_lease_then_releases(producer: Producer, keep
     assert producer.ended == [EndedLease("r", "released")]
 
 
-def test_the_first_renewal_is_sent_at_once(producer: Producer, keeper: LeaseKeeper) -> None:
-    """A request may come when little of its lease is left."""
+def test_p_hears_of_a_lease_at_once_and_of_its_pull(producer: Producer, keeper: LeaseKeeper) -> None:
+    """Not when a quarter of the lease has passed: a request may come late, and a lease not asked for is short."""
     ticket = msgspec.structs.replace(producer.grant(), lease_s=3600.0)
-    assert keeper.hold(producer.endpoint, ticket)
-    wait_until(lambda: producer.count(RENEW) == 1, "the first renewal")
+    keeper.hold(producer.endpoint, ticket)
+    wait_until(lambda: producer.pulling.get(ticket.token) is False, "the first renewal")
+    keeper.pulls(ticket, 3600.0)
+    wait_until(lambda: producer.pulling[ticket.token], "the news of a pull")
+    keeper.lose(ticket)
+    assert not keeper.holds(ticket)
+    keeper.pulls(ticket, 1.0)
+    keeper.release(ticket)
+    assert producer.count(RELEASE) == 0
 
 
-class TestStands:
-    def test_unknown_until_p_has_said_so(self, producer: Producer, keeper: LeaseKeeper) -> None:
+def test_a_pull_is_told_of_only_so_long(producer: Producer, keeper: LeaseKeeper) -> None:
+    """A D that is paused renews, and makes no progress."""
+    ticket = producer.grant()
+    keeper.hold(producer.endpoint, ticket)
+    keeper.pulls(ticket, 0.3)
+    wait_until(lambda: producer.pulling.get(ticket.token, False), "the news of a pull")
+    wait_until(lambda: not producer.pulling[ticket.token], "a renewal without it")
+
+
+class TestHolds:
+    """Whether a lease is worth a pull: P may have ended it, and what is gone costs a computation, not a failed pull."""
+
+    @pytest.fixture
+    def endless_news(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(keeper_module, "_NEWS_S", 3600.0)
+
+    @pytest.fixture
+    def old_news(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(keeper_module, "_NEWS_S", 0.0)
+
+    @pytest.mark.usefixtures("endless_news")
+    def test_what_was_just_granted(self, producer: Producer, keeper: LeaseKeeper) -> None:
         ticket = producer.grant()
         with producer.answers:
             keeper.hold(producer.endpoint, ticket)
-            assert keeper.stands(ticket) is None
-        wait_until(lambda: keeper.stands(ticket), "the answer")
+            assert keeper.holds(ticket)
         keeper.release(ticket)
-        assert keeper.stands(ticket) is False
+        assert keeper.holds(ticket) is False
 
-    def test_not_if_it_is_gone(self, producer: Producer, keeper: LeaseKeeper) -> None:
-        stale = make_ticket(lease_s=3600.0)
-        keeper.hold(producer.endpoint, stale)
-        wait_until(lambda: keeper.stands(stale) is False, "the news that the lease is gone")
+    def test_an_earlier_turn_once_p_has_said_so(self, producer: Producer, keeper: LeaseKeeper) -> None:
+        ticket = producer.grant()
+        with producer.answers:
+            keeper.hold(producer.endpoint, ticket, is_news=False)
+            assert keeper.holds(ticket) is None
+        wait_until(lambda: keeper.holds(ticket), "the answer")
 
+    @pytest.mark.usefixtures("old_news")
+    def test_any_lease_after_a_while(self, producer: Producer, keeper: LeaseKeeper) -> None:
+        """Though steps be further apart than news lasts, the answer is told."""
+        ticket = msgspec.structs.replace(producer.grant(), lease_s=3600.0)
+        keeper.hold(producer.endpoint, ticket)
+        for _ in range(3):
+            assert keeper.holds(ticket) is None
+            wait_until(lambda: keeper.holds(ticket), "the answer")
+        wait_until(lambda: producer.count(RENEW) >= 2, "a question beside the first renewal")
+
+    @pytest.mark.parametrize("is_news", [True, False])
+    @pytest.mark.usefixtures("old_news")
+    def test_what_p_has_ended(self, producer: Producer, keeper: LeaseKeeper, is_news: bool) -> None:
+        gone = make_ticket(lease_s=3600.0)
+        keeper.hold(producer.endpoint, gone, is_news)
+        assert keeper.holds(gone) is not True
+        wait_until(lambda: keeper.holds(gone) is False, "the news that the lease is gone")
+
+    @pytest.mark.parametrize("is_news", [True, False])
     @pytest.mark.parametrize("listens", [True, False], ids=["silent", "dead"])
-    def test_not_if_p_does_not_answer(self, keeper: LeaseKeeper, listens: bool) -> None:
+    @pytest.mark.usefixtures("old_news")
+    def test_silence_ends_only_what_was_never_known(self, keeper: LeaseKeeper, listens: bool, is_news: bool) -> None:
+        """A busy P may miss renewals of a lease that stands; for its answer D waits only so long."""
         ticket = make_ticket(lease_s=3600.0)
         with socket.create_server((LOOPBACK, 0)) as server:
             endpoint = Endpoint(LOOPBACK, server.getsockname()[1])
             if not listens:
                 server.close()
-            keeper.hold(endpoint, ticket)
-            wait_until(lambda: keeper.stands(ticket) is False, "the end of the waiting")
-            assert keeper.holds(ticket), "P has not said that the lease is gone"
+            keeper.hold(endpoint, ticket, is_news)
+            if listens:
+                assert keeper.holds(ticket) is None
+            wait_until(lambda: keeper.holds(ticket) is is_news, "the end of the waiting")
 
-    def test_still_if_p_misses_a_later_renewal(self, producer: Producer, keeper: LeaseKeeper) -> None:
-        ticket = producer.grant()
-        keeper.hold(producer.endpoint, ticket)
-        wait_until(lambda: keeper.stands(ticket), "the answer")
+    @pytest.mark.usefixtures("old_news")
+    def test_what_p_has_said_once_outlasts_its_silence(self, producer: Producer, keeper: LeaseKeeper) -> None:
+        ticket = msgspec.structs.replace(producer.grant(), lease_s=3600.0)
+        keeper.hold(producer.endpoint, ticket, is_news=False)
+        wait_until(lambda: keeper.holds(ticket), "the answer")
         producer.deaf_to_renewals = True
-        heard = producer.count(RENEW)
-        # The second one is sent after the first one's time is over.
-        wait_until(lambda: producer.count(RENEW) >= heard + 3, "renewals without an answer")
-        assert keeper.stands(ticket)
+        for _ in range(2):
+            assert keeper.holds(ticket) is None
+            wait_until(lambda: keeper.holds(ticket), "the end of the waiting")
 
 
 def test_the_last_of_several_users_releases(producer: Producer, keeper: LeaseKeeper) -> None:
@@ -196,7 +249,7 @@ def test_a_dead_endpoint_does_not_starve_another(producer: Producer, keeper: Lea
         keeper.hold(producer.endpoint, ticket)
         wait_until(lambda: producer.count(RENEW) >= 5, "renewals beside a dead endpoint")
         assert not producer.has_ended()
-        assert keeper.holds(dead)
+        assert keeper.holds(dead) is not False
 
 
 def test_many_leases_of_one_endpoint_share_messages(producer: Producer, keeper: LeaseKeeper) -> None:

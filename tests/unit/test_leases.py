@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections import Counter
 from dataclasses import dataclass
+from typing import Literal
 
 import pytest
 from hypothesis import strategies as st
@@ -18,6 +19,7 @@ from vllm_datadist_connector.side_channel.server import EndedLease, ManualClock
 
 LEASE_S, LONG_LEASE_S, LIMIT_S = 10.0, 50.0, 35.0
 """A lease may outlast the limit of renewals: one for a conversation's next turn is never renewed."""
+CLAIM_S = 4.0
 BLOCK_SIZES = (16,)
 BLOCKS: BlockIds = ((4, 2, 9),)
 
@@ -29,7 +31,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 def leases(clock: ManualClock) -> Leases:
-    return Leases(TOKEN, BLOCK_SIZES, LIMIT_S, clock)
+    return Leases(TOKEN, BLOCK_SIZES, LIMIT_S, CLAIM_S, clock)
 
 
 def confirm(leases: Leases, ticket: LeaseTicket, blocks: BlockIds = BLOCKS, **changes: object) -> str:
@@ -67,6 +69,7 @@ def test_only_exactly_the_granted_blocks_are_confirmed(leases: Leases, blocks: B
 
 def test_expires_at_its_time_and_not_before(leases: Leases, clock: ManualClock) -> None:
     ticket = leases.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
+    assert leases.table.renew([ticket.token]) == ()
     clock.now += LEASE_S - 0.001
     assert confirm(leases, ticket) == ""
     assert leases.table.take_ended() == []
@@ -77,9 +80,45 @@ def test_expires_at_its_time_and_not_before(leases: Leases, clock: ManualClock) 
 
 def test_a_lease_that_ran_out_cannot_be_renewed(leases: Leases, clock: ManualClock) -> None:
     ticket = leases.grant("a", BLOCKS, OTHER_TOKEN, LEASE_S)
-    clock.now += LEASE_S
+    clock.now += CLAIM_S
     assert leases.table.renew([ticket.token]) == (ticket.token,)
-    assert leases.table.take_ended() == [EndedLease("a", "expired")]
+    assert leases.table.take_ended() == [EndedLease("a", "unclaimed")]
+
+
+def test_one_that_nobody_has_asked_for_is_short(leases: Leases, clock: ManualClock) -> None:
+    """Streams, batches, lists of prompts: P cannot know that their params reach nobody."""
+    claimed, left = (leases.grant(name, BLOCKS, OTHER_TOKEN, LEASE_S) for name in ("claimed", "left"))
+    next_turn = leases.grant("next turn", BLOCKS, OTHER_TOKEN, LEASE_S, is_renewed=False)
+    clock.now += CLAIM_S - 0.001
+    assert leases.table.renew([claimed.token]) == ()
+    clock.now += 0.001
+    assert leases.table.take_ended() == [EndedLease("left", "unclaimed")]
+    assert "ended" in confirm(leases, left)
+    clock.now += LEASE_S - CLAIM_S - 0.001
+    assert leases.table.take_ended() == []
+    assert confirm(leases, claimed) == confirm(leases, next_turn) == ""
+
+
+def test_revoked_are_not_confirmed(leases: Leases, clock: ManualClock) -> None:
+    tickets = [leases.grant(str(i), BLOCKS, OTHER_TOKEN, LEASE_S) for i in range(5)]
+    pulled, waited_for = tickets[1], tickets[2]
+    leases.table.renew([waited_for.token])
+    leases.table.renew([pulled.token], pulling=True)
+    clock.now += 1.0
+    assert leases.table.revoke("unclaimed", 1.001, 5) == 0, "none is so old"
+    assert leases.table.revoke("unclaimed", 1.0, 2) == 2
+    assert [lease.request_id for lease in leases.table.take_ended()] == ["0", "3"], "the oldest first"
+    assert not leases.table.revoke_idle(pulled.token)
+    assert not leases.table.revoke_idle(TOKEN)
+    assert leases.table.revoke_idle(tickets[4].token)
+    assert leases.table.revoke("idle", 0.0, 5) == 1
+    assert [confirm(leases, ticket) == "" for ticket in tickets] == [False, True, False, False, False]
+    leases.table.renew([pulled.token], pulling=True)
+    assert leases.table.revoke("all", 0.0, 5) == 1
+    assert "ended" in confirm(leases, pulled)
+    ended = [EndedLease(name, "revoked") for name in ("4", "2", "1")]
+    assert leases.table.take_ended() == ended
+    assert leases.table.held() == (0, 0)
 
 
 def test_renewals_end_at_the_limit(leases: Leases, clock: ManualClock) -> None:
@@ -94,9 +133,10 @@ def test_renewals_end_at_the_limit(leases: Leases, clock: ManualClock) -> None:
 def test_one_that_is_renewed_does_not_keep_another_alive(leases: Leases, clock: ManualClock) -> None:
     renewed = leases.grant("renewed", BLOCKS, OTHER_TOKEN, LEASE_S)
     left = leases.grant("left", BLOCKS, OTHER_TOKEN, LEASE_S)
-    clock.now += LEASE_S / 2
+    assert leases.table.renew([left.token]) == ()
+    clock.now += CLAIM_S / 2
     assert leases.table.renew([renewed.token, TOKEN]) == (TOKEN,)
-    clock.now += LEASE_S / 2
+    clock.now += LEASE_S - CLAIM_S / 2
     assert leases.table.take_ended() == [EndedLease("left", "expired")]
     assert "ended" in confirm(leases, left)
     assert confirm(leases, renewed) == ""
@@ -105,6 +145,7 @@ def test_one_that_is_renewed_does_not_keep_another_alive(leases: Leases, clock: 
 
 def test_each_lease_lasts_its_own_time(leases: Leases, clock: ManualClock) -> None:
     long, short = (leases.grant(str(s), BLOCKS, OTHER_TOKEN, s) for s in (LONG_LEASE_S, LEASE_S))
+    leases.table.renew([long.token, short.token])
     clock.now += LEASE_S
     assert leases.table.take_ended() == [EndedLease(str(LEASE_S), "expired")]
     assert "ended" in confirm(leases, short)
@@ -116,7 +157,8 @@ def test_each_lease_lasts_its_own_time(leases: Leases, clock: ManualClock) -> No
 
 def test_a_renewal_lasts_as_long_as_the_lease_and_shortens_none(leases: Leases, clock: ManualClock) -> None:
     short = leases.grant("short", BLOCKS, OTHER_TOKEN, LEASE_S)
-    long = leases.grant("long", BLOCKS, OTHER_TOKEN, LONG_LEASE_S)
+    long = leases.grant("long", BLOCKS, OTHER_TOKEN, LONG_LEASE_S, is_renewed=False)
+    assert leases.table.renew([short.token]) == ()
     clock.now += LEASE_S / 2
     assert leases.table.renew([long.token, short.token]) == ()
     clock.now += LEASE_S
@@ -152,6 +194,8 @@ class Expected:
     ticket: LeaseTicket
     expires: float
     limit: float
+    claimed: bool = False
+    pulling: bool = False
 
 
 class LeaseModel(RuleBasedStateMachine):
@@ -162,7 +206,7 @@ class LeaseModel(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.clock = ManualClock()
-        self.leases = Leases(TOKEN, BLOCK_SIZES, LIMIT_S, self.clock)
+        self.leases = Leases(TOKEN, BLOCK_SIZES, LIMIT_S, CLAIM_S, self.clock)
         self.held: dict[str, Expected] = {}
         self.to_end: list[EndedLease] = []
         self.granted = 0
@@ -174,7 +218,7 @@ class LeaseModel(RuleBasedStateMachine):
         ticket = self.leases.grant(request_id, BLOCKS, OTHER_TOKEN, lease_s)
         now = self.clock.now
         limit = round(now + max(LIMIT_S, lease_s), 3)
-        self.held[ticket.token] = Expected(request_id, ticket, round(now + lease_s, 3), limit)
+        self.held[ticket.token] = Expected(request_id, ticket, round(now + min(lease_s, CLAIM_S), 3), limit)
         return ticket
 
     @rule(seconds=st.sampled_from([0.0, 0.5, 2.5, 5.0, 9.999, 10.0, 40.0]))
@@ -183,16 +227,25 @@ class LeaseModel(RuleBasedStateMachine):
         for token, lease in list(self.held.items()):
             if lease.expires <= self.clock.now:
                 del self.held[token]
-                self.to_end.append(EndedLease(lease.request_id, "expired"))
+                self.to_end.append(EndedLease(lease.request_id, "expired" if lease.claimed else "unclaimed"))
 
-    @rule(tickets=st.lists(tickets, max_size=3))
-    def renew(self, tickets: list[LeaseTicket]) -> None:
-        gone = self.leases.table.renew([ticket.token for ticket in tickets])
+    @rule(tickets=st.lists(tickets, max_size=3), pulling=st.booleans())
+    def renew(self, tickets: list[LeaseTicket], pulling: bool) -> None:
+        gone = self.leases.table.renew([ticket.token for ticket in tickets], pulling)
         assert gone == tuple(ticket.token for ticket in tickets if ticket.token not in self.held)
         for ticket in tickets:
             lease = self.held.get(ticket.token)
             if lease is not None:
                 lease.expires = min(round(self.clock.now + lease.ticket.lease_s, 3), lease.limit)
+                lease.claimed, lease.pulling = True, pulling
+
+    @rule(which=st.sampled_from(["unclaimed", "idle", "all"]), most=st.integers(0, 3))
+    def revoke(self, which: Literal["unclaimed", "idle", "all"], most: int) -> None:
+        left_alone = {"unclaimed": lambda x: x.claimed, "idle": lambda x: x.pulling, "all": lambda _: False}[which]
+        chosen = [token for token, lease in self.held.items() if not left_alone(lease)][:most]
+        assert self.leases.table.revoke(which, 0.0, most) == len(chosen)
+        for token in chosen:
+            self.to_end.append(EndedLease(self.held.pop(token).request_id, "revoked"))
 
     @rule(ticket=tickets)
     def release(self, ticket: LeaseTicket) -> None:

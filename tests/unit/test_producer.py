@@ -16,6 +16,7 @@ from vllm.v1.request import RequestStatus
 from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.protocol.digest import blocks_digest, prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, RemotePrefill, parse_remote_prefill
+from vllm_datadist_connector.scheduler import producer as producer_module
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity, digest_of
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
 from vllm_datadist_connector.side_channel.client import (
@@ -103,23 +104,11 @@ def test_held_by_how_it_ended(producer: ProducerScheduler, status: RequestStatus
 
 
 @pytest.mark.parametrize(
-    ("request_id", "held"),
-    [
-        ("cmpl-a-0-0123abcd", True),
-        ("cmpl-a-1-0-0123abcd", True),
-        ("chatcmpl-a-1-0123abcd", True),
-        ("cmpl-___prefill_addr_1.2.3.4:5___decode_addr_1.2.3.4:6_u-0-0123abcd", True),
-        ("0_cmpl-a-0-0123abcd", False),
-        ("1_cmpl-a-0-0123abcd", False),
-        ("12_chatcmpl-a-0123abcd", False),
-        ("cmpl-a-1-0123abcd", False),
-        ("cmpl-a-10-0123abcd", False),
-    ],
+    "request_id", ["cmpl-a-0-0123abcd", "cmpl-a-1-0123abcd", "0_cmpl-a-0-0123abcd", "5_abc_0-0123abcd", "5_abc_0"]
 )
-def test_requests_whose_params_reach_nobody_are_not_held(
-    producer: ProducerScheduler, request_id: str, held: bool
-) -> None:
-    assert producer.request_finished(finish(make_request(PROMPT, TO_P, request_id)), (BLOCKS,), LEASE_S)[0] is held
+def test_a_name_tells_nothing(producer: ProducerScheduler, request_id: str) -> None:
+    """A client's `request_id` of /v1/responses looks like a child of n > 1 of vLLM's own naming."""
+    assert producer.request_finished(finish(make_request(PROMPT, TO_P, request_id)), (BLOCKS,), LEASE_S)[0]
 
 
 def test_embeddings_are_not_held(producer: ProducerScheduler) -> None:
@@ -160,19 +149,64 @@ def test_release_gives_back_once(producer: ProducerScheduler, client: ChannelCli
 
 
 def test_expiry_gives_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None:
-    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), 600.0, Trust())
+    """A D that fell silent is worth a warning; nobody's asking is how every answer without params ends."""
+    caplog.set_level(logging.INFO)
+    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), 600.0, Trust(), claim_s=0.01)
     try:
-        remote_id = "cmpl-late-0-00000000"
-        assert producer.request_finished(finish(make_request(PROMPT, TO_P, remote_id)), (BLOCKS,), 0.01)[0]
+        silent, orphan = "cmpl-late-0-00000000", "1_cmpl-late-0-00000000"
+        requests = [finish(make_request(PROMPT, TO_P, name)) for name in (silent, orphan)]
+        tickets = [producer.request_finished(request, (BLOCKS,), 0.5)[1][EXTRA_KEY] for request in requests]
+        assert producer.leases.renew([tickets[0]["token"]]) == ()
         ended: tuple[str, ...] = ()
         end = time.monotonic() + WAIT_S
-        while not ended and time.monotonic() < end:
-            ended = producer.take_ended()
-        assert ended == (remote_id,)
-        assert producer.take_counts() == ({"expired": 1}, 0)
-        assert [record.levelno for record in caplog.records if remote_id in record.message] == [logging.WARNING]
+        while len(ended) < 2 and time.monotonic() < end:
+            ended += producer.take_ended()
+        assert ended == (orphan, silent)
+        assert producer.take_counts() == ({"expired": 1, "unclaimed": 1}, 0)
+        levels = [(record.levelno, record.message.split()[1]) for record in caplog.records]
+        assert levels == [(logging.INFO, f"{orphan}:"), (logging.WARNING, f"{silent}:")]
     finally:
         producer.close()
+
+
+def test_who_asks_for_nothing_does_not_make_counts_grow(producer: ProducerScheduler) -> None:
+    """vLLM 0.23 takes a scheduler's statistics only while a worker has some."""
+    for index in range(100):
+        hold(producer, f"cmpl-{index}-0-00000000")
+        assert producer.leases.revoke("all", 0.0, 1) == 1
+        producer.take_ended()
+    assert len(producer._ended) == 1
+    assert producer.take_counts() == ({"revoked": 100}, 0)
+
+
+class TestPause:
+    def test_what_nobody_pulls_is_given_up(self, producer: ProducerScheduler) -> None:
+        waiting, pulled, left = (hold(producer, f"cmpl-{index}-0-00000000") for index in range(3))
+        producer.leases.renew([waiting.ticket.token])
+        producer.leases.renew([pulled.ticket.token], pulling=True)
+        producer.set_paused(True)
+        assert producer.take_ended() == (waiting.remote_request_id, left.remote_request_id)
+        assert producer.held() == (1, 3)
+        # A renewal that means no progress keeps nothing.
+        producer.leases.renew([pulled.ticket.token])
+        assert producer.take_ended() == (pulled.remote_request_id,)
+
+    def test_a_pull_is_waited_for_so_long(self, producer: ProducerScheduler, monkeypatch: pytest.MonkeyPatch) -> None:
+        """By a D that is paused itself, and will never say that it is done."""
+        monkeypatch.setattr(producer_module, "_PULL_GRACE_S", 0.0)
+        pulled = hold(producer)
+        producer.leases.renew([pulled.ticket.token], pulling=True)
+        producer.set_paused(True)
+        assert producer.take_ended() == (pulled.remote_request_id,)
+
+    def test_nothing_is_held_until_it_ends(self, producer: ProducerScheduler) -> None:
+        producer.set_paused(True)
+        held, params = producer.request_finished(finish(make_request(PROMPT, TO_P)), (BLOCKS,), LEASE_S)
+        assert not held
+        assert EXTRA_KEY not in params
+        producer.set_paused(False)
+        hold(producer)
+        assert producer.take_ended() == ()
 
 
 def test_renew_tells_what_is_gone(producer: ProducerScheduler, client: ChannelClient) -> None:
@@ -216,3 +250,20 @@ def test_describe_rank(producer: ProducerScheduler, client: ChannelClient) -> No
     refused = ask(client, producer, "describe_rank", **(good | {"tp_rank": 2}))
     assert isinstance(refused, Refused)
     assert "(0, 2); there are [(0, 0), (0, 1)]" in refused.reason
+
+
+def test_a_large_table_of_several_groups_is_confirmed(client: ChannelClient) -> None:
+    """By its digest: repeated, so many ids are more than a message may have."""
+    groups = tuple(KVGroup(BLOCK_SIZE) for _ in range(4))
+    identity = InstanceIdentity("engine-p", tp_size=1, pp_size=1, dcp_size=1, groups=groups)
+    producer = ProducerScheduler(identity, Endpoint(LOOPBACK, 0), 600.0, Trust())
+    try:
+        length = 65536 * BLOCK_SIZE
+        tables = [list(range(1 + group, 65537 + group)) for group in range(4)]
+        held, params = producer.request_finished(finish(make_request(range(length), TO_P)), tables, LEASE_S)
+        assert held
+        remote = parse_remote_prefill(params)
+        assert producer.held() == (1, 4 * 65536)
+        assert ask(client, producer, "confirm", **confirmation(remote)) == Confirmed(True, "")
+    finally:
+        producer.close()

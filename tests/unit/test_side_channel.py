@@ -59,7 +59,7 @@ def test_answers_go_to_their_requests(
     server: ChannelServer, endpoint: Endpoint, leases: LeaseTable, client: ChannelClient
 ) -> None:
     server.set_geometries({(0, 0): b"rank 0", (0, 1): b"rank 1"})
-    token, generation = leases.grant("r", TOKEN, OTHER_TOKEN, 3, 60.0)
+    token, generation = leases.grant("r", TOKEN, OTHER_TOKEN, 3, 60.0, 60.0)
     expected = {}
     for rank in (1, 0):
         sent = client.describe_rank(endpoint, ENGINE_ID, TOKEN, 0, rank, WAIT_S)
@@ -140,7 +140,7 @@ from vllm_datadist_connector.side_channel.server import LeaseTable, serve
 leases = LeaseTable(600.0)
 server = serve(Endpoint("{LOOPBACK}", 0), "p", "{TOKEN}", leases, Trust())
 server.set_geometries({{(0, 0): b"geometry"}})
-token, generation = leases.grant("r", "{TOKEN}", "{OTHER_TOKEN}", 1, 60.0)
+token, generation = leases.grant("r", "{TOKEN}", "{OTHER_TOKEN}", 1, 60.0, 60.0)
 print(server.port, token, generation, flush=True)
 ctypes.PyDLL(None).sleep(600)
 """

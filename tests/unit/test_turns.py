@@ -8,16 +8,29 @@ from typing import Any
 import pytest
 from support.counting_keeper import CountingKeeper
 from support.engine_config import FULL, group_of, vllm_config
-from support.pd import BLOCK_SIZE, LOOPBACK, TO_P, TOKEN, decode, finish, make_params, make_request, make_ticket
+from support.pd import (
+    BLOCK_SIZE,
+    LOOPBACK,
+    TO_P,
+    TOKEN,
+    decode,
+    finish,
+    make_contract,
+    make_params,
+    make_request,
+    make_ticket,
+)
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.kv_groups import KVGroup
+from vllm_datadist_connector.metadata import StepMetadata
 from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, names_earlier_turn, parse_remote_prefill
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
 from vllm_datadist_connector.side_channel.endpoint import Trust
+from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
 
 FIRST_TURN = list(range(100, 100 + 3 * BLOCK_SIZE))
 ANSWER = list(range(500, 500 + BLOCK_SIZE + 1))
@@ -195,8 +208,8 @@ class TestGrant:
         request = d_request()
         scheduler.on_new_request(request)
         scheduler.after_alloc(request, (TABLE,), len(FIRST_TURN))
-        scheduler.build_step()
-        scheduler.received([request.request_id])
+        scheduler.build_step(0)
+        scheduler.finished([request.request_id], ())
         held, params = scheduler.request_finished(decode(request, ANSWER), (TABLE,))
         assert held
         assert params is not None
@@ -219,8 +232,8 @@ class TestGrant:
         assert p.matched_tokens(next_turn, BLOCK_SIZE) == 0, "fewer than recompute_threshold"
         assert p.matched_tokens(next_turn, 0) == HELD
         p.after_alloc(next_turn, (TABLE,), HELD)
-        assert [job.end_token for job in p.build_step().pulls] == [HELD]
-        p.received([next_turn.request_id])
+        assert [job.end_token for job in p.build_step(0).pulls] == [HELD]
+        p.finished([next_turn.request_id], ())
         held, onward = p.request_finished(finish(next_turn), (TABLE,))
         assert held
         assert onward is not None
@@ -299,3 +312,30 @@ class TestGrant:
         assert not held
         assert params is not None
         assert EXTRA_KEY not in params
+
+
+class TestStatistics:
+    def test_the_worker_is_told_of_the_schedulers(self, make_scheduler: MakeScheduler) -> None:
+        """vLLM 0.23 asks the scheduler only where a worker has some, and the workers of a pure P have none."""
+        scheduler = make_scheduler("kv_producer")
+        assert not scheduler.build_step(0).has_stats
+        request = make_request(FIRST_TURN, {"do_remote_decode": True})
+        scheduler.on_new_request(request)
+        assert scheduler.request_finished(finish(request), (TABLE,))[0]
+        assert scheduler.build_step(0).has_stats
+        stats = scheduler.take_stats()
+        assert stats is not None
+        assert stats.data["gauges"]["held_leases"] == {"scheduler": 1}
+        assert not scheduler.build_step(0).has_stats
+
+    def test_a_worker_hands_on_that_there_are_some(self) -> None:
+        place = RankPlace(tp_rank=0, pp_rank=0, tp_size=1, pp_size=1, index=0)
+        worker = ConnectorWorker(ConnectorConfig(), make_contract(), place, {}, (BLOCK_SIZE,), True, False)
+        try:
+            for has_stats in (True, False):
+                worker.start_step(StepMetadata(has_stats=has_stats))
+                stats = worker.take_stats()
+                assert (stats is not None) is has_stats
+                assert stats is None or stats.is_empty()
+        finally:
+            worker.close()

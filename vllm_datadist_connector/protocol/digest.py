@@ -15,14 +15,34 @@ from collections.abc import Sequence
 from vllm_datadist_connector.protocol.params import BlockIds
 
 
+class PromptHash:
+    """The digest of a prompt that is read in pieces."""
+
+    def __init__(self) -> None:
+        self._state = hashlib.blake2b(digest_size=16)
+
+    def update(self, token_ids: Sequence[int]) -> None:
+        self._state.update(_words(token_ids))
+
+    def copy(self) -> PromptHash:
+        other = PromptHash()
+        other._state = self._state.copy()
+        return other
+
+    def hexdigest(self, adapter: str = "", mm_hashes: Sequence[str] = ()) -> str:
+        """32 hex digits of token ids, LoRA adapter and multi-modal content hashes (in prompt order)."""
+        state = self._state.copy()
+        for part in (adapter, *mm_hashes):
+            encoded = part.encode(errors="surrogatepass")
+            state.update(len(encoded).to_bytes(4, "little"))
+            state.update(encoded)
+        return state.hexdigest()
+
+
 def prompt_digest(token_ids: Sequence[int], adapter: str = "", mm_hashes: Sequence[str] = ()) -> str:
-    """32 hex digits of token ids, LoRA adapter and multi-modal content hashes (in prompt order)."""
-    state = hashlib.blake2b(_words(token_ids), digest_size=16)
-    for part in (adapter, *mm_hashes):
-        encoded = part.encode(errors="surrogatepass")
-        state.update(len(encoded).to_bytes(4, "little"))
-        state.update(encoded)
-    return state.hexdigest()
+    whole = PromptHash()
+    whole.update(token_ids)
+    return whole.hexdigest(adapter, mm_hashes)
 
 
 def blocks_digest(blocks: BlockIds) -> str:

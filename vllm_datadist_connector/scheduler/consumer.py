@@ -29,7 +29,8 @@ from vllm_datadist_connector.protocol.params import (
     wants_remote_prefill,
 )
 from vllm_datadist_connector.scheduler.adapters import is_same
-from vllm_datadist_connector.scheduler.identity import adapter_of, digest_of, is_token_prompt
+from vllm_datadist_connector.scheduler.digests import PromptDigests
+from vllm_datadist_connector.scheduler.identity import adapter_of, is_token_prompt
 from vllm_datadist_connector.scheduler.keeper import LeaseKeeper
 from vllm_datadist_connector.scheduler.local_prefills import REASON_OF, LocalPrefills, Reason
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
@@ -52,13 +53,15 @@ class _Tracked:
     """The first token that vLLM was offered last: it may take fewer than all that follow."""
     least_tokens: int = 1
     """Fewer than these are not worth a pull."""
-    ask_first: bool = False
-    """The lease is of an earlier turn and may long have gone: it is offered only once P has said that it stands, or it
-    would cost an error instead of a computation."""
+    is_compared: bool = False
+    """Whether the prompt was found to be P's, which takes time for a long one."""
+    is_gone: bool = False
+    """Whether nothing was offered last because the lease does not stand."""
     refusal: tuple[Reason, str] | None = None
     """Why nothing of it may be loaded. The request is tracked all the same, because P waits to hear of its lease: vLLM
     announces a request that its API server rejected with a prompt of its own making, only to abort it."""
     state: _State = _State.NEW
+    from_ourselves: bool = False
 
 
 class ConsumerScheduler:
@@ -83,6 +86,7 @@ class ConsumerScheduler:
             local: notes what is prefilled here after all.
         """
         self._groups = groups
+        self._largest_block = max([1, *(group.block_size for group in groups)])
         self._prompt_tail = max(1, prompt_tail)
         self._recompute_threshold = recompute_threshold
         self._ourselves = ourselves
@@ -93,7 +97,9 @@ class ConsumerScheduler:
         self._requests: dict[str, _Tracked] = {}
         self._pulls: list[PullJob] = []
         self._cancels: list[str] = []
+        self._digests = PromptDigests()
         self._releases = 0
+        self._pulling = 0
 
     def on_new_request(self, request: Request) -> None:
         params = request.kv_transfer_params
@@ -103,14 +109,18 @@ class ConsumerScheduler:
         try:
             tracked = self._track(request)
             if earlier_turn and self._recompute_threshold is not None:
-                tracked.least_tokens, tracked.ask_first = max(1, self._recompute_threshold), True
+                tracked.least_tokens = max(tracked.least_tokens, self._recompute_threshold)
         except ParamsError as error:
             self._local.note(request.request_id, REASON_OF[error.why], f"kv_transfer_params: {error}")
             return
         remote = tracked.remote
-        if self._keeper.hold(Endpoint(remote.remote_host, remote.remote_port), remote.ticket):
+        self._digests.begin(request, remote.remote_num_tokens)
+        if self._digests.is_ready(request.request_id):
+            self._compare(request, tracked)
+        if self._keeper.hold(Endpoint(remote.remote_host, remote.remote_port), remote.ticket, not earlier_turn):
             self._requests[request.request_id] = tracked
         else:
+            self._digests.forget(request.request_id)
             self._local.note(request.request_id, Reason.TOO_MANY, "as many leases are kept alive as can be")
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
@@ -121,44 +131,59 @@ class ConsumerScheduler:
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.state is not _State.NEW:
             return 0
-        tracked.offered_from = num_computed_tokens
-        if not self._keeper.holds(tracked.remote.ticket):
-            return 0
+        tracked.offered_from, tracked.is_gone = num_computed_tokens, False
+        if not tracked.is_compared and not self._compare(request, tracked):
+            return None
         count = tracked.loadable_tokens - num_computed_tokens
         if count < tracked.least_tokens:
             return 0
-        stands = self._keeper.stands(tracked.remote.ticket) if tracked.ask_first else True
-        return None if stands is None else count * stands
+        held = self._keeper.holds(tracked.remote.ticket)
+        tracked.is_gone = held is False
+        return None if held is None else count * held
+
+    def waiting_on_ourselves(self) -> list[str]:
+        """Requests that have not begun to pull blocks which we hold for them ourselves, the newest first."""
+        requests = reversed(self._requests.items())
+        return [name for name, each in requests if each.from_ourselves and each.state is _State.NEW]
+
+    def token_of(self, request_id: str) -> str:
+        return self._requests[request_id].remote.ticket.token
+
+    def lose_lease(self, request_id: str) -> None:
+        """It is prefilled here."""
+        self._keeper.lose(self._requests[request_id].remote.ticket)
 
     def after_alloc(self, request: Request, tables: Sequence[Sequence[int]], num_external_tokens: int) -> None:
         """Blocks were allocated. `tables`: the request's whole block table of every KV cache group."""
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.state is not _State.NEW:
             return
+        self._digests.forget(request.request_id)
         # The flag is what the rest of vLLM sees of "not loaded yet"; a requeued request must not find it set.
         if wants_remote_prefill(request.kv_transfer_params) and request.kv_transfer_params is not None:
             request.kv_transfer_params["do_remote_prefill"] = False
         if num_external_tokens <= 0:
             if tracked.refusal is not None:
                 self._local.note(request.request_id, *tracked.refusal)
-            elif tracked.loadable_tokens > tracked.offered_from and not self._keeper.holds(tracked.remote.ticket):
-                self._local.note(request.request_id, Reason.LEASE_GONE, f"the lease of {tracked.remote} is gone")
+            elif tracked.is_gone:
+                gone = f"the lease of {tracked.remote} is gone, or nobody answers for it"
+                self._local.note(request.request_id, Reason.LEASE_GONE, gone)
             self._forget(request.request_id)
             return
         tracked.state = _State.PULLING
+        self._pulling += 1
         first, end = tracked.offered_from, tracked.offered_from + num_external_tokens
-        remote = tracked.remote
-        p = Endpoint(remote.remote_host, remote.remote_port), remote.ticket.incarnation
+        self._keeper.pulls(tracked.remote.ticket, self._recv_deadline_s)
         grouped = zip(self._groups, tables, strict=True)
         self._pulls.append(
             PullJob(
                 request_id=request.request_id,
-                remote=remote,
+                remote=tracked.remote,
                 local_blocks=tuple(group.covering(table, first, end) for group, table in grouped),
                 first_token=first,
                 end_token=end,
                 prompt_digest=tracked.prompt_digest,
-                from_ourselves=p == self._ourselves,
+                from_ourselves=tracked.from_ourselves,
                 deadline_s=self._recv_deadline_s,
             )
         )
@@ -180,6 +205,7 @@ class ConsumerScheduler:
 
     def take_jobs(self) -> tuple[tuple[PullJob, ...], tuple[str, ...]]:
         """(pulls, cancels) since the last step."""
+        self._keeper.flush()
         pulls, self._pulls = tuple(self._pulls), []
         cancels, self._cancels = tuple(self._cancels), []
         return pulls, cancels
@@ -189,10 +215,11 @@ class ConsumerScheduler:
         return released
 
     def pulling(self) -> int:
-        return sum(tracked.state is _State.PULLING for tracked in self._requests.values())
+        return self._pulling
 
     def close(self) -> None:
         self._keeper.close()
+        self._digests.close()
 
     def _track(self, request: Request) -> _Tracked:
         params = request.kv_transfer_params
@@ -201,7 +228,25 @@ class ConsumerScheduler:
             raise ParamsError(f"remote_host: {remote.remote_host!r:.80} is not among allowed_peers", Unusable.HOST)
         loadable = self._loadable(request, remote)
         refusal = self._refusal(request, remote, loadable)
-        return _Tracked(remote, remote.ticket.prompt_digest, 0 if refusal else loadable, refusal=refusal)
+        tracked = _Tracked(remote, remote.ticket.prompt_digest, 0 if refusal else loadable, refusal=refusal)
+        p = Endpoint(remote.remote_host, remote.remote_port), remote.ticket.incarnation
+        if p == self._ourselves:
+            # What our prefix cache has of it needs no second copy: released, the blocks are the request's own.
+            tracked.from_ourselves, tracked.least_tokens = True, self._largest_block
+        return tracked
+
+    def _compare(self, request: Request, tracked: _Tracked) -> bool:
+        """Compares the prompt with P's, whose KV would be another's; False if that takes a while longer."""
+        if tracked.refusal is None:
+            if not self._digests.is_ready(request.request_id):
+                return False
+            remote, ticket = tracked.remote, tracked.remote.ticket
+            # Of an adapter that only P can read, P's word: the confirmation fails if it is not P's.
+            if ticket.prompt_digest != self._digests.take(request, remote.remote_num_tokens, ticket.adapter):
+                tracked.loadable_tokens = 0
+                tracked.refusal = Reason.PROMPT, f"the tokens of {remote} are not how this prompt begins"
+        tracked.is_compared = True
+        return True
 
     def _loadable(self, request: Request, remote: RemotePrefill) -> int:
         """Tokens of the prompt, from the first one on, that P's blocks can give and that are worth having.
@@ -223,9 +268,6 @@ class ConsumerScheduler:
         ours, theirs = adapter_of(request), remote.ticket.adapter
         if not is_same(ours, theirs):
             return Reason.ADAPTER, f"LoRA adapter: ours {ours or 'none'}, that of {remote} {theirs or 'none'}"
-        # Of an adapter that only P can read, P's word: the confirmation fails if it is not P's.
-        if remote.ticket.prompt_digest != digest_of(request, remote.remote_num_tokens, theirs):
-            return Reason.PROMPT, f"the tokens of {remote} are not how this prompt begins"
         if any(group.forgets for group in self._groups) and loadable != remote.remote_num_tokens:
             # A state cannot be taken back to an earlier token, nor a window to blocks that it has left.
             have = request.num_prompt_tokens
@@ -235,6 +277,8 @@ class ConsumerScheduler:
 
     def _forget(self, request_id: str) -> None:
         tracked = self._requests.pop(request_id, None)
+        self._digests.forget(request_id)
         if tracked is not None:
             self._releases += 1
+            self._pulling -= tracked.state is _State.PULLING
             self._keeper.release(tracked.remote.ticket)

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from vllm_datadist_connector.kv_groups import KVGroup
-from vllm_datadist_connector.protocol.digest import prompt_digest
+from vllm_datadist_connector.protocol.digest import PromptHash
 from vllm_datadist_connector.scheduler.adapters import Adapters
 
 if TYPE_CHECKING:
@@ -40,10 +40,17 @@ def adapter_of(request: Request) -> str:
     return _adapters.identity_of(request.lora_request)
 
 
-def digest_of(request: Request, num_tokens: int, adapter: str) -> str:
-    """The digest of a vLLM request's first `num_tokens` tokens, generated ones included."""
-    return prompt_digest(
-        request.all_token_ids[:num_tokens],
+def digest_of(
+    request: Request, num_tokens: int, adapter: str, begun: PromptHash | None = None, num_begun: int = 0
+) -> str:
+    """The digest of a vLLM request's first `num_tokens` tokens, generated ones included.
+
+    Args:
+        begun: of the first `num_begun` of them.
+    """
+    whole = begun.copy() if begun is not None else PromptHash()
+    whole.update(request.all_token_ids[num_begun:num_tokens])
+    return whole.hexdigest(
         adapter,
         [feature.identifier for feature in request.mm_features or () if feature.mm_position.offset < num_tokens],
     )

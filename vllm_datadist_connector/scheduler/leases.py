@@ -2,28 +2,57 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from vllm_datadist_connector.protocol.digest import blocks_digest
 from vllm_datadist_connector.protocol.params import BlockIds, LeaseTicket
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.side_channel.server import LeaseTable, ManualClock
+
+NULL_BLOCK: Final = 0
+"""Stands for what a sliding window has left."""
 
 
 class Leases:
     """Grants into `table`, from which the side channel answers."""
 
     def __init__(
-        self, incarnation: str, block_sizes: tuple[int, ...], limit_s: float, clock: ManualClock | None = None
+        self,
+        incarnation: str,
+        block_sizes: tuple[int, ...],
+        limit_s: float,
+        claim_s: float = float("inf"),
+        clock: ManualClock | None = None,
     ) -> None:
+        """
+        Args:
+            claim_s: a lease that nobody has renewed yet lasts no longer.
+        """
         self.table = LeaseTable(limit_s, clock)
+        self._claim_s = claim_s
         self._incarnation = incarnation
         self._block_sizes = block_sizes
 
     def grant(
-        self, request_id: str, blocks: BlockIds, prompt_digest: str, lease_s: float, adapter: str = ""
+        self,
+        request_id: str,
+        blocks: BlockIds,
+        prompt_digest: str,
+        lease_s: float,
+        adapter: str = "",
+        is_renewed: bool = True,
     ) -> LeaseTicket:
-        """Keeps a request's blocks until `lease_s` pass without a renewal."""
-        num_blocks = sum(sum(1 for block in group if block) for group in blocks)
-        token, generation = self.table.grant(request_id, prompt_digest, blocks_digest(blocks), num_blocks, lease_s)
+        """Keeps a request's blocks until `lease_s` pass without a renewal.
+
+        Args:
+            is_renewed: somebody will come for it soon. Many answers carry their params to nobody (streams, the children
+                of n > 1, lists of prompts, batches), and vLLM tells a connector of none of them.
+        """
+        num_blocks = sum(len(group) - group.count(NULL_BLOCK) for group in blocks)
+        claim_s = min(lease_s, self._claim_s) if is_renewed else lease_s
+        token, generation = self.table.grant(
+            request_id, prompt_digest, blocks_digest(blocks), num_blocks, claim_s, lease_s
+        )
         return LeaseTicket(
             version=PROTOCOL_VERSION,
             incarnation=self._incarnation,

@@ -59,7 +59,7 @@ _ADVICE: Final = {
     Reason.PEER: "add it to allowed_peers if it is a peer",
     Reason.PROMPT: "a router must send P and D the same prompt",
     Reason.ADAPTER: "load the same adapter on both ends",
-    Reason.LEASE_GONE: "raise P's lease_s if requests may wait so long for D",
+    Reason.LEASE_GONE: "raise P's claim_s and lease_s if D may come so late; P's log tells if its KV cache was full",
     Reason.TOO_MANY: "spread the requests over more instances",
 }
 """None for what is as it should be: P held nothing."""

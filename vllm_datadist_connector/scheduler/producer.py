@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import logging
-import re
+import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -11,10 +12,11 @@ from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.params import build_params
-from vllm_datadist_connector.scheduler.identity import InstanceIdentity, adapter_of, digest_of, is_token_prompt
+from vllm_datadist_connector.scheduler.digests import PromptDigests
+from vllm_datadist_connector.scheduler.identity import InstanceIdentity, adapter_of, is_token_prompt
 from vllm_datadist_connector.scheduler.leases import Leases
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
-from vllm_datadist_connector.side_channel.server import EndedLease, serve
+from vllm_datadist_connector.side_channel.server import LeaseTable, serve
 
 if TYPE_CHECKING:
     from vllm.v1.request import Request
@@ -25,19 +27,28 @@ logger.addFilter(OthersWords())
 _HELD_STATUSES = frozenset({RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED})
 """Ends of a prefill whose blocks D wants: max_tokens reached, or a stop token as the very first one."""
 
-_UNCLAIMED = re.compile(r"^\d+_|^cmpl-.*-[1-9]\d*-[0-9a-f]{8}$")
-"""Ids of requests whose params the API server drops, so that nobody would ever ask for their blocks: the children of a
-request with n > 1 (it returns the params of whichever ended last), and all prompts of a list but the first."""
+_PULL_GRACE_S = 5.0
+"""Who pulls when we pause may go on for so long: a D that is paused, too, would never tell us that it is done."""
 
 
 class ProducerScheduler:
     """Owns the leases and the side channel's listener, which answers from them by itself."""
 
-    def __init__(self, identity: InstanceIdentity, endpoint: Endpoint, limit_s: float, trust: Trust) -> None:
+    def __init__(
+        self,
+        identity: InstanceIdentity,
+        endpoint: Endpoint,
+        limit_s: float,
+        trust: Trust,
+        claim_s: float = float("inf"),
+    ) -> None:
         self._identity = identity
         block_sizes = tuple(group.block_size for group in identity.groups)
-        self._leases = Leases(identity.incarnation, block_sizes, limit_s)
-        self._ended: list[EndedLease] = []
+        self._leases = Leases(identity.incarnation, block_sizes, limit_s, claim_s)
+        self._ended: Counter[str] = Counter()
+        self._digests = PromptDigests()
+        self._returning = 0
+        self._paused_at: float | None = None
         self._refused_confirms = 0
         self._server = serve(endpoint, identity.engine_id, identity.incarnation, self._leases.table, trust)
         self.endpoint = Endpoint(endpoint.host, self._server.port)
@@ -45,6 +56,10 @@ class ProducerScheduler:
     def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
         """Geometry of every worker rank by (pp rank, tp rank), each a RankGeometry in msgpack."""
         self._server.set_geometries(geometries)
+
+    def on_new_request(self, request: Request) -> None:
+        """One whose blocks we may have to hold."""
+        self._digests.begin(request, request.num_prompt_tokens)
 
     def request_finished(
         self, request: Request, tables: Sequence[Sequence[int]], lease_s: float, for_next_turn: bool = False
@@ -57,13 +72,15 @@ class ProducerScheduler:
                 next prompt; otherwise it was prefilled here for a D.
         """
         num_tokens = self._held_tokens(request, for_next_turn)
+        if not num_tokens:
+            self._digests.forget(request.request_id)
         groups = self._identity.groups
         held = tuple(group.holding(table, num_tokens) for group, table in zip(groups, tables, strict=True))
         ticket = None
         if num_tokens and any(any(group) for group in held):
             adapter = adapter_of(request)
-            digest = digest_of(request, num_tokens, adapter)
-            ticket = self._leases.grant(request.request_id, held, digest, lease_s, adapter=adapter)
+            digest = self._digests.take(request, num_tokens, adapter)
+            ticket = self._leases.grant(request.request_id, held, digest, lease_s, adapter, not for_next_turn)
         return ticket is not None, build_params(
             engine_id=self._identity.engine_id,
             request_id=request.request_id,
@@ -80,21 +97,52 @@ class ProducerScheduler:
 
     def take_ended(self) -> tuple[str, ...]:
         """Requests whose lease ended since the last step: their blocks go back to vLLM."""
+        if self._paused_at is not None:
+            self._revoke_for_pause(self._paused_at)
         self._note_refused()
         ended = self._leases.table.take_ended()
         for lease in ended:
+            self._ended[lease.why] += 1
             if lease.why == "expired":
-                logger.warning("request %s: no D came for its blocks in time; lease expired", lease.request_id)
-        self._ended += ended
+                logger.warning("request %s: its D fell silent; lease expired", lease.request_id)
+            elif lease.why == "unclaimed":
+                # As it should be for answers that carry no params; whose D did not find us, that D says.
+                logger.info("request %s: nobody asked for its blocks in time", lease.request_id)
+        self._returning += len(ended)
         return tuple(lease.request_id for lease in ended)
+
+    def sent(self, count: int) -> None:
+        """vLLM has the blocks of so many requests back."""
+        self._returning = max(0, self._returning - count)
+
+    @property
+    def returning(self) -> int:
+        """Requests whose lease has ended and whose blocks vLLM does not have back yet."""
+        return self._returning
+
+    @property
+    def leases(self) -> LeaseTable:
+        return self._leases.table
+
+    def set_paused(self, paused: bool) -> None:
+        """vLLM waits with a pause until nobody holds blocks: a paused P gives up whatever nobody pulls right now."""
+        self._paused_at = time.monotonic() if paused else None
+        if self._paused_at is not None:
+            self._revoke_for_pause(self._paused_at)
+
+    def _revoke_for_pause(self, paused_at: float) -> None:
+        leases = self.held()[0]
+        if leases:
+            grace = time.monotonic() - paused_at < _PULL_GRACE_S
+            revoked = self._leases.table.revoke("idle" if grace else "all", 0.0, leases)
+            if revoked:
+                logger.info("paused: gave up the leases of %d requests", revoked)
 
     def take_counts(self) -> tuple[dict[str, int], int]:
         """(leases ended by reason, confirmations refused) since the last call, for the metrics."""
-        by_reason: dict[str, int] = {}
-        for lease in self._ended:
-            by_reason[lease.why] = by_reason.get(lease.why, 0) + 1
-        self._ended = []
         self._note_refused()
+        by_reason = dict(self._ended)
+        self._ended.clear()
         refused, self._refused_confirms = self._refused_confirms, 0
         return by_reason, refused
 
@@ -104,6 +152,7 @@ class ProducerScheduler:
 
     def close(self) -> None:
         self._server.close()
+        self._digests.close()
 
     def _note_refused(self) -> None:
         for reason, count in self._leases.table.take_refused().items():
@@ -112,7 +161,7 @@ class ProducerScheduler:
 
     def _held_tokens(self, request: Request, for_next_turn: bool) -> int:
         """How many of its first tokens the request's blocks hold for others; 0: none."""
-        if request.status not in _HELD_STATUSES or _UNCLAIMED.match(request.request_id) or not is_token_prompt(request):
+        if request.status not in _HELD_STATUSES or self._paused_at is not None or not is_token_prompt(request):
             return 0
         # The KV of the last token is computed when it is fed back, never if it ended the request.
         last = request.num_tokens - 1 if for_next_turn else request.num_prompt_tokens

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_datadist_connector import compat
@@ -16,6 +16,7 @@ from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity
 from vllm_datadist_connector.scheduler.local_prefills import LocalPrefills
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
+from vllm_datadist_connector.scheduler.relief import Relief
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 if TYPE_CHECKING:
@@ -50,7 +51,8 @@ class ConnectorScheduler:
         if transfer.is_kv_producer or config.bidirectional:
             port = config.side_channel_port
             port += compat.data_parallel_index(parallel) if port else 0
-            self._producer = ProducerScheduler(identity, Endpoint(config.host, port), config.lease_limit_s, trust)
+            endpoint = Endpoint(config.host, port)
+            self._producer = ProducerScheduler(identity, endpoint, config.lease_limit_s, trust, config.claim_s)
         if transfer.is_kv_consumer or config.bidirectional:
             self._consumer = ConsumerScheduler(
                 identity.groups,
@@ -63,6 +65,7 @@ class ConnectorScheduler:
                 (self._producer.endpoint, identity.incarnation) if self._producer is not None else None,
                 self._local,
             )
+        self._relief = Relief(self._producer, self._consumer) if self._producer is not None else None
 
     def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
         if self._producer is not None:
@@ -71,19 +74,34 @@ class ConnectorScheduler:
     def on_new_request(self, request: Request) -> None:
         prefills, decodes = self._producer is not None, self._consumer is not None
         self._local.note_arrival(request.request_id, request.kv_transfer_params, prefills, decodes)
+        if self._relief is not None:
+            self._relief.arrived(request.request_id)
         if self._producer is not None and self._prompt_tail and wants_remote_decode(request.kv_transfer_params):
             compat.drop_prompt_tail(request, self._prompt_tail)
+        if self._producer is not None and self._is_held(request):
+            self._producer.on_new_request(request)
         if self._consumer is not None:
             self._consumer.on_new_request(request)
 
+    def _is_held(self, request: Request) -> bool:
+        params = request.kv_transfer_params
+        return wants_remote_decode(params) or (self._bidirectional and was_remote_prefill(params))
+
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
-        return self._consumer.matched_tokens(request, num_computed_tokens) if self._consumer is not None else 0
+        count = self._consumer.matched_tokens(request, num_computed_tokens) if self._consumer is not None else 0
+        if self._relief is not None and count is not None:
+            self._relief.asked(request.request_id)
+        return count
 
     def after_alloc(self, request: Request, tables: Sequence[Sequence[int]], num_external_tokens: int) -> None:
+        if self._relief is not None:
+            self._relief.allocated(request.request_id)
         if self._consumer is not None:
             self._consumer.after_alloc(request, tables, num_external_tokens)
 
     def request_finished(self, request: Request, tables: Sequence[Sequence[int]]) -> tuple[bool, dict[str, Any] | None]:
+        if self._relief is not None:
+            self._relief.ended(request.request_id)
         if self._consumer is not None:
             self._consumer.request_finished(request.request_id)
         if self._producer is None:
@@ -94,23 +112,37 @@ class ConnectorScheduler:
             return self._producer.request_finished(request, tables, self._decoder_lease_s, for_next_turn=True)
         return False, None
 
-    def received(self, request_ids: Iterable[str]) -> None:
-        if self._consumer is not None:
-            self._consumer.received(request_ids)
+    def set_paused(self, paused: bool) -> None:
+        """vLLM has stopped to schedule requests, or goes on."""
+        if self._producer is not None:
+            self._producer.set_paused(paused)
 
-    def build_step(self) -> StepMetadata:
+    def finished(self, received: Iterable[str], sent: Collection[str]) -> None:
+        """Every worker rank has told vLLM so."""
+        if self._consumer is not None:
+            self._consumer.received(received)
+        if self._producer is not None:
+            self._producer.sent(len(sent))
+
+    def build_step(self, num_scheduled_tokens: int) -> StepMetadata:
+        if self._relief is not None:
+            self._relief.step(num_scheduled_tokens)
         ended = self._producer.take_ended() if self._producer is not None else ()
         pulls, cancels = self._consumer.take_jobs() if self._consumer is not None else ((), ())
-        return StepMetadata(pulls=pulls, cancels=cancels, ended_leases=ended)
+        self._measure()
+        return StepMetadata(pulls=pulls, cancels=cancels, ended_leases=ended, has_stats=self._meter.has_some())
 
     def take_stats(self) -> DataDistStats | None:
+        self._measure()
+        return self._meter.take()
+
+    def _measure(self) -> None:
         if self._producer is not None:
             leases, blocks = self._producer.held()
             self._meter.producer(leases, blocks, *self._producer.take_counts())
         if self._consumer is not None:
             self._meter.consumer(self._consumer.pulling(), self._consumer.take_releases())
         self._meter.local_prefills(self._local.take())
-        return self._meter.take()
 
     def close(self) -> None:
         if self._producer is not None:

@@ -32,7 +32,8 @@ from vllm_datadist_connector.wakeup import Wakeup, wait_readable
 from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
 from vllm_datadist_connector.worker.copies import OwnCopies
 from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceState, Peer
-from vllm_datadist_connector.worker.peers import InstanceTable, rehearse
+from vllm_datadist_connector.worker.pairing import rehearse
+from vllm_datadist_connector.worker.peers import InstanceTable
 from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
 from vllm_datadist_connector.worker.transfers import Failure, FinishedPulls, Outbox, Phase, Transfer, TransferTable
 

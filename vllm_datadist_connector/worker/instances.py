@@ -80,6 +80,12 @@ class Instance:
     """The last of their deadlines."""
     is_ourselves: bool = False
 
+    @property
+    def is_proven(self) -> bool:
+        """Whether somebody has answered as who it is said to be."""
+        known = any(peer.geometry is not None for peer in self.peers.values())
+        return known or self.state is not InstanceState.MEETING
+
     def is_meeting(self, peer: Peer) -> bool:
         """Whether what is heard of the peer is of the meeting that goes on, and not of one that was given up."""
         return self.state is InstanceState.MEETING and self.peers.get(peer.rank) is peer

@@ -43,6 +43,8 @@ logger = logging.getLogger(__name__)
 logger.addFilter(OthersWords())
 
 MAX_INSTANCES = 1024
+MAX_UNPROVEN = 256
+"""Of those that have not answered as who they are said to be: a client can make up any number of them."""
 MAX_RANKS = 512
 """Of one instance that we would link with: an instance says itself how many it has."""
 
@@ -65,16 +67,6 @@ class Linking(NamedTuple):
     instance: Instance
     peer: Peer
     geometry: RankGeometry
-
-
-def rehearse(ours: RankGeometry) -> None:
-    """Reads and pairs a geometry, as for the first peer; nobody waits for it yet.
-
-    What is made on first use (decoders, parts of numpy) takes some 8 ms of computing; beside a step thread that wants
-    the interpreter too it kept the first request waiting for 15 to 30.
-    """
-    with contextlib.suppress(MismatchError):
-        pair_with_itself(decode_geometry(msgspec.msgpack.encode(ours)))
 
 
 class InstanceTable:
@@ -131,7 +123,8 @@ class InstanceTable:
                 self._meet(instance)
         else:
             instance = Instance(key, met_at=now, last_used=now, wanted_until=deadline)
-            if len(self._instances) >= MAX_INSTANCES:
+            self._make_room()
+            if len(self._instances) >= MAX_INSTANCES + MAX_UNPROVEN:
                 instance.state, instance.reason = InstanceState.BROKEN, f"more than {MAX_INSTANCES} instances"
                 instance.failed_step = "handshake"
                 return instance
@@ -261,6 +254,14 @@ class InstanceTable:
             elif instance.state is InstanceState.RESTING:
                 wakes.append(instance.again_at)
         return min(wakes, default=None)
+
+    def _make_room(self) -> None:
+        """For one more that is unproven. A real one answers within milliseconds, so the oldest is the least to lose."""
+        unproven = [each for each in self._instances.values() if not each.is_proven]
+        if len(unproven) >= MAX_UNPROVEN:
+            oldest = min(unproven, key=lambda each: each.met_at)
+            reason = f"{oldest.key.endpoint} has not answered, and too many others are said to be instances"
+            self.broke(oldest, reason, "handshake")
 
     def _know_ourselves(self, instance: Instance) -> None:
         """Every rank has all that it needs itself: nobody to greet, nothing to link."""

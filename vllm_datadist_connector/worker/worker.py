@@ -13,7 +13,7 @@ import msgspec
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.metadata import StepMetadata
-from vllm_datadist_connector.metrics import WorkerMeter
+from vllm_datadist_connector.metrics import DataDistStats, WorkerMeter
 from vllm_datadist_connector.protocol.contract import LayoutContract
 from vllm_datadist_connector.protocol.handshake import MAX_BYTES, RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
@@ -74,6 +74,7 @@ class ConnectorWorker:
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
         self._step: StepMetadata | None = None
+        self._scheduler_has_stats = False
         self._huge_pages: threading.Thread | None = None
 
     def register_kv_caches(self, kv_caches: KVCaches, num_blocks: int) -> None:
@@ -126,6 +127,7 @@ class ConnectorWorker:
             return
         self._step = step
         self._sent.update(step.ended_leases)
+        self._scheduler_has_stats = step.has_stats
         if self._driver is None:
             return
         for job in step.pulls:
@@ -144,9 +146,9 @@ class ConnectorWorker:
         self._meter.linked_peers(self._driver.linked_peers())
         return self._driver.take_finished()
 
-    @property
-    def meter(self) -> WorkerMeter:
-        return self._meter
+    def take_stats(self) -> DataDistStats | None:
+        """Empty ones if the scheduler has some: without any of ours vLLM 0.23 would not ask for its."""
+        return self._meter.take() or (DataDistStats() if self._scheduler_has_stats else None)
 
     def close(self) -> None:
         if self._driver is not None:

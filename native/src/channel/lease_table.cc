@@ -22,7 +22,7 @@ const char *ReasonOf(LeaseVerdict verdict) {
 }
 
 Result<LeaseTable::Ticket> LeaseTable::Grant(std::string request_id, const LeaseContent &content, uint64_t num_blocks,
-                                             Clock::duration duration) {
+                                             Durations durations) {
   const Result<LeaseToken> token = RandomBytes();
   if (!token.ok()) {
     return token.status();
@@ -30,10 +30,11 @@ Result<LeaseTable::Ticket> LeaseTable::Grant(std::string request_id, const Lease
   const Clock::time_point now = now_();
   const std::lock_guard<std::mutex> lock(mutex_);
   const Ticket ticket{token.value(), ++last_generation_};
-  leases_.emplace(ticket.token, Lease{std::move(request_id), ticket.generation, content, num_blocks, duration,
-                                      now + duration, now + std::max(duration, limit_)});
+  leases_.emplace(ticket.token,
+                  Lease{std::move(request_id), ticket.generation, content, num_blocks, durations.renewed, now,
+                        now + durations.claim, now + std::max(durations.renewed, limit_)});
   held_blocks_ += num_blocks;
-  next_expiry_ = std::min(next_expiry_, now + duration);
+  next_expiry_ = std::min(next_expiry_, now + durations.claim);
   return ticket;
 }
 
@@ -60,7 +61,7 @@ LeaseVerdict LeaseTable::VerdictLocked(const LeaseToken &token, uint64_t generat
   return lease->second.content.blocks == content.blocks ? LeaseVerdict::kHeld : LeaseVerdict::kOtherBlocks;
 }
 
-std::vector<LeaseToken> LeaseTable::Renew(const std::vector<LeaseToken> &tokens) {
+std::vector<LeaseToken> LeaseTable::Renew(const std::vector<LeaseToken> &tokens, bool pulling) {
   const Clock::time_point now = now_();
   std::vector<LeaseToken> gone;
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -71,6 +72,8 @@ std::vector<LeaseToken> LeaseTable::Renew(const std::vector<LeaseToken> &tokens)
       gone.push_back(token);
     } else {
       lease->second.expires = std::min(now + lease->second.duration, lease->second.limit);
+      lease->second.claimed = true;
+      lease->second.pulling = pulling;
     }
   }
   return gone;
@@ -82,9 +85,52 @@ void LeaseTable::Release(const std::vector<LeaseToken> &tokens) {
   ExpireLocked(now);
   for (const LeaseToken &token : tokens) {
     if (const auto lease = leases_.find(token); lease != leases_.end()) {
-      EndLocked(lease, true);
+      EndLocked(lease, End::kReleased);
     }
   }
+}
+
+bool LeaseTable::IsRevocable(const Lease &lease, Revocable which) {
+  switch (which) {
+    case Revocable::kUnclaimed:
+      return !lease.claimed;
+    case Revocable::kIdle:
+      return !lease.pulling;
+    case Revocable::kAll:
+      return true;
+  }
+  return false;
+}
+
+size_t LeaseTable::Revoke(Revocable which, Clock::duration age, size_t most) {
+  const Clock::time_point now = now_();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  ExpireLocked(now);
+  std::vector<Leases::iterator> found;
+  for (auto lease = leases_.begin(); lease != leases_.end(); ++lease) {
+    if (IsRevocable(lease->second, which) && now - lease->second.granted >= age) {
+      found.push_back(lease);
+    }
+  }
+  const size_t count = std::min(most, found.size());
+  std::partial_sort(found.begin(), found.begin() + static_cast<std::ptrdiff_t>(count), found.end(),
+                    [](const auto &a, const auto &b) { return a->second.generation < b->second.generation; });
+  for (size_t i = 0; i < count; ++i) {
+    EndLocked(found[i], End::kRevoked);
+  }
+  return count;
+}
+
+bool LeaseTable::RevokeIdle(const LeaseToken &token) {
+  const Clock::time_point now = now_();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  ExpireLocked(now);
+  const auto lease = leases_.find(token);
+  if (lease == leases_.end() || !IsRevocable(lease->second, Revocable::kIdle)) {
+    return false;
+  }
+  EndLocked(lease, End::kRevoked);
+  return true;
 }
 
 std::vector<LeaseTable::Ended> LeaseTable::TakeEnded() {
@@ -111,7 +157,7 @@ void LeaseTable::ExpireLocked(Clock::time_point now) {
   next_expiry_ = Clock::time_point::max();
   for (auto lease = leases_.begin(); lease != leases_.end();) {
     if (lease->second.expires <= now) {
-      lease = EndLocked(lease, false);
+      lease = EndLocked(lease, lease->second.claimed ? End::kExpired : End::kUnclaimed);
     } else {
       next_expiry_ = std::min(next_expiry_, lease->second.expires);
       ++lease;
@@ -119,9 +165,9 @@ void LeaseTable::ExpireLocked(Clock::time_point now) {
   }
 }
 
-LeaseTable::Leases::iterator LeaseTable::EndLocked(Leases::iterator lease, bool released) {
+LeaseTable::Leases::iterator LeaseTable::EndLocked(Leases::iterator lease, End why) {
   held_blocks_ -= lease->second.num_blocks;
-  ended_.push_back({std::move(lease->second.request_id), released});
+  ended_.push_back({std::move(lease->second.request_id), why});
   return leases_.erase(lease);
 }
 

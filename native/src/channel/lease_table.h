@@ -1,7 +1,10 @@
 // P's promises to keep finished requests' blocks: the only place that knows which still stand.
 //
 //   Grant ──> held ──┬── Release (D is done, or will never come)
-//                    └── expiry (no renewal for its duration, or the limit after the grant)
+//                    ├── expiry (no renewal for its duration, or the limit after the grant)
+//                    └── Revoke (P needs the blocks itself)
+//
+// Until the first renewal it lasts for its claim time only: most that are never renewed went to nobody.
 //
 // A lease leaves the table before its blocks go back to their owner, who learns of it from TakeEnded: a confirmation that
 // succeeds proves that the blocks were the request's own until then.
@@ -46,9 +49,21 @@ class LeaseTable {
     LeaseToken token{};
     uint64_t generation = 0;  // counts from 1
   };
+  enum class End : uint8_t { kReleased, kExpired, kUnclaimed, kRevoked };
   struct Ended {
     std::string request_id;
-    bool released = false;  // or expired
+    End why = End::kExpired;
+  };
+  // How long a lease lasts after its grant, and after each renewal.
+  struct Durations {
+    Clock::duration claim;
+    Clock::duration renewed;
+  };
+  // Which leases may be revoked; each is one of the next.
+  enum class Revocable : uint8_t {
+    kUnclaimed,  // those that no D has renewed yet
+    kIdle,       // those that no D says it is pulling right now
+    kAll,
   };
   struct Held {
     size_t leases = 0;
@@ -58,16 +73,21 @@ class LeaseTable {
   // `limit` is how long renewals can keep a lease that was not granted for longer.
   explicit LeaseTable(Clock::duration limit, Now now = &Clock::now) : limit_(limit), now_(std::move(now)) {}
 
-  // Keeps `num_blocks` blocks until `duration` passes without a renewal. LLM_FAILED without random bytes.
-  Result<Ticket> Grant(std::string request_id, const LeaseContent &content, uint64_t num_blocks,
-                       Clock::duration duration);
+  // Keeps `num_blocks` blocks. LLM_FAILED without random bytes.
+  Result<Ticket> Grant(std::string request_id, const LeaseContent &content, uint64_t num_blocks, Durations durations);
 
   // Whether the lease stands, is that one, and is for this.
   LeaseVerdict Confirm(const LeaseToken &token, uint64_t generation, const LeaseContent &content);
-  // Extends leases by their duration from now, within their limit. Returns the tokens that name none.
-  std::vector<LeaseToken> Renew(const std::vector<LeaseToken> &tokens);
+  // Extends leases by their duration from now, within their limit; `pulling`: their D reads the blocks right now. Returns
+  // the tokens that name none.
+  std::vector<LeaseToken> Renew(const std::vector<LeaseToken> &tokens, bool pulling);
   // Tokens that name no lease are no error.
   void Release(const std::vector<LeaseToken> &tokens);
+  // Ends at most `most` such leases that were granted at least `age` ago, the oldest first; returns how many. A D that
+  // reads one all the same is refused its confirmation.
+  size_t Revoke(Revocable which, Clock::duration age, size_t most);
+  // Ends that one unless it is being pulled; whether it did.
+  bool RevokeIdle(const LeaseToken &token);
 
   // What ended since the last call, each once.
   std::vector<Ended> TakeEnded();
@@ -82,13 +102,17 @@ class LeaseTable {
     LeaseContent content;
     uint64_t num_blocks;
     Clock::duration duration;
+    Clock::time_point granted;
     Clock::time_point expires;
     Clock::time_point limit;
+    bool claimed = false;
+    bool pulling = false;
   };
   using Leases = std::map<LeaseToken, Lease>;
   LeaseVerdict VerdictLocked(const LeaseToken &token, uint64_t generation, const LeaseContent &content) const;
   void ExpireLocked(Clock::time_point now);
-  Leases::iterator EndLocked(Leases::iterator lease, bool released);
+  Leases::iterator EndLocked(Leases::iterator lease, End why);
+  static bool IsRevocable(const Lease &lease, Revocable which);
 
   const Clock::duration limit_;
   const Now now_;

@@ -8,28 +8,38 @@ namespace datadist {
 namespace {
 
 // Writes at most as many as a message may have: its sender sees to it that there are no more.
-std::vector<uint8_t> EncodeTokens(const std::vector<LeaseToken> &tokens) {
+void Put(Writer &writer, const std::vector<LeaseToken> &tokens) {
   const size_t count = std::min(tokens.size(), kMaxLeasesPerMessage);
-  Writer writer;
-  writer.Reserve(sizeof(uint32_t) + count * sizeof(LeaseToken));
+  writer.Reserve(sizeof(uint32_t) + count * sizeof(LeaseToken) + 1);
   writer.U32(static_cast<uint32_t>(count));
   for (size_t i = 0; i < count; ++i) {
     Put(writer, tokens[i]);
   }
+}
+
+// False unless as many follow as were announced, and `rest` bytes.
+bool Get(Reader &reader, std::vector<LeaseToken> &tokens, size_t rest) {
+  const uint32_t count = reader.U32();
+  if (!reader.ok() || count > kMaxLeasesPerMessage || reader.remaining() != count * sizeof(LeaseToken) + rest) {
+    return false;
+  }
+  tokens.resize(count);
+  for (LeaseToken &token : tokens) {
+    Get(reader, token);
+  }
+  return true;
+}
+
+std::vector<uint8_t> EncodeTokens(const std::vector<LeaseToken> &tokens) {
+  Writer writer;
+  Put(writer, tokens);
   return writer.Take();
 }
 
 Result<std::vector<LeaseToken>> DecodeTokens(const std::vector<uint8_t> &body, const char *message) {
   Reader reader(body.data(), body.size());
-  const uint32_t count = reader.U32();
-  if (!reader.ok() || count > kMaxLeasesPerMessage || reader.remaining() != count * sizeof(LeaseToken)) {
-    return Malformed(message);
-  }
-  std::vector<LeaseToken> tokens(count);
-  for (LeaseToken &token : tokens) {
-    Get(reader, token);
-  }
-  return tokens;
+  std::vector<LeaseToken> tokens;
+  return Get(reader, tokens, 0) ? Result<std::vector<LeaseToken>>(std::move(tokens)) : Malformed(message);
 }
 
 void Put(Writer &writer, const LeaseContent &content) {
@@ -111,14 +121,29 @@ Result<RankAnswer> Decode(const std::vector<uint8_t> &body) {
   return message;
 }
 
-std::vector<uint8_t> Encode(const Renew &message) { return EncodeTokens(message.tokens); }
+std::vector<uint8_t> Encode(const Renew &message) {
+  Writer writer;
+  Put(writer, message.tokens);
+  writer.U8(message.pulling ? 1 : 0);
+  return writer.Take();
+}
+
 std::vector<uint8_t> Encode(const Renewed &message) { return EncodeTokens(message.gone); }
 std::vector<uint8_t> Encode(const Release &message) { return EncodeTokens(message.tokens); }
 
 template <>
 Result<Renew> Decode(const std::vector<uint8_t> &body) {
-  Result<std::vector<LeaseToken>> tokens = DecodeTokens(body, "RENEW");
-  return tokens.ok() ? Result<Renew>(Renew{std::move(tokens).value()}) : tokens.status();
+  Reader reader(body.data(), body.size());
+  Renew message;
+  if (!Get(reader, message.tokens, sizeof(uint8_t))) {
+    return Malformed("RENEW");
+  }
+  const uint8_t pulling = reader.U8();
+  if (pulling > 1) {
+    return Malformed("RENEW");
+  }
+  message.pulling = pulling == 1;
+  return message;
 }
 
 template <>

@@ -65,6 +65,7 @@ struct RankAnswer {
 
 struct Renew {
   std::vector<LeaseToken> tokens;
+  bool pulling = false;  // and do not only wait for my turn
 };
 
 struct Renewed {

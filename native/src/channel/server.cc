@@ -175,7 +175,7 @@ Status ChannelServer::State::Guest::OnFrameOnLoop(const Frame &frame) {
   switch (frame.type) {
     case MessageType::kRenew:
       return AnswerOnLoop<Renew>(frame, MessageType::kRenewed, [&](const Renew &renew) {
-        return Encode(Renewed{leases.Renew(renew.tokens)});
+        return Encode(Renewed{leases.Renew(renew.tokens, renew.pulling)});
       });
     case MessageType::kConfirm:
       return AnswerOnLoop<Confirm>(frame, MessageType::kConfirmed, [&](const Confirm &confirm) {

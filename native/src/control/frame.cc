@@ -17,6 +17,7 @@ using llm_datadist::LLM_FAILED;
 constexpr size_t kCrcOffset = kFrameHeaderSize - sizeof(uint32_t);
 constexpr uint32_t kSmallBody = 4096;
 constexpr uint32_t kLeaseListBody = 4 + 4096 * 16;  // a count and so many tokens
+constexpr uint32_t kRenewBody = kLeaseListBody + 1;  // and whether they are being pulled
 
 uint32_t FrameCrc(const uint8_t *header, const std::vector<uint8_t> &body) {
   constexpr uint8_t kNoCrc[sizeof(uint32_t)] = {};
@@ -115,6 +116,7 @@ uint32_t BodyCap(MessageType type) {
     case MessageType::kRank:
       return kMaxFrameBody;
     case MessageType::kRenew:
+      return kRenewBody;
     case MessageType::kRenewed:
     case MessageType::kRelease:
       return kLeaseListBody;

@@ -37,7 +37,8 @@ struct ServerEnd {
         server(std::move(ChannelServer::Create(Loopback(port), TheGrantor(), trust, leases, limits)).value()) {}
   uint16_t port() const { return server->port(); }
   LeaseTable::Ticket Grant(const std::string &request_id = "r") const {
-    return leases->Grant(request_id, LeaseContent{{1}, {2}}, 3, std::chrono::minutes(5)).value();
+    const LeaseTable::Durations durations{std::chrono::minutes(5), std::chrono::minutes(5)};
+    return leases->Grant(request_id, LeaseContent{{1}, {2}}, 3, durations).value();
   }
   const std::shared_ptr<LeaseTable> leases;
   const std::unique_ptr<ChannelServer> server;

@@ -1,0 +1,135 @@
+"""Instances whose KV cache is full of blocks that are kept for somebody: nothing waits for a lease to run out."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import equality
+import pytest
+from serving import Launch, Program, spawn
+from support.client import MODEL, Request, new_salt, new_session, prompt_tokens
+from support.metrics import LEASES_ENDED, Change, wait_empty
+from support.proxy import ASK_PREFILL, PDProxy
+from support.reference import Reference
+from support.servers import fork, kv_transfer, make_server, running, spec_of
+
+BLOCKS = 24
+"""One of which is vLLM's own."""
+
+SOON_S = 20.0
+"""On a busy machine. A lease lasts 30 s, one that a waiter keeps alive 600."""
+
+
+TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
+
+
+def make_small(name: str, config: str, launch: Launch = fork, **more: Any) -> Program:
+    arguments = ("--num-gpu-blocks-override", str(BLOCKS), "--chat-template", TEMPLATE)
+    fail = kv_transfer(config, {"kv_load_failure_policy": "fail"})
+    small: dict[str, Any] = {"block_size": 32, "max_model_len": 700, "arguments": arguments}
+    return make_server(spec_of(name, "qwen3", fail, **small, **more), launch)
+
+
+@pytest.fixture(scope="module")
+def instances() -> Iterator[tuple[Program, Program, Program]]:
+    """(P and D, another, P alone)"""
+    dev = {"variables": {"VLLM_SERVER_DEV_MODE": "1"}}
+    prefill = make_small("full-prefill", "prefill", spawn, **dev)
+    started = make_small("full-both", "both"), make_small("full-other", "both"), prefill
+    with running(*started):
+        yield started
+
+
+def new_requests(count: int, seed: int) -> list[Request]:
+    return [Request(prompt_tokens(100, seed + index), cache_salt=new_salt()) for index in range(count)]
+
+
+async def post(url: str, path: str, body: dict[str, Any] | None = None) -> tuple[float, dict[str, Any]]:
+    """(seconds, answer)"""
+    began = time.monotonic()
+    async with new_session() as session, session.post(url + path, json=body) as response:
+        answer = await response.json()
+        assert response.status == 200, answer
+        return time.monotonic() - began, answer
+
+
+def test_an_instance_that_waits_for_itself(instances: tuple[Program, Program, Program], reference: Reference) -> None:
+    async def scenario() -> None:
+        both = instances[0]
+        requests = new_requests(16, seed=1000)
+        began = time.monotonic()
+        async with PDProxy(both.url, both.url) as proxy:
+            answers = await equality.send(proxy.url, *requests)
+        assert time.monotonic() - began < SOON_S
+        await reference.check_all(requests, answers)
+        await wait_empty(both.url, SOON_S)
+
+    asyncio.run(scenario())
+
+
+def test_instances_that_wait_for_each_other(instances: tuple[Program, Program, Program], reference: Reference) -> None:
+    async def scenario() -> None:
+        one, other, _ = instances
+        requests = new_requests(20, seed=2000)
+        began = time.monotonic()
+        async with PDProxy(one.url, other.url) as there, PDProxy(other.url, one.url) as back:
+            both_ways = equality.send(there.url, *requests[::2]), equality.send(back.url, *requests[1::2])
+            answers = [each for pair in zip(*await asyncio.gather(*both_ways), strict=True) for each in pair]
+        assert time.monotonic() - began < SOON_S
+        await reference.check_all(requests, answers)
+        for each in (one, other):
+            await wait_empty(each.url, SOON_S)
+
+    asyncio.run(scenario())
+
+
+def test_conversations_of_a_batch(instances: tuple[Program, Program, Program]) -> None:
+    """Their answer has no params: nobody ever asks for their blocks."""
+
+    async def scenario() -> None:
+        prefill = instances[2]
+        talks = [[{"role": "user", "content": f"{index} " * 40}] for index in range(40)]
+        body = {"model": MODEL, "messages": talks, "max_tokens": 1, "kv_transfer_params": ASK_PREFILL}
+        seconds, answer = await post(prefill.url, "/v1/chat/completions/batch", body)
+        assert len(answer["choices"]) == 40
+        assert seconds < SOON_S
+        await wait_empty(prefill.url, SOON_S)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
+def test_a_pause_does_not_wait_for_a_lease(instances: tuple[Program, Program, Program], mode: str) -> None:
+    async def scenario() -> None:
+        prefill = instances[2]
+        change = Change(prefill.url)
+        request = Request(prompt_tokens(100, 3000), max_tokens=1, kv_transfer_params=ASK_PREFILL)
+        (orphan,) = await equality.send(prefill.url, request)
+        assert orphan.kv_transfer_params is not None
+        assert orphan.kv_transfer_params["datadist"]
+        seconds, _ = await post(prefill.url, f"/pause?mode={mode}")
+        assert seconds < 5.0
+        await post(prefill.url, "/resume")
+        (again,) = await equality.send(prefill.url, request)
+        assert again.ok
+        await change.reaches(LEASES_ENDED, 1, reason="revoked")
+        await wait_empty(prefill.url, SOON_S)
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize("request_id", ["5_abc", None])
+def test_a_responses_request_is_held_whatever_its_name(
+    instances: tuple[Program, Program, Program], request_id: str | None
+) -> None:
+    async def scenario() -> None:
+        prefill = instances[2]
+        body = {"model": MODEL, "input": "1 2 3 " * 20, "max_output_tokens": 1, "kv_transfer_params": ASK_PREFILL}
+        change = Change(prefill.url)
+        await post(prefill.url, "/v1/responses", body | ({"request_id": request_id} if request_id else {}))
+        await change.reaches(LEASES_ENDED, 1, reason="unclaimed")
+
+    asyncio.run(scenario())
