@@ -25,6 +25,7 @@ class SlowRelay:
         self.arrived = threading.Event()
         self._moved = 0
         self._progress = threading.Condition()
+        self._closed = False
         self._sockets: list[socket.socket] = []
         self._listener = socket.create_server((HOST, 0))
         self.port: int = self._listener.getsockname()[1]
@@ -34,6 +35,8 @@ class SlowRelay:
         return self
 
     def __exit__(self, *error: object) -> None:
+        with self._progress:
+            self._closed = True
         for end in (self._listener, *self._sockets):
             with contextlib.suppress(OSError):  # its other end was faster
                 end.shutdown(socket.SHUT_RDWR)
@@ -56,7 +59,12 @@ class SlowRelay:
             except OSError:
                 return  # closed
             server = socket.create_connection((HOST, self._server_port))
-            self._sockets += [client, server]
+            with self._progress:
+                if self._closed:  # meanwhile, without these two
+                    client.close()
+                    server.close()
+                    return
+                self._sockets += [client, server]
             for source, target in ((client, server), (server, client)):
                 target.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 threading.Thread(target=self._pump, args=(source, target), daemon=True).start()
