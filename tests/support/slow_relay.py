@@ -58,7 +58,11 @@ class SlowRelay:
                 client, _ = self._listener.accept()
             except OSError:
                 return  # closed
-            server = socket.create_connection((HOST, self._server_port))
+            try:
+                server = socket.create_connection((HOST, self._server_port))
+            except OSError:
+                client.close()  # the server is gone: its client learns of it in the same way
+                continue
             with self._progress:
                 if self._closed:  # meanwhile, without these two
                     client.close()
