@@ -17,7 +17,7 @@ from typing import Any
 import equality
 from serving import Program, ServerSpec
 from support.client import Answer, Request, complete, new_salt, new_session, prompt_tokens
-from support.metrics import BYTES, Change, wait_empty
+from support.metrics import BYTES, FAILED, LEASES_ENDED, LOCAL_PREFILLS, Change, wait_empty, wait_for
 from support.proxy import Interference, Params, PDProxy
 from support.reference import Reference
 from support.servers import kv_transfer, make_server
@@ -187,3 +187,17 @@ def for_both(trio: Trio, count: int, seed: int) -> dict[Program, list[Request]]:
         decode: some_requests(count, seed + 100 * index)
         for index, decode in enumerate((trio.failing, trio.recomputing))
     }
+
+
+def run_out(change: Change) -> float:
+    """Leases that nobody ended, whether a D had asked for them or not."""
+    return sum(change.now(LEASES_ENDED, reason=reason) for reason in ("expired", "unclaimed"))
+
+
+async def leases_run_out(change: Change, least: int) -> None:
+    await wait_for("leases that ran out", lambda: run_out(change), lambda count: count >= least, LEASE_S + 15)
+
+
+def too_late(change: Change) -> float:
+    """Requests whose lease was gone before or during their pull."""
+    return change.now(FAILED) + change.now(LOCAL_PREFILLS, reason="lease_gone")

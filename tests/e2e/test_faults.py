@@ -16,7 +16,6 @@ import pytest
 from pd_trio import (
     COMPUTE_S,
     DECODE_MAX_LEN,
-    LEASE_S,
     RECV_DEADLINE_S,
     BeforeDecode,
     Trio,
@@ -26,10 +25,13 @@ from pd_trio import (
     check_outcome,
     check_recovers,
     for_both,
+    leases_run_out,
     make_trio,
+    run_out,
     send_to_both,
     some_requests,
     timed,
+    too_late,
 )
 from serving import Program, free_port
 from support.client import Answer, Request, complete, new_salt, new_session, prompt_tokens
@@ -37,7 +39,6 @@ from support.metrics import (
     BYTES,
     FAILED,
     LEASES_ENDED,
-    LOCAL_PREFILLS,
     PREEMPTIONS,
     PULLING,
     Change,
@@ -156,7 +157,7 @@ def test_rejected_by_decode(trio: Trio, reference: Reference, policy: str) -> No
             (answer,) = await equality.send(proxy.url, request)
         assert answer.status == 400, answer
         await change.reaches(LEASES_ENDED, 1, reason="released")
-        assert change.now(LEASES_ENDED, reason="expired") == 0
+        assert run_out(change) == 0
         await check_normal(trio, decode, reference, seed=9)
 
     asyncio.run(scenario())
@@ -172,7 +173,7 @@ def test_leases_expire(trio: Trio, reference: Reference) -> None:
 
     async def until_both_expired(params: Params) -> None:
         assert params["remote_block_ids"]
-        await expired.reaches(LEASES_ENDED, 2, deadline_s=LEASE_S + 15, reason="expired")
+        await leases_run_out(expired, 2)
 
     async def send(decode: Program, request: Request, hook: Callable[[Params], Awaitable[None]]) -> Answer:
         async with PDProxy(trio.prefill.url, decode.url, Interference(between_legs=hook)) as proxy:
@@ -187,7 +188,7 @@ def test_leases_expire(trio: Trio, reference: Reference) -> None:
         )
         assert gone.status == 502
         await reference.check(late, answer)
-        assert expired.now(LEASES_ENDED, reason="expired") == 2
+        assert run_out(expired) == 2
         await trio.check_nothing_held()
         await check_normal(trio, trio.failing, reference, seed=11)
 
@@ -255,7 +256,7 @@ def test_decode_killed_during_transfers(trio: Trio, reference: Reference) -> Non
             trio.prefill.resume()
             assert not any(answer.ok for answer in await sent)
         trio.recomputing.start()
-        await expired.reaches(LEASES_ENDED, len(requests), deadline_s=LEASE_S + 15, reason="expired")
+        await leases_run_out(expired, len(requests))
 
     asyncio.run(scenario())
     trio.recomputing.wait_ready()
@@ -275,7 +276,7 @@ def test_decode_silent_until_its_leases_are_over(trio: Trio, reference: Referenc
             await wait_metric(decode.url, PULLING, lambda count: count > 0)
             await asyncio.to_thread(decode.pause)
         trio.prefill.resume()
-        await expired.reaches(LEASES_ENDED, 6, deadline_s=LEASE_S + 15, reason="expired")
+        await leases_run_out(expired, 6)
         await reference.check_all(others, await equality.send(trio.prefill.url, *others))
         for decode in requests:
             decode.resume()
@@ -382,11 +383,6 @@ def test_the_side_channel_fails_before_the_confirmation(trio: Trio, reference: R
         asyncio.run(check_recovers(trio, decode, reference))
 
 
-def too_late(change: Change) -> float:
-    """Requests whose lease was gone before or during their pull."""
-    return change.now(FAILED) + change.now(LOCAL_PREFILLS, reason="lease_gone")
-
-
 LEASE_WAVES = int(os.environ.get("DATADIST_LEASE_WAVES", "1"))
 """Of 18 rounds each; more for who starts this by hand: 28 waves take some five minutes."""
 
@@ -403,11 +399,11 @@ def test_leases_end_while_their_blocks_are_read(trio: Trio, reference: Reference
 
         async def until_one_expired(params: Params) -> None:
             assert params["remote_block_ids"]
-            await expired.reaches(LEASES_ENDED, 1, deadline_s=LEASE_S + 15, reason="expired")
+            await leases_run_out(expired, 1)
 
         changes = [Change(decode.url) for decode in requests]
         sent = asyncio.create_task(send_to_both(trio, requests, Interference(between_legs=until_one_expired)))
-        await expired.reaches(LEASES_ENDED, 1, deadline_s=LEASE_S + 15, reason="expired")
+        await leases_run_out(expired, 1)
         used_again, answers = await asyncio.gather(equality.send(trio.prefill.url, *others), sent)
         await reference.check_all(others, used_again)
         for request, answer in zip([each for some in requests.values() for each in some], answers, strict=True):
