@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import socket
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,9 +19,10 @@ import equality
 from serving import Program, ServerSpec
 from support.client import Answer, Request, complete, new_salt, new_session, prompt_tokens
 from support.metrics import BYTES, FAILED, LEASES_ENDED, LOCAL_PREFILLS, Change, wait_empty, wait_for
-from support.proxy import Interference, Params, PDProxy
+from support.proxy import Interference, Params, PDProxy, proceed
 from support.reference import Reference
 from support.servers import kv_transfer, make_server
+from support.wire import LOOPBACK, Wire
 
 LEASE_S = 8.0
 RECV_DEADLINE_S = 6.0
@@ -201,3 +203,13 @@ async def leases_run_out(change: Change, least: int) -> None:
 def too_late(change: Change) -> float:
     """Requests whose lease was gone before or during their pull."""
     return change.now(FAILED) + change.now(LOCAL_PREFILLS, reason="lease_gone")
+
+
+def side_channel_wire(trio: Trio) -> Wire:
+    """Between every D and P, for requests that through() sends that way."""
+    listener = socket.create_server((LOOPBACK, 0))
+    return Wire(listener, lambda: socket.create_connection((LOOPBACK, trio.side_channel_port)))
+
+
+def through(wire: Wire, hook: Callable[[Params], Awaitable[None]] = proceed) -> Interference:
+    return Interference(lambda params: {**params, "remote_port": wire.address[1]}, hook)

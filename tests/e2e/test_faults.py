@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import socket
 import time
 from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack
@@ -29,7 +28,9 @@ from pd_trio import (
     make_trio,
     run_out,
     send_to_both,
+    side_channel_wire,
     some_requests,
+    through,
     timed,
     too_late,
 )
@@ -45,10 +46,10 @@ from support.metrics import (
     wait_for,
     wait_metric,
 )
-from support.proxy import DropDecodeError, Interference, Params, PDProxy, proceed
+from support.proxy import DropDecodeError, Interference, Params, PDProxy
 from support.reference import Reference
 from support.servers import running
-from support.wire import LOOPBACK, Mode, Wire
+from support.wire import Mode, Wire
 
 WIRE_FAULTS: tuple[Mode, ...] = ("swallow both", "drip", "reset")
 
@@ -322,16 +323,6 @@ def test_prefill_stops_and_goes_on_all_the_time(trio: Trio, reference: Reference
         await check_recovers(trio, trio.failing, reference)
 
     asyncio.run(scenario())
-
-
-def side_channel_wire(trio: Trio) -> Wire:
-    """Between every D and P, for requests that through() sends that way."""
-    listener = socket.create_server((LOOPBACK, 0))
-    return Wire(listener, lambda: socket.create_connection((LOOPBACK, trio.side_channel_port)))
-
-
-def through(wire: Wire, hook: Callable[[Params], Awaitable[None]] = proceed) -> Interference:
-    return Interference(lambda params: {**params, "remote_port": wire.address[1]}, hook)
 
 
 def test_the_side_channel_fails_in_the_handshake(trio: Trio, reference: Reference) -> None:
