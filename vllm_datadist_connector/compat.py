@@ -265,3 +265,10 @@ def _has_amx() -> bool:
             return any("amx_tile" in line for line in info if line.startswith("flags"))
     except OSError:
         return False
+
+
+def streams(device_type: str) -> Any:
+    """The module of torch that has a device's Event and current_stream(), such as torch.npu."""
+    import torch
+
+    return getattr(torch, device_type)

@@ -192,8 +192,8 @@ class TestDeadline:
     ) -> None:
         """And the time that a native call may take is bounded by it: nobody is left to wait for the link."""
         consumer = start_consumer(handshake_timeout_s=30.0, link_timeout_s=30.0)
-        instances, limits = consumer.driver._instances, []
-        submit = instances._queue.submit_link
+        instances, links, limits = consumer.driver._instances, consumer.driver._links, []
+        submit = links._queue.submit_link
 
         class Queue:
             def submit_link(self, cluster: _native.ClusterInfo, timeout_ms: int, deadline_ms: int) -> int:
@@ -203,7 +203,7 @@ class TestDeadline:
             def __getattr__(self, name: str) -> object:
                 return getattr(consumer.driver._queue, name)
 
-        monkeypatch.setattr(instances, "_queue", Queue())
+        monkeypatch.setattr(links, "_queue", Queue())
         remote = producer.prefill("r", [1])
         if stopped:
             producer.stop()

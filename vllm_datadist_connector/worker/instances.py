@@ -6,6 +6,7 @@ One object per instance and one per rank hold all of it; dropping the instance d
 from __future__ import annotations
 
 import enum
+import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -16,6 +17,7 @@ from vllm_datadist_connector.worker.pairing import Pairing, Rank
 MAX_FAULTS = 8
 """In a row: what does not work so often, over links each made anew, is no passing fault."""
 _FIRST_PAUSE_S = 0.05
+_AFTER_DEADLINE_S = 0.1
 
 
 def pause_s(faults: int, most_s: float, spread: float) -> float:
@@ -85,6 +87,10 @@ class Instance:
         """Whether somebody has answered as who it is said to be."""
         known = any(peer.geometry is not None for peer in self.peers.values())
         return known or self.state is not InstanceState.MEETING
+
+    def within(self, limit_s: float) -> float:
+        """`limit_s`, or until just after the last deadline of those who wait: it is that which ends them."""
+        return min(limit_s, max(0.0, self.wanted_until - time.monotonic()) + _AFTER_DEADLINE_S)
 
     def is_meeting(self, peer: Peer) -> bool:
         """Whether what is heard of the peer is of the meeting that goes on, and not of one that was given up."""
