@@ -31,10 +31,10 @@ from vllm_datadist_connector.side_channel.endpoint import Trust
 from vllm_datadist_connector.wakeup import Wakeup, wait_readable
 from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
 from vllm_datadist_connector.worker.copies import OwnCopies
-from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceState, Peer
+from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceState
 from vllm_datadist_connector.worker.pairing import rehearse
 from vllm_datadist_connector.worker.peers import InstanceTable
-from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
+from vllm_datadist_connector.worker.plan import BlockPull, PlanError, TokenRange, plan_pull
 from vllm_datadist_connector.worker.transfers import Failure, FinishedPulls, Outbox, Phase, Transfer, TransferTable
 
 logger = logging.getLogger(__name__)
@@ -145,6 +145,7 @@ class PullDriver:
         self._each(self._on_completion, self._queue.poll() + self._copies.poll())
         self._each(self._on_answer, self._client.take())
         self._each(self._settle, self._instances.take_changed())
+        self._submit_rest()
         now = time.monotonic()
         busy = self._transfers.instances()
         self._instances.try_again(now, busy)
@@ -192,42 +193,57 @@ class PullDriver:
             instance.waiting.append(transfer.job.request_id)
 
     def _pull(self, transfer: Transfer) -> None:
-        """Submits one call per pair of caches and rank of P; those of different ranks run side by side."""
-        job = transfer.job
+        """One call per pair of caches and rank of P; those of different ranks run side by side."""
+        job, instance = transfer.job, transfer.instance
         remote = job.remote
         held = remote.remote_num_tokens
         tokens = TokenRange(job.first_token, job.end_token, remote.remote_block_ids, job.local_blocks, held)
-        transfer.phase, transfer.meeting, transfer.num_bytes = Phase.PULLING, transfer.instance.meeting, 0
+        transfer.phase, transfer.meeting = Phase.PULLING, instance.meeting
         try:
-            for peer, geometry in transfer.instance.givers:
-                self._pull_from(transfer, peer, geometry, tokens)
-        except (PlanError, EngineError) as error:
+            for peer, theirs in instance.givers:
+                pulls = plan_pull(self._ours, theirs, peer.pairings, tokens)
+                transfer.unsubmitted.extend((theirs, pull) for pull in pulls)
+        except PlanError as error:
             self._fail(transfer, Failure.PLAN, str(error))
-        except RuntimeError as error:
-            # The queue is full, or closing.
-            self._fail(transfer, Failure.TRANSFER, str(error))
+            return
+        transfer.num_bytes = sum(pull.num_bytes for _, pull in transfer.unsubmitted)
+        if transfer.unsubmitted:
+            self._submit(transfer)
         else:
-            if not transfer.calls:
-                self._confirm(transfer)
+            self._confirm(transfer)
 
-    def _pull_from(self, transfer: Transfer, peer: Peer, theirs: RankGeometry, tokens: TokenRange) -> None:
-        for pull in plan_pull(self._ours, theirs, peer.pairings, tokens):
-            transfer.num_bytes += pull.num_bytes
-            if transfer.instance.is_ourselves:
-                self._transfers.add_call(transfer, self._copies.submit(pull, transfer.deadline))
-                continue
-            call = self._queue.submit_pull_blocks(
-                theirs.cluster_id,
-                pull.src_cache_id,
-                self._caches.view(pull.dst_index, pull.granule),
-                pull.src_blocks,
-                pull.dst_blocks,
-                deadline_ms=max(1, int((transfer.deadline - time.monotonic()) * 1000)),
-                src_layer_range=pull.src_layers,
-                dst_layer_range=pull.dst_layers,
-                tensor_num_per_layer=_TENSORS_PER_LAYER,
-            )
-            self._transfers.add_call(transfer, call)
+    def _submit(self, transfer: Transfer) -> bool:
+        """As many of its calls as the queue has room for; False if that was not enough."""
+        try:
+            while transfer.unsubmitted:
+                self._transfers.add_call(transfer, self._submit_call(transfer, *transfer.unsubmitted[0]))
+                transfer.unsubmitted.popleft()
+        except _native.QueueFullError:
+            return False
+        except EngineError as error:
+            self._fail(transfer, Failure.PLAN, str(error))
+        return True
+
+    def _submit_rest(self) -> None:
+        """What takes the queue's places wakes us when it ends."""
+        for transfer in self._transfers.unsubmitted():
+            if not self._submit(transfer):
+                return
+
+    def _submit_call(self, transfer: Transfer, theirs: RankGeometry, pull: BlockPull) -> int:
+        if transfer.instance.is_ourselves:
+            return self._copies.submit(pull, transfer.deadline)
+        return self._queue.submit_pull_blocks(
+            theirs.cluster_id,
+            pull.src_cache_id,
+            self._caches.view(pull.dst_index, pull.granule),
+            pull.src_blocks,
+            pull.dst_blocks,
+            deadline_ms=max(1, int((transfer.deadline - time.monotonic()) * 1000)),
+            src_layer_range=pull.src_layers,
+            dst_layer_range=pull.dst_layers,
+            tensor_num_per_layer=_TENSORS_PER_LAYER,
+        )
 
     def _on_completion(self, completion: _native.Completion) -> None:
         transfer = self._transfers.take_call(completion.id)
@@ -250,7 +266,7 @@ class PullDriver:
         else:
             self._fail(transfer, Failure.TRANSFER, reason)
             return
-        if not transfer.calls:
+        if not (transfer.calls or transfer.unsubmitted):
             self._on_all_back(transfer)
 
     def _on_all_back(self, transfer: Transfer) -> None:
@@ -282,6 +298,7 @@ class PullDriver:
 
     def _interrupt(self, transfer: Transfer) -> None:
         transfer.interrupted = True
+        transfer.unsubmitted.clear()
         for call in transfer.calls:
             self._take_back(call)
         if not transfer.calls:
@@ -351,6 +368,7 @@ class PullDriver:
 
     def _abandon_calls(self, transfer: Transfer) -> None:
         """Takes back queued calls; ends the transfer now or, if one runs, when that has come back."""
+        transfer.unsubmitted.clear()
         for call in transfer.calls:
             self._take_back(call)
         if not transfer.calls:

@@ -50,7 +50,8 @@ MAX_RANKS = 512
 
 _FIRST = Rank(0, 0)
 _LINK_PAUSE_S = 0.02
-"""Until the next try of a link that its other end is just making as well, or has not answered."""
+"""Until the next try of a link that its other end is just making as well, or has not answered, or that found the queue
+full."""
 _LINK_AGAIN = frozenset({_native.LLM_PROCESSING_LINK, _native.LLM_TIMEOUT})
 """Codes after which the same call may succeed."""
 _LINK_REFUSED = frozenset({_native.LLM_PARAM_INVALID, _native.LLM_FEATURE_NOT_ENABLED})
@@ -348,8 +349,8 @@ class InstanceTable:
         timeout_ms = max(1, int(self._within(self._link_timeout_s, linking.instance) * 1000))
         try:
             call = self._queue.submit_link(self._cluster(linking.geometry), timeout_ms, timeout_ms + _QUEUED_MS)
-        except _native.QueueFullError as error:
-            self.rest(linking.instance, f"link with {linking.instance.key.endpoint}: {error}")
+        except _native.QueueFullError:
+            self._links_again.append((time.monotonic() + _LINK_PAUSE_S, linking))
         else:
             self._links[call] = linking
 

@@ -14,12 +14,14 @@ from __future__ import annotations
 import enum
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.worker.instances import Instance
-from vllm_datadist_connector.worker.plan import NULL_BLOCK
+from vllm_datadist_connector.worker.plan import NULL_BLOCK, BlockPull
 
 
 class Failure(enum.Enum):
@@ -47,6 +49,8 @@ class Transfer:
     accepted_at: float
     deadline: float
     phase: Phase = Phase.WAITING
+    unsubmitted: deque[tuple[RankGeometry, BlockPull]] = field(default_factory=deque)
+    """Calls that the queue has had no room for yet, and whom each is from."""
     calls: set[int] = field(default_factory=set)
     """Native calls, or copies, that are queued or running."""
     meeting: int = 0
@@ -149,6 +153,9 @@ class TransferTable:
 
     def pulling_from(self, instance: Instance) -> list[Transfer]:
         return [t for t in self._by_request.values() if t.instance is instance and t.phase is Phase.PULLING]
+
+    def unsubmitted(self) -> list[Transfer]:
+        return [t for t in self._by_request.values() if t.unsubmitted]
 
     def instances(self) -> set[Instance]:
         """Those that some transfer needs."""
