@@ -157,7 +157,7 @@ class TestLateWrites:
                 return getattr(queue, name)
 
         queue = consumer.driver._queue
-        monkeypatch.setattr(consumer.driver, "_queue", Queue())
+        monkeypatch.setattr(consumer.driver._calls, "_queue", Queue())
         with links_that_stay(consumer, monkeypatch):
             consumer.pull("r", remote, [5, 6])
             wait_until(lambda: consumer.driver._transfers.written_over(P_CLUSTER) != [], "the fault")

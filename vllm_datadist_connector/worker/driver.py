@@ -30,9 +30,10 @@ from vllm_datadist_connector.side_channel.client import ChannelAnswer, Confirmed
 from vllm_datadist_connector.side_channel.endpoint import Trust
 from vllm_datadist_connector.wakeup import Wakeup, wait_readable
 from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
+from vllm_datadist_connector.worker.calls import Calls
 from vllm_datadist_connector.worker.copies import OwnCopies
 from vllm_datadist_connector.worker.device import PASSED, Fence
-from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceState, Peer
+from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceState
 from vllm_datadist_connector.worker.links import Links
 from vllm_datadist_connector.worker.pairing import rehearse
 from vllm_datadist_connector.worker.peers import InstanceTable
@@ -54,9 +55,6 @@ T = TypeVar("T")
 
 _PAUSE_AFTER_FAULT_S = 0.1
 
-_TENSORS_PER_LAYER = 1
-"""Our caches count one tensor per layer; without a layer range the value has no other effect than to divide."""
-
 _LINK_LOST = frozenset(
     {_native.LLM_FAILED, _native.LLM_TIMEOUT, _native.LLM_NOT_YET_LINK, _native.LLM_KV_CACHE_NOT_EXIST}
 )
@@ -66,7 +64,6 @@ _REFUSED = frozenset({_native.LLM_PARAM_INVALID, _native.LLM_FEATURE_NOT_ENABLED
 writing, and its link must go."""
 
 _FENCE_POLL_S = 0.001
-_LAST_UNLINKS_S = 2.0
 
 
 class _Order(NamedTuple):
@@ -101,6 +98,7 @@ class PullDriver:
         self._quarantine = Quarantine(self._transfers)
         self._queue = _native.TransferQueue(datadist, threads=config.queue_threads)
         self._copies = OwnCopies(caches, ended=self._wakeup.set)
+        self._calls = Calls(self._queue, self._copies, caches, self._transfers)
         self._client = open_client(Trust(config.auth, config.insecure))
         self._links = Links(
             ours.host,
@@ -168,18 +166,9 @@ class PullDriver:
                 # not spin.
                 logger.exception("pull driver: a round failed")
                 time.sleep(_PAUSE_AFTER_FAULT_S)
-        self._part()
+        if not self._capabilities.peer_drops_half:
+            self._instances.part()
         self._client.close()
-
-    def _part(self) -> None:
-        """P keeps its half of our links if it does not hear that we go: it has so many and no more."""
-        if self._capabilities.peer_drops_half:
-            return
-        self._instances.unlink_all()
-        until = time.monotonic() + _LAST_UNLINKS_S
-        while self._links.are_unlinking() and time.monotonic() < until:
-            wait_readable([self._queue.fileno()], until)
-            self._each(self._instances.on_completion, self._queue.poll())
 
     def _round(self) -> None:
         fds = [self._wakeup.fileno(), self._queue.fileno(), self._client.fileno()]
@@ -196,6 +185,7 @@ class PullDriver:
         self._each(self._on_answer, self._client.take())
         self._each(self._settle, self._instances.take_changed())
         self._each(self._begin, self._transfers.fenced())
+        self._submit_rest()
         now = time.monotonic()
         self._instances.try_again(now)
         self._instances.drop_unused(now)
@@ -246,42 +236,38 @@ class PullDriver:
             instance.waiting.append(transfer.job.request_id)
 
     def _pull(self, transfer: Transfer) -> None:
-        """Submits one call per pair of caches and rank of P; those of different ranks run side by side."""
-        job = transfer.job
+        """One call per pair of caches and rank of P; those of different ranks run side by side."""
+        job, instance = transfer.job, transfer.instance
         remote = job.remote
         held = remote.remote_num_tokens
         tokens = TokenRange(job.first_token, job.end_token, remote.remote_block_ids, job.local_blocks, held)
-        transfer.phase, transfer.meeting, transfer.num_bytes = Phase.PULLING, transfer.instance.meeting, 0
+        transfer.phase, transfer.meeting = Phase.PULLING, instance.meeting
         try:
-            for peer, geometry in transfer.instance.givers:
-                self._pull_from(transfer, peer, geometry, tokens)
-        except (PlanError, EngineError) as error:
+            for peer, theirs in instance.givers:
+                pulls = plan_pull(self._ours, theirs, peer.pairings, tokens)
+                transfer.unsubmitted.extend((theirs, pull) for pull in pulls)
+        except PlanError as error:
             self._fail(transfer, Failure.PLAN, str(error))
-        except RuntimeError as error:
-            # The queue is full, or closing.
-            self._fail(transfer, Failure.TRANSFER, str(error))
+            return
+        transfer.num_bytes = sum(pull.num_bytes for _, pull in transfer.unsubmitted)
+        if transfer.unsubmitted:
+            self._submit(transfer)
         else:
-            if not transfer.calls:
-                self._confirm(transfer)
+            self._confirm(transfer)
 
-    def _pull_from(self, transfer: Transfer, peer: Peer, theirs: RankGeometry, tokens: TokenRange) -> None:
-        for pull in plan_pull(self._ours, theirs, peer.pairings, tokens):
-            transfer.num_bytes += pull.num_bytes
-            if transfer.instance.is_ourselves:
-                self._transfers.add_call(transfer, self._copies.submit(pull, transfer.deadline))
-                continue
-            call = self._queue.submit_pull_blocks(
-                theirs.cluster_id,
-                pull.src_cache_id,
-                self._caches.view(pull.dst_index, pull.granule),
-                pull.src_blocks,
-                pull.dst_blocks,
-                deadline_ms=max(1, int((transfer.deadline - time.monotonic()) * 1000)),
-                src_layer_range=pull.src_layers,
-                dst_layer_range=pull.dst_layers,
-                tensor_num_per_layer=_TENSORS_PER_LAYER,
-            )
-            self._transfers.add_call(transfer, call, theirs.cluster_id)
+    def _submit(self, transfer: Transfer) -> bool:
+        """As many of its calls as there is room for; False if that was not enough."""
+        try:
+            return self._calls.submit(transfer)
+        except EngineError as error:
+            self._fail(transfer, Failure.PLAN, str(error))
+            return True
+
+    def _submit_rest(self) -> None:
+        """What takes the queue's places wakes us when it ends."""
+        for transfer in self._transfers.unsubmitted():
+            if not self._submit(transfer):
+                return
 
     def _on_completion(self, completion: _native.Completion) -> None:
         taken = self._transfers.take_call(completion.id)
@@ -307,7 +293,7 @@ class PullDriver:
         else:
             self._fail(transfer, Failure.TRANSFER, reason)
             return
-        if not transfer.is_written:
+        if not (transfer.is_written or transfer.unsubmitted):
             self._on_all_back(transfer)
 
     def _loses_link(self, status: int) -> bool:
@@ -349,8 +335,7 @@ class PullDriver:
 
     def _interrupt(self, transfer: Transfer) -> None:
         transfer.interrupted = True
-        for call in transfer.calls:
-            self._take_back(call)
+        self._calls.take_back(transfer)
         if not transfer.is_written:
             self._on_all_back(transfer)
 
@@ -418,17 +403,9 @@ class PullDriver:
 
     def _abandon_calls(self, transfer: Transfer) -> None:
         """Takes back queued calls; ends the transfer now or, if one runs, when that writes no more."""
-        for call in transfer.calls:
-            self._take_back(call)
+        self._calls.take_back(transfer)
         if not transfer.is_written:
             self._end(transfer)
-
-    def _take_back(self, call: int) -> None:
-        """If it has not started, it completes as cancelled."""
-        if call < 0:
-            self._copies.cancel(call)
-        else:
-            self._queue.cancel(call)
 
     def _end(self, transfer: Transfer) -> None:
         self._transfers.remove(transfer)

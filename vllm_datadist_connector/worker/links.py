@@ -18,6 +18,7 @@ from typing import NamedTuple
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.handshake import RankGeometry
+from vllm_datadist_connector.wakeup import wait_readable
 from vllm_datadist_connector.worker.instances import Instance, Peer
 from vllm_datadist_connector.worker.unlinking import Unlinkings
 
@@ -25,9 +26,13 @@ logger = logging.getLogger(__name__)
 logger.addFilter(OthersWords())
 
 _LINK_PAUSE_S = 0.02
-"""Until the next try of a link that its other end is just making as well, or has not answered."""
+"""Until the next try of a link that its other end is just making as well, or has not answered, or that found the queue
+full."""
 _QUEUED_MS = 60_000
 """A link call may wait so long for its turn behind pulls."""
+
+
+_LAST_UNLINKS_S = 2.0
 
 
 class Linking(NamedTuple):
@@ -118,6 +123,14 @@ class Links:
 
     def are_unlinking(self) -> bool:
         return bool(self._unlinkings)
+
+    def wait_until_gone(self) -> None:
+        """At the very end: completions of other calls are nobody's any more."""
+        until = time.monotonic() + _LAST_UNLINKS_S
+        while self._unlinkings and time.monotonic() < until:
+            wait_readable([self._queue.fileno()], until)
+            for completion in self._queue.poll():
+                self._unlinkings.on_completion(completion)
 
     def take_gone(self) -> list[int]:
         """Clusters with which no link is left, since the last call."""

@@ -188,10 +188,11 @@ class InstanceTable:
         waiting, instance.waiting = instance.waiting, []
         return waiting
 
-    def unlink_all(self) -> None:
-        """Peers are told, where they answer."""
+    def part(self) -> None:
+        """For where a peer that does not hear of our end keeps its half of our links: it has so many and no more."""
         for instance in self._instances.values():
             self._links.unlink(instance, force=False)
+        self._links.wait_until_gone()
 
     def drop_unused(self, now: float) -> None:
         """Unlinks instances that nobody has asked for in a while, or that are gone: they would add up."""
@@ -334,8 +335,8 @@ class InstanceTable:
             return
         try:
             self._links.link(linking)
-        except _native.QueueFullError as error:
-            self.rest(instance, f"link with {instance.key.endpoint}: {error}")
+        except _native.QueueFullError:
+            self._links.link_soon(linking)
 
     def _drop_idlest(self) -> bool:
         """Makes room for a link; False if every instance that we are linked with is in use."""

@@ -15,13 +15,15 @@ from __future__ import annotations
 import enum
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
 from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.worker.device import PASSED, Fence
 from vllm_datadist_connector.worker.instances import Instance
-from vllm_datadist_connector.worker.plan import NULL_BLOCK
+from vllm_datadist_connector.worker.plan import NULL_BLOCK, BlockPull
 
 
 class Failure(enum.Enum):
@@ -51,6 +53,8 @@ class Transfer:
     accepted_at: float
     deadline: float
     phase: Phase = Phase.WAITING
+    unsubmitted: deque[tuple[RankGeometry, BlockPull]] = field(default_factory=deque)
+    """Calls that the queue has had no room for yet, and whom each is from."""
     calls: dict[int, int] = field(default_factory=dict)
     """Native calls, or copies, that are queued or running, each with the cluster that it pulls from."""
     writers: set[int] = field(default_factory=set)
@@ -180,6 +184,9 @@ class TransferTable:
     def quarantined(self) -> list[Transfer]:
         """Those that are over, with blocks that cannot be handed back yet."""
         return [t for t in self._by_request.values() if t.is_over and t.writers]
+
+    def unsubmitted(self) -> list[Transfer]:
+        return [t for t in self._by_request.values() if t.unsubmitted]
 
     def instances(self) -> set[Instance]:
         """Those that some transfer needs."""
