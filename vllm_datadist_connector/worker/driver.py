@@ -22,6 +22,7 @@ from typing import Protocol, TypeVar
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.labels import Failure, Transport
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.digest import blocks_digest
@@ -35,7 +36,7 @@ from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, Insta
 from vllm_datadist_connector.worker.pairing import rehearse
 from vllm_datadist_connector.worker.peers import InstanceTable
 from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
-from vllm_datadist_connector.worker.transfers import Failure, FinishedPulls, Outbox, Phase, Transfer, TransferTable
+from vllm_datadist_connector.worker.transfers import FinishedPulls, Outbox, Phase, Transfer, TransferTable
 
 logger = logging.getLogger(__name__)
 logger.addFilter(OthersWords())
@@ -79,7 +80,7 @@ class PullDriver:
         self._outbox = Outbox()
         self._wakeup = Wakeup()
         self._stopping = False
-        self._linked = 0
+        self._linked: dict[Transport, int] = {}
         self._transfers = TransferTable()
         self._queue = _native.TransferQueue(datadist, threads=config.queue_threads)
         self._copies = OwnCopies(caches, ended=self._wakeup.set)
@@ -112,7 +113,7 @@ class PullDriver:
     def take_finished(self) -> FinishedPulls:
         return self._outbox.take()
 
-    def linked_peers(self) -> int:
+    def linked_peers(self) -> dict[Transport, int]:
         """As of the driver thread's last round: its tables must not be looked into from another thread."""
         return self._linked
 
@@ -198,6 +199,7 @@ class PullDriver:
         held = remote.remote_num_tokens
         tokens = TokenRange(job.first_token, job.end_token, remote.remote_block_ids, job.local_blocks, held)
         transfer.phase, transfer.meeting, transfer.num_bytes = Phase.PULLING, transfer.instance.meeting, 0
+        transfer.transport = transfer.instance.transport
         try:
             for peer, geometry in transfer.instance.givers:
                 self._pull_from(transfer, peer, geometry, tokens)

@@ -23,13 +23,14 @@ import contextlib
 import logging
 import random
 import time
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Collection, Iterator
 from typing import NamedTuple
 
 import msgspec
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.labels import Transport
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.contract import are_weights_comparable, find_mismatches
 from vllm_datadist_connector.protocol.handshake import RankGeometry, decode_geometry
@@ -100,9 +101,10 @@ class InstanceTable:
         """What to try again, and when; the earliest first."""
         self._changed: list[Instance] = []
 
-    def linked(self) -> int:
+    def linked(self) -> dict[Transport, int]:
         """Worker ranks that we are linked with."""
-        return sum(peer.linked for each in self._instances.values() for peer in each.peers.values())
+        peers = (peer for each in self._instances.values() for peer in each.peers.values())
+        return Counter(peer.link for peer in peers if peer.link is not None)
 
     def meet(self, remote: RemotePrefill, deadline: float, is_ourselves: bool = False) -> Instance:
         """The instance that granted a lease; an unknown one is greeted, unless it is our own.
@@ -163,8 +165,7 @@ class InstanceTable:
             return
         now = time.monotonic()
         if completion.status in (_native.LLM_SUCCESS, _native.LLM_ALREADY_LINK):
-            peer.linked = True
-            self._log_link(instance, peer)
+            self._note_link(instance, peer)
             self._settle(instance)
             return
         name = _native.status_name(completion.status)
@@ -378,18 +379,18 @@ class InstanceTable:
         """The links must be gone before the next ones to the same clusters are made."""
         linking = {id(each.peer) for each in self._links.values()}
         for peer, geometry in instance.givers:
-            if peer.linked or id(peer) in linking:
+            if peer.link is not None or id(peer) in linking:
                 with contextlib.suppress(_native.QueueFullError):
                     self._queue.submit_unlink(self._cluster(geometry), _UNLINK_TIMEOUT_MS, _QUEUED_MS, True)
-            peer.linked = False
+            peer.link = None
 
-    def _log_link(self, instance: Instance, peer: Peer) -> None:
+    def _note_link(self, instance: Instance, peer: Peer) -> None:
         report = self._link_report(peer.geometry.cluster_id) if peer.geometry is not None else None
         how = report.transport if report is not None else "?"
+        peer.link = Transport(how)
         why = f" ({report.transport_reason})" if report is not None and report.transport_reason else ""
-        milliseconds = (time.monotonic() - instance.met_at) * 1000
         rank = f"rank (pp {peer.rank.pp_rank}, tp {peer.rank.tp_rank}) of {instance.key.endpoint}"
-        logger.info("linked with %s by %s%s in %.0f ms", rank, how, why, milliseconds)
+        logger.info("linked with %s by %s%s in %.0f ms", rank, how, why, (time.monotonic() - instance.met_at) * 1000)
 
     def _cluster(self, geometry: RankGeometry) -> _native.ClusterInfo:
         return _native.ClusterInfo(

@@ -17,21 +17,10 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from vllm_datadist_connector.labels import Failure, Transport
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.worker.instances import Instance
 from vllm_datadist_connector.worker.plan import NULL_BLOCK
-
-
-class Failure(enum.Enum):
-    """Why a pull failed; the values are labels of a metric."""
-
-    HANDSHAKE = "handshake"
-    LINK = "link"
-    PLAN = "plan"
-    TRANSFER = "transfer"
-    DEADLINE = "deadline"
-    LEASE = "lease"
-    INTERNAL = "internal"
 
 
 class Phase(enum.Enum):
@@ -58,6 +47,7 @@ class Transfer:
     failure: Failure | None = None
     cancelled: bool = False
     num_bytes: int = 0
+    transport: Transport = Transport.OTHER
     queued_s: float = 0.0
     run_s: float = 0.0
     """Of the slowest call: they run beside or after one another."""

@@ -69,7 +69,7 @@ class ConnectorWorker:
         self._cluster_id = secrets.randbits(62) + 1
         role = _ROLE_MIX if is_producer and is_consumer else _ROLE_PROMPT if is_producer else _ROLE_DECODER
         self._datadist = _native.LlmDataDist(self._cluster_id, role, config.provider)
-        self._meter = WorkerMeter(source=f"pp{place.pp_rank}tp{place.tp_rank}")
+        self._meter = WorkerMeter(f"pp{place.pp_rank}tp{place.tp_rank}")
         self._driver: PullDriver | None = None
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
