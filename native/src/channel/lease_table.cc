@@ -48,7 +48,7 @@ LeaseVerdict LeaseTable::Confirm(const LeaseToken &token, uint64_t generation, c
     ++refused_[static_cast<size_t>(verdict)];
     return verdict;
   }
-  if (Lease &lease = leases_.at(token); !std::exchange(lease.served, true)) {
+  if (Lease &lease = leases_.find(token)->second; !std::exchange(lease.served, true)) {
     ++served_.leases;
     served_.blocks += lease.num_blocks;
   }
