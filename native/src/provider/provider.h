@@ -9,7 +9,8 @@
 // translates, because that library's own strings and structs have another layout.
 //
 // Implementor's contract: calls may come from any thread; every call that can wait for a peer is bounded by its own
-// timeout; Finalize may be called again and before Initialize; no call throws.
+// timeout; Finalize may be called again and before Initialize, and beside running calls, which it ends or waits for; no
+// call throws.
 #ifndef DATADIST_PROVIDER_PROVIDER_H_
 #define DATADIST_PROVIDER_PROVIDER_H_
 
@@ -24,6 +25,7 @@
 #include "base/status.h"
 #include "llm_datadist/llm_datadist.h"
 #include "llm_datadist/llm_datadist_ext.h"
+#include "provider/capabilities.h"
 
 namespace datadist {
 
@@ -54,6 +56,11 @@ class Extension;
 class Provider {
  public:
   virtual ~Provider() = default;
+
+  virtual Capabilities capabilities() const = 0;
+
+  // Once on each thread that will call, before it does: a provider may keep a device per thread.
+  virtual Status EnterThread() = 0;
 
   virtual Status Initialize(const Options &options) = 0;
   virtual void Finalize() = 0;
