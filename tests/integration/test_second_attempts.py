@@ -17,9 +17,10 @@ from support.pd import LOOPBACK, WAIT_S, wait_until
 from support.producer_process import ProducerProcess
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.labels import Failure
 from vllm_datadist_connector.worker.driver import PullDriver
 from vllm_datadist_connector.worker.instances import MAX_FAULTS
-from vllm_datadist_connector.worker.transfers import Failure, Transfer
+from vllm_datadist_connector.worker.transfers import Transfer
 
 StartProducer = Callable[..., ProducerProcess]
 StartConsumer = Callable[..., Consumer]
@@ -79,7 +80,7 @@ def test_links_that_are_cut_again_and_again(
         consumer.expect(producer, remote, [2 + i])
         consumer.pull(f"r{i}", remote, [2 + i], deadline_s=60.0)
         if i % 40 == 20:
-            wait_until(lambda: consumer.driver.linked_peers() == 1, "the link")
+            wait_until(lambda: consumer.linked() == 1, "the link")
             cut(consumer)
             cuts += 1
     consumer.wait(201)
@@ -194,7 +195,7 @@ class TestFullQueue:
         consumer.expect(producer, remote, [3])
         consumer.pull("r", remote, [3])
         if again:
-            wait_until(lambda: consumer.driver.linked_peers() == 0, "the end of the links")
+            wait_until(lambda: not consumer.driver.linked_peers(), "the end of the links")
         else:
             wait_until(lambda: "r" in submitted, "its first call")
             consumer.driver.cancel("r")

@@ -13,6 +13,7 @@ from support.kv_ranks import DECODER_ROLE, KV, MIX_ROLE, Place, RankEngine, copy
 from support.pd import WAIT_S, wait_until
 from support.producer_process import ProducerProcess, prefill, start_scheduler
 from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.labels import Failure
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.params import RemotePrefill, parse_remote_prefill
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
@@ -20,7 +21,7 @@ from vllm_datadist_connector.side_channel.client import open_client
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 from vllm_datadist_connector.worker.device import PASSED, Fence
 from vllm_datadist_connector.worker.driver import PullDriver
-from vllm_datadist_connector.worker.transfers import Failure, Transfer
+from vllm_datadist_connector.worker.transfers import Transfer
 
 D_CLUSTER = 900
 
@@ -143,6 +144,10 @@ class Consumer:
 
         wait_until(arrived, f"the end of {count} pulls")
         assert len(set(self.received)) == len(self.received) == count
+
+    def linked(self) -> int:
+        """Worker ranks of P that we are linked with."""
+        return sum(self.driver.linked_peers().values())
 
     def check_bytes(self) -> None:
         np.testing.assert_array_equal(self.memory, self.expected)

@@ -22,6 +22,7 @@ from typing import NamedTuple, TypeVar
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.labels import Failure, Transport
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.digest import blocks_digest
@@ -40,7 +41,6 @@ from vllm_datadist_connector.worker.peers import InstanceTable
 from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
 from vllm_datadist_connector.worker.quarantine import Quarantine
 from vllm_datadist_connector.worker.transfers import (
-    Failure,
     FinishedPulls,
     Outbox,
     Phase,
@@ -93,7 +93,7 @@ class PullDriver:
         self._outbox = Outbox()
         self._wakeup = Wakeup()
         self._stopping = False
-        self._linked = 0
+        self._linked: dict[Transport, int] = {}
         self._transfers = TransferTable()
         self._quarantine = Quarantine(self._transfers)
         self._queue = _native.TransferQueue(datadist, threads=config.queue_threads)
@@ -139,7 +139,7 @@ class PullDriver:
     def take_finished(self) -> FinishedPulls:
         return self._outbox.take()
 
-    def linked_peers(self) -> int:
+    def linked_peers(self) -> dict[Transport, int]:
         """As of the driver thread's last round: its tables must not be looked into from another thread."""
         return self._linked
 
@@ -242,6 +242,7 @@ class PullDriver:
         held = remote.remote_num_tokens
         tokens = TokenRange(job.first_token, job.end_token, remote.remote_block_ids, job.local_blocks, held)
         transfer.phase, transfer.meeting = Phase.PULLING, instance.meeting
+        transfer.transport = instance.transport
         try:
             for peer, theirs in instance.givers:
                 pulls = plan_pull(self._ours, theirs, peer.pairings, tokens)

@@ -10,6 +10,7 @@ import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from vllm_datadist_connector.labels import Transport
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.pairing import Pairing, Rank
@@ -52,11 +53,12 @@ class Peer:
     geometry: RankGeometry | None = None
     pairings: list[Pairing] = field(default_factory=list)
     """What it gives us; a rank that gives nothing is not linked."""
-    linked: bool = False
+    link: Transport | None = None
+    """By which it is linked."""
 
     @property
     def settled(self) -> bool:
-        return self.geometry is not None and (self.linked or not self.pairings)
+        return self.geometry is not None and (self.link is not None or not self.pairings)
 
 
 @dataclass(slots=True, eq=False)
@@ -95,6 +97,14 @@ class Instance:
     def is_meeting(self, peer: Peer) -> bool:
         """Whether what is heard of the peer is of the meeting that goes on, and not of one that was given up."""
         return self.state is InstanceState.MEETING and self.peers.get(peer.rank) is peer
+
+    @property
+    def transport(self) -> Transport:
+        """By which its blocks come."""
+        if self.is_ourselves:
+            return Transport.OWN
+        links = {peer.link for peer, _ in self.givers}
+        return (links.pop() if len(links) == 1 else None) or Transport.OTHER
 
     @property
     def givers(self) -> list[tuple[Peer, RankGeometry]]:

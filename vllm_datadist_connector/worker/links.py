@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.labels import Transport
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.wakeup import wait_readable
@@ -101,16 +102,16 @@ class Links:
         """
         linking = {id(each.peer) for each in self._calls.values()}
         for peer, geometry in instance.givers:
-            if peer.linked or id(peer) in linking:
+            if peer.link is not None or id(peer) in linking:
                 self._unlinkings.begin(self._cluster(geometry), force)
-            peer.linked = False
+            peer.link = None
 
     def is_linked(self, instance: Instance) -> bool:
         """With every rank that gives us something, as far as can be told."""
         if instance.is_ourselves:
             return True
         if self._report is None:
-            return all(peer.linked for peer, _ in instance.givers)
+            return all(peer.link is not None for peer, _ in instance.givers)
         reports = [self._report(geometry.cluster_id) for _, geometry in instance.givers]
         return all(report is not None and report.alive for report in reports)
 
@@ -143,10 +144,11 @@ class Links:
         wakes = [self._unlinkings.next_wake(), self._again[0][0] if self._again else None]
         return min((at for at in wakes if at is not None), default=None)
 
-    def log(self, linking: Linking) -> None:
+    def note(self, linking: Linking) -> None:
         """A link that was made."""
         peer, endpoint = linking.peer, linking.instance.key.endpoint
         report = self._report(linking.geometry.cluster_id) if self._report is not None else None
+        peer.link = Transport(report.transport if report is not None else None)
         how = f" by {report.transport}" if report is not None else ""
         why = f" ({report.transport_reason})" if report is not None and report.transport_reason else ""
         milliseconds = (time.monotonic() - linking.instance.met_at) * 1000

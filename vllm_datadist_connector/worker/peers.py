@@ -22,11 +22,13 @@ from __future__ import annotations
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
 
 import msgspec
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.labels import Transport
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.contract import are_weights_comparable, find_mismatches
 from vllm_datadist_connector.protocol.handshake import RankGeometry, decode_geometry
@@ -83,9 +85,10 @@ class InstanceTable:
         self._greetings: dict[int, tuple[Instance, Peer]] = {}
         self._changed: list[Instance] = []
 
-    def linked(self) -> int:
+    def linked(self) -> dict[Transport, int]:
         """Worker ranks that we are linked with."""
-        return sum(peer.linked for each in self._instances.values() for peer in each.peers.values())
+        peers = (peer for each in self._instances.values() for peer in each.peers.values())
+        return Counter(peer.link for peer in peers if peer.link is not None)
 
     def meet(self, remote: RemotePrefill, deadline: float, is_ourselves: bool = False) -> Instance:
         """The instance that granted a lease; an unknown one is greeted, unless it is our own.
@@ -140,10 +143,9 @@ class InstanceTable:
         linking = self._links.on_completion(completion)
         if linking is None or not linking.instance.is_meeting(linking.peer):
             return
-        instance, peer = linking.instance, linking.peer
+        instance = linking.instance
         if completion.status in (_native.LLM_SUCCESS, _native.LLM_ALREADY_LINK):
-            peer.linked = True
-            self._links.log(linking)
+            self._links.note(linking)
             self._settle(instance)
             return
         name = _native.status_name(completion.status)
@@ -327,7 +329,7 @@ class InstanceTable:
 
     def _link(self, linking: Linking) -> None:
         instance = linking.instance
-        if not self._links.is_room(self.linked()):
+        if not self._links.is_room(sum(self.linked().values())):
             if self._links.are_unlinking() or self._drop_idlest():
                 self._links.link_soon(linking)
             else:

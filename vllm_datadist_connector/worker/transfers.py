@@ -19,23 +19,12 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import NamedTuple, Protocol
 
+from vllm_datadist_connector.labels import Failure, Transport
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.worker.device import PASSED, Fence
 from vllm_datadist_connector.worker.instances import Instance
 from vllm_datadist_connector.worker.plan import NULL_BLOCK, BlockPull
-
-
-class Failure(enum.Enum):
-    """Why a pull failed; the values are labels of a metric."""
-
-    HANDSHAKE = "handshake"
-    LINK = "link"
-    PLAN = "plan"
-    TRANSFER = "transfer"
-    DEADLINE = "deadline"
-    LEASE = "lease"
-    INTERNAL = "internal"
 
 
 class Phase(enum.Enum):
@@ -70,6 +59,7 @@ class Transfer:
     told: bool = False
     """An operator has been told that its blocks are kept back."""
     num_bytes: int = 0
+    transport: Transport = Transport.OTHER
     queued_s: float = 0.0
     run_s: float = 0.0
     """Of the slowest call: they run beside or after one another."""

@@ -70,7 +70,7 @@ class ConnectorWorker:
         self._cluster_id = secrets.randbits(62) + 1
         role = _ROLE_MIX if is_producer and is_consumer else _ROLE_PROMPT if is_producer else _ROLE_DECODER
         self._datadist = _native.LlmDataDist(self._cluster_id, role, config.provider)
-        self._meter = WorkerMeter(source=f"pp{place.pp_rank}tp{place.tp_rank}")
+        self._meter = WorkerMeter(f"pp{place.pp_rank}tp{place.tp_rank}")
         self._device: Device = HostDevice()
         self._driver: PullDriver | None = None
         self._geometry: RankGeometry | None = None
@@ -149,7 +149,7 @@ class ConnectorWorker:
     def take_received(self) -> FinishedPulls:
         if self._driver is None:
             return FinishedPulls(set(), set(), set())
-        self._meter.linked_peers(self._driver.linked_peers())
+        self._meter.state(self._driver.linked_peers(), self._driver.quarantined_blocks())
         return self._driver.take_finished()
 
     def take_stats(self) -> DataDistStats | None:
