@@ -3,10 +3,12 @@
 # process started from the same binary) simply has one: gtest_main gives way.
 find_package(GTest REQUIRED)
 include(GoogleTest)
+include(cmake/StandIn.cmake)
 
 file(GLOB test_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tests/*_test.cc)
 file(GLOB_RECURSE support_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tests/*.cc)
 list(REMOVE_ITEM support_sources ${test_sources})
+list(FILTER support_sources EXCLUDE REGEX "/tests/standin/")
 
 # Threads are what TSan looks for: tests that start none say nothing under it.
 if(DATADIST_SANITIZE STREQUAL "thread")
