@@ -1,5 +1,4 @@
 // The two functions of libascendcl.so that the provider calls: the device of a thread.
-#include <atomic>
 #include <cstdint>
 
 #define STANDIN_EXPORT extern "C" __attribute__((visibility("default")))
@@ -11,16 +10,12 @@ constexpr int32_t kInvalidDevice = 107001;
 constexpr int32_t kNoContext = 107002;
 
 thread_local int32_t device = -1;
-std::atomic<uint64_t> threads_with_a_device{0};
 
 }  // namespace
 
 STANDIN_EXPORT int32_t aclrtSetDevice(int32_t index) {
   if (index < 0 || index >= kDevices) {
     return kInvalidDevice;
-  }
-  if (device < 0) {
-    ++threads_with_a_device;
   }
   device = index;
   return 0;
@@ -33,6 +28,3 @@ STANDIN_EXPORT int32_t aclrtGetDevice(int32_t *index) {
   *index = device;
   return 0;
 }
-
-// For tests: how many threads ever had a device.
-STANDIN_EXPORT uint64_t StandInThreadsWithADevice() { return threads_with_a_device; }

@@ -4,8 +4,9 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
-#include <iterator>
+#include <list>
 
+#include "control/address.h"
 #include "memory/region_table.h"
 #include "provider/engine.h"
 
@@ -82,9 +83,28 @@ Code Endpoint::Initialize(const datadist::Options &options) {
     datadist::Options ours = options;
     ours[OPTION_INSECURE] = "1";  // CANN asks nobody who he is
     ours[OPTION_MAX_LINKS] = std::to_string(rules_.max_links);
+    StealPort(ours);
     const Code code = engine_->Initialize(ours).code();
     return code == LLM_SUCCESS ? RegisterOwn() : code;
   });
+}
+
+// Somebody else takes the port that the caller found free.
+void Endpoint::StealPort(const datadist::Options &options) {
+  static std::atomic<uint64_t> stolen{0};
+  const auto listen = options.find(OPTION_LISTEN_IP_INFO);
+  if (listen == options.end() || stolen >= rules_.steal_ports) {
+    return;
+  }
+  ++stolen;
+  const auto address = datadist::SocketAddress::Parse(listen->second);
+  if (address.ok()) {
+    static std::list<datadist::Listeners> thieves;
+    auto listeners = datadist::Listen(address.value());
+    if (listeners.ok()) {
+      thieves.push_back(std::move(listeners).value());
+    }
+  }
 }
 
 Code Endpoint::RegisterOwn() {
@@ -177,7 +197,7 @@ Code Endpoint::CheckKnown(uint64_t cluster_id, int64_t local_id, int64_t remote_
   if (remote_id > link->second.last_there) {
     return LLM_KV_CACHE_NOT_EXIST;
   }
-  return local_id > link->second.last_here ? LLM_FAILED : LLM_SUCCESS;
+  return caches_.count(local_id) != 0 && local_id > link->second.last_here ? LLM_FAILED : LLM_SUCCESS;
 }
 
 Code Endpoint::Register(const CacheDesc &desc, const std::vector<uint64_t> &addrs, int64_t &cache_id) {
@@ -220,9 +240,10 @@ Code Endpoint::CheckRegions(const Cache &cache) {
 
 Code Endpoint::Unregister(int64_t cache_id) {
   return Call("UnregisterKvCache " + std::to_string(cache_id), [&]() -> Code {
-    late_.Await(LateWrites::kAll);
     const std::lock_guard<std::mutex> lock(mutex_);
-    caches_.erase(cache_id);
+    if (caches_.erase(cache_id) != 0) {
+      late_.Await(LateWrites::kAll);  // else it would be the test's own memory that is written to after it was freed
+    }
     return cache_id <= 0 ? Code{LLM_SUCCESS} : engine_->UnregisterKvCache(cache_id + kOwnCaches).code();
   });
 }

@@ -4,12 +4,10 @@
 
 #include <atomic>
 #include <cstdint>
-#include <list>
 #include <map>
 #include <memory>
 #include <mutex>
 #include <string>
-#include <thread>
 #include <utility>
 #include <vector>
 
@@ -60,6 +58,7 @@ class Endpoint {
   template <typename Transfer, typename Act>
   Code Transferred(const char *call, Transfer &transfer, const Act &act);
 
+  void StealPort(const datadist::Options &options);
   Code RegisterOwn();
   void RememberLink(uint64_t cluster_id);
   Code CheckKnown(uint64_t cluster_id, int64_t local_id, int64_t remote_id);
