@@ -1,5 +1,5 @@
-// What the provider "cann" makes of CANN's library, as the stand-in is it: what the library demands, and what it does not
-// tell.
+// What the provider "cann" makes of CANN's library, as the stand-in is it: what the library demands, and what it does
+// not tell.
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 #include <sys/socket.h>
@@ -304,7 +304,9 @@ TEST_F(TwoCannProviders, AFailedPullWritesUntilItsLinkIsUnlinked) {
 
 TEST(CannStatus, EveryCodeSaysWhatToDo) {
   using cann::CallKind;
-  const auto text = [](CallKind kind, cann::Code code) { return cann::Explain("Call", kind, code, "cluster 7").text(); };
+  const auto text = [](CallKind kind, cann::Code code) {
+    return cann::Explain("Call", kind, code, "cluster 7").text();
+  };
   EXPECT_TRUE(cann::Explain("Call", CallKind::kLink, LLM_SUCCESS).ok());
   EXPECT_THAT(text(CallKind::kTransfer, LLM_TIMEOUT),
               AllOf(StartsWith("Call: cluster 7: CANN answered LLM_TIMEOUT (0x5010B01A): "),

@@ -168,12 +168,12 @@ TEST_P(ProviderContract, PullsAndPushesRowsByteForByte) {
 
 TEST_P(ProviderContract, TransfersTheLayersThatAreChosen) {
   Link();
-  const auto tensor_bytes = static_cast<size_t>(kShape.blocks * kShape.stride);
+  constexpr std::ptrdiff_t tensor_bytes = kShape.blocks * kShape.stride;
   Bytes expected = a_.Contents(mine_);
   const Bytes theirs = b_.Contents(theirs_);
-  for (const size_t tensor : {0, 1, 2, 3}) {  // layers 1 and 2 there to 0 and 1 here, block 3 to 8
-    std::copy_n(theirs.begin() + static_cast<std::ptrdiff_t>((tensor + 2) * tensor_bytes) + 3 * kShape.stride,
-                kShape.stride, expected.begin() + static_cast<std::ptrdiff_t>(tensor * tensor_bytes) + 8 * kShape.stride);
+  for (const std::ptrdiff_t tensor : {0, 1, 2, 3}) {  // layers 1 and 2 there to 0 and 1 here, block 3 to 8
+    const auto from = theirs.begin() + (tensor + 2) * tensor_bytes + 3 * kShape.stride;
+    std::copy_n(from, kShape.stride, expected.begin() + tensor * tensor_bytes + 8 * kShape.stride);
   }
   BlocksTransfer transfer = a_.Blocks(kB, theirs_, mine_, {3}, {8});
   transfer.ext.src_layer_range = {1, 2};

@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <cstring>
 #include <list>
 
 #include "control/address.h"
@@ -37,7 +38,7 @@ std::string Names(const Clusters &clusters) {
 }
 
 bool HasIpv6(const Clusters &clusters) {
-  const auto is_ipv6 = [](const IpInfo &info) { return std::string(info.ip.GetString()).find(':') != std::string::npos; };
+  const auto is_ipv6 = [](const IpInfo &info) { return std::strchr(info.ip.GetString(), ':') != nullptr; };
   return std::any_of(clusters.begin(), clusters.end(), [&](const ClusterInfo &cluster) {
     return std::any_of(cluster.local_ip_infos.begin(), cluster.local_ip_infos.end(), is_ipv6) ||
            std::any_of(cluster.remote_ip_infos.begin(), cluster.remote_ip_infos.end(), is_ipv6);

@@ -1,5 +1,5 @@
-// The symbols of CANN's libllm_datadist.so, by their mangled names: a class llm_datadist::LlmDataDist defined here would
-// meet that of our engine in one library.
+// The symbols of CANN's libllm_datadist.so, by their mangled names: a class llm_datadist::LlmDataDist defined here
+// would meet that of our engine in one library.
 #include <string>
 #include <utility>
 #include <vector>
@@ -78,8 +78,8 @@ CacheTransfer ToRow(const abi::CacheIndex &remote, const abi::Cache &local, uint
 
 }  // namespace
 
-// A function behind the class that both of CANN's libraries export: where another library was loaded first, and this one
-// without RTLD_DEEPBIND, a call from here ends there.
+// A function behind the class that both of CANN's libraries export: where another library was loaded first, and this
+// one without RTLD_DEEPBIND, a call from here ends there.
 STANDIN_EXPORT Code LlmDataDist_ImplInitialize(abi::Object *object, const abi::OptionMap &options) {
   return Behind(object).Initialize(ToOptions(options));
 }

@@ -1,5 +1,5 @@
-// The names of CANN's LlmDataDist as the linker knows them: one line each, however long. An extern "C" function of such a
-// name is taken for the member, with the object as its first argument, without a class of that name in this library.
+// The names of CANN's LlmDataDist as the linker knows them: one line each, however long. An extern "C" function of such
+// a name is taken for the member, with the object as its first argument, without a class of that name in this library.
 #ifndef DATADIST_TESTS_STANDIN_SYMBOLS_H_
 #define DATADIST_TESTS_STANDIN_SYMBOLS_H_
 

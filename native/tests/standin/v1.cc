@@ -1,5 +1,5 @@
-// Another library with the names of CANN's LlmDataDist: one of the V1 API, which allocates caches and registers none. With
-// STANDIN_INCOMPLETE it lacks PushKvBlocks, as a library does that is too old or too new.
+// Another library with the names of CANN's LlmDataDist: one of the V1 API, which allocates caches and registers none.
+// With STANDIN_INCOMPLETE it lacks PushKvBlocks, as a library does that is too old or too new.
 #include <cstdint>
 #include <vector>
 

@@ -4,6 +4,8 @@
 #include <atomic>
 #include <charconv>
 #include <exception>
+#include <functional>
+#include <iterator>
 #include <map>
 #include <mutex>
 #include <new>
@@ -34,7 +36,6 @@ constexpr uint32_t kMaxLinks = 512;
 constexpr int32_t kMinLinkTimeoutMs = 2000;
 // Each run is an operation of the device's: below that its cost is that of the operation, not of the bytes.
 constexpr uint32_t kMinRunBytes = 4096;
-constexpr int kPortAttempts = 8;
 constexpr milliseconds kDefaultTransferTimeout{1000};
 // That a call may take beyond its own timeout.
 constexpr milliseconds kGrace{10000};
@@ -101,7 +102,7 @@ class CannProvider final : public Provider {
     if (Status ready = Prepare(options); !ready.ok()) {
       return ready;
     }
-    const Status started = ListeningAt(options, [&](const Options &with_port) {
+    const Status started = Listening(options, [&](const Options &with_port) {
       return Guarded("Initialize", [&] {
         const Code code = calls_.initialize(object_, ToCann(calls_.strings, with_port));
         return Explain("Initialize", CallKind::kOther, code);
@@ -128,7 +129,7 @@ class CannProvider final : public Provider {
     started_ = false;
     if (!gate_.Close(milliseconds(longest_call_ms_) + kGrace)) {
       abandoned_ = true;
-      Log(LogLevel::kError, "Finalize: a call of CANN's has not ended long after its timeout; its endpoint is left as it is");
+      Log(LogLevel::kError, "Finalize: a call of CANN's has not ended long after its timeout; its endpoint is left");
       return;
     }
     if (Status entered = EnterThread(); !entered.ok()) {
@@ -143,7 +144,7 @@ class CannProvider final : public Provider {
 
   Status SetRole(LlmRole role, const Options &options) override {
     return Call("SetRole", [&] {
-      return ListeningAt(ForTheLibrary(options), [&](const Options &with_port) {
+      return Listening(ForTheLibrary(options), [&](const Options &with_port) {
         const Code code =
             calls_.set_role(object_, static_cast<int32_t>(role), ToCann(calls_.strings, with_port));
         return Explain("SetRole", CallKind::kOther, code);
@@ -168,8 +169,8 @@ class CannProvider final : public Provider {
   Result<int64_t> RegisterKvCache(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs) override {
     return Call("RegisterKvCache", [&]() -> Result<int64_t> {
       if (addrs.size() > kMaxAddrsPerCache) {
-        return Invalid("RegisterKvCache: addrs has " + std::to_string(addrs.size()) + " addresses, CANN takes at most " +
-                       std::to_string(kMaxAddrsPerCache) + " per cache");
+        return Invalid("RegisterKvCache: addrs has " + std::to_string(addrs.size()) +
+                       " addresses, CANN takes at most " + std::to_string(kMaxAddrsPerCache) + " per cache");
       }
       int64_t cache_id = 0;
       const Code code = calls_.register_cache(object_, ToCann(desc), addrs, {}, cache_id);
@@ -255,47 +256,14 @@ class CannProvider final : public Provider {
     return EnterThread();
   }
 
-  // act(options) with a port in place of 0. When it fails and the port is somebody else's by now, it is tried again.
-  template <typename Act>
-  Status ListeningAt(Options options, const Act &act) {
-    const auto listen = options.find(OPTION_LISTEN_IP_INFO);
-    if (listen == options.end()) {
-      const Status done = act(options);
-      if (done.ok()) {
-        listen_port_ = 0;
-      }
-      return done;
+  // act(options with a port) -> Status.
+  Status Listening(const Options &options, const std::function<Status(const Options &)> &act) {
+    const Result<uint16_t> port = WithListenPort(options, act);
+    if (!port.ok()) {
+      return port.status();
     }
-    const Result<ListenAddress> asked = ParseListenAddress(listen->second);
-    if (!asked.ok()) {
-      return asked.status();
-    }
-    ListenAddress address = asked.value();
-    if (address.ip.rfind("127.", 0) == 0) {
-      Log(LogLevel::kWarning, "llm.ListenIpInfo is " + address.ip + ": it becomes the server_id of this host, and no other "
-                              "host can link to it");
-    }
-    for (int attempt = 1;; ++attempt) {
-      if (asked.value().port == 0) {
-        const Result<uint16_t> free = FindFreePort(address.ip);
-        if (!free.ok()) {
-          return free.status();
-        }
-        address.port = free.value();
-      }
-      listen->second = address.ToString();
-      const Status done = act(options);
-      if (done.ok()) {
-        listen_port_ = address.port;
-        return done;
-      }
-      if (done.code() != LLM_FAILED || IsFree(address)) {
-        return done;
-      }
-      if (asked.value().port != 0 || attempt == kPortAttempts) {
-        return Status(done.code(), done.text() + "; " + address.ToString() + " is in use, or no address of this host");
-      }
-    }
+    listen_port_ = port.value();
+    return Status::Ok();
   }
 
   // act(clusters, codes) -> the call's code.

@@ -62,7 +62,8 @@ CacheIndex ToCann(const llm_datadist::CacheIndex &index) {
 }
 
 CacheDesc ToCann(const llm_datadist::CacheDesc &desc) {
-  return {static_cast<uint32_t>(desc.placement), desc.num_tensors, static_cast<int32_t>(desc.data_type), desc.shape, {}};
+  return {static_cast<uint32_t>(desc.placement), desc.num_tensors, static_cast<int32_t>(desc.data_type), desc.shape,
+          {}};
 }
 
 Cache ToCann(const llm_datadist::Cache &cache) {

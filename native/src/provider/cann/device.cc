@@ -10,20 +10,20 @@ namespace {
 using llm_datadist::LLM_FAILED;
 
 constexpr char kLibrary[] = "libascendcl.so";
-constexpr char kHowTo[] = "is the set_env.sh of CANN sourced, and the driver of the device mounted?";
+constexpr char kAdvice[] = "is the set_env.sh of CANN sourced, and the driver of the device mounted?";
 
 }  // namespace
 
 Result<Device> Device::Load() {
   void *const library = ::dlopen(kLibrary, RTLD_NOW | RTLD_LOCAL);
   if (library == nullptr) {
-    return Status(LLM_FAILED, std::string(::dlerror()) + "; " + kHowTo);
+    return Status(LLM_FAILED, std::string(::dlerror()) + "; " + kAdvice);
   }
   Device device;
   device.set_ = reinterpret_cast<decltype(device.set_)>(::dlsym(library, "aclrtSetDevice"));
   device.get_ = reinterpret_cast<decltype(device.get_)>(::dlsym(library, "aclrtGetDevice"));
   if (device.set_ == nullptr || device.get_ == nullptr) {
-    return Status(LLM_FAILED, std::string(kLibrary) + " has no aclrtSetDevice or no aclrtGetDevice; " + kHowTo);
+    return Status(LLM_FAILED, std::string(kLibrary) + " has no aclrtSetDevice or no aclrtGetDevice; " + kAdvice);
   }
   return device;
 }

@@ -3,25 +3,19 @@
 #define DATADIST_PROVIDER_CANN_LISTEN_PORT_H_
 
 #include <cstdint>
-#include <string>
+#include <functional>
 
 #include "base/status.h"
+#include "provider/provider.h"
 
 namespace datadist::cann {
 
-// What llm.ListenIpInfo says: an IPv4 address and a port, 0 for one of the system's choice.
-struct ListenAddress {
-  std::string ip;
-  uint16_t port = 0;
-  std::string ToString() const { return ip + ":" + std::to_string(port); }
-};
-
-// LLM_PARAM_INVALID for anything else, IPv6 included: the library listens on it, and then links to no such address.
-Result<ListenAddress> ParseListenAddress(const std::string &text);
-
-// Free a moment ago: somebody else may take it before the library does. LLM_FAILED where the address is none of ours.
-Result<uint16_t> FindFreePort(const std::string &ip);
-bool IsFree(const ListenAddress &address);
+// act(options), in which llm.ListenIpInfo has a free port in place of 0; the port that it has then, 0 for no listener.
+// Somebody else may take the port before `act` does: then with another one, a few times.
+//
+// LLM_PARAM_INVALID for IPv6: the library would listen there, and none links to such an address. Otherwise what `act`
+// failed with.
+Result<uint16_t> WithListenPort(Options options, const std::function<Status(const Options &)> &act);
 
 }  // namespace datadist::cann
 

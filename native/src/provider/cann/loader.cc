@@ -82,8 +82,8 @@ Status Unusable(const std::string &file, const std::string &why) {
   return Status(LLM_FAILED, "CANN's LLM-DataDist cannot be used: " + file + " " + why);
 }
 
-// RTLD_DEEPBIND has no effect on what is loaded already. If another library answers for its names, then its own calls go
-// there, too, and objects of one are handed to the other.
+// RTLD_DEEPBIND has no effect on what is loaded already. If another library answers for its names, then its own calls
+// go there, too, and objects of one are handed to the other.
 Status CheckPreloaded(const std::string &name) {
   void *const loaded = ::dlopen(name.c_str(), RTLD_LAZY | RTLD_NOLOAD);
   if (loaded == nullptr) {
@@ -136,9 +136,10 @@ Status CheckGeneration(const Library &library) {
   int64_t cache_id = 0;
   const Code code = library.calls.register_cache(&probe, {}, {}, {}, cache_id);
   library.calls.destroy(&probe);
-  return code != LLM_FEATURE_NOT_ENABLED
-             ? Status::Ok()
-             : Unusable(library.file, "has no registration of caches: it is that of the V1 API; " + std::string(kHowTo));
+  if (code != LLM_FEATURE_NOT_ENABLED) {
+    return Status::Ok();
+  }
+  return Unusable(library.file, "has no registration of caches: it is that of the V1 API; " + std::string(kHowTo));
 }
 
 Result<std::unique_ptr<const Library>> Open(const std::string &name) {

@@ -40,8 +40,8 @@ std::string LinkAdvice(Code code) {
     case LLM_ALREADY_LINK:
       return "it is to be unlinked by force first";
     case LLM_TIMEOUT:
-      return "the peer did not answer in time: it may be linking to this end at this moment, or HCCL_CONNECT_TIMEOUT is "
-             "shorter";
+      return "the peer did not answer in time: it may be linking to this end at this moment, or HCCL_CONNECT_TIMEOUT "
+             "is shorter";
     case LLM_UNLINK_FAILED:
       return "the peer cannot be reached; unlink by force, there as well";
     case LLM_CLUSTER_NUM_EXCEED_LIMIT:
@@ -56,13 +56,14 @@ std::string TransferAdvice(Code code) {
     case LLM_PARAM_INVALID:
       return "blocks, rows, layers or tensors are out of the range of the caches here or there";
     case LLM_KV_CACHE_NOT_EXIST:
-      return "the cache is unknown here or there; what is registered after a link was made is unknown over it: link anew";
+      return "the cache is unknown here or there; what is registered after a link was made is unknown over it: link "
+             "anew";
     case LLM_NOT_YET_LINK:
       return "link first";
     case LLM_TIMEOUT:
       return "the link cannot be used any more, and what was under way may still be written until it is unlinked by "
-             "force; if the peer lives, llm.SyncKvCacheWaitTime is shorter than the retransmissions of HCCL_RDMA_TIMEOUT "
-             "and HCCL_RDMA_RETRY_CNT";
+             "force; if the peer lives, llm.SyncKvCacheWaitTime is shorter than the retransmissions of "
+             "HCCL_RDMA_TIMEOUT and HCCL_RDMA_RETRY_CNT";
     default:
       return "";
   }
