@@ -253,7 +253,6 @@ REFUSED: dict[str, torch.Tensor] = {
     "one dimension": torch.zeros(BLOCKS),
     "bytes of a row apart": torch.zeros(BLOCKS, HEADS, CONTENT, TOKENS).transpose(2, 3),
     "rows that do not divide the block": torch.zeros(BLOCKS, HEADS, 5, CONTENT),
-    "not on the host": torch.zeros(BLOCKS, HEADS, TOKENS, CONTENT, device="meta"),
 }
 
 

@@ -206,6 +206,8 @@ def _pair_caches(
     ours: RankGeometry, theirs: RankGeometry, dst: CacheLayout, dst_index: int, run: _LayerRun
 ) -> Pairing | None:
     src = run.src
+    if dst.dtype and src.dtype and dst.dtype != src.dtype:
+        raise MismatchError(f"dtype of {_what(dst)}: ours {dst.dtype}, theirs {src.dtype}")
     chunk = _chunk_tokens(dst, src)
     if len(dst.segments) != len(src.segments):
         raise MismatchError(f"{_what(dst)}: our blocks have {len(dst.segments)} segments, theirs {len(src.segments)}")
