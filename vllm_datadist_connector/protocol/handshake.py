@@ -66,6 +66,8 @@ class View(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     granule: _Count
     cache_id: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+    first: _Bytes = 0
+    """Block of the view at which the cache begins: what is before it is another cache's, registered with it."""
 
 
 class CacheLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):

@@ -32,7 +32,7 @@ from vllm_datadist_connector.wakeup import Wakeup, wait_readable
 from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
 from vllm_datadist_connector.worker.copies import OwnCopies
 from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceState, Peer
-from vllm_datadist_connector.worker.pairing import rehearse
+from vllm_datadist_connector.worker.pairing import Terms, rehearse
 from vllm_datadist_connector.worker.peers import InstanceTable
 from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
 from vllm_datadist_connector.worker.transfers import Failure, FinishedPulls, Outbox, Phase, Transfer, TransferTable
@@ -95,6 +95,7 @@ class PullDriver:
             backoff_s=config.peer_backoff_s,
             ttl_s=config.peer_ttl_s,
             may_differ=config.may_differ,
+            terms=Terms(datadist.capabilities.register_before_link, datadist.capabilities.min_run_bytes),
         )
         rehearse(ours)
         self._thread = threading.Thread(target=self._run, name="datadist-pull-driver", daemon=True)

@@ -41,6 +41,8 @@ class CacheSpec:
 
     layout: CacheLayout
     addrs: tuple[int, ...]
+    storages: tuple[int, ...]
+    """Where the memory begins that each tensor was allocated in."""
 
 
 class KVMemory(NamedTuple):
@@ -54,6 +56,12 @@ class KVMemory(NamedTuple):
     @property
     def is_host(self) -> bool:
         return self.kind == "cpu"
+
+
+class _Tensor(NamedTuple):
+    name: str
+    addr: int
+    storage: int
 
 
 class _StrideClass(NamedTuple):
@@ -103,26 +111,26 @@ def describe_caches(
     Raises:
         LayoutError: names the layer, its shape and strides, and what is needed.
     """
-    classes: defaultdict[_StrideClass, list[tuple[str, int]]] = defaultdict(list)
+    classes: defaultdict[_StrideClass, list[_Tensor]] = defaultdict(list)
     seen: set[tuple[int, int]] = set()
     for layer in sorted(kv_caches, key=_natural_order):
         kv = layers.get(layer)
         if kv is None:
             continue
-        for name, addr, stride_class in _tensors(layer, kv_caches[layer], kv, num_blocks):
+        for tensor, stride_class in _tensors(layer, kv_caches[layer], kv, num_blocks):
             # Layers of different groups may lie in the same memory: a block id belongs to one group at a time.
-            if (kv.group, addr) not in seen:
-                seen.add((kv.group, addr))
-                classes[stride_class].append((name, addr))
+            if (kv.group, tensor.addr) not in seen:
+                seen.add((kv.group, tensor.addr))
+                classes[stride_class].append(tensor)
     missing = sorted(layers.keys() - kv_caches.keys())
     if missing:
         raise LayoutError(f"layer {missing[0]!r} has no KV cache tensor; there are {sorted(kv_caches)}")
     return [spec for key, members in classes.items() for spec in _specs(key, members, max_tensors)]
 
 
-def _specs(key: _StrideClass, members: list[tuple[str, int]], max_tensors: int) -> Iterator[CacheSpec]:
+def _specs(key: _StrideClass, members: list[_Tensor], max_tensors: int) -> Iterator[CacheSpec]:
     for start in range(0, len(members), max_tensors):
-        names, addrs = zip(*members[start : start + max_tensors], strict=True)
+        names, addrs, storages = zip(*members[start : start + max_tensors], strict=True)
         layout = CacheLayout(
             group=key.group,
             num_blocks=key.num_blocks,
@@ -133,7 +141,7 @@ def _specs(key: _StrideClass, members: list[tuple[str, int]], max_tensors: int) 
             layers=names,
             dtype=key.dtype,
         )
-        yield CacheSpec(layout, addrs)
+        yield CacheSpec(layout, addrs, storages)
 
 
 def _parts_of(value: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
@@ -142,8 +150,8 @@ def _parts_of(value: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Te
 
 def _tensors(
     layer: str, value: torch.Tensor | Sequence[torch.Tensor], kv: LayerKV, num_blocks: int
-) -> Iterator[tuple[str, int, _StrideClass]]:
-    """(name, address, stride class) of what has to be registered for one layer."""
+) -> Iterator[tuple[_Tensor, _StrideClass]]:
+    """What has to be registered for one layer."""
     several = isinstance(value, (list, tuple))
     tensors = _parts_of(value)
     if not tensors:
@@ -175,11 +183,15 @@ def _tensors(
         )
         dtype = "+".join(filter(None, dtypes))
         together_as = _StrideClass(kv.group, tensors[0].shape[0], block_tokens, strides[0], moved, dtype)
-        yield layer, tensors[0].data_ptr(), together_as
+        yield _tensor(layer, tensors[0]), together_as
         return
     for index, (tensor, segments, stride, dtype) in enumerate(zip(tensors, described, strides, dtypes, strict=True)):
         stride_class = _StrideClass(kv.group, tensor.shape[0], block_tokens, stride, segments, dtype)
-        yield f"{layer}:{index}", tensor.data_ptr(), stride_class
+        yield _tensor(f"{layer}:{index}", tensor), stride_class
+
+
+def _tensor(name: str, tensor: torch.Tensor) -> _Tensor:
+    return _Tensor(name, tensor.data_ptr(), tensor.untyped_storage().data_ptr())
 
 
 def _without_covered(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:

@@ -37,7 +37,16 @@ from vllm_datadist_connector.protocol.params import RemotePrefill
 from vllm_datadist_connector.side_channel.client import ChannelAnswer, ChannelClient, RankDescription, Refused
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceKey, InstanceState, Peer, pause_s
-from vllm_datadist_connector.worker.pairing import MismatchError, Rank, find_gaps, pair, pair_with_itself, sources
+from vllm_datadist_connector.worker.pairing import (
+    ANY,
+    MismatchError,
+    Rank,
+    Terms,
+    find_gaps,
+    pair,
+    pair_with_itself,
+    sources,
+)
 
 logger = logging.getLogger(__name__)
 logger.addFilter(OthersWords())
@@ -82,8 +91,10 @@ class InstanceTable:
         backoff_s: float,
         ttl_s: float,
         may_differ: Collection[str],
+        terms: Terms = ANY,
     ) -> None:
         self._ours = ours
+        self._terms = terms
         self._may_differ = may_differ
         self._client = client
         self._queue = queue
@@ -294,7 +305,7 @@ class InstanceTable:
         mismatches = self._mismatches(instance, peer, geometry)
         if not mismatches:
             try:
-                peer.pairings = pair(self._ours, geometry)
+                peer.pairings = pair(self._ours, geometry, self._terms)
             except MismatchError as error:
                 mismatches.append(str(error))
         if mismatches:

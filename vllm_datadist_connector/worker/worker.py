@@ -16,12 +16,13 @@ from vllm_datadist_connector.metrics import DataDistStats, WorkerMeter
 from vllm_datadist_connector.protocol.contract import LayoutContract
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
-from vllm_datadist_connector.worker.caches import RegisteredCaches, check
+from vllm_datadist_connector.worker.caches import DEVICE, HOST, RegisteredCaches, check
 from vllm_datadist_connector.worker.driver import PullDriver
 from vllm_datadist_connector.worker.huge_pages import log_when_done
 from vllm_datadist_connector.worker.kv_layout import MAX_TENSORS_PER_CACHE, KVCaches, describe_caches, find_memory
 from vllm_datadist_connector.worker.kv_spec import LayerKV
 from vllm_datadist_connector.worker.options import LISTEN, make_options
+from vllm_datadist_connector.worker.registrations import plan_registrations
 from vllm_datadist_connector.worker.transfers import FinishedPulls
 
 logger = logging.getLogger(__name__)
@@ -86,10 +87,12 @@ class ConnectorWorker:
         max_tensors = min(can.max_addrs_per_cache or MAX_TENSORS_PER_CACHE, MAX_TENSORS_PER_CACHE)
         memory = find_memory(kv_caches, self._layers, can.host_memory, can.device_memory)
         specs = describe_caches(kv_caches, self._layers, num_blocks, max_tensors)
+        plan = plan_registrations(specs, can.max_regions)
         options = make_options(self._config, can, self._is_producer, self._place.index, memory.device)
         check(self._datadist.initialize(options), "Initialize")
         check(self._datadist.enter_thread(), "entering vLLM's thread")
-        caches = RegisteredCaches(self._datadist, specs)
+        placement = HOST if memory.is_host and can.device_memory else DEVICE
+        caches = RegisteredCaches(self._datadist, specs, plan, placement, memory.is_host)
         layouts = caches.layouts()
         port = self._listen_port() if LISTEN in options else 0
         self._geometry = RankGeometry(
