@@ -73,13 +73,22 @@ def _problems_of(kv_transfer_config: str) -> list[str]:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
+    given = sys.argv[1:] if arguments is None else list(arguments)
     parser = argparse.ArgumentParser(prog="vllm-datadist", description=__doc__)
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     key = commands.add_parser("key", help="make a key file for the option 'auth'")
     key.add_argument("file", type=Path, help="where to; must not exist yet. Copy it to every instance.")
     check = commands.add_parser("check", help="say why vLLM would not find or not take the connector")
     check.add_argument("config", nargs="?", help="the JSON of vLLM's --kv-transfer-config")
-    options = parser.parse_args(arguments)
+    selftest = commands.add_parser("selftest", help="show what the provider does on this hardware, without a model")
+    if given[:1] == ["selftest"]:
+        # Not above: it loads the native library, without which `key` and `check` work.
+        from vllm_datadist_connector.selftest import command
+
+        command.add_arguments(selftest)
+    options = parser.parse_args(given)
+    if options.command == "selftest":
+        return command.run(options, selftest.error)
     if options.command == "check":
         problems = find_problems(options.config)
         print("\n".join(problems) if problems else "vLLM finds the connector" + " and takes it" * bool(options.config))
@@ -90,3 +99,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(f"vllm-datadist key: {options.file}: {error.strerror}", file=sys.stderr)
         return 1
     return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
