@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import ipaddress
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 import vllm_datadist_connector
+from vllm_datadist_connector.arguments import endpoint
 from vllm_datadist_connector.selftest import items_failures, items_links, items_memory, items_rate
 from vllm_datadist_connector.selftest.bench import (
     Bench,
@@ -69,18 +69,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="print JSON, to paste into a report")
 
 
-def endpoint(text: str) -> Endpoint:
-    """HOST:PORT or [HOST]:PORT, HOST being an IP address: the provider takes no names."""
-    host, _, port = text.rpartition(":")
-    try:
-        at = Endpoint(str(ipaddress.ip_address(host.removeprefix("[").removesuffix("]"))), int(port))
-    except ValueError:
-        at = Endpoint("", -1)
-    if not 0 <= at.port <= 65535:
-        raise argparse.ArgumentTypeError(f"{text!r} is not HOST:PORT, HOST being an IP address")
-    return at
-
-
 def names(text: str) -> tuple[str, ...]:
     wanted = tuple(text.split(","))
     unknown = [name for name in wanted if name not in NAMES]
@@ -124,7 +112,7 @@ def _serve(address: Endpoint, trust: Trust) -> int:
     try:
         supervisor = Supervisor(address, trust)
     except OSError as error:
-        print(f"vllm-datadist selftest: {address}: {error}", file=sys.stderr)
+        print(f"vllm-datadist selftest: {address}: {os.strerror(error.errno or 0)}", file=sys.stderr)
         return 1
     at = Endpoint(address.host, supervisor.port)
     print(f"listening on {at}; on the other host: vllm-datadist selftest --role a --address {at}", flush=True)
@@ -163,7 +151,7 @@ def _bench(options: argparse.Namespace, trust: Trust) -> Bench:
 def _pull_timeout_ms(provider: str) -> int:
     """Above what HCCL's default retransmission takes, some 34 s: what a pull came to is to be the hardware's answer."""
     given = os.environ.get("ASCEND_TRANSFER_TIMEOUT", "")
-    return int(given) if given.isdigit() and int(given) else 10_000 if provider == ENGINE else 40_000
+    return int(given) if given.isdecimal() and int(given) else 10_000 if provider == ENGINE else 40_000
 
 
 def run_item(item: Callable[[Bench], Numbers], bench: Bench) -> Result:
