@@ -16,6 +16,7 @@ from vllm_datadist_connector.connector import DataDistConnector
 from vllm_datadist_connector.metadata import PullJob, StepMetadata
 from vllm_datadist_connector.protocol.params import parse_remote_prefill
 from vllm_datadist_connector.worker import build
+from vllm_datadist_connector.worker.device import Fence
 from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
 
 
@@ -23,7 +24,7 @@ class Driver:
     def __init__(self) -> None:
         self.events: list[str] = []
 
-    def submit(self, job: PullJob) -> None:
+    def submit(self, job: PullJob, _fence: Fence) -> None:
         self.events.append(job.request_id)
 
     def cancel(self, request_id: str) -> None:
