@@ -80,6 +80,15 @@ def describe_caches(kv_caches: KVCaches, layers: Mapping[str, LayerKV], num_bloc
     return [spec for key, members in classes.items() for spec in _specs(key, members)]
 
 
+def device_type(kv_caches: KVCaches) -> str:
+    """Of the tensors, as torch names it: "cpu", "npu" and so on. One rank has all of them on one device."""
+    for value in kv_caches.values():
+        tensors: Sequence[torch.Tensor] = value if isinstance(value, (list, tuple)) else [value]
+        for tensor in tensors:
+            return str(tensor.device.type)
+    return "cpu"
+
+
 def _specs(key: _StrideClass, members: list[tuple[str, int]]) -> Iterator[CacheSpec]:
     for start in range(0, len(members), MAX_TENSORS_PER_CACHE):
         names, addrs = zip(*members[start : start + MAX_TENSORS_PER_CACHE], strict=True)

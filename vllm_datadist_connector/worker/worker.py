@@ -18,9 +18,10 @@ from vllm_datadist_connector.protocol.contract import LayoutContract
 from vllm_datadist_connector.protocol.handshake import MAX_BYTES, RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.caches import RegisteredCaches, check
+from vllm_datadist_connector.worker.device import Device, HostDevice, device_of
 from vllm_datadist_connector.worker.driver import PullDriver
 from vllm_datadist_connector.worker.huge_pages import log_when_done
-from vllm_datadist_connector.worker.kv_layout import KVCaches, describe_caches
+from vllm_datadist_connector.worker.kv_layout import KVCaches, describe_caches, device_type
 from vllm_datadist_connector.worker.kv_spec import LayerKV
 from vllm_datadist_connector.worker.transfers import FinishedPulls
 
@@ -69,7 +70,8 @@ class ConnectorWorker:
         self._cluster_id = secrets.randbits(62) + 1
         role = _ROLE_MIX if is_producer and is_consumer else _ROLE_PROMPT if is_producer else _ROLE_DECODER
         self._datadist = _native.LlmDataDist(self._cluster_id, role, config.provider)
-        self._meter = WorkerMeter(source=f"pp{place.pp_rank}tp{place.tp_rank}")
+        self._meter = WorkerMeter(f"pp{place.pp_rank}tp{place.tp_rank}")
+        self._device: Device = HostDevice()
         self._driver: PullDriver | None = None
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
@@ -85,6 +87,7 @@ class ConnectorWorker:
             EngineError: the engine refused.
         """
         specs = describe_caches(kv_caches, self._layers, num_blocks)
+        self._device = device_of(device_type(kv_caches))
         check(self._datadist.initialize(self._options()), "Initialize")
         caches = RegisteredCaches(self._datadist, specs)
         layouts = caches.layouts()
@@ -107,7 +110,8 @@ class ConnectorWorker:
         if self._config.huge_pages:
             self._huge_pages = log_when_done(self._datadist)
         if self._is_consumer:
-            self._driver = PullDriver(self._datadist, self._geometry, caches, self._config, self._meter)
+            capabilities = self._datadist.capabilities
+            self._driver = PullDriver(self._datadist, self._geometry, caches, self._config, self._meter, capabilities)
         logger.info(
             "registered %d tensors in %d KV caches of %d blocks, cluster %d%s",
             sum(len(layout.layers) for layout in layouts),
@@ -130,8 +134,10 @@ class ConnectorWorker:
         self._scheduler_has_stats = step.has_stats
         if self._driver is None:
             return
-        for job in step.pulls:
-            self._driver.submit(job)
+        if step.pulls:
+            fence = self._device.fence()
+            for job in step.pulls:
+                self._driver.submit(job, fence)
         for request_id in step.cancels:
             self._driver.cancel(request_id)
 
@@ -143,7 +149,7 @@ class ConnectorWorker:
     def take_received(self) -> FinishedPulls:
         if self._driver is None:
             return FinishedPulls(set(), set(), set())
-        self._meter.linked_peers(self._driver.linked_peers())
+        self._meter.state(self._driver.linked_peers(), self._driver.quarantined_blocks())
         return self._driver.take_finished()
 
     def take_stats(self) -> DataDistStats | None:
