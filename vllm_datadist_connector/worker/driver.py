@@ -36,7 +36,7 @@ from vllm_datadist_connector.worker.copies import OwnCopies
 from vllm_datadist_connector.worker.device import PASSED, Fence
 from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceState
 from vllm_datadist_connector.worker.links import Links
-from vllm_datadist_connector.worker.pairing import rehearse
+from vllm_datadist_connector.worker.pairing import Terms, rehearse
 from vllm_datadist_connector.worker.peers import InstanceTable
 from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
 from vllm_datadist_connector.worker.quarantine import Quarantine
@@ -118,6 +118,7 @@ class PullDriver:
             backoff_s=config.peer_backoff_s,
             ttl_s=config.peer_ttl_s,
             may_differ=config.may_differ,
+            terms=Terms(capabilities.register_before_link, capabilities.min_run_bytes),
         )
         rehearse(ours)
         self._thread = threading.Thread(target=self._run, name="datadist-pull-driver", daemon=True)

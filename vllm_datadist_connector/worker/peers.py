@@ -37,7 +37,16 @@ from vllm_datadist_connector.side_channel.client import ChannelAnswer, ChannelCl
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceKey, InstanceState, Peer, pause_s
 from vllm_datadist_connector.worker.links import Linking, Links
-from vllm_datadist_connector.worker.pairing import MismatchError, Rank, find_gaps, pair, pair_with_itself, sources
+from vllm_datadist_connector.worker.pairing import (
+    ANY,
+    MismatchError,
+    Rank,
+    Terms,
+    find_gaps,
+    pair,
+    pair_with_itself,
+    sources,
+)
 
 logger = logging.getLogger(__name__)
 logger.addFilter(OthersWords())
@@ -67,12 +76,14 @@ class InstanceTable:
         backoff_s: float,
         ttl_s: float,
         may_differ: Collection[str],
+        terms: Terms = ANY,
     ) -> None:
         """
         Args:
             busy: the instances that some transfer needs.
         """
         self._ours = ours
+        self._terms = terms
         self._may_differ = may_differ
         self._client = client
         self._links = links
@@ -277,7 +288,7 @@ class InstanceTable:
         mismatches = self._mismatches(instance, peer, geometry)
         if not mismatches:
             try:
-                peer.pairings = pair(self._ours, geometry)
+                peer.pairings = pair(self._ours, geometry, self._terms)
             except MismatchError as error:
                 mismatches.append(str(error))
         if mismatches:
