@@ -1,4 +1,4 @@
-"""What stands in for CANN on hosts without NPUs: native/tests/standin/README.md says what it does, how to be harder."""
+"""What stands in for CANN on hosts without NPUs, and how to make it harder: native/tests/standin/README.md."""
 
 from __future__ import annotations
 
