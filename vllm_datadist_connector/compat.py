@@ -252,6 +252,20 @@ def _cpu_isa(vllm_config: Any, kv_cache_spec: Any) -> str:
         return str(_get_attn_isa(*sizes))
 
 
+def set_gauge(gauge: Any, value: float, at: float) -> None:
+    """Sets a gauge to what it was `at` that time, in seconds of the Unix epoch.
+
+    Symptom: of the processes of one vLLM, prometheus_client shows what was set last, and an API server that is late
+    with an older value would overrule the newest for good. prometheus_client keeps the time, but lets nobody say it.
+    Ray's gauges have none. Goes when prometheus_client's Gauge.set() takes a time.
+    """
+    value_of = getattr(gauge, "_value", None)
+    if value_of is None:
+        gauge.set(value)
+    else:
+        value_of.set(float(value), timestamp=at)
+
+
 def share_logging() -> None:
     """Sends our log lines where vLLM's go: it configures the handlers of its own logger only."""
     ours, theirs = logging.getLogger(__package__), logging.getLogger("vllm")
@@ -283,3 +297,10 @@ def _has_amx() -> bool:
             return any("amx_tile" in line for line in info if line.startswith("flags"))
     except OSError:
         return False
+
+
+def streams(device_type: str) -> Any:
+    """The module of torch that has a device's Event and current_stream(), such as torch.npu."""
+    import torch
+
+    return getattr(torch, device_type)

@@ -26,6 +26,13 @@ NULL_BLOCK = 0
 BLOCKS = {"bad": ([1, 2], [NULL_BLOCK, 3]), "good": ([4, 5], [NULL_BLOCK, 6]), "running": ([7], [8])}
 
 
+def test_a_gauge_without_times_is_set() -> None:
+    """Ray's."""
+    values: list[float] = []
+    compat.set_gauge(SimpleNamespace(set=values.append), 3, 1.0)
+    assert values == [3]
+
+
 def vllms_answer(self: Any, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]) -> set[str]:
     """Stands in for vLLM's own."""
     del self, invalid_block_ids, num_scheduled_tokens

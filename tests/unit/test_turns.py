@@ -326,7 +326,8 @@ class TestStatistics:
         assert scheduler.build_step(0).has_stats
         stats = scheduler.take_stats()
         assert stats is not None
-        assert stats.data["gauges"]["held_leases"] == {"scheduler": 1}
+        (state,) = stats.data["gauges"].values()
+        assert state["values"]["held_leases"] == 1
         assert not scheduler.build_step(0).has_stats
 
     def test_a_worker_hands_on_that_there_are_some(self) -> None:

@@ -17,6 +17,7 @@ from vllm_datadist_connector.protocol.contract import LayoutContract
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.caches import DEVICE, HOST, RegisteredCaches, check
+from vllm_datadist_connector.worker.device import Device, HostDevice, device_of
 from vllm_datadist_connector.worker.driver import PullDriver
 from vllm_datadist_connector.worker.huge_pages import log_when_done
 from vllm_datadist_connector.worker.kv_layout import MAX_TENSORS_PER_CACHE, KVCaches, describe_caches, find_memory
@@ -68,7 +69,8 @@ class ConnectorWorker:
         self._is_producer = is_producer
         self._is_consumer = is_consumer
         self._datadist = datadist
-        self._meter = WorkerMeter(source=f"pp{place.pp_rank}tp{place.tp_rank}")
+        self._meter = WorkerMeter(f"pp{place.pp_rank}tp{place.tp_rank}")
+        self._device: Device = HostDevice()
         self._driver: PullDriver | None = None
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
@@ -93,6 +95,7 @@ class ConnectorWorker:
         check(self._datadist.enter_thread(), "entering vLLM's thread")
         placement = HOST if memory.is_host and can.device_memory else DEVICE
         caches = RegisteredCaches(self._datadist, specs, plan, placement, memory.is_host)
+        self._device = device_of(memory.kind)
         layouts = caches.layouts()
         port = self._listen_port() if LISTEN in options else 0
         self._geometry = RankGeometry(
@@ -110,7 +113,8 @@ class ConnectorWorker:
         if self._config.huge_pages and self._datadist.capabilities.engine_options:
             self._huge_pages = log_when_done(self._datadist)
         if self._is_consumer:
-            self._driver = PullDriver(self._datadist, self._geometry, caches, self._config, self._meter)
+            capabilities = self._datadist.capabilities
+            self._driver = PullDriver(self._datadist, self._geometry, caches, self._config, self._meter, capabilities)
         logger.info(
             "registered %d tensors in %d KV caches of %d blocks, cluster %d%s",
             sum(len(layout.layers) for layout in layouts),
@@ -140,8 +144,10 @@ class ConnectorWorker:
         self._scheduler_has_stats = step.has_stats
         if self._driver is None:
             return
-        for job in step.pulls:
-            self._driver.submit(job)
+        if step.pulls:
+            fence = self._device.fence()
+            for job in step.pulls:
+                self._driver.submit(job, fence)
         for request_id in step.cancels:
             self._driver.cancel(request_id)
 
@@ -153,7 +159,7 @@ class ConnectorWorker:
     def take_received(self) -> FinishedPulls:
         if self._driver is None:
             return FinishedPulls(set(), set(), set())
-        self._meter.linked_peers(self._driver.linked_peers())
+        self._meter.state(self._driver.linked_peers(), self._driver.quarantined_blocks())
         return self._driver.take_finished()
 
     def take_stats(self) -> DataDistStats | None:
