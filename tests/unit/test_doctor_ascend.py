@@ -349,7 +349,17 @@ def test_a_library_that_is_not_searched(tmp_path: Path) -> None:
     assert (finding.status, "not where libraries are searched" in finding.found) == ("wrong", True)
     built.environ["LD_LIBRARY_PATH"] = "/usr/local/Ascend/cann/lib64"
     finding = check(built, probed(error="a symbol is missing"))
-    assert (finding.status, "a symbol is missing" in finding.found) == ("wrong", True)
+    assert (finding.status, finding.found) == ("wrong", f"{tmp_path}/{LIBRARY} is refused")
+
+
+def test_a_library_that_the_environment_names(tmp_path: Path) -> None:
+    built = ascend(tmp_path)
+    built.environ[library.VARIABLE] = "/opt/cann/libllm_datadist.so"
+    finding = check(built, probed(error="cannot open"))
+    assert (finding.status, "which is not there" in finding.found) == ("wrong", True)
+    built.write("opt/cann/libllm_datadist.so", "ELF")
+    assert "is refused" in check(built, probed(error="a symbol is missing")).found
+    assert check(built, probed("/opt/cann/libllm_datadist.so")).status == "ok"
 
 
 def test_who_loaded_it_and_the_v1_library(tmp_path: Path) -> None:

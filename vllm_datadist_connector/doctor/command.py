@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import vllm_datadist_connector
 from vllm_datadist_connector.arguments import endpoint
@@ -46,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     serve = parse_serve(options.serve[1:] if options.serve[:1] == ["--"] else options.serve)
-    question = Question(options.config, options.peer, options.model or serve.model, serve, options.quick)
+    # A name of a model's instead of a folder may be on no disk yet.
+    model = options.model or (serve.model if Path(serve.model).is_dir() else "")
+    question = Question(options.config, options.peer, model, serve, options.quick)
     findings = []
     for finding in examine(Machine(), question):
         findings.append(finding)

@@ -50,7 +50,7 @@ def probe(provider: str, environ: Mapping[str, str], command: tuple[str, ...] = 
 
 def check_provider(provider: str, probed: Probed) -> Finding:
     if probed.error:
-        do = "see the library's finding" if provider != "engine" else "reinstall the package"
+        do = "do what it says" if provider != "engine" else "reinstall the package"
         return Finding("provider", "wrong", f"{provider}: {probed.error}", do)
     told: dict[str, Any] = {name: value for name, value in probed.capabilities.items() if value}
     return Finding("provider", "ok", f"{provider}: {json.dumps(told)}")

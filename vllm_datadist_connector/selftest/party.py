@@ -85,7 +85,6 @@ class Party:
         self._host = ""
         self._loop: threading.Thread | None = None
         self._looped: PullLoop | None = None
-        self._enter()
 
     def _enter(self) -> None:
         status = self._datadist.enter_thread()
@@ -115,6 +114,8 @@ class Party:
             outcome = self._timed(lambda given=given: self._datadist.initialize(given))  # type: ignore[misc]
             if outcome.ok:
                 break
+        if outcome.ok:
+            self._enter()  # as the thread that makes links does; the device is known from now on
         if not outcome.ok or not listen or not self._capabilities.reports_port:
             return msgspec.structs.replace(outcome, value=port)
         return msgspec.structs.replace(self._timed(self._datadist.listen_port), seconds=outcome.seconds)
