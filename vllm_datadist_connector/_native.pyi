@@ -519,8 +519,14 @@ class LeaseTable:
     def take_refused(self) -> dict[str, int]:
         """Confirmations that were refused since the last call, by reason."""
 
+    def take_served(self) -> tuple[int, int]:
+        """(leases, their blocks) that were confirmed since the last call, each lease once however often."""
+
     def held(self) -> tuple[int, int]:
         """(leases, blocks) that are held now."""
+
+    def oldest_s(self) -> float:
+        """Seconds since the first grant that is still held; 0 without one."""
 
 MAX_LEASES_PER_MESSAGE: Final[int]
 

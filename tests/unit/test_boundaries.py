@@ -59,7 +59,7 @@ FORBIDDEN = {
             "vllm_datadist_connector.config",
             *(f"vllm_datadist_connector.worker.{other}" for other in ("driver", "peers", "transfers", "caches")),
         }
-        for name in ("pairing", "plan")
+        for name in ("granules", "pairing", "plan")
     },
 }
 

@@ -1,7 +1,7 @@
 // One endpoint of the LLM-DataDist API, whoever implements it: the seam between bindings and engines.
 //
 //   bindings, TransferQueue ──> Provider ──┬── engine.cc   our engine, linked in; it alone has the Extension
-//                                          └── others are found at run time and listed by ProviderNames()
+//                                          └── cann/       that of CANN, found at run time
 //
 // The members are those of llm_datadist::LlmDataDist with their semantics, plus what llm_datadist_ext.h adds. The reason
 // of a failure travels in the Status instead of a thread-local text, so that it survives a change of threads; a provider
@@ -90,10 +90,10 @@ class Provider {
   virtual Extension *extension() { return nullptr; }
 };
 
-// Names that MakeProvider accepts in this process, preferred first.
+// Names that MakeProvider accepts in this process, preferred first: "engine", and "cann" where its library can be loaded.
 std::vector<std::string> ProviderNames();
 
-// LLM_PARAM_INVALID, naming what there is, for any other name.
+// LLM_PARAM_INVALID, naming what there is, for any other name. LLM_FAILED says why there is no "cann" here.
 Result<std::unique_ptr<Provider>> MakeProvider(const std::string &name, uint64_t cluster_id,
                                                llm_datadist::LlmRole role);
 
