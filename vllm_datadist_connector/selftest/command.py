@@ -26,7 +26,7 @@ from vllm_datadist_connector.selftest.bench import (
     WrongError,
 )
 from vllm_datadist_connector.selftest.hosts import HostError, Supervisor, connect
-from vllm_datadist_connector.selftest.party import HOST
+from vllm_datadist_connector.selftest.party import HOST, MEMORY
 from vllm_datadist_connector.selftest.remote import PartyError, PartyLostError, ProcessWire
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
@@ -59,6 +59,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provider", default=ENGINE, help="engine (default) or cann")
     parser.add_argument(
         "--memory",
+        type=memory,
         metavar="host|npu:N",
         help="of this end; default: host for the engine, npu:0 otherwise. On one host b takes the device after it",
     )
@@ -70,6 +71,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--watch", type=float, metavar="S", help="look so long for late writes; default: 3, cann 60")
     parser.add_argument("--links", type=int, default=16, choices=range(1, 65), metavar="N", help="of many_links")
     parser.add_argument("--json", action="store_true", help="print JSON, to paste into a report")
+
+
+def memory(text: str) -> str:
+    if not MEMORY.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither host nor a device such as npu:0")
+    return text
 
 
 def names(text: str) -> tuple[str, ...]:

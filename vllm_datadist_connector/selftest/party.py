@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -23,6 +24,8 @@ from vllm_datadist_connector import _native
 from vllm_datadist_connector.selftest import memory as memories
 
 HOST = "host"
+MEMORY = re.compile(r"host|(?:cpu|npu)(?::\d{1,3})?")
+"""Host memory, or a device of torch's."""
 _MIX = 3
 _UINT8 = 4
 _BUSY_PORTS = 8
@@ -73,8 +76,10 @@ class Party:
     def __init__(self, provider: str, memory: str, cluster_id: int) -> None:
         """
         Args:
-            memory: "host", or a device of torch's such as "npu:0".
+            memory: MEMORY.
         """
+        if not MEMORY.fullmatch(memory):
+            raise ValueError(f"{memory!r} is no memory of a party's")
         self._device = None if memory == HOST else memory
         if self._device:
             # Before the provider, as in a vLLM worker: torch brings libraries along that it may find or stumble over.
