@@ -123,7 +123,9 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         return count, bool(count)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        self._scheduling.after_alloc(request, self._transferred(blocks.get_block_ids()), num_external_tokens)
+        # Only of what is loaded: vLLM makes the lists by a loop over all blocks of the request.
+        tables = self._transferred(blocks.get_block_ids()) if num_external_tokens > 0 else ()
+        self._scheduling.after_alloc(request, tables, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         return self._scheduling.build_step(scheduler_output.total_num_scheduled_tokens)
