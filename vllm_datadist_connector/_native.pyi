@@ -591,8 +591,8 @@ class ChannelClient:
 class LeaseKeeper:
     """D's side of leases: renews them from the arrival of a request until its KV cache is here, then releases.
 
-    On a native thread, without the GIL: P hears of a lease at once, several times while it lasts, and when a pull
-    begins. Several requests may share a lease. No method but close() waits for anything.
+    On a native thread, without the GIL: P hears of a lease a moment later, several times while it lasts, and when a
+    pull begins. Several requests may share a lease. No method but close() waits for anything, or wakes a thread.
     """
 
     def __init__(
@@ -625,9 +625,6 @@ class LeaseKeeper:
 
     def release(self, token: str) -> None:
         """Takes one user off a lease; with the last one, P is told that its blocks are free."""
-
-    def flush(self) -> None:
-        """Once per step: what the calls above have to say goes out together."""
 
     def __len__(self) -> int:
         """Leases that are kept, and those whose release P has not heard."""

@@ -62,7 +62,6 @@ void RegisterKeeper(py::module_ &module) {
           "lose", [](LeaseKeeper &self, const std::string &text) { Usable(self).Lose(FromHex(text)); }, token)
       .def(
           "release", [](LeaseKeeper &self, const std::string &text) { Usable(self).Release(FromHex(text)); }, token)
-      .def("flush", [](LeaseKeeper &self) { Usable(self).Flush(); })
       .def("__len__", [](LeaseKeeper &self) { return Usable(self).size(); })
       .def("close", &Close<LeaseKeeper>);
 }

@@ -42,8 +42,5 @@ class CountingKeeper:
         self.users[token] -= 1
         assert self.users[token] >= 0
 
-    def flush(self) -> None:
-        pass
-
     def close(self) -> None:
         pass

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import pytest
 from support.channels import BareServer
 from support.frames import RELEASE, RELEASED, RENEW, RENEWED, Frame, pack_tokens, unpack_renewal, unpack_tokens
-from support.pd import LOOPBACK, OTHER_TOKEN, TOKEN, wait_until
+from support.pd import LOOPBACK, OTHER_TOKEN, TOKEN, WAIT_S, wait_until
 
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.scheduler.leases import Leases
@@ -25,8 +25,7 @@ LEASE_S, TOLD_LEASE_S = 4.0, 1.0
 LONG_S = 3600.0
 """No renewal for its own sake while a test runs."""
 ANSWER_S = 0.2
-POLL_S = 0.25
-"""The keeper's own: what nobody flushes waits for so long."""
+"""Of those whose tests are about silence: a busy machine may need longer for an answer."""
 
 
 class Producer:
@@ -85,7 +84,7 @@ def producer() -> Iterator[Producer]:
 
 @pytest.fixture
 def keeper() -> Iterator[LeaseKeeper]:
-    keeper = open_keeper(Trust(), ANSWER_S)
+    keeper = open_keeper(Trust(), WAIT_S)
     yield keeper
     keeper.close()
 
@@ -134,21 +133,6 @@ def test_a_pull_is_told_of_only_so_long(producer: Producer, keeper: LeaseKeeper)
     keeper.pulls(token, 0.3)
     wait_until(lambda: producer.pulling.get(token, False), "the news of a pull")
     wait_until(lambda: not producer.pulling[token], "a renewal without it")
-
-
-def test_a_step_says_at_once_what_it_has_to_say(producer: Producer, keeper: LeaseKeeper) -> None:
-    """A lease that is the first is told of as it comes; others wait for the step's end, or for a moment."""
-    keeper.hold(producer.endpoint, producer.grant(), LONG_S)
-    wait_until(lambda: producer.count(RENEW) == 1, "the first renewal")
-    token = producer.grant("second")
-    begin = time.monotonic()
-    for _ in range(5):
-        keeper.hold(producer.endpoint, token, LONG_S)
-        keeper.flush()
-        keeper.release(token)
-        keeper.flush()
-        wait_until(lambda: len(keeper) == 1, "the release")
-    assert time.monotonic() - begin < 5 * POLL_S, "nobody said that something is to be sent"
 
 
 class TestHolds:
@@ -264,7 +248,7 @@ def test_held_anew_while_its_release_is_not_heard(producer: Producer, impatient:
 
 def test_a_lease_that_is_gone_is_known_and_no_longer_renewed(producer: Producer, keeper: LeaseKeeper) -> None:
     keeper.hold(producer.endpoint, TOKEN, TOLD_LEASE_S)
-    wait_until(lambda: not keeper.holds(TOKEN), "the news that the lease is gone")
+    wait_until(lambda: keeper.holds(TOKEN) is False, "the news that the lease is gone")
     assert producer.count(RENEW) == 1
     keeper.release(TOKEN)
     assert producer.count(RELEASE) == 0
@@ -287,7 +271,7 @@ def test_many_leases_of_one_endpoint_share_messages(producer: Producer, keeper: 
     for token in tokens:
         keeper.release(token)
     wait_until(lambda: producer.table.held() == (0, 0), "all releases")
-    assert producer.count(RELEASE) < 20
+    assert producer.count(RELEASE) < count / 10
 
 
 def test_bounded(producer: Producer) -> None:

@@ -210,7 +210,6 @@ class ConsumerScheduler:
 
     def take_jobs(self) -> tuple[tuple[PullJob, ...], tuple[str, ...]]:
         """(pulls, cancels) since the last step."""
-        self._keeper.flush()
         pulls, self._pulls = tuple(self._pulls), []
         cancels, self._cancels = tuple(self._cancels), []
         return pulls, cancels

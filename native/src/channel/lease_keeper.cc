@@ -14,6 +14,7 @@
 
 #include "base/log.h"
 #include "channel/client.h"
+#include "control/doorbell.h"
 #include "control/event_loop.h"
 
 namespace datadist {
@@ -26,8 +27,10 @@ using Tokens = std::vector<LeaseToken>;
 constexpr int kRenewalsPerLease = 4;
 // However short a lease is said to be.
 constexpr std::chrono::milliseconds kShortestPause{10};
-// While steps are further apart, or a pause has ended them, nobody flushes.
-constexpr std::chrono::milliseconds kPoll{250};
+// What the hooks of one step have to say goes out together.
+constexpr std::chrono::microseconds kGather{1000};
+// After a round that found no memory.
+constexpr std::chrono::milliseconds kPauseAfterFault{100};
 // So many leases are looked at before others get the lock.
 constexpr size_t kMostAtOnce = 1024;
 
@@ -49,7 +52,7 @@ struct Kept {
 struct Due {
   std::map<std::pair<LeaseKeeper::Grantor, bool>, Tokens> renewals;  // bool: and it is being pulled
   std::map<LeaseKeeper::Grantor, Tokens> releases;
-  Clock::time_point next;  // when to look again
+  std::optional<Clock::time_point> next{};  // when to look again
 };
 
 // Calls `send` with as many tokens as a message takes.
@@ -75,7 +78,6 @@ class LeaseKeeper::State {
   void Pulls(const LeaseToken &token, Clock::duration at_most);
   void Lose(const LeaseToken &token);
   void Release(const LeaseToken &token);
-  void Flush();
   size_t size() const;
   void Close();
   bool in_forked_child() const { return ::getpid() != pid_; }
@@ -84,10 +86,11 @@ class LeaseKeeper::State {
   using Leases = std::map<LeaseToken, Kept>;
   Leases::iterator FindInUseLocked(const LeaseToken &token);
   void ScheduleLocked(Leases::iterator lease, Clock::time_point at);
+  void SendSoonLocked(Leases::iterator lease, Clock::time_point now);
   void ForgetLocked(Leases::iterator lease);
 
   void RoundOnLoop();
-  void LookAgainOnLoop(Clock::time_point at);
+  void LookAgainOnLoop(std::optional<Clock::time_point> at);
   void HearOnLoop(const ChannelAnswer &answer);
   Due TakeDueOnLoop();
   void SendOnLoop(const Grantor &grantor, const Tokens &tokens, const ChannelRequest &request);
@@ -97,12 +100,12 @@ class LeaseKeeper::State {
   const LeaseKeeperLimits limits_;
   const pid_t pid_ = ::getpid();
   EventLoop loop_;
+  Doorbell doorbell_{loop_, kGather};
   std::mutex close_mutex_;
 
   mutable std::mutex mutex_;  // guards up to the next blank line
   Leases leases_;
   std::set<std::pair<Clock::time_point, LeaseToken>> schedule_;  // by Kept::next_send
-  bool unsaid_ = false;                                          // something became due since the loop was woken
 
   // Owned by the loop thread.
   std::map<uint64_t, Tokens> sent_;
@@ -114,36 +117,30 @@ Status LeaseKeeper::State::Start() {
     return status;
   }
   loop_.Post([this] { loop_.WatchOnLoop(client_->event_fd(), EPOLLIN, [this](uint32_t) { RoundOnLoop(); }); });
-  return Status::Ok();
+  return doorbell_.Install([this] { RoundOnLoop(); });
 }
 
 bool LeaseKeeper::State::Hold(const Grantor &grantor, const LeaseToken &token, Clock::duration lease, bool is_news) {
   const Clock::time_point now = Clock::now();
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (const auto known = FindInUseLocked(token); known != leases_.end()) {
-      ++known->second.users;
-      return true;
-    }
-    if (leases_.size() >= limits_.leases) {
-      return false;
-    }
-    Kept kept{grantor, lease, 1, is_news};
-    if (is_news) {
-      kept.news_at = now;
-    } else {
-      kept.asked_at = now;
-    }
-    if (const auto released = leases_.find(token); released != leases_.end()) {
-      ForgetLocked(released);
-    }
-    // At once: of a request that came late, little of the lease is left.
-    ScheduleLocked(leases_.emplace(token, std::move(kept)).first, now);
-    if (leases_.size() > 1) {
-      return true;
-    }
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (const auto known = FindInUseLocked(token); known != leases_.end()) {
+    ++known->second.users;
+    return true;
   }
-  Flush();
+  if (leases_.size() >= limits_.leases) {
+    return false;
+  }
+  Kept kept{grantor, lease, 1, is_news};
+  if (is_news) {
+    kept.news_at = now;
+  } else {
+    kept.asked_at = now;
+  }
+  if (const auto released = leases_.find(token); released != leases_.end()) {
+    ForgetLocked(released);
+  }
+  // Of a request that came late, little of the lease is left.
+  SendSoonLocked(leases_.emplace(token, std::move(kept)).first, now);
   return true;
 }
 
@@ -157,7 +154,7 @@ LeaseKeeper::Standing LeaseKeeper::State::StandingOf(const LeaseToken &token) {
   Kept &kept = lease->second;
   if (!kept.asked_at.has_value() && now - kept.news_at >= limits_.news) {
     kept.asked_at = now;
-    ScheduleLocked(lease, now);
+    SendSoonLocked(lease, now);
   }
   if (kept.asked_at.has_value() && *kept.asked_at > kept.news_at) {
     return Standing::kNotKnown;
@@ -172,7 +169,7 @@ void LeaseKeeper::State::Pulls(const LeaseToken &token, Clock::duration at_most)
   const std::lock_guard<std::mutex> lock(mutex_);
   if (const auto lease = FindInUseLocked(token); lease != leases_.end()) {
     lease->second.pulling_until = std::max(lease->second.pulling_until, now + at_most);
-    ScheduleLocked(lease, now);
+    SendSoonLocked(lease, now);
   }
 }
 
@@ -191,17 +188,7 @@ void LeaseKeeper::State::Release(const LeaseToken &token) {
     return;
   }
   lease->second.give_up = now + lease->second.lease;
-  ScheduleLocked(lease, now);
-}
-
-void LeaseKeeper::State::Flush() {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (!std::exchange(unsaid_, false)) {
-      return;
-    }
-  }
-  (void)loop_.Post([this] { RoundOnLoop(); });
+  SendSoonLocked(lease, now);
 }
 
 size_t LeaseKeeper::State::size() const {
@@ -225,7 +212,11 @@ void LeaseKeeper::State::ScheduleLocked(Leases::iterator lease, Clock::time_poin
   schedule_.erase({lease->second.next_send, lease->first});
   lease->second.next_send = at;
   schedule_.emplace(at, lease->first);
-  unsaid_ = true;
+}
+
+void LeaseKeeper::State::SendSoonLocked(Leases::iterator lease, Clock::time_point now) {
+  ScheduleLocked(lease, now);
+  doorbell_.Ring();
 }
 
 void LeaseKeeper::State::ForgetLocked(Leases::iterator lease) {
@@ -235,7 +226,7 @@ void LeaseKeeper::State::ForgetLocked(Leases::iterator lease) {
 
 void LeaseKeeper::State::RoundOnLoop() {
   // First: leases go on being renewed though a round finds no memory.
-  LookAgainOnLoop(Clock::now() + kPoll);
+  LookAgainOnLoop(Clock::now() + kPauseAfterFault);
   for (const ChannelAnswer &answer : client_->Take()) {
     HearOnLoop(answer);
   }
@@ -250,9 +241,9 @@ void LeaseKeeper::State::RoundOnLoop() {
   LookAgainOnLoop(due.next);
 }
 
-void LeaseKeeper::State::LookAgainOnLoop(Clock::time_point at) {
+void LeaseKeeper::State::LookAgainOnLoop(std::optional<Clock::time_point> at) {
   loop_.StopTimerOnLoop(timer_);
-  timer_ = loop_.StartTimerOnLoop(at, [this] { RoundOnLoop(); });
+  timer_ = at.has_value() ? loop_.StartTimerOnLoop(*at, [this] { RoundOnLoop(); }) : 0;
 }
 
 void LeaseKeeper::State::SendOnLoop(const Grantor &grantor, const Tokens &tokens, const ChannelRequest &request) {
@@ -262,7 +253,6 @@ void LeaseKeeper::State::SendOnLoop(const Grantor &grantor, const Tokens &tokens
 Due LeaseKeeper::State::TakeDueOnLoop() {
   Due due;
   const Clock::time_point now = Clock::now();
-  due.next = now + kPoll;
   const std::lock_guard<std::mutex> lock(mutex_);
   for (size_t count = 0; count < kMostAtOnce && !schedule_.empty() && schedule_.begin()->first <= now; ++count) {
     const auto lease = leases_.find(schedule_.begin()->second);
@@ -277,9 +267,8 @@ Due LeaseKeeper::State::TakeDueOnLoop() {
       ForgetLocked(lease);
     }
   }
-  unsaid_ = false;
   if (!schedule_.empty()) {
-    due.next = std::min(due.next, schedule_.begin()->first);
+    due.next = schedule_.begin()->first;
   }
   return due;
 }
@@ -352,7 +341,6 @@ LeaseKeeper::Standing LeaseKeeper::StandingOf(const LeaseToken &token) { return 
 void LeaseKeeper::Pulls(const LeaseToken &token, Clock::duration at_most) { state_->Pulls(token, at_most); }
 void LeaseKeeper::Lose(const LeaseToken &token) { state_->Lose(token); }
 void LeaseKeeper::Release(const LeaseToken &token) { state_->Release(token); }
-void LeaseKeeper::Flush() { state_->Flush(); }
 size_t LeaseKeeper::size() const { return state_->size(); }
 void LeaseKeeper::Close() { state_->Close(); }
 bool LeaseKeeper::in_forked_child() const { return state_->in_forked_child(); }

@@ -6,11 +6,11 @@
 //      per lease    └── Lose ──> (forgotten)
 //
 // Independent of the engine's steps and of its interpreter: D may sit in a long compilation or an idle loop while P waits
-// for a sign of life. P is told at once, because a lease that nobody has asked for is short, and again when a pull
+// for a sign of life. P is told so soon, because a lease that nobody has asked for is short, and again when a pull
 // begins: one that is being pulled is the last that P gives up. Several requests may share a lease (n > 1).
 //
-// Threads: any. No member but Close waits for anything but another member: a scheduler calls them in every step. After
-// fork() the child may only destroy it.
+// Threads: any. No member but Close waits for anything but another member, or wakes a thread: a scheduler calls them in
+// every step. What they have to say goes out together, a moment later. After fork() the child may only destroy it.
 #ifndef DATADIST_CHANNEL_LEASE_KEEPER_H_
 #define DATADIST_CHANNEL_LEASE_KEEPER_H_
 
@@ -66,8 +66,6 @@ class LeaseKeeper {
   void Lose(const LeaseToken &token);
   // Takes one user off a lease; with the last one, P is told that its blocks are free.
   void Release(const LeaseToken &token);
-  // Once per step: what the calls above have to say goes out together, and wakes a thread once.
-  void Flush();
   // Leases that are kept, and those whose release P has not heard.
   size_t size() const;
 

@@ -1,7 +1,7 @@
 // The digest of a prompt, which P and D compare, read beside the thread that asks for it: that of a hundred thousand
 // tokens takes a millisecond, and a scheduler's thread has every running request behind it.
 //
-// Threads: any for a PromptHasher and for PendingHash::done; a hash that is done belongs to whoever asked.
+// Threads: any.
 #ifndef DATADIST_CHANNEL_PROMPT_HASH_H_
 #define DATADIST_CHANNEL_PROMPT_HASH_H_
 
@@ -10,11 +10,13 @@
 #include <atomic>
 #include <cstdint>
 #include <memory>
+#include <mutex>
 #include <utility>
 #include <vector>
 
 #include "base/blake2b.h"
-#include "base/task_runner.h"
+#include "control/doorbell.h"
+#include "control/event_loop.h"
 
 namespace datadist {
 
@@ -41,20 +43,33 @@ class PendingHash {
 
 class PromptHasher {
  public:
-  // Dropped by its last owner before its turn has come, it costs nothing. Where there is no thread for it, and in a
-  // forked child, which has none, it is done at once.
-  std::shared_ptr<const PendingHash> Begin(TokenIds tokens);
-  // Waits for the one that is being read.
-  void Close() { runner_->Stop(); }
-  ~PromptHasher();
   PromptHasher();
+  ~PromptHasher();  // Close
   PromptHasher(const PromptHasher &) = delete;
   PromptHasher &operator=(const PromptHasher &) = delete;
+
+  // Wakes no thread: it is begun a moment later. Dropped by its last owner before its turn has come, it costs nothing.
+  // Where there is no thread for it (the system has none, it was closed, this is a forked child) it is done at once.
+  std::shared_ptr<const PendingHash> Begin(TokenIds tokens);
+  // Drops what waits, waits for the one that is being read. Idempotent.
+  void Close();
   bool in_forked_child() const { return ::getpid() != pid_; }
 
  private:
+  struct State {
+    EventLoop loop;
+    Doorbell doorbell;
+    std::mutex mutex;
+    std::vector<std::weak_ptr<PendingHash>> waiting;  // guarded by mutex
+    bool started = false;                             // guarded by mutex
+    std::atomic<bool> closed{false};
+
+    State();
+    bool Add(const std::shared_ptr<PendingHash> &pending);
+    void RunOnLoop();
+  };
   const pid_t pid_ = ::getpid();
-  std::unique_ptr<TaskRunner> runner_;
+  std::unique_ptr<State> state_;
 };
 
 }  // namespace datadist
