@@ -61,6 +61,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
                 " routed to do not come with its KV cache, and vLLM would compute every prompt again; leave it out"
             )
         groups = compat.transfer_groups(kv_cache_config)
+        self._group_ids = compat.transfer_group_ids(kv_cache_config)
         self._scheduler: ConnectorScheduler | None = None
         self._worker: ConnectorWorker | None = None
         self._load_errors: set[int] = set()
@@ -143,7 +144,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
         # All that we write into: vLLM would zero the others' blocks while the pull fills them.
-        return compat.transfer_group_ids(self._kv_cache_config)
+        return self._group_ids
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         self.set_xfer_handshake_metadata_pp_aware({(0, tp_rank): value for tp_rank, value in metadata.items()})
@@ -227,7 +228,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _transferred(self, tables: Sequence[list[int]]) -> list[list[int]]:
         """The block tables of the KV cache groups that cross instances."""
-        return [tables[group] for group in compat.transfer_group_ids(self._kv_cache_config)]
+        return [tables[group] for group in self._group_ids]
 
     def _poll(self) -> tuple[set[str], FinishedPulls]:
         return self._working.take_sent(), self._working.take_received()
