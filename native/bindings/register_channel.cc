@@ -3,14 +3,13 @@
 #include <chrono>
 #include <map>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "calls.h"
 #include "channel/client.h"
 #include "channel/server.h"
+#include "channel_ends.h"
 #include "channel_values.h"
 #include "named_tuple.h"
 #include "register.h"
@@ -21,46 +20,6 @@ namespace datadist::bindings {
 namespace {
 
 using std::chrono::milliseconds;
-
-Trust ToTrust(const std::string &auth, bool insecure) {
-  Trust trust{nullptr, insecure};
-  if (!auth.empty()) {
-    auto keys = KeyRing::FromFile(auth);
-    if (!keys.ok()) {
-      Raise(keys.status());
-    }
-    trust.keys = std::move(keys).value();
-  }
-  return trust;
-}
-
-// The thread of a channel stayed in the parent: in a forked child nothing would ever be answered.
-template <typename Channel>
-Channel &Usable(Channel &channel) {
-  if (channel.in_forked_child()) {
-    throw std::runtime_error("this end of a channel belongs to the parent process; create one after fork()");
-  }
-  return channel;
-}
-
-template <typename Channel>
-std::shared_ptr<Channel> Made(Result<std::unique_ptr<Channel>> made) {
-  if (!made.ok()) {
-    Raise(made.status());
-  }
-  std::shared_ptr<Channel> channel = std::move(made).value();
-  AddExitEndpoint(std::weak_ptr<void>(channel), [](void *raw) { static_cast<Channel *>(raw)->Close(); });
-  return channel;
-}
-
-template <typename Channel>
-void Close(Channel &self) {
-  Channel &channel = Usable(self);
-  (void)WithoutGil([&] {
-    channel.Close();
-    return Status::Ok();
-  });
-}
 
 std::shared_ptr<ChannelServer> ConstructServer(const std::string &host, uint16_t port, const py::str &engine_id,
                                                const std::string &incarnation, uint16_t content_version,

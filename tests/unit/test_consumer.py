@@ -325,7 +325,7 @@ def test_any_sequence_of_calls(calls: list[tuple[str, int]]) -> None:
     """vLLM may call in any order about any request: no exception, and each lease is released exactly once."""
     with pytest.MonkeyPatch.context() as patch:
         keeper = CountingKeeper()
-        patch.setattr(consumer_module, "LeaseKeeper", lambda *_: keeper)
+        patch.setattr(consumer_module, "open_keeper", lambda *_: keeper)
         consumer = make_consumer()
         requests = [d_request(params_for(PROMPT), request_id=str(i)) for i in range(3)]
         pulled: Counter[str] = Counter()

@@ -83,7 +83,7 @@ class ProducerScheduler:
         if not num_tokens:
             self._digests.forget(request.request_id)
         groups = self._identity.groups
-        held = tuple(group.holding(table, num_tokens) for group, table in zip(groups, tables, strict=True))
+        held = tuple([group.holding(table, num_tokens) for group, table in zip(groups, tables, strict=True)])
         ticket = None
         if num_tokens and any(any(group) for group in held):
             adapter = adapter_of(request)
