@@ -572,8 +572,10 @@ class ChannelServer:
         leases: LeaseTable,
         auth: str = "",
         insecure: bool = False,
+        grace_s: float = 30.0,
     ) -> None:
-        """Listens at once; port 0 lets the system choose. `auth` is the path of a key file.
+        """Listens at once; port 0 lets the system choose. `auth` is the path of a key file. An asker without a
+        connection has left after `grace_s`.
 
         Raises:
             OSError: the address cannot be bound.
@@ -582,6 +584,9 @@ class ChannelServer:
 
     def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
         """By (pp rank, tp rank). ValueError for one that is too large for a message."""
+
+    def take_left_askers(self) -> list[int]:
+        """Clusters that have asked for a rank to link with it, and have left."""
 
     def close(self) -> None:
         """Ends all connections and gives the address back. Idempotent."""
@@ -602,9 +607,16 @@ class ChannelClient:
         idle_s: float = 300.0,
     ) -> None: ...
     def describe_rank(
-        self, endpoint: tuple[str, int], engine_id: str, incarnation: str, pp_rank: int, tp_rank: int, timeout_s: float
+        self,
+        endpoint: tuple[str, int],
+        engine_id: str,
+        incarnation: str,
+        pp_rank: int,
+        tp_rank: int,
+        timeout_s: float,
+        asker: int = 0,
     ) -> int:
-        """Answered by RankDescription or Refused."""
+        """Answered by RankDescription or Refused. `asker`: our cluster id, if we are going to link with that rank."""
 
     def renew(self, endpoint: tuple[str, int], tokens: Sequence[str], timeout_s: float, pulling: bool = False) -> int:
         """Answered by Renewed. At most MAX_LEASES_PER_MESSAGE tokens."""

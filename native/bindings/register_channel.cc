@@ -24,13 +24,15 @@ using std::chrono::milliseconds;
 std::shared_ptr<ChannelServer> ConstructServer(const std::string &host, uint16_t port, const py::str &engine_id,
                                                const std::string &incarnation, uint16_t content_version,
                                                std::shared_ptr<LeaseTable> leases, const std::string &auth,
-                                               bool insecure) {
+                                               bool insecure, double grace_s) {
   const Result<SocketAddress> address = SocketAddress::FromIp(host, port);
   if (!address.ok()) {
     Raise(address.status());
   }
+  ChannelLimits limits;
+  limits.grace = std::chrono::ceil<milliseconds>(FromSeconds(grace_s));
   return Made(ChannelServer::Create(address.value(), {ToBytes(engine_id), FromHex(incarnation), content_version},
-                                    ToTrust(auth, insecure), std::move(leases)));
+                                    ToTrust(auth, insecure), std::move(leases), limits));
 }
 
 void SetGeometries(ChannelServer &self, const std::map<std::pair<uint16_t, uint16_t>, py::bytes> &geometries) {
@@ -91,9 +93,11 @@ void RegisterServer(py::module_ &module) {
   py::class_<ChannelServer, std::shared_ptr<ChannelServer>>(module, "ChannelServer",
                                                             py::release_gil_before_calling_cpp_dtor())
       .def(py::init(&ConstructServer), py::arg("host"), py::arg("port"), py::arg("engine_id"), py::arg("incarnation"),
-           py::arg("content_version"), py::arg("leases"), py::arg("auth") = "", py::arg("insecure") = false)
+           py::arg("content_version"), py::arg("leases"), py::arg("auth") = "", py::arg("insecure") = false,
+           py::arg("grace_s") = std::chrono::duration<double>(ChannelLimits().grace).count())
       .def_property_readonly("port", &ChannelServer::port)
       .def("set_geometries", &SetGeometries, py::arg("geometries"))
+      .def("take_left_askers", [](ChannelServer &self) { return Usable(self).TakeLeftAskers(); })
       .def("close", &Close<ChannelServer>);
 }
 
@@ -113,11 +117,12 @@ void RegisterClient(py::module_ &module, const AnswerTypes &types) {
       .def(
           "describe_rank",
           [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const py::str &engine_id,
-             const std::string &incarnation, uint16_t pp_rank, uint16_t tp_rank, double timeout_s) {
-            return Send(self, server, DescribeRank{ToBytes(engine_id), FromHex(incarnation), {pp_rank, tp_rank}},
-                        timeout_s);
+             const std::string &incarnation, uint16_t pp_rank, uint16_t tp_rank, double timeout_s, uint64_t asker) {
+            return Send(self, server,
+                        DescribeRank{ToBytes(engine_id), FromHex(incarnation), {pp_rank, tp_rank}, asker}, timeout_s);
           },
-          endpoint, py::arg("engine_id"), py::arg("incarnation"), py::arg("pp_rank"), py::arg("tp_rank"), timeout)
+          endpoint, py::arg("engine_id"), py::arg("incarnation"), py::arg("pp_rank"), py::arg("tp_rank"), timeout,
+          py::arg("asker") = 0)
       .def(
           "renew",
           [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::vector<std::string> &tokens,

@@ -90,3 +90,14 @@ def test_not_where_vllm_would_zero_the_blocks_afterwards(
     connector.bind_connector_metadata(step)
     connector.start_load_kv(None)
     assert driver.events == ["r", "cancel gone"]
+
+
+def test_ds_that_have_left_are_unlinked_where_their_links_would_stay(connector: Any, driver: Driver) -> None:
+    """By a P that pulls nothing, too."""
+    connector._working._driver = None
+    connector.handle_preemptions(StepMetadata(left_clusters=(7,)))
+    told: list[int] = []
+    connector._working._janitor = SimpleNamespace(unlink=told.extend, close=lambda: None)
+    connector.handle_preemptions(StepMetadata(left_clusters=(8, 9)))
+    connector.handle_preemptions(StepMetadata())
+    assert (told, driver.events) == ([8, 9], [])

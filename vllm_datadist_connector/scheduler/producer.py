@@ -119,6 +119,10 @@ class ProducerScheduler:
         self._returning += len(ended)
         return tuple(lease.request_id for lease in ended)
 
+    def take_left_askers(self) -> tuple[int, ...]:
+        """Clusters of Ds that have gone since the last step."""
+        return tuple(self._server.take_left_askers())
+
     def sent(self, count: int) -> None:
         """vLLM has the blocks of so many requests back."""
         self._returning = max(0, self._returning - count)
