@@ -229,6 +229,23 @@ TEST_F(TwoCannProviders, LinksAreLimited) {
   EXPECT_TRUE(third.Link(*b_).ok());
 }
 
+// Whoever died, or unlinked by force, told nobody.
+TEST_F(TwoCannProviders, HalfALinkCountsUntilItIsUnlinkedHere) {
+  Rule("MAX_LINKS", "1");
+  Make();
+  EXPECT_FALSE(b_->provider().capabilities().peer_drops_half);
+  ASSERT_TRUE(a_->Unlink(*b_, true).ok());
+  ProviderNode third("cann", 3);
+  Start(third, ClientOptions());
+  EXPECT_EQ(third.Link(*b_).code(), LLM_LINK_FAILED);
+  EXPECT_TRUE(a_->Link(*b_).ok()) << "its own place";
+  a_->provider().Finalize();
+  EXPECT_EQ(third.Link(*b_).code(), LLM_LINK_FAILED);
+  std::vector<llm_datadist::Status> rets;
+  ASSERT_TRUE(b_->provider().Unlink({Cluster(kA, 0)}, rets, 1000, true).ok());
+  EXPECT_TRUE(third.Link(*b_).ok());
+}
+
 // Our engine would say LLM_PROCESSING_LINK; CANN's library waits for an answer that does not come.
 TEST_F(CannProvider, CrossingLinksEndWithTheirTimeOut) {
   ProviderNode node("cann", kA);
