@@ -94,7 +94,7 @@ def test_renews_for_longer_than_the_lease_then_releases(producer: Producer, keep
     keeper.release(ticket)
     assert not keeper.holds(ticket)
     wait_until(producer.has_ended, "the release")
-    assert producer.ended == [EndedLease("r", "released")]
+    assert producer.ended == [EndedLease("r", "released", "")]
 
 
 def test_p_hears_of_a_lease_at_once_and_of_its_pull(producer: Producer, keeper: LeaseKeeper) -> None:
@@ -198,11 +198,11 @@ def test_the_last_of_several_users_releases(producer: Producer, keeper: LeaseKee
     keeper.hold(producer.endpoint, marker)
     keeper.release(marker)
     wait_until(producer.has_ended, "the marker's release")
-    assert producer.ended == [EndedLease("marker", "released")]
+    assert producer.ended == [EndedLease("marker", "released", "")]
     keeper.release(ticket)
     producer.ended.clear()
     wait_until(producer.has_ended, "the release by the last user")
-    assert producer.ended == [EndedLease("r", "released")]
+    assert producer.ended == [EndedLease("r", "released", "")]
 
 
 def test_a_lost_answer_is_asked_for_again(
@@ -214,7 +214,7 @@ def test_a_lost_answer_is_asked_for_again(
     keeper.hold(producer.endpoint, ticket)
     keeper.release(ticket)
     wait_until(producer.has_ended, "the release")
-    assert producer.ended == [EndedLease("r", "released")]
+    assert producer.ended == [EndedLease("r", "released", "")]
     assert producer.count(RELEASE) == 3
 
 
