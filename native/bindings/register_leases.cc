@@ -78,6 +78,8 @@ py::list TakeEnded(LeaseTable &self, const py::object &ended_type) {
   return ended;
 }
 
+py::tuple ToTuple(const LeaseTable::Amount &amount) { return py::make_tuple(amount.leases, amount.blocks); }
+
 py::tuple TakeRefused(LeaseTable &self, const py::object &refusal_type) {
   const LeaseTable::Refused refused = self.TakeRefused();
   py::list first;
@@ -130,9 +132,10 @@ void RegisterLeases(py::module_ &module) {
           py::arg("token"))
       .def("take_ended", [ended](LeaseTable &self) { return TakeEnded(self, ended); })
       .def("take_refused", [refusal](LeaseTable &self) { return TakeRefused(self, refusal); })
-      .def("held", [](const LeaseTable &self) {
-        const LeaseTable::Held held = self.held();
-        return py::make_tuple(held.leases, held.blocks);
+      .def("take_served", [](LeaseTable &self) { return ToTuple(self.TakeServed()); })
+      .def("held", [](const LeaseTable &self) { return ToTuple(self.held()); })
+      .def("oldest_s", [](const LeaseTable &self) {
+        return std::chrono::duration<double>(self.OldestAge()).count();
       });
 }
 

@@ -17,9 +17,10 @@ from support.pd import LOOPBACK, WAIT_S, wait_until
 from support.producer_process import ProducerProcess
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.labels import Failure
 from vllm_datadist_connector.worker.driver import PullDriver
 from vllm_datadist_connector.worker.instances import MAX_FAULTS
-from vllm_datadist_connector.worker.transfers import Failure, Transfer
+from vllm_datadist_connector.worker.transfers import Transfer
 
 StartProducer = Callable[..., ProducerProcess]
 StartConsumer = Callable[..., Consumer]
@@ -79,7 +80,7 @@ def test_links_that_are_cut_again_and_again(
         consumer.expect(producer, remote, [2 + i])
         consumer.pull(f"r{i}", remote, [2 + i], deadline_s=60.0)
         if i % 40 == 20:
-            wait_until(lambda: consumer.driver.linked_peers() == 1, "the link")
+            wait_until(lambda: consumer.linked() == 1, "the link")
             cut(consumer)
             cuts += 1
     consumer.wait(201)
@@ -194,7 +195,7 @@ class TestFullQueue:
         consumer.expect(producer, remote, [3])
         consumer.pull("r", remote, [3])
         if again:
-            wait_until(lambda: consumer.driver.linked_peers() == 0, "the end of the links")
+            wait_until(lambda: not consumer.driver.linked_peers(), "the end of the links")
         else:
             wait_until(lambda: "r" in submitted, "its first call")
             consumer.driver.cancel("r")
@@ -274,8 +275,8 @@ class TestDeadline:
     ) -> None:
         """And the time that a native call may take is bounded by it: nobody is left to wait for the link."""
         consumer = start_consumer(handshake_timeout_s=30.0, link_timeout_s=30.0)
-        instances, limits = consumer.driver._instances, []
-        submit = instances._queue.submit_link
+        instances, links, limits = consumer.driver._instances, consumer.driver._links, []
+        submit = links._queue.submit_link
 
         class Queue:
             def submit_link(self, cluster: _native.ClusterInfo, timeout_ms: int, deadline_ms: int) -> int:
@@ -285,7 +286,7 @@ class TestDeadline:
             def __getattr__(self, name: str) -> object:
                 return getattr(consumer.driver._queue, name)
 
-        monkeypatch.setattr(instances, "_queue", Queue())
+        monkeypatch.setattr(links, "_queue", Queue())
         remote = producer.prefill("r", [1])
         if stopped:
             producer.stop()

@@ -79,7 +79,7 @@ class LeaseTable {
     kIdle,       // those that no D says it is pulling right now
     kAll,
   };
-  struct Held {
+  struct Amount {
     size_t leases = 0;
     uint64_t blocks = 0;
   };
@@ -109,7 +109,11 @@ class LeaseTable {
   std::vector<Ended> TakeEnded();
   // The confirmations that were refused since the last call.
   Refused TakeRefused();
-  Held held() const;
+  // Leases that a D has read and had confirmed since the last call, each once however many of its ranks confirm it.
+  Amount TakeServed();
+  Amount held() const;
+  // Since the first grant that is still held; 0 without one.
+  Clock::duration OldestAge() const;
 
  private:
   struct Lease {
@@ -124,6 +128,7 @@ class LeaseTable {
     std::string asked_by = {};
     bool claimed = false;
     bool pulling = false;
+    bool served = false;
   };
   using Leases = std::map<LeaseToken, Lease>;
   std::string RequestOfLocked(const LeaseToken &token) const;
@@ -139,12 +144,15 @@ class LeaseTable {
   Leases leases_;
   uint64_t last_generation_ = 0;
   uint64_t held_blocks_ = 0;
+  // By generation, which is their order: OldestAge is asked in every step of a model.
+  std::map<uint64_t, Clock::time_point> grants_;
   // No lease expires before it; a lower bound, because TakeEnded is called in every step of a model.
   Clock::time_point next_expiry_ = Clock::time_point::max();
   std::vector<Ended> ended_;
   Refused refused_;
   std::map<LeaseToken, std::string> remembered_;  // the requests of leases that have ended
   std::deque<LeaseToken> remembered_order_;       // the oldest first
+  Amount served_;
 };
 
 }  // namespace datadist
