@@ -583,8 +583,10 @@ class ChannelServer:
         leases: LeaseTable,
         auth: str = "",
         insecure: bool = False,
+        grace_s: float = 30.0,
     ) -> None:
-        """Listens at once; port 0 lets the system choose. `auth` is the path of a key file.
+        """Listens at once; port 0 lets the system choose. `auth` is the path of a key file. An asker without a
+        connection has left after `grace_s`.
 
         Raises:
             OSError: the address cannot be bound.
@@ -593,6 +595,9 @@ class ChannelServer:
 
     def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
         """By (pp rank, tp rank). ValueError for one that is too large for a message."""
+
+    def take_left_askers(self) -> list[int]:
+        """Clusters that have asked for a rank to link with it, and have left."""
 
     def close(self) -> None:
         """Ends all connections and gives the address back. Idempotent."""
@@ -613,9 +618,16 @@ class ChannelClient:
         idle_s: float = 300.0,
     ) -> None: ...
     def describe_rank(
-        self, endpoint: tuple[str, int], engine_id: str, incarnation: str, pp_rank: int, tp_rank: int, timeout_s: float
+        self,
+        endpoint: tuple[str, int],
+        engine_id: str,
+        incarnation: str,
+        pp_rank: int,
+        tp_rank: int,
+        timeout_s: float,
+        asker: int = 0,
     ) -> int:
-        """Answered by RankDescription or Refused."""
+        """Answered by RankDescription or Refused. `asker`: our cluster id, if we are going to link with that rank."""
 
     def renew(self, endpoint: tuple[str, int], tokens: Sequence[str], timeout_s: float, pulling: bool = False) -> int:
         """Answered by Renewed. At most MAX_LEASES_PER_MESSAGE tokens."""
@@ -640,3 +652,74 @@ class ChannelClient:
     def fileno(self) -> int: ...
     def close(self) -> None:
         """Drops what is outstanding, and waits for nobody. Idempotent."""
+
+class LeaseKeeper:
+    """D's side of leases: renews them from the arrival of a request until its KV cache is here, then releases.
+
+    On a native thread, without the GIL: P hears of a lease a moment later, several times while it lasts, and when a
+    pull begins. Several requests may share a lease. No method but close() waits for anything, or wakes a thread.
+    """
+
+    def __init__(
+        self,
+        content_version: int,
+        answer_timeout_s: float,
+        auth: str = "",
+        insecure: bool = False,
+        max_leases: int = 65536,
+        news_s: float = 1.0,
+        release_retry_s: float = 1.0,
+    ) -> None:
+        """`news_s`: what P has said of a lease is true for so long, or nearly: it may need the blocks itself."""
+
+    def hold(self, endpoint: tuple[str, int], token: str, lease_s: float, is_news: bool = True) -> bool:
+        """Starts renewing a lease, or adds a user to it. False if there are too many.
+
+        Args:
+            is_news: P has granted it just now. Otherwise it may long have gone: holds() tells only what P says.
+        """
+
+    def holds(self, token: str) -> bool | None:
+        """False: the lease is gone, and its blocks are not worth a pull. None: P is being asked, and has time left."""
+
+    def pulls(self, token: str, at_most_s: float) -> None:
+        """A user of the lease has begun to pull: P is told so, for as long as that can take."""
+
+    def lose(self, token: str) -> None:
+        """P, which we are ourselves, has ended the lease."""
+
+    def release(self, token: str) -> None:
+        """Takes one user off a lease; with the last one, P is told that its blocks are free."""
+
+    def __len__(self) -> int:
+        """Leases that are kept, and those whose release P has not heard."""
+
+    def close(self) -> None:
+        """Leases that are still held run out by themselves. Idempotent."""
+
+class PromptHash:
+    """The digest of a prompt that is read in pieces: BLAKE2b of 16 bytes over int64, little-endian."""
+
+    def __init__(self) -> None: ...
+    def update(self, token_ids: Sequence[int]) -> None: ...
+    def copy(self) -> PromptHash: ...
+    def hexdigest(self, adapter: str = "", mm_hashes: Sequence[str] = ()) -> str:
+        """32 hex digits of token ids, LoRA adapter and multi-modal content hashes (in prompt order)."""
+
+class PendingHash:
+    done: bool
+    def take(self) -> PromptHash | None:
+        """None until it is done."""
+
+class PromptHasher:
+    """Reads prompts on a native thread, without the GIL, one after another."""
+
+    def __init__(self) -> None: ...
+    def begin(self, token_ids: Sequence[int], num_tokens: int) -> PendingHash:
+        """Of the first `num_tokens`, which it copies. One that is dropped before its turn costs nothing."""
+
+    def close(self) -> None:
+        """Drops what waits. Idempotent."""
+
+def blocks_digest(blocks: Sequence[Sequence[int]]) -> str:
+    """32 hex digits of all blocks, by group, in their order."""

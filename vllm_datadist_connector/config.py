@@ -193,16 +193,22 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
 
     def allows_peer(self, host: str) -> bool:
         """Whether a host named by a router, client or peer may be dialled. Names are refused: only literals match."""
-        try:
-            address = ipaddress.ip_address(host)
-        except ValueError:
-            return False
-        if "%" in host:
-            # A scope is text of the client's choosing, and would make one peer look like many.
-            return False
-        if address.is_loopback or address == ipaddress.ip_address(self.host):
-            return True
-        return any(address in network for network in _networks(tuple(self.allowed_peers)))
+        return _allows(host, self.host, tuple(self.allowed_peers))
+
+
+@functools.lru_cache(maxsize=1024)
+def _allows(host: str, own_host: str, allowed_peers: tuple[str, ...]) -> bool:
+    """Remembered: every request of a D asks, and nearly all name the same few peers."""
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    if "%" in host:
+        # A scope is text of the client's choosing, and would make one peer look like many.
+        return False
+    if address.is_loopback or address == ipaddress.ip_address(own_host):
+        return True
+    return any(address in network for network in _networks(allowed_peers))
 
 
 @functools.lru_cache(maxsize=16)

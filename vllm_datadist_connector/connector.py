@@ -61,6 +61,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
                 " routed to do not come with its KV cache, and vLLM would compute every prompt again; leave it out"
             )
         groups = compat.transfer_groups(kv_cache_config)
+        self._group_ids = compat.transfer_group_ids(kv_cache_config)
         self._scheduler: ConnectorScheduler | None = None
         self._worker: ConnectorWorker | None = None
         self._load_errors: set[int] = set()
@@ -123,7 +124,9 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         return count, bool(count)
 
     def update_state_after_alloc(self, request: Request, blocks: KVCacheBlocks, num_external_tokens: int) -> None:
-        self._scheduling.after_alloc(request, self._transferred(blocks.get_block_ids()), num_external_tokens)
+        # Only of what is loaded: vLLM makes the lists by a loop over all blocks of the request.
+        tables = self._transferred(blocks.get_block_ids()) if num_external_tokens > 0 else ()
+        self._scheduling.after_alloc(request, tables, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
         return self._scheduling.build_step(scheduler_output.total_num_scheduled_tokens)
@@ -142,7 +145,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     def get_loaded_kv_cache_group_ids(self, request: Request) -> tuple[int, ...]:
         # All that we write into: vLLM would zero the others' blocks while the pull fills them.
-        return compat.transfer_group_ids(self._kv_cache_config)
+        return self._group_ids
 
     def set_xfer_handshake_metadata(self, metadata: dict[int, KVConnectorHandshakeMetadata]) -> None:
         self.set_xfer_handshake_metadata_pp_aware({(0, tp_rank): value for tp_rank, value in metadata.items()})
@@ -226,7 +229,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     def _transferred(self, tables: Sequence[list[int]]) -> list[list[int]]:
         """The block tables of the KV cache groups that cross instances."""
-        return [tables[group] for group in compat.transfer_group_ids(self._kv_cache_config)]
+        return [tables[group] for group in self._group_ids]
 
     def _poll(self) -> tuple[set[str], FinishedPulls]:
         return self._working.take_sent(), self._working.take_received()

@@ -38,7 +38,8 @@ class KVGroup:
         Blocks beyond them (speculative look-ahead, which vLLM 0.23 hands over too) hold nothing.
         """
         if not self.is_state:
-            return tuple(table[: -(-num_tokens // self.block_size)])
+            end = -(-num_tokens // self.block_size)
+            return tuple(table if len(table) <= end else table[:end])
         return tuple(table[: max(1, len(table) - self.scratch_blocks)][-1:])
 
     def covering(self, table: Sequence[int], first_token: int, end_token: int) -> tuple[int, ...]:

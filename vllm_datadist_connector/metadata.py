@@ -41,6 +41,8 @@ class StepMetadata(KVConnectorMetadata):
     """Requests that ended while their pull was under way: drain it and report them received."""
     ended_leases: tuple[str, ...] = ()
     """Requests whose blocks nobody needs any more: report them sent."""
+    left_clusters: tuple[int, ...] = ()
+    """Ranks of Ds that were linked with ours and are gone: their links may have stayed."""
     has_stats: bool = False
     """The scheduler has measured something. vLLM 0.23 asks it only in steps for which a worker has."""
 

@@ -12,6 +12,8 @@ void RegisterDataDist(pybind11::module_ &module);
 void RegisterTransferQueue(pybind11::module_ &module);
 void RegisterLeases(pybind11::module_ &module);
 void RegisterChannel(pybind11::module_ &module);
+void RegisterKeeper(pybind11::module_ &module);
+void RegisterDigests(pybind11::module_ &module);
 void RegisterManaged(pybind11::module_ &module);
 
 }  // namespace datadist::bindings

@@ -3,14 +3,13 @@
 #include <chrono>
 #include <map>
 #include <memory>
-#include <stdexcept>
 #include <string>
 #include <utility>
 #include <vector>
 
-#include "calls.h"
 #include "channel/client.h"
 #include "channel/server.h"
+#include "channel_ends.h"
 #include "channel_values.h"
 #include "named_tuple.h"
 #include "register.h"
@@ -22,56 +21,18 @@ namespace {
 
 using std::chrono::milliseconds;
 
-Trust ToTrust(const std::string &auth, bool insecure) {
-  Trust trust{nullptr, insecure};
-  if (!auth.empty()) {
-    auto keys = KeyRing::FromFile(auth);
-    if (!keys.ok()) {
-      Raise(keys.status());
-    }
-    trust.keys = std::move(keys).value();
-  }
-  return trust;
-}
-
-// The thread of a channel stayed in the parent: in a forked child nothing would ever be answered.
-template <typename Channel>
-Channel &Usable(Channel &channel) {
-  if (channel.in_forked_child()) {
-    throw std::runtime_error("this end of a channel belongs to the parent process; create one after fork()");
-  }
-  return channel;
-}
-
-template <typename Channel>
-std::shared_ptr<Channel> Made(Result<std::unique_ptr<Channel>> made) {
-  if (!made.ok()) {
-    Raise(made.status());
-  }
-  std::shared_ptr<Channel> channel = std::move(made).value();
-  AddExitEndpoint(std::weak_ptr<void>(channel), [](void *raw) { static_cast<Channel *>(raw)->Close(); });
-  return channel;
-}
-
-template <typename Channel>
-void Close(Channel &self) {
-  Channel &channel = Usable(self);
-  (void)WithoutGil([&] {
-    channel.Close();
-    return Status::Ok();
-  });
-}
-
 std::shared_ptr<ChannelServer> ConstructServer(const std::string &host, uint16_t port, const py::str &engine_id,
                                                const std::string &incarnation, uint16_t content_version,
                                                std::shared_ptr<LeaseTable> leases, const std::string &auth,
-                                               bool insecure) {
+                                               bool insecure, double grace_s) {
   const Result<SocketAddress> address = SocketAddress::FromIp(host, port);
   if (!address.ok()) {
     Raise(address.status());
   }
+  ChannelLimits limits;
+  limits.grace = std::chrono::ceil<milliseconds>(FromSeconds(grace_s));
   return Made(ChannelServer::Create(address.value(), {ToBytes(engine_id), FromHex(incarnation), content_version},
-                                    ToTrust(auth, insecure), std::move(leases)));
+                                    ToTrust(auth, insecure), std::move(leases), limits));
 }
 
 void SetGeometries(ChannelServer &self, const std::map<std::pair<uint16_t, uint16_t>, py::bytes> &geometries) {
@@ -132,9 +93,11 @@ void RegisterServer(py::module_ &module) {
   py::class_<ChannelServer, std::shared_ptr<ChannelServer>>(module, "ChannelServer",
                                                             py::release_gil_before_calling_cpp_dtor())
       .def(py::init(&ConstructServer), py::arg("host"), py::arg("port"), py::arg("engine_id"), py::arg("incarnation"),
-           py::arg("content_version"), py::arg("leases"), py::arg("auth") = "", py::arg("insecure") = false)
+           py::arg("content_version"), py::arg("leases"), py::arg("auth") = "", py::arg("insecure") = false,
+           py::arg("grace_s") = std::chrono::duration<double>(ChannelLimits().grace).count())
       .def_property_readonly("port", &ChannelServer::port)
       .def("set_geometries", &SetGeometries, py::arg("geometries"))
+      .def("take_left_askers", [](ChannelServer &self) { return Usable(self).TakeLeftAskers(); })
       .def("close", &Close<ChannelServer>);
 }
 
@@ -154,11 +117,12 @@ void RegisterClient(py::module_ &module, const AnswerTypes &types) {
       .def(
           "describe_rank",
           [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const py::str &engine_id,
-             const std::string &incarnation, uint16_t pp_rank, uint16_t tp_rank, double timeout_s) {
-            return Send(self, server, DescribeRank{ToBytes(engine_id), FromHex(incarnation), {pp_rank, tp_rank}},
-                        timeout_s);
+             const std::string &incarnation, uint16_t pp_rank, uint16_t tp_rank, double timeout_s, uint64_t asker) {
+            return Send(self, server,
+                        DescribeRank{ToBytes(engine_id), FromHex(incarnation), {pp_rank, tp_rank}, asker}, timeout_s);
           },
-          endpoint, py::arg("engine_id"), py::arg("incarnation"), py::arg("pp_rank"), py::arg("tp_rank"), timeout)
+          endpoint, py::arg("engine_id"), py::arg("incarnation"), py::arg("pp_rank"), py::arg("tp_rank"), timeout,
+          py::arg("asker") = 0)
       .def(
           "renew",
           [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::vector<std::string> &tokens,

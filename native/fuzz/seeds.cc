@@ -80,7 +80,7 @@ std::vector<Bytes> Messages() {
       Encode(DigestRequest{3, 9, 0, 2, 1000, {{0, 64}, {128, 32}}}),
       Encode(Digests{Status::Ok(), {1, 2}}),
       Encode(ChannelGreeting{{kProtocolVersion, kProtocolVersion}, 7}),
-      Encode(DescribeRank{"engine", {1}, {2, 3}}),
+      Encode(DescribeRank{"engine", {1}, {2, 3}, 4}),
       Encode(RankAnswer{Status::Ok(), {1, 2, 3}}),
       Encode(Renew{{LeaseToken{1}, LeaseToken{2}}, true}),
       Encode(Renewed{{LeaseToken{1}}}),

@@ -53,8 +53,8 @@ TEST(ChannelClient, IsToldWhyThereIsNoSuchRank) {
     return std::get<RankAnswer>(client.Ask(server.port(), asked).answer).status.text();
   };
   EXPECT_EQ(text(AskRank(2)), "no worker (pp, tp) = (0, 2); there are [(0, 0), (0, 1)]");
-  EXPECT_EQ(text(DescribeRank{"other", {7}, {0, 0}}), "another instance lives at this address now");
-  EXPECT_EQ(text(DescribeRank{"engine-p", {8}, {0, 0}}), "another instance lives at this address now");
+  EXPECT_EQ(text(DescribeRank{"other", {7}, {0, 0}, 1}), "another instance lives at this address now");
+  EXPECT_EQ(text(DescribeRank{"engine-p", {8}, {0, 0}, 1}), "another instance lives at this address now");
 }
 
 TEST(ChannelClient, IsRefusedAtOnceWhereNobodyListens) {

@@ -29,7 +29,7 @@ struct Sample {
 std::vector<Sample> Samples() {
   return {
       {"CHANNEL", Encode(ChannelGreeting{{3, 5}, 2}), &Decodes<ChannelGreeting>},
-      {"DESCRIBE_RANK", Encode(DescribeRank{"engine", {1}, {2, kMaxRank}}), &Decodes<DescribeRank>},
+      {"DESCRIBE_RANK", Encode(DescribeRank{"engine", {1}, {2, kMaxRank}, 3}), &Decodes<DescribeRank>},
       {"RANK", Encode(RankAnswer{Status::Ok(), {1, 2, 3}}), &Decodes<RankAnswer>},
       {"RENEW", Encode(Renew{{LeaseToken{1}, LeaseToken{2}}, true}), &Decodes<Renew>},
       {"RENEWED", Encode(Renewed{{LeaseToken{1}}}), &Decodes<Renewed>},
@@ -45,12 +45,13 @@ TEST(ChannelMessages, AreReadBack) {
   EXPECT_EQ(greeting.value().versions.lowest, 3);
   EXPECT_EQ(greeting.value().versions.highest, 5);
   EXPECT_EQ(greeting.value().content_version, 2);
-  const auto asked = Decode<DescribeRank>(Encode(DescribeRank{"engine", {1}, {2, 4095}}));
+  const auto asked = Decode<DescribeRank>(Encode(DescribeRank{"engine", {1}, {2, 4095}, 1ULL << 63U}));
   ASSERT_TRUE(asked.ok());
   EXPECT_EQ(asked.value().engine_id, "engine");
   EXPECT_EQ(asked.value().incarnation, GrantorIncarnation{1});
   EXPECT_EQ(asked.value().rank.pp_rank, 2);
   EXPECT_EQ(asked.value().rank.tp_rank, 4095);
+  EXPECT_EQ(asked.value().asker, 1ULL << 63U);
   const auto confirm = Decode<Confirm>(Encode(Confirm{{1}, 2, {{3}, {4}}}));
   ASSERT_TRUE(confirm.ok());
   EXPECT_EQ(confirm.value().token, LeaseToken{1});
@@ -73,7 +74,7 @@ TEST(ChannelMessages, FitTheirFrames) {
   EXPECT_EQ(Encode(Release{most}).size(), BodyCap(MessageType::kRelease));
   EXPECT_TRUE(Decodes<Renew>(Encode(Renew{most})));
   EXPECT_LE(Encode(RankAnswer{Status::Ok(), Body(kMaxGeometry)}).size(), BodyCap(MessageType::kRank));
-  EXPECT_LE(Encode(DescribeRank{std::string(2 * kMaxEngineId, 'x'), {}, {}}).size(),
+  EXPECT_LE(Encode(DescribeRank{std::string(2 * kMaxEngineId, 'x'), {}, {}, 1}).size(),
             BodyCap(MessageType::kDescribeRank));
 }
 
@@ -91,8 +92,8 @@ TEST(ChannelMessages, CutAndLongerOnesAreRefused) {
 }
 
 TEST(ChannelMessages, ValuesOutOfTheirRangeAreRefused) {
-  EXPECT_FALSE(Decodes<DescribeRank>(Encode(DescribeRank{"e", {}, {0, kMaxRank + 1}})));
-  EXPECT_FALSE(Decodes<DescribeRank>(Encode(DescribeRank{"e", {}, {kMaxRank + 1, 0}})));
+  EXPECT_FALSE(Decodes<DescribeRank>(Encode(DescribeRank{"e", {}, {0, kMaxRank + 1}, 1})));
+  EXPECT_FALSE(Decodes<DescribeRank>(Encode(DescribeRank{"e", {}, {kMaxRank + 1, 0}, 1})));
   EXPECT_FALSE(Decodes<Confirmed>(Body{kLeaseVerdicts}));
   EXPECT_FALSE(Decodes<RankAnswer>(Encode(RankAnswer{Invalid("no"), {1}}))) << "refused, and told all the same";
   EXPECT_FALSE(Decodes<RankAnswer>(Encode(RankAnswer{Status(llm_datadist::LLM_TIMEOUT, "no"), {}})))

@@ -12,6 +12,7 @@
 #include <thread>
 #include <vector>
 
+#include "channel/askers.h"
 #include "support/channel_ends.h"
 
 namespace datadist::testing {
@@ -334,6 +335,54 @@ TEST(ChannelServer, GeometriesThatNoMessageHasRoomForAreRefused) {
   const Status status = server.server->SetGeometries({{{0, 1}, std::vector<uint8_t>(kMaxGeometry + 1)}});
   EXPECT_EQ(status.code(), llm_datadist::LLM_PARAM_INVALID);
   EXPECT_NE(status.text().find("(0, 1)"), std::string::npos);
+}
+
+TEST(ChannelServer, TellsWhoHasLeft) {
+  ChannelLimits limits;
+  limits.grace = milliseconds(0);
+  ServerEnd server(limits);
+  ASSERT_TRUE(server.server->SetGeometries({{{0, 0}, {1}}}).ok());
+  const auto wait_for = [&](const std::vector<uint64_t> &left) {
+    std::vector<uint64_t> told;
+    for (const Deadline deadline = Soon(); told.size() < left.size() && !deadline.Expired();) {
+      const std::vector<uint64_t> more = server.server->TakeLeftAskers();
+      told.insert(told.end(), more.begin(), more.end());
+    }
+    EXPECT_EQ(told, left);
+  };
+  auto first = std::make_unique<ClientEnd>();
+  ClientEnd second;
+  first->Ask(server.port(), AskRank(0, 5));
+  second.Ask(server.port(), AskRank(0, 5));
+  first.reset();
+  ClientEnd nobody;
+  nobody.Ask(server.port(), AskRank(0));
+  nobody.Ask(server.port(), AskRank(1, 9));  // refused: it will not link
+  EXPECT_TRUE(server.server->TakeLeftAskers().empty()) << "one of two connections";
+  second.Ask(server.port(), AskRank(0, 6));  // whatever a connection says, it is of one cluster
+  wait_for({5});
+  second.client->Close();
+  nobody.client->Close();
+  wait_for({6});
+  EXPECT_TRUE(server.server->TakeLeftAskers().empty());
+}
+
+TEST(Askers, HaveTheirGraceAndALimit) {
+  const auto now = EventLoop::Clock::now();
+  Askers askers(milliseconds(100));
+  askers.Came(1);
+  askers.Left(1, now);
+  EXPECT_TRUE(askers.TakeLeft(now + milliseconds(99)).empty());
+  askers.Came(1);
+  EXPECT_TRUE(askers.TakeLeft(now + milliseconds(100)).empty()) << "it has come back";
+  askers.Left(1, now);
+  askers.Left(1, now);
+  EXPECT_EQ(askers.TakeLeft(now + milliseconds(100)), std::vector<uint64_t>{1});
+  for (uint64_t cluster = 1; cluster <= 2 * Askers::kMaxLeft; ++cluster) {
+    askers.Came(cluster);
+    askers.Left(cluster, now);
+  }
+  EXPECT_EQ(askers.TakeLeft(now + milliseconds(100)).size(), Askers::kMaxLeft);
 }
 
 TEST(ChannelServer, GivesItsAddressBack) {

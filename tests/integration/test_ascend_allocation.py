@@ -2,81 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import ExitStack
-from typing import Any, cast
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from support.ascend_layouts import NUM_BLOCKS, RECORDED, Memory
-from support.endpoints import LOOPBACK, MIX, check
-from support.pd import make_geometry
+from support.ascend_ends import HARDWARE, Side, check_transfer
+from support.ascend_layouts import RECORDED, Memory
+from support.standin import standin_variables
 
-from vllm_datadist_connector import _native
-from vllm_datadist_connector.protocol.handshake import RankGeometry
-from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
-from vllm_datadist_connector.worker.kv_layout import describe_caches
-from vllm_datadist_connector.worker.pairing import ANY, Terms, find_gaps, pair
-from vllm_datadist_connector.worker.plan import TokenRange, plan_pull
-from vllm_datadist_connector.worker.registrations import plan_registrations
+from vllm_datadist_connector.worker.caches import EngineError
+from vllm_datadist_connector.worker.pairing import ANY, Terms
+from vllm_datadist_connector.worker.plan import TokenRange
 
-HARDWARE = Terms(own_views_only=True, min_run_bytes=4096)
 MERGED = {"sparse C8 index": (12, 9), "sparse packed, C8 index": (9, 6)}
 """Regions of the caches by themselves, and with an index and its scales registered as one."""
-
-
-class _Frozen:
-    """An engine that takes no registration once somebody may have linked."""
-
-    def __init__(self, datadist: _native.LlmDataDist) -> None:
-        self._datadist = datadist
-        self.capabilities = datadist.capabilities._replace(register_before_link=True)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._datadist, name)
-
-
-class Side:
-    def __init__(self, model: str, cluster_id: int, max_regions: int) -> None:
-        self.memory = Memory(model, seed=cluster_id)
-        self.datadist = _native.LlmDataDist(cluster_id, MIX)
-        options = {"llm.DeviceId": "0", "llm.ListenIpInfo": f"{LOOPBACK}:0", "datadist.Transport": "local"}
-        check(self.datadist.initialize(options))
-        specs = describe_caches(self.memory.tensors, self.memory.layers(), NUM_BLOCKS)
-        frozen = cast("_native.LlmDataDist", _Frozen(self.datadist))
-        self.caches = RegisteredCaches(frozen, specs, plan_registrations(specs, max_regions))
-        self._cluster_id = cluster_id
-        self.geometry = self._geometry()
-
-    def _geometry(self) -> RankGeometry:
-        return make_geometry(
-            cluster_id=self._cluster_id,
-            port=self.datadist.listen_port()[1],
-            block_sizes=self.memory.block_sizes,
-            caches=self.caches.layouts(),
-        )
-
-    def link(self, other: Side) -> None:
-        cluster = _native.ClusterInfo(
-            other.geometry.cluster_id, [(LOOPBACK, other.geometry.port)], [(LOOPBACK, 0)], remote_role_type=MIX
-        )
-        check(self.datadist.link_clusters([cluster], 5000)[0])
-
-    def pull(self, p: Side, tokens: TokenRange, terms: Terms) -> None:
-        pairings = pair(self.geometry, p.geometry, terms)
-        assert find_gaps(self.geometry, pairings) == []
-        for pull in plan_pull(self.geometry, p.geometry, pairings, tokens):
-            status = self.datadist.pull_kv_blocks(
-                p.geometry.cluster_id,
-                pull.src_cache_id,
-                self.caches.view(pull.dst_index, pull.granule),
-                pull.src_blocks,
-                pull.dst_blocks,
-                pull.src_layers,
-                pull.dst_layers,
-                1,
-            )
-            check(status)
 
 
 @pytest.fixture
@@ -93,19 +38,6 @@ def make_side(stack: ExitStack) -> Any:
         return side
 
     return make
-
-
-def check_transfer(p: Side, d: Side, model: str, terms: Terms) -> None:
-    groups = len(d.geometry.block_sizes)
-    # Groups lie in the same memory: a block id is of one of them. Block 0 is nobody's.
-    remote, local = ((1,), (2,))[:groups], ((3,), (1,))[:groups]
-    expected = Memory(model, seed=d.geometry.cluster_id)
-    for group in range(groups):
-        expected.copy_block(group, p.memory, remote[group][0], local[group][0])
-    d.link(p)
-    d.pull(p, TokenRange(0, 100, remote, local, 100), terms)
-    for ours, theirs in zip(d.memory.storages, expected.storages, strict=True):
-        assert torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("terms", [ANY, HARDWARE], ids=["any", "hardware"])
@@ -142,3 +74,16 @@ def test_a_view_over_others_is_left_out(make_side: Any) -> None:
     a3.pull(a5, TokenRange(0, 100, ((1,), (2,)), ((3,), (1,)), 100), HARDWARE)
     for ours, theirs in zip(a3.memory.storages, d_expected.storages, strict=True):
         assert torch.equal(ours, theirs)
+
+
+def test_over_the_library_that_stands_in_for_canns() -> None:
+    """It shows peers nothing that is registered after a link, and takes no option of our engine."""
+    done = subprocess.run(
+        [sys.executable, "-m", "support.ascend_ends", "cann", *RECORDED],
+        cwd=Path(__file__).parents[1],
+        env={**os.environ, **standin_variables(strict=1)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert (done.stdout.splitlines(), done.returncode) == ([*RECORDED], 0), done.stderr

@@ -5,21 +5,37 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 
+import msgspec
 import pytest
-from support.consumer import Consumer
+from support.consumer import D_CLUSTER, Consumer
+from support.kv_ranks import PROMPT_ROLE, Place, RankEngine, make_kv
 from support.pd import wait_until
-from support.producer_process import ProducerProcess
+from support.producer_process import ProducerProcess, prefill, start_scheduler
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.protocol.params import parse_remote_prefill
+from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
+from vllm_datadist_connector.scheduler import producer as producer_module
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
+from vllm_datadist_connector.side_channel.server import ChannelServer, LeaseTable
 from vllm_datadist_connector.worker import quarantine
+from vllm_datadist_connector.worker.janitor import Janitor
 from vllm_datadist_connector.worker.transfers import Failure
 
 StartProducer = Callable[..., ProducerProcess]
 StartConsumer = Callable[..., Consumer]
 P_CLUSTER = 100
 WRITES_ON = {"writes_end_with_call": False, "reports_links": False}
+
+
+def serve_impatiently(
+    endpoint: Endpoint, engine_id: str, incarnation: str, leases: LeaseTable, trust: Trust
+) -> ChannelServer:
+    """Who has no connection has left at once."""
+    trusted = (trust.auth, trust.insecure)
+    return ChannelServer(*endpoint, engine_id, incarnation, PROTOCOL_VERSION, leases, *trusted, grace_s=0.0)
 
 
 class Gate:
@@ -221,6 +237,30 @@ class TestLinks:
         consumer.wait(1)
         consumer.driver.close()
         assert consumer.datadist.query_link(P_CLUSTER)[0] == _native.LLM_NOT_YET_LINK
+
+    def test_p_ends_its_half_when_d_is_gone(
+        self, start_consumer: StartConsumer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """It hears by the side channel, and by nothing else."""
+        monkeypatch.setattr(producer_module, "serve", serve_impatiently)
+        engine = RankEngine(P_CLUSTER, PROMPT_ROLE, Place(), make_kv(P_CLUSTER), "tcp")
+        with closing(start_scheduler()) as scheduler, closing(Janitor(engine.datadist)) as janitor:
+            scheduler.set_geometries({(0, 0): msgspec.msgpack.encode(engine.geometry())})
+            consumer = start_consumer(transport="tcp")
+            consumer.pull("r", parse_remote_prefill(prefill(scheduler, "r", [1])), [1])
+            consumer.wait(1)
+            assert consumer.failed == set()
+            assert scheduler.take_left_askers() == ()
+            assert engine.datadist.query_link(D_CLUSTER)[0] == _native.LLM_SUCCESS
+            consumer.driver.close()
+            left: list[int] = []
+            wait_until(lambda: bool(left.extend(scheduler.take_left_askers()) or left), "the end of its connection")
+            assert left == [D_CLUSTER]
+            janitor.unlink([*left, 12345])
+            wait_until(
+                lambda: engine.datadist.query_link(D_CLUSTER)[0] == _native.LLM_NOT_YET_LINK, "the end of P's half"
+            )
+        engine.datadist.finalize()
 
     def test_a_call_gets_the_least_time_out(
         self, producer: ProducerProcess, start_consumer: StartConsumer, monkeypatch: pytest.MonkeyPatch

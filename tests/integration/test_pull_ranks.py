@@ -106,6 +106,7 @@ class Registrations:
 class _Noting:
     def __init__(self, datadist: _native.LlmDataDist, threads: list[str]) -> None:
         self._datadist, self._threads = datadist, threads
+        self.capabilities = datadist.capabilities
 
     def register_kv_cache(self, *arguments: Any) -> tuple[int, int]:
         self._threads.append(threading.current_thread().name)

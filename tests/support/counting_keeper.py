@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import Counter
 
-from vllm_datadist_connector.protocol.params import LeaseTicket
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
 
@@ -18,32 +17,30 @@ class CountingKeeper:
         self.full = False
         self.pulled: list[str] = []
 
-    def hold(self, endpoint: Endpoint, ticket: LeaseTicket, is_news: bool = True) -> bool:
+    def hold(self, endpoint: Endpoint, token: str, lease_s: float, is_news: bool = True) -> bool:
         if self.full:
             return False
+        assert lease_s > 0
         self.endpoints.append(endpoint)
-        self.users[ticket.token] += 1
+        self.users[token] += 1
         if not is_news:
-            self.asked.add(ticket.token)
+            self.asked.add(token)
         return True
 
-    def holds(self, ticket: LeaseTicket) -> bool | None:
-        is_open = ticket.token in self.asked & self.unanswered
-        return None if is_open else ticket.token not in self.gone
+    def holds(self, token: str) -> bool | None:
+        is_open = token in self.asked & self.unanswered
+        return None if is_open else token not in self.gone
 
-    def pulls(self, ticket: LeaseTicket, at_most_s: float) -> None:
+    def pulls(self, token: str, at_most_s: float) -> None:
         assert at_most_s > 0
-        self.pulled.append(ticket.token)
+        self.pulled.append(token)
 
-    def lose(self, ticket: LeaseTicket) -> None:
-        self.gone.add(ticket.token)
+    def lose(self, token: str) -> None:
+        self.gone.add(token)
 
-    def release(self, ticket: LeaseTicket) -> None:
-        self.users[ticket.token] -= 1
-        assert self.users[ticket.token] >= 0
-
-    def flush(self) -> None:
-        pass
+    def release(self, token: str) -> None:
+        self.users[token] -= 1
+        assert self.users[token] >= 0
 
     def close(self) -> None:
         pass

@@ -16,6 +16,6 @@ settings.load_profile("shared-machine")
 def keeper(monkeypatch: pytest.MonkeyPatch) -> Iterator[CountingKeeper]:
     """What the consumer side holds of P's leases, in place of the thread that would tell P; none may be left."""
     keeper = CountingKeeper()
-    monkeypatch.setattr("vllm_datadist_connector.scheduler.consumer.LeaseKeeper", lambda *_: keeper)
+    monkeypatch.setattr("vllm_datadist_connector.scheduler.consumer.open_keeper", lambda *_: keeper)
     yield keeper
     assert not +keeper.users, "a lease was not released"

@@ -44,7 +44,13 @@ FORBIDDEN = {
         where: {
             "vllm",
             *(("torch",) if where != "selftest" else ("vllm_datadist_connector.doctor",)),
-            *(f"vllm_datadist_connector.{other}" for other in ("compat", "connector", "scheduler", "worker")),
+            *(f"vllm_datadist_connector.{other}" for other in ("compat", "connector", "scheduler")),
+            # What these say of a configuration is what a worker would say.
+            *(
+                f"vllm_datadist_connector.worker.{path.stem}"
+                for path in (PACKAGE / "worker").glob("*.py")
+                if path.stem not in ("options", "comm_res")
+            ),
         }
         for where in ("doctor", "doctor/ascend", "selftest")
     },

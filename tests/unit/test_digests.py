@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+import hashlib
+import os
+import struct
+from collections.abc import Iterator, Sequence
 
 import pytest
 from support.counting_keeper import CountingKeeper
 from support.pd import BLOCK_SIZE, TO_P, decode, make_params, make_request, make_ticket, wait_until
 
 from vllm_datadist_connector.kv_groups import KVGroup
-from vllm_datadist_connector.protocol.digest import PromptHash, prompt_digest
+from vllm_datadist_connector.protocol.digest import PromptHash, PromptHasher, blocks_digest, prompt_digest
 from vllm_datadist_connector.scheduler import digests as digests_module
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.digests import INLINE_TOKENS, PromptDigests
@@ -19,27 +21,88 @@ from vllm_datadist_connector.side_channel.endpoint import Trust
 LONG = list(range(INLINE_TOKENS + 5000))
 
 
+def words(values: Sequence[int]) -> bytes:
+    return struct.pack(f"<{len(values)}q", *values)
+
+
+def text(value: str) -> bytes:
+    encoded = value.encode(errors="surrogatepass")
+    return struct.pack("<I", len(encoded)) + encoded
+
+
+def blake2b(data: bytes) -> str:
+    return hashlib.blake2b(data, digest_size=16).hexdigest()
+
+
+class TestValues:
+    """Another release must find the same: they cross the wire."""
+
+    @pytest.mark.parametrize("length", [*range(50), 127, 128, 129, 5000])
+    def test_prompts(self, length: int) -> None:
+        tokens = [(7919 * each) % 2**33 - 5 for each in range(length)]
+        assert prompt_digest(tokens) == blake2b(words(tokens) + text(""))
+
+    @pytest.mark.parametrize("adapter", ["", "one@ab", "\ud800"])
+    @pytest.mark.parametrize("mm_hashes", [(), ("a",), ("a", "b" * 300), ("\udfff",)])
+    def test_what_decides_beside_tokens(self, adapter: str, mm_hashes: Sequence[str]) -> None:
+        expected = blake2b(words([1, 2]) + text(adapter) + b"".join(map(text, mm_hashes)))
+        assert prompt_digest([1, 2], adapter, mm_hashes) == expected
+
+    @pytest.mark.parametrize("blocks", [(), ((),), ((1, 2, 3),), ((1,), (), (2**40, 0)), (tuple(range(600)),)])
+    def test_blocks(self, blocks: tuple[tuple[int, ...], ...]) -> None:
+        expected = b"".join(struct.pack("<I", len(group)) + words(group) for group in blocks)
+        assert blocks_digest(blocks) == blake2b(expected)
+
+    @pytest.mark.parametrize("pieces", [1, 3, 16, 17, 100])
+    def test_pieces(self, pieces: int) -> None:
+        whole = PromptHash()
+        for start in range(0, 1000, pieces):
+            whole.update(LONG[start : min(1000, start + pieces)])
+            assert whole.copy().hexdigest() == whole.hexdigest()
+        assert whole.hexdigest() == prompt_digest(LONG[:1000])
+
+    @pytest.mark.parametrize("bad", [2**63, -(2**63) - 1, 1.0, "1", None])
+    def test_what_is_no_token(self, bad: object) -> None:
+        tokens: list[object] = [1, bad]
+        with pytest.raises((OverflowError, TypeError)):
+            PromptHash().update(tokens)  # type: ignore[arg-type]
+
+
+class HeldPending:
+    def __init__(self, token_ids: Sequence[int], num_tokens: int, gate: Gate) -> None:
+        self._tokens = list(token_ids[:num_tokens])
+        self._gate = gate
+
+    @property
+    def done(self) -> bool:
+        return self._gate.open
+
+    def take(self) -> PromptHash | None:
+        if not self.done:
+            return None
+        whole = PromptHash()
+        whole.update(self._tokens)
+        return whole
+
+
 class Gate:
-    """Other threads hash once they are let; what the test's own hashes is counted."""
+    """In place of the thread: done once it is let."""
 
-    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.open = threading.Event()
-        self.here = 0
-        main, gate, original = threading.current_thread(), self, PromptHash.update
+    def __init__(self) -> None:
+        self.open = False
 
-        def update(self: PromptHash, token_ids: list[int]) -> None:
-            if threading.current_thread() is main:
-                gate.here += len(token_ids)
-            else:
-                assert gate.open.wait(10.0)
-            original(self, token_ids)
+    def begin(self, token_ids: Sequence[int], num_tokens: int) -> HeldPending:
+        return HeldPending(token_ids, num_tokens, self)
 
-        monkeypatch.setattr(PromptHash, "update", update)
+    def close(self) -> None:
+        pass
 
 
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
-    return Gate(monkeypatch)
+    gate = Gate()
+    monkeypatch.setattr(digests_module, "PromptHasher", lambda: gate)
+    return gate
 
 
 @pytest.fixture
@@ -49,7 +112,7 @@ def digests() -> Iterator[PromptDigests]:
     digests.close()
 
 
-@pytest.mark.parametrize("length", [1, INLINE_TOKENS, INLINE_TOKENS + 1, 3 * digests_module._PIECE, len(LONG)])
+@pytest.mark.parametrize("length", [1, INLINE_TOKENS, INLINE_TOKENS + 1, len(LONG)])
 def test_as_at_once(digests: PromptDigests, length: int) -> None:
     request = make_request(LONG[:length], TO_P)
     digests.begin(request, length)
@@ -57,11 +120,13 @@ def test_as_at_once(digests: PromptDigests, length: int) -> None:
     assert digests.take(request, length, "") == prompt_digest(LONG[:length])
 
 
+@pytest.mark.parametrize("is_done", [True, False])
 @pytest.mark.parametrize("shorter", [0, 1])
-def test_what_came_after_the_prompt_is_added(digests: PromptDigests, shorter: int) -> None:
+def test_what_came_after_the_prompt_is_added(gate: Gate, shorter: int, is_done: bool) -> None:
+    digests = PromptDigests()
     request = make_request(LONG, TO_P)
     digests.begin(request, len(LONG) - shorter)
-    wait_until(lambda: digests.is_ready(request.request_id), "the digest")
+    gate.open = is_done
     output = [7] * 40
     decode(request, output)
     assert digests.take(request, len(LONG) + 39, "") == prompt_digest([*LONG, *output[:39]])
@@ -74,23 +139,61 @@ def test_fewer_than_were_begun_with(digests: PromptDigests) -> None:
     assert digests.take(request, 10, "") == prompt_digest(LONG[:10])
 
 
-def test_the_scheduler_thread_reads_little(digests: PromptDigests, gate: Gate) -> None:
-    gate.open.set()
+def test_forgotten_ones_are_not_kept(gate: Gate) -> None:
+    digests = PromptDigests()
     request = make_request(LONG, TO_P)
     digests.begin(request, len(LONG))
-    wait_until(lambda: digests.is_ready(request.request_id), "the digest")
-    digests.take(request, len(LONG), "")
-    assert gate.here == 0
-
-
-def test_forgotten_ones_are_not_kept(digests: PromptDigests, gate: Gate) -> None:
-    request = make_request(LONG, TO_P)
-    digests.begin(request, len(LONG))
+    assert not digests.is_ready(request.request_id)
     digests.forget(request.request_id)
-    gate.open.set()
     assert digests.is_ready(request.request_id)
     assert digests.take(request, 3, "") == prompt_digest(LONG[:3])
-    assert not digests._works
+    assert not digests._begun
+
+
+class TestHasher:
+    @pytest.fixture
+    def hasher(self) -> Iterator[PromptHasher]:
+        hasher = PromptHasher()
+        yield hasher
+        hasher.close()
+
+    def test_many_at_once(self, hasher: PromptHasher) -> None:
+        begun = [hasher.begin(LONG, length) for length in range(500)]
+        wait_until(lambda: all(each.done for each in begun), "all digests")
+        for length, each in enumerate(begun):
+            whole = each.take()
+            assert whole is not None
+            assert whole.hexdigest() == prompt_digest(LONG[:length])
+
+    def test_what_is_taken_is_a_copy(self, hasher: PromptHasher) -> None:
+        begun = hasher.begin(LONG, 10)
+        wait_until(lambda: begun.done, "the digest")
+        for _ in range(2):
+            whole = begun.take()
+            assert whole is not None
+            whole.update(LONG[10:20])
+            assert whole.hexdigest() == prompt_digest(LONG[:20])
+
+    def test_dropped_ones_and_an_early_end(self, hasher: PromptHasher) -> None:
+        for _ in range(100):
+            hasher.begin(LONG, len(LONG))
+        hasher.close()
+        hasher.close()
+
+    def test_after_its_end_it_reads_by_itself(self, hasher: PromptHasher) -> None:
+        hasher.close()
+        begun = hasher.begin(LONG, 20)
+        whole = begun.take()
+        assert whole is not None
+        assert whole.hexdigest() == prompt_digest(LONG[:20])
+
+    def test_a_forked_child_reads_by_itself(self, hasher: PromptHasher) -> None:
+        begun = hasher.begin(LONG, 20)
+        wait_until(lambda: begun.done, "the thread")
+        child = os.fork()
+        if child == 0:
+            os._exit(0 if hasher.begin(LONG, 20).done else 1)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
 
 
 @pytest.mark.parametrize("is_right", [True, False])
@@ -98,18 +201,14 @@ def test_a_request_waits_for_it(keeper: CountingKeeper, gate: Gate, is_right: bo
     """vLLM asks again in the next step, and schedules others meanwhile."""
     del keeper
     consumer = ConsumerScheduler((KVGroup(BLOCK_SIZE),), lambda _: True, 60.0, 5.0, Trust(), None)
-    gate.open.set()
     digest = prompt_digest(LONG if is_right else LONG[1:])
-    gate.open.clear()
-    gate.here = 0
     blocks = tuple(range(1, 2 + len(LONG) // BLOCK_SIZE))
     params = make_params((blocks,), ticket=make_ticket(prompt_digest=digest), num_tokens=len(LONG))
     request = make_request(LONG, params)
     consumer.on_new_request(request)
-    assert consumer.matched_tokens(request, 0) is None
-    gate.open.set()
-    wait_until(lambda: consumer.matched_tokens(request, 0) is not None, "the comparison")
+    for _ in range(2):
+        assert consumer.matched_tokens(request, 0) is None
+    gate.open = True
     assert consumer.matched_tokens(request, 0) == (len(LONG) - 1 if is_right else 0)
-    assert gate.here == 0
     consumer.request_finished(request.request_id)
     consumer.close()

@@ -341,9 +341,7 @@ def test_a_provider_that_is_not_there() -> None:
 def test_a_library_that_ends_its_process() -> None:
     probed = probe("cann", {}, ("/bin/sh", "-c", "echo boom >&2; kill -SEGV $$"))
     assert "ended with status -11: boom" in probed.error
-    assert check_provider("cann", probed) == Finding(
-        "provider", "wrong", f"cann: {probed.error}", "see the library's finding"
-    )
+    assert check_provider("cann", probed) == Finding("provider", "wrong", f"cann: {probed.error}", "do what it says")
     assert Probed(error="x").capabilities == {}
 
 

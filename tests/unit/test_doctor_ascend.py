@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.machines import FIXTURES, BuiltMachine, ascend
+from support.providers import HARDWARE
 
 import vllm_datadist_connector
 from vllm_datadist_connector.doctor.ascend import cards, checks, library
@@ -21,13 +22,11 @@ from vllm_datadist_connector.doctor.ascend.model import check_regions, regions_o
 from vllm_datadist_connector.doctor.ascend.parse import (
     Chip,
     GarbledError,
-    Retransmission,
     parse_hccn_conf,
     parse_info,
     parse_ip,
     parse_link,
     parse_npu_map,
-    parse_retransmission,
     parse_tls,
     parse_visible,
     version_numbers,
@@ -35,9 +34,13 @@ from vllm_datadist_connector.doctor.ascend.parse import (
 from vllm_datadist_connector.doctor.command import Question, examine
 from vllm_datadist_connector.doctor.deployment import Deployment, Serve, parse_serve, understand
 from vllm_datadist_connector.doctor.finding import Finding
-from vllm_datadist_connector.doctor.provider import Probed
+from vllm_datadist_connector.doctor.provider import Probed, adapt
 
 LIBRARY = "usr/local/Ascend/cann/lib64/libllm_datadist.so"
+
+
+def config(**extra: object) -> str:
+    return json.dumps({"kv_connector": "DataDistConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra})
 
 
 def text(fixture: str) -> str:
@@ -126,17 +129,6 @@ def test_visible_devices_that_are_none(text: str) -> None:
 def test_versions() -> None:
     assert parse_info(text("ascend_toolkit_install.info"))["version"] == "8.5.0"
     assert [version_numbers(each) for each in ("8.5.0", "8.0.RC1", "9.1.0-beta.1")] == [(8, 5), (8, 0), (9, 1)]
-
-
-def test_retransmission() -> None:
-    assert parse_retransmission({}) == Retransmission(20, 7)
-    assert Retransmission(20, 7).seconds == pytest.approx(34.4, abs=0.1)
-    assert Retransmission(20, 7).within(20.0) == 19
-    assert Retransmission(20, 7).within(1e-9) is None
-    assert parse_retransmission({"HCCL_RDMA_TIMEOUT": "15", "HCCL_RDMA_RETRY_CNT": "1"}) == Retransmission(15, 1)
-    for name, value in (("HCCL_RDMA_TIMEOUT", "30"), ("HCCL_RDMA_TIMEOUT", "x"), ("HCCL_RDMA_RETRY_CNT", "0")):
-        with pytest.raises(GarbledError, match=name):
-            parse_retransmission({name: value})
 
 
 # ---- models ----
@@ -349,7 +341,17 @@ def test_a_library_that_is_not_searched(tmp_path: Path) -> None:
     assert (finding.status, "not where libraries are searched" in finding.found) == ("wrong", True)
     built.environ["LD_LIBRARY_PATH"] = "/usr/local/Ascend/cann/lib64"
     finding = check(built, probed(error="a symbol is missing"))
-    assert (finding.status, "a symbol is missing" in finding.found) == ("wrong", True)
+    assert (finding.status, finding.found) == ("wrong", f"{tmp_path}/{LIBRARY} is refused")
+
+
+def test_a_library_that_the_environment_names(tmp_path: Path) -> None:
+    built = ascend(tmp_path)
+    built.environ[library.VARIABLE] = "/opt/cann/libllm_datadist.so"
+    finding = check(built, probed(error="cannot open"))
+    assert (finding.status, "which is not there" in finding.found) == ("wrong", True)
+    built.write("opt/cann/libllm_datadist.so", "ELF")
+    assert "is refused" in check(built, probed(error="a symbol is missing")).found
+    assert check(built, probed("/opt/cann/libllm_datadist.so")).status == "ok"
 
 
 def test_who_loaded_it_and_the_v1_library(tmp_path: Path) -> None:
@@ -397,14 +399,9 @@ def everything(built: BuiltMachine, *command: str, config: str | None = None, mo
     return {each.name: each for each in found}
 
 
-def config(**extra: object) -> str:
-    return json.dumps({"kv_connector": "DataDistConnector", "kv_role": "kv_both", "kv_connector_extra_config": extra})
-
-
 def test_a_machine_where_all_is_well(tmp_path: Path) -> None:
     built = ascend(tmp_path)
-    built.environ["ASCEND_TRANSFER_TIMEOUT"] = "40000"
-    findings = everything(built, config=config(host="192.0.2.1", insecure=True))
+    findings = everything(built, config=config(host="192.0.2.1", insecure=True, pull_timeout_s=40.0))
     wrong = {name for name, each in findings.items() if each.status == "wrong"}
     assert wrong == {"torch-npu", "vllm-ascend"}  # which no machine of these tests has
     assert findings["time-outs"].status == "ok"
@@ -420,28 +417,58 @@ def test_host_addresses(host: str, status: str, tmp_path: Path) -> None:
 def test_time_outs(tmp_path: Path) -> None:
     built = ascend(tmp_path)
     finding = everything(built)["time-outs"]
-    assert (finding.status, "a pull gives up after 20 s, the hardware after 34.4 s" in finding.found) == (
+    assert (finding.status, "a pull gives up after 20 s, the hardware after 33.1 s" in finding.found) == (
         "warning",
         True,
     )
-    assert "ASCEND_TRANSFER_TIMEOUT=37360, or HCCL_RDMA_TIMEOUT=19 on both ends" in finding.do
+    assert "HCCL_RDMA_TIMEOUT=19 on both ends" in finding.do
     built.environ["HCCL_RDMA_TIMEOUT"] = "19"
     assert everything(built)["time-outs"].status == "ok"
-    for name, value in (("HCCL_RDMA_TIMEOUT", "long"), ("ASCEND_TRANSFER_TIMEOUT", "2m")):
-        built.environ[name] = value
-        finding = everything(built)["time-outs"]
-        assert (finding.status, name in finding.found) == ("wrong", True)
-        del built.environ[name]
+    built.environ["HCCL_RDMA_TIMEOUT"] = "long"
+    finding = everything(built)["time-outs"]
+    assert (finding.status, "HCCL_RDMA_TIMEOUT" in finding.found) == ("wrong", True)
 
 
-def test_links_with_tls_take_longer(tmp_path: Path) -> None:
+CAPABILITIES = HARDWARE._asdict()
+
+
+def adapted(environ: dict[str, str], text: str) -> tuple[Deployment, list[Finding]]:
+    return adapt(deployment(config=text), Probed(capabilities=CAPABILITIES), environ)
+
+
+def test_time_limits_are_those_that_a_worker_will_have() -> None:
+    found, (finding,) = adapted({}, config())
+    assert found.config.pull_timeout_s == pytest.approx(33.06, abs=0.01)
+    assert (finding.status, "link_timeout_s 60" in finding.found) == ("ok", True)
+    assert adapted({"ASCEND_TRANSFER_TIMEOUT": "40000"}, config())[0].config.pull_timeout_s == 40.0
+    assert adapted({}, config(pull_timeout_s=5.0))[0].config.pull_timeout_s == 5.0
+
+
+@pytest.mark.parametrize(
+    ("environ", "text", "told"),
+    [
+        ({"ASCEND_TRANSFER_TIMEOUT": "2m"}, config(), "ASCEND_TRANSFER_TIMEOUT"),
+        ({}, config(transport="cma"), "transport: 'cma'"),
+        ({}, config(link_timeout_s=1.0), "link_timeout_s: 1.0"),
+        ({}, config(host="2001:db8::1", insecure=True), "IPv4 only"),
+    ],
+)
+def test_what_the_provider_cannot_follow(environ: dict[str, str], text: str, told: str) -> None:
+    _, (finding,) = adapted(environ, text)
+    assert (finding.status, told in finding.found) == ("wrong", True)
+
+
+def test_a_provider_that_is_not_there_follows_nothing() -> None:
+    ours = deployment()
+    assert adapt(ours, Probed(error="absent"), {}) == (ours, [])
+
+
+def test_local_comm_res(tmp_path: Path) -> None:
     built = ascend(tmp_path)
-    built.environ["ASCEND_TRANSFER_TIMEOUT"] = "40000"
-    short = config(link_timeout_s=1.0)
-    assert everything(built, config=short)["time-outs"].status == "ok"
-    built.answers("hccn_tool", {"*-tls*": "hccn_tool_tls_on.txt", "*": "hccn_tool_link_up.txt"})
-    found = checks.check_ascend(built.machine(), deployment(config=short), "", Probed())
-    assert [each.status for each in found if each.name == "time-outs"] == ["wrong", "ok"]
+    assert everything(built)["local_comm_res"].found.startswith("left to CANN")
+    assert everything(built, config=config(local_comm_res='{"version": "1.3"}'))["local_comm_res"].status == "ok"
+    finding = everything(built, config=config(local_comm_res="/no/such/file"))["local_comm_res"]
+    assert (finding.status, "/no/such/file" in finding.found) == ("wrong", True)
 
 
 def test_nz_and_the_allocator(tmp_path: Path) -> None:

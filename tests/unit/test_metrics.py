@@ -183,6 +183,7 @@ class TestLogLine:
             "Oldest lease seconds": 7,
             "Pulling requests": 5,
             "Linked peers": 2,
+            "Quarantined blocks": 0,
         }
         assert self.line(vllm_logs) == {}
 

@@ -172,4 +172,12 @@ def test_a_provider_that_is_not_here_is_refused_with_what_is(monkeypatch: pytest
 def test_sleep_mode_where_a_device_holds_the_cache(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_native, "LlmDataDist", lambda *_: SimpleNamespace(capabilities=HARDWARE))
     assert refusal({}, enable_sleep_mode=True).startswith("--enable-sleep-mode: ")
-    assert refusal({"verify": "fail"}, enable_sleep_mode=False).startswith("verify: ")
+    assert refusal({"verify": "fail"}, "kv_producer", enable_sleep_mode=False).startswith("verify: ")
+
+
+@pytest.mark.parametrize("role", ["kv_both", "kv_producer"])
+def test_links_that_cross_where_they_would_hang(monkeypatch: pytest.MonkeyPatch, role: str) -> None:
+    monkeypatch.setattr(_native, "LlmDataDist", lambda *_: SimpleNamespace(capabilities=HARDWARE))
+    extra = {} if role == "kv_both" else {"bidirectional": True}
+    assert HARDWARE.crossing_links is False
+    assert refusal(extra, role, enable_sleep_mode=False).startswith("kv_role: kv_both, and bidirectional, ")

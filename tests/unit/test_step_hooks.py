@@ -16,6 +16,7 @@ from vllm_datadist_connector.connector import DataDistConnector
 from vllm_datadist_connector.metadata import PullJob, StepMetadata
 from vllm_datadist_connector.protocol.params import parse_remote_prefill
 from vllm_datadist_connector.worker import build
+from vllm_datadist_connector.worker.device import Fence
 from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
 
 
@@ -23,7 +24,7 @@ class Driver:
     def __init__(self) -> None:
         self.events: list[str] = []
 
-    def submit(self, job: PullJob) -> None:
+    def submit(self, job: PullJob, _fence: Fence) -> None:
         self.events.append(job.request_id)
 
     def cancel(self, request_id: str) -> None:
@@ -89,3 +90,14 @@ def test_not_where_vllm_would_zero_the_blocks_afterwards(
     connector.bind_connector_metadata(step)
     connector.start_load_kv(None)
     assert driver.events == ["r", "cancel gone"]
+
+
+def test_ds_that_have_left_are_unlinked_where_their_links_would_stay(connector: Any, driver: Driver) -> None:
+    """By a P that pulls nothing, too."""
+    connector._working._driver = None
+    connector.handle_preemptions(StepMetadata(left_clusters=(7,)))
+    told: list[int] = []
+    connector._working._janitor = SimpleNamespace(unlink=told.extend, close=lambda: None)
+    connector.handle_preemptions(StepMetadata(left_clusters=(8, 9)))
+    connector.handle_preemptions(StepMetadata())
+    assert (told, driver.events) == ([8, 9], [])

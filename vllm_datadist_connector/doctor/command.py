@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
 
 import vllm_datadist_connector
 from vllm_datadist_connector.arguments import endpoint
@@ -15,7 +16,7 @@ from vllm_datadist_connector.doctor.deployment import Deployment, Serve, check_s
 from vllm_datadist_connector.doctor.finding import Finding, summary_of, text_of
 from vllm_datadist_connector.doctor.machine import Machine
 from vllm_datadist_connector.doctor.peer import check_peer
-from vllm_datadist_connector.doctor.provider import check_provider, probe
+from vllm_datadist_connector.doctor.provider import adapt, check_provider, probe
 from vllm_datadist_connector.doctor.transports import check_huge_pages, check_transports
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
@@ -46,7 +47,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     serve = parse_serve(options.serve[1:] if options.serve[:1] == ["--"] else options.serve)
-    question = Question(options.config, options.peer, options.model or serve.model, serve, options.quick)
+    # A name of a model's instead of a folder may be on no disk yet.
+    model = options.model or (serve.model if Path(serve.model).is_dir() else "")
+    question = Question(options.config, options.peer, model, serve, options.quick)
     findings = []
     for finding in examine(Machine(), question):
         findings.append(finding)
@@ -92,6 +95,8 @@ def _check_moving(machine: Machine, deployment: Deployment, model: str) -> Itera
         provider = "cann" if ascend else ENGINE
     probed = probe(provider, machine.environ)
     yield check_provider(provider, probed)
+    deployment, findings = adapt(deployment, probed, machine.environ)
+    yield from findings
     if provider == ENGINE:
         yield from _safely("transports", lambda: check_transports(machine, deployment))
         yield from _safely("huge pages", lambda: [check_huge_pages(machine, deployment)])

@@ -77,6 +77,8 @@ class Deployment:
     role: str
     """Empty if not known."""
     is_given: bool
+    given: frozenset[str] = frozenset()
+    """Keys of the configuration that are not left to their defaults."""
 
     @property
     def trust(self) -> Trust:
@@ -105,11 +107,12 @@ def understand(config: str | None, serve: Serve) -> tuple[Deployment, Finding]:
         nothing = "none was given: what follows is of the defaults"
         do = "give it by --config, or put `vllm-datadist doctor --` before the whole command of `vllm serve`"
         return Deployment(serve, parsed, "", False), Finding(name, "not_applicable", nothing, do)
+    given = frozenset(ours.get("kv_connector_extra_config") or ())
     role = str(ours.get("kv_role", whole.get("kv_role")))
     if role not in ROLES:
         found = f"kv_role: {role!r}, allowed: {', '.join(ROLES)}"
-        return Deployment(serve, parsed, "", True), Finding(name, "wrong", found, "give one of them")
-    return Deployment(serve, parsed, role, True), Finding(name, "ok", f"{role}, host {parsed.host}")
+        return Deployment(serve, parsed, "", True, given), Finding(name, "wrong", found, "give one of them")
+    return Deployment(serve, parsed, role, True, given), Finding(name, "ok", f"{role}, host {parsed.host}")
 
 
 def _load(text: str) -> dict[str, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -10,6 +11,8 @@ from typing import Any
 
 import msgspec
 
+from vllm_datadist_connector.config import ConfigError
+from vllm_datadist_connector.doctor.deployment import Deployment
 from vllm_datadist_connector.doctor.finding import Finding
 
 _PATIENCE_S = 120.0
@@ -50,7 +53,24 @@ def probe(provider: str, environ: Mapping[str, str], command: tuple[str, ...] = 
 
 def check_provider(provider: str, probed: Probed) -> Finding:
     if probed.error:
-        do = "see the library's finding" if provider != "engine" else "reinstall the package"
+        do = "do what it says" if provider != "engine" else "reinstall the package"
         return Finding("provider", "wrong", f"{provider}: {probed.error}", do)
     told: dict[str, Any] = {name: value for name, value in probed.capabilities.items() if value}
     return Finding("provider", "ok", f"{provider}: {json.dumps(told)}")
+
+
+def adapt(deployment: Deployment, probed: Probed, environ: Mapping[str, str]) -> tuple[Deployment, list[Finding]]:
+    """The deployment with the time limits that a worker will have, and what the provider cannot follow."""
+    if probed.error:
+        return deployment, []
+    from vllm_datadist_connector._native import Capabilities
+    from vllm_datadist_connector.worker.options import adapt_config
+
+    name = "options of the provider"
+    try:
+        told: Any = probed.capabilities
+        config = adapt_config(deployment.config, deployment.given, Capabilities(**told), environ)
+    except ConfigError as error:
+        return deployment, [Finding(name, "wrong", str(error), "correct it: vLLM would not start")]
+    limits = f"link_timeout_s {config.link_timeout_s:g}, pull_timeout_s {config.pull_timeout_s:g}"
+    return dataclasses.replace(deployment, config=config), [Finding(name, "ok", f"all can be followed; {limits}")]

@@ -32,8 +32,8 @@ from vllm_datadist_connector.protocol.params import (
 from vllm_datadist_connector.scheduler.adapters import is_same
 from vllm_datadist_connector.scheduler.digests import PromptDigests
 from vllm_datadist_connector.scheduler.identity import adapter_of, is_token_prompt
-from vllm_datadist_connector.scheduler.keeper import LeaseKeeper
 from vllm_datadist_connector.scheduler.local_prefills import REASON_OF, LocalPrefills
+from vllm_datadist_connector.side_channel.client import open_keeper
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 if TYPE_CHECKING:
@@ -94,7 +94,7 @@ class ConsumerScheduler:
         self._allows_peer = allows_peer
         self._recv_deadline_s = recv_deadline_s
         self._local = local if local is not None else LocalPrefills()
-        self._keeper = LeaseKeeper(answer_timeout_s, trust)
+        self._keeper = open_keeper(trust, answer_timeout_s)
         self._requests: dict[str, _Tracked] = {}
         self._pulls: list[PullJob] = []
         self._cancels: list[str] = []
@@ -118,7 +118,8 @@ class ConsumerScheduler:
         self._digests.begin(request, remote.remote_num_tokens)
         if self._digests.is_ready(request.request_id):
             self._compare(request, tracked)
-        if self._keeper.hold(Endpoint(remote.remote_host, remote.remote_port), remote.ticket, not earlier_turn):
+        endpoint, ticket = Endpoint(remote.remote_host, remote.remote_port), remote.ticket
+        if self._keeper.hold(endpoint, ticket.token, ticket.lease_s, not earlier_turn):
             self._requests[request.request_id] = tracked
         else:
             self._digests.forget(request.request_id)
@@ -138,7 +139,7 @@ class ConsumerScheduler:
         count = tracked.loadable_tokens - num_computed_tokens
         if count < tracked.least_tokens:
             return 0
-        held = self._keeper.holds(tracked.remote.ticket)
+        held = self._keeper.holds(tracked.remote.ticket.token)
         tracked.is_gone = held is False
         return None if held is None else count * held
 
@@ -152,10 +153,14 @@ class ConsumerScheduler:
 
     def lose_lease(self, request_id: str) -> None:
         """It is prefilled here."""
-        self._keeper.lose(self._requests[request_id].remote.ticket)
+        self._keeper.lose(self.token_of(request_id))
 
     def after_alloc(self, request: Request, tables: Sequence[Sequence[int]], num_external_tokens: int) -> None:
-        """Blocks were allocated. `tables`: the request's whole block table of every KV cache group."""
+        """Blocks were allocated.
+
+        Args:
+            tables: if there are external tokens, the request's whole block table of every KV cache group.
+        """
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.state is not _State.NEW:
             return
@@ -174,7 +179,7 @@ class ConsumerScheduler:
         tracked.state = _State.PULLING
         self._pulling += 1
         first, end = tracked.offered_from, tracked.offered_from + num_external_tokens
-        self._keeper.pulls(tracked.remote.ticket, self._recv_deadline_s)
+        self._keeper.pulls(tracked.remote.ticket.token, self._recv_deadline_s)
         grouped = zip(self._groups, tables, strict=True)
         self._pulls.append(
             PullJob(
@@ -206,7 +211,6 @@ class ConsumerScheduler:
 
     def take_jobs(self) -> tuple[tuple[PullJob, ...], tuple[str, ...]]:
         """(pulls, cancels) since the last step."""
-        self._keeper.flush()
         pulls, self._pulls = tuple(self._pulls), []
         cancels, self._cancels = tuple(self._cancels), []
         return pulls, cancels
@@ -282,4 +286,4 @@ class ConsumerScheduler:
         if tracked is not None:
             self._releases += 1
             self._pulling -= tracked.state is _State.PULLING
-            self._keeper.release(tracked.remote.ticket)
+            self._keeper.release(tracked.remote.ticket.token)

@@ -46,11 +46,11 @@ def digest_of(
     """The digest of a vLLM request's first `num_tokens` tokens, generated ones included.
 
     Args:
-        begun: of the first `num_begun` of them.
+        begun: of the first `num_begun` of them, which it takes over; None: not yet known.
     """
-    whole = begun.copy() if begun is not None else PromptHash()
-    whole.update(request.all_token_ids[num_begun:num_tokens])
-    return whole.hexdigest(
-        adapter,
-        [feature.identifier for feature in request.mm_features or () if feature.mm_position.offset < num_tokens],
-    )
+    if begun is None:
+        begun, num_begun = PromptHash(), 0
+    if num_begun < num_tokens:
+        begun.update(request.all_token_ids[num_begun:num_tokens])
+    mm_hashes = [feature.identifier for feature in request.mm_features or () if feature.mm_position.offset < num_tokens]
+    return begun.hexdigest(adapter, mm_hashes)

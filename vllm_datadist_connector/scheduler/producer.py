@@ -83,7 +83,7 @@ class ProducerScheduler:
         if not num_tokens:
             self._digests.forget(request.request_id)
         groups = self._identity.groups
-        held = tuple(group.holding(table, num_tokens) for group, table in zip(groups, tables, strict=True))
+        held = tuple([group.holding(table, num_tokens) for group, table in zip(groups, tables, strict=True)])
         ticket = None
         if num_tokens and any(any(group) for group in held):
             adapter = adapter_of(request)
@@ -118,6 +118,10 @@ class ProducerScheduler:
                 logger.info("request %s: nobody asked for its blocks in time", lease.request_id)
         self._returning += len(ended)
         return tuple(lease.request_id for lease in ended)
+
+    def take_left_askers(self) -> tuple[int, ...]:
+        """Clusters of Ds that have gone since the last step."""
+        return tuple(self._server.take_left_askers())
 
     def sent(self, count: int) -> None:
         """vLLM has the blocks of so many requests back."""

@@ -133,9 +133,10 @@ class ConnectorScheduler:
         if self._relief is not None:
             self._relief.step(num_scheduled_tokens)
         ended = self._producer.take_ended() if self._producer is not None else ()
+        left = self._producer.take_left_askers() if self._producer is not None else ()
         pulls, cancels = self._consumer.take_jobs() if self._consumer is not None else ((), ())
         self._measure()
-        return StepMetadata(pulls=pulls, cancels=cancels, ended_leases=ended, has_stats=self._meter.has_some())
+        return StepMetadata(pulls, cancels, ended, left, has_stats=self._meter.has_some())
 
     def take_stats(self) -> DataDistStats | None:
         self._measure()

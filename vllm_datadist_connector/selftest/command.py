@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterable
 from typing import Final
 
 import vllm_datadist_connector
-from vllm_datadist_connector.arguments import endpoint
+from vllm_datadist_connector.arguments import address, endpoint
 from vllm_datadist_connector.selftest import items_failures, items_links, items_memory, items_rate
 from vllm_datadist_connector.selftest.bench import (
     Bench,
@@ -26,7 +26,7 @@ from vllm_datadist_connector.selftest.bench import (
     WrongError,
 )
 from vllm_datadist_connector.selftest.hosts import HostError, Supervisor, connect
-from vllm_datadist_connector.selftest.party import HOST
+from vllm_datadist_connector.selftest.party import HOST, MEMORY
 from vllm_datadist_connector.selftest.remote import PartyError, PartyLostError, ProcessWire
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
@@ -59,14 +59,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--provider", default=ENGINE, help="engine (default) or cann")
     parser.add_argument(
         "--memory",
+        type=memory,
         metavar="host|npu:N",
         help="of this end; default: host for the engine, npu:0 otherwise. On one host b takes the device after it",
     )
     parser.add_argument("--only", type=names, metavar="ITEM,ITEM", help=f"of {', '.join(NAMES)}")
+    parser.add_argument(
+        "--host", type=address, default=LOOPBACK, metavar="IP", help="one host: this machine's own address"
+    )
     parser.add_argument("--large", action="store_true", help="also a region of more than 4 GiB")
     parser.add_argument("--watch", type=float, metavar="S", help="look so long for late writes; default: 3, cann 60")
     parser.add_argument("--links", type=int, default=16, choices=range(1, 65), metavar="N", help="of many_links")
     parser.add_argument("--json", action="store_true", help="print JSON, to paste into a report")
+
+
+def memory(text: str) -> str:
+    if not MEMORY.fullmatch(text):
+        raise argparse.ArgumentTypeError(f"{text!r} is neither host nor a device such as npu:0")
+    return text
 
 
 def names(text: str) -> tuple[str, ...]:
@@ -127,7 +137,7 @@ def _bench(options: argparse.Namespace, trust: Trust) -> Bench:
     ours = options.memory or (HOST if options.provider == ENGINE else "npu:0")
     device, _, index = ours.partition(":")
     theirs = f"{device}:{int(index) + 1}" if index and options.role is None else ours
-    host = LOOPBACK
+    host = options.host
     if options.role:
         wire, host = connect(options.address, trust)
         wire.kill()

@@ -10,6 +10,7 @@ import ctypes
 import importlib
 import json
 import os
+import re
 import socket
 import sys
 import threading
@@ -23,6 +24,8 @@ from vllm_datadist_connector import _native
 from vllm_datadist_connector.selftest import memory as memories
 
 HOST = "host"
+MEMORY = re.compile(r"host|(?:cpu|npu)(?::\d{1,3})?")
+"""Host memory, or a device of torch's."""
 _MIX = 3
 _UINT8 = 4
 _BUSY_PORTS = 8
@@ -73,8 +76,10 @@ class Party:
     def __init__(self, provider: str, memory: str, cluster_id: int) -> None:
         """
         Args:
-            memory: "host", or a device of torch's such as "npu:0".
+            memory: MEMORY.
         """
+        if not MEMORY.fullmatch(memory):
+            raise ValueError(f"{memory!r} is no memory of a party's")
         self._device = None if memory == HOST else memory
         if self._device:
             # Before the provider, as in a vLLM worker: torch brings libraries along that it may find or stumble over.
@@ -85,7 +90,6 @@ class Party:
         self._host = ""
         self._loop: threading.Thread | None = None
         self._looped: PullLoop | None = None
-        self._enter()
 
     def _enter(self) -> None:
         status = self._datadist.enter_thread()
@@ -115,6 +119,8 @@ class Party:
             outcome = self._timed(lambda given=given: self._datadist.initialize(given))  # type: ignore[misc]
             if outcome.ok:
                 break
+        if outcome.ok:
+            self._enter()  # as the thread that makes links does; the device is known from now on
         if not outcome.ok or not listen or not self._capabilities.reports_port:
             return msgspec.structs.replace(outcome, value=port)
         return msgspec.structs.replace(self._timed(self._datadist.listen_port), seconds=outcome.seconds)

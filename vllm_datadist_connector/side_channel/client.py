@@ -1,4 +1,4 @@
-"""D's end: requests to many servers, each with its own deadline."""
+"""D's end: requests to many servers, each with its own deadline, and leases that are kept alive at them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from vllm_datadist_connector._native import (
     ChannelAnswer,
     ChannelClient,
     Confirmed,
+    LeaseKeeper,
     RankDescription,
     Refused,
     Released,
@@ -20,13 +21,19 @@ __all__ = [
     "ChannelAnswer",
     "ChannelClient",
     "Confirmed",
+    "LeaseKeeper",
     "RankDescription",
     "Refused",
     "Released",
     "Renewed",
     "open_client",
+    "open_keeper",
 ]
 
 
 def open_client(trust: Trust) -> ChannelClient:
     return ChannelClient(PROTOCOL_VERSION, trust.auth, trust.insecure)
+
+
+def open_keeper(trust: Trust, answer_timeout_s: float) -> LeaseKeeper:
+    return LeaseKeeper(PROTOCOL_VERSION, answer_timeout_s, trust.auth, trust.insecure)

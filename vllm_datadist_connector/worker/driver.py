@@ -64,6 +64,8 @@ _REFUSED = frozenset({_native.LLM_PARAM_INVALID, _native.LLM_FEATURE_NOT_ENABLED
 writing, and its link must go."""
 
 _FENCE_POLL_S = 0.001
+_QUIET_S = 240.0
+"""Less than a connection of the side channel stays open unused."""
 
 
 class _Order(NamedTuple):
@@ -116,7 +118,8 @@ class PullDriver:
             allows_peer=config.allows_peer,
             handshake_timeout_s=config.handshake_timeout_s,
             backoff_s=config.peer_backoff_s,
-            ttl_s=config.peer_ttl_s,
+            # A P that hears nothing of us for as long as our side channel stays open would end its half of a link.
+            ttl_s=config.peer_ttl_s if capabilities.peer_drops_half else min(config.peer_ttl_s, _QUIET_S),
             may_differ=config.may_differ,
             terms=Terms(capabilities.register_before_link, capabilities.min_run_bytes),
         )

@@ -275,7 +275,7 @@ class InstanceTable:
         key = instance.key
         timeout_s = instance.within(self._handshake_timeout_s)
         sent = self._client.describe_rank(
-            key.endpoint, key.engine_id, key.incarnation, rank.pp_rank, rank.tp_rank, timeout_s
+            key.endpoint, key.engine_id, key.incarnation, rank.pp_rank, rank.tp_rank, timeout_s, self._ours.cluster_id
         )
         self._greetings[sent] = (instance, peer)
 

@@ -20,6 +20,7 @@ from vllm_datadist_connector.worker.caches import DEVICE, HOST, RegisteredCaches
 from vllm_datadist_connector.worker.device import Device, HostDevice, device_of
 from vllm_datadist_connector.worker.driver import PullDriver
 from vllm_datadist_connector.worker.huge_pages import log_when_done
+from vllm_datadist_connector.worker.janitor import Janitor
 from vllm_datadist_connector.worker.kv_layout import MAX_TENSORS_PER_CACHE, KVCaches, describe_caches, find_memory
 from vllm_datadist_connector.worker.kv_spec import LayerKV
 from vllm_datadist_connector.worker.options import LISTEN, make_options
@@ -72,6 +73,7 @@ class ConnectorWorker:
         self._meter = WorkerMeter(f"pp{place.pp_rank}tp{place.tp_rank}")
         self._device: Device = HostDevice()
         self._driver: PullDriver | None = None
+        self._janitor: Janitor | None = None
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
         self._step: StepMetadata | None = None
@@ -110,11 +112,12 @@ class ConnectorWorker:
             block_sizes=self._block_sizes,
             caches=layouts,
         )
-        if self._config.huge_pages and self._datadist.capabilities.engine_options:
+        if self._config.huge_pages and can.engine_options:
             self._huge_pages = log_when_done(self._datadist)
         if self._is_consumer:
-            capabilities = self._datadist.capabilities
-            self._driver = PullDriver(self._datadist, self._geometry, caches, self._config, self._meter, capabilities)
+            self._driver = PullDriver(self._datadist, self._geometry, caches, self._config, self._meter, can)
+        if self._is_producer and not can.peer_drops_half:
+            self._janitor = Janitor(self._datadist)
         logger.info(
             "registered %d tensors in %d KV caches of %d blocks, cluster %d%s",
             sum(len(layout.layers) for layout in layouts),
@@ -142,6 +145,8 @@ class ConnectorWorker:
         self._step = step
         self._sent.update(step.ended_leases)
         self._scheduler_has_stats = step.has_stats
+        if step.left_clusters and self._janitor is not None:
+            self._janitor.unlink(step.left_clusters)
         if self._driver is None:
             return
         if step.pulls:
@@ -170,6 +175,9 @@ class ConnectorWorker:
         if self._driver is not None:
             self._driver.close()
             self._driver = None
+        if self._janitor is not None:
+            self._janitor.close()
+            self._janitor = None
         self._datadist.finalize()
         if self._huge_pages is not None:
             self._huge_pages.join()

@@ -82,6 +82,7 @@ std::vector<uint8_t> Encode(const DescribeRank &message) {
   Put(writer, message.incarnation);
   writer.U16(message.rank.pp_rank);
   writer.U16(message.rank.tp_rank);
+  writer.U64(message.asker);
   return writer.Take();
 }
 
@@ -93,6 +94,7 @@ Result<DescribeRank> Decode(const std::vector<uint8_t> &body) {
   Get(reader, message.incarnation);
   message.rank.pp_rank = reader.U16();
   message.rank.tp_rank = reader.U16();
+  message.asker = reader.U64();
   if (!reader.Finished() || message.rank.pp_rank > kMaxRank || message.rank.tp_rank > kMaxRank) {
     return Malformed("DESCRIBE_RANK");
   }

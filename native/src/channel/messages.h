@@ -56,6 +56,7 @@ struct DescribeRank {
   std::string engine_id;
   GrantorIncarnation incarnation{};
   RankId rank;
+  uint64_t asker = 0;  // the cluster that will link with that rank; 0: none will
 };
 
 struct RankAnswer {

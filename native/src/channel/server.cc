@@ -8,6 +8,7 @@
 #include <utility>
 
 #include "base/log.h"
+#include "channel/askers.h"
 #include "channel/frame_connection.h"
 #include "control/opening.h"
 
@@ -57,7 +58,8 @@ class ChannelServer::State : public std::enable_shared_from_this<State> {
       : grantor_(std::move(grantor)),
         trust_(std::move(trust)),
         leases_(std::move(leases)),
-        limits_(WithinDescriptors(limits)) {}
+        limits_(WithinDescriptors(limits)),
+        askers_(limits.grace) {}
 
   Status Start(Listeners listeners);
   void Close();
@@ -66,6 +68,7 @@ class ChannelServer::State : public std::enable_shared_from_this<State> {
     geometries_ = std::move(geometries);
   }
   bool in_forked_child() const { return ::getpid() != pid_; }
+  std::vector<uint64_t> TakeLeftAskers() { return askers_.TakeLeft(EventLoop::Clock::now()); }
 
  private:
   class Greeter;
@@ -85,6 +88,7 @@ class ChannelServer::State : public std::enable_shared_from_this<State> {
   const pid_t pid_ = ::getpid();
   const std::shared_ptr<EventLoop> loop_ = std::make_shared<EventLoop>();
 
+  Askers askers_;
   std::mutex close_mutex_;
   std::mutex mutex_;
   Geometries geometries_;  // guarded by mutex_
@@ -127,7 +131,10 @@ class ChannelServer::State::Guest : public FrameConnection::Handler {
         caller_(std::move(caller)),
         connection_(FrameConnection::OpenOnLoop(*server.loop_, std::move(socket),
                                                 FrameConnection::Reads::kWhenAllIsSent, this)) {}
-  ~Guest() override { connection_->CloseOnLoop(); }
+  ~Guest() override {
+    connection_->CloseOnLoop();
+    server_.askers_.Left(asker_, EventLoop::Clock::now());
+  }
   Guest(const Guest &) = delete;
   Guest &operator=(const Guest &) = delete;
 
@@ -148,12 +155,19 @@ class ChannelServer::State::Guest : public FrameConnection::Handler {
  private:
   template <typename Request, typename Answer>
   Status AnswerOnLoop(const Frame &frame, MessageType type, const Answer &answer);
+  void IsOf(uint64_t cluster_id) {
+    if (cluster_id != asker_) {
+      server_.askers_.Left(std::exchange(asker_, cluster_id), EventLoop::Clock::now());
+      server_.askers_.Came(asker_);
+    }
+  }
 
   State &server_;
   const uint64_t id_;
   const Caller caller_;
   const std::shared_ptr<FrameConnection> connection_;
   TimePoint last_request_ = EventLoop::Clock::now();
+  uint64_t asker_ = 0;  // what it said last: a guest is counted for one cluster, whatever it says
 };
 
 template <typename Request, typename Answer>
@@ -188,7 +202,11 @@ Status ChannelServer::State::Guest::OnFrameOnLoop(const Frame &frame) {
       });
     default:
       return AnswerOnLoop<DescribeRank>(frame, MessageType::kRank, [&](const DescribeRank &asked) {
-        return Encode(server_.DescribeOnLoop(asked));
+        RankAnswer answer = server_.DescribeOnLoop(asked);
+        if (answer.status.ok()) {
+          IsOf(asked.asker);
+        }
+        return Encode(answer);
       });
   }
 }
@@ -344,6 +362,7 @@ Status ChannelServer::SetGeometries(Geometries geometries) {
   return Status::Ok();
 }
 
+std::vector<uint64_t> ChannelServer::TakeLeftAskers() { return state_->TakeLeftAskers(); }
 void ChannelServer::Close() { state_->Close(); }
 bool ChannelServer::in_forked_child() const { return state_->in_forked_child(); }
 

@@ -39,6 +39,7 @@ struct ChannelLimits {
   size_t unsent = 64U << 20;  // bytes that all guests together have not read
   std::chrono::milliseconds stuck{10'000};  // for a frame to end, and for what was sent to be read
   std::chrono::milliseconds idle{600'000};  // longer than a client of ours keeps a connection that it does not use
+  std::chrono::milliseconds grace{30'000};  // for who dials again
 };
 
 class ChannelServer {
@@ -56,6 +57,8 @@ class ChannelServer {
 
   // LLM_PARAM_INVALID for one that no message has room for. Any thread.
   Status SetGeometries(Geometries geometries);
+  // Clusters whose last connection has ended a while ago, each once: nobody of theirs will use a link of ours. Any thread.
+  std::vector<uint64_t> TakeLeftAskers();
   uint16_t port() const { return port_; }
   // Ends all connections and gives the address back. Idempotent; any thread.
   void Close();

@@ -45,6 +45,20 @@ bool HasIpv6(const Clusters &clusters) {
   });
 }
 
+// A pull's ranges count only if both are given.
+void TakeOneSideForNone(KvCacheExtParam &ext) {
+  if (ext.src_layer_range.first < 0 || ext.dst_layer_range.first < 0) {
+    ext.src_layer_range = ext.dst_layer_range = {-1, -1};
+  }
+}
+
+// A push without a source range is one of the layers that the caller's number of tensors makes.
+template <typename Transfer>
+bool HasLayers(const Transfer &transfer) {
+  const uint32_t tensors = transfer.local.cache_desc.num_tensors;
+  return transfer.ext.src_layer_range.first >= 0 || (tensors > 0 && tensors % transfer.ext.tensor_num_per_layer == 0);
+}
+
 }  // namespace
 
 Endpoint::Endpoint(uint64_t cluster_id, LlmRole role)
@@ -287,21 +301,27 @@ bool Endpoint::IsLate(const BlocksTransfer &transfer) {
 }
 
 Code Endpoint::PullBlocks(BlocksTransfer transfer) {
+  TakeOneSideForNone(transfer.ext);
   return Transferred("PullKvBlocks", transfer, [&]() -> Code {
     return IsLate(transfer) ? Code{LLM_TIMEOUT} : engine_->PullKvBlocks(transfer).code();
   });
 }
 
 Code Endpoint::PushBlocks(BlocksTransfer transfer) {
-  return Transferred("PushKvBlocks", transfer, [&] { return engine_->PushKvBlocks(transfer).code(); });
+  return Transferred("PushKvBlocks", transfer, [&]() -> Code {
+    return HasLayers(transfer) ? engine_->PushKvBlocks(transfer).code() : Code{LLM_PARAM_INVALID};
+  });
 }
 
 Code Endpoint::PullCache(CacheTransfer transfer) {
+  TakeOneSideForNone(transfer.ext);
   return Transferred("PullKvCache", transfer, [&] { return engine_->PullKvCache(transfer).code(); });
 }
 
 Code Endpoint::PushCache(CacheTransfer transfer) {
-  return Transferred("PushKvCache", transfer, [&] { return engine_->PushKvCache(transfer).code(); });
+  return Transferred("PushKvCache", transfer, [&]() -> Code {
+    return HasLayers(transfer) ? engine_->PushKvCache(transfer).code() : Code{LLM_PARAM_INVALID};
+  });
 }
 
 }  // namespace standin

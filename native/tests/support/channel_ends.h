@@ -28,7 +28,9 @@ inline Deadline Soon() { return Deadline::In(kLong); }
 inline Trust Anybody() { return Trust{nullptr, true}; }
 
 inline Grantor TheGrantor() { return Grantor{"engine-p", {7}, kContentVersion}; }
-inline DescribeRank AskRank(uint16_t tp_rank) { return DescribeRank{"engine-p", {7}, {0, tp_rank}}; }
+inline DescribeRank AskRank(uint16_t tp_rank, uint64_t asker = 0) {
+  return DescribeRank{"engine-p", {7}, {0, tp_rank}, asker};
+}
 
 // Lets in anybody over TCP, unless told otherwise.
 struct ServerEnd {

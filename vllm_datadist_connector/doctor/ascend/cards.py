@@ -32,8 +32,6 @@ class Cards:
     """Physical ids in the order of a process's logical ones."""
 
     physical: list[int] = field(default_factory=list)
-    has_tls: bool = False
-    """As check_links() has found it."""
     findings: list[Finding] = field(default_factory=list)
 
 
@@ -107,7 +105,6 @@ def check_links(machine: Machine, cards: Cards) -> list[Finding]:
     """Of the cards' ports. Atlas A3 has other links within a super pod, too, which this does not see."""
     links = {card: _ask(machine, card, "-link", parse_link) for card in cards.physical}
     switches = {card: _ask(machine, card, "-tls", parse_tls) for card in cards.physical}
-    cards.has_tls = True in switches.values()
     if None in links.values():
         found = f"{TOOL} does not run: neither links nor TLS are known"
         return [Finding("links", "warning", found, f"{_MOUNT}; as root: {TOOL} -i N -link -g")]

@@ -7,18 +7,18 @@ import ipaddress
 import json
 from pathlib import Path
 
+from vllm_datadist_connector.config import ConfigError
 from vllm_datadist_connector.doctor.ascend import cards as npus
 from vllm_datadist_connector.doctor.ascend.library import check_library, check_versions, toolkits
 from vllm_datadist_connector.doctor.ascend.model import MOST_REGIONS, check_regions
-from vllm_datadist_connector.doctor.ascend.parse import GarbledError, parse_retransmission
 from vllm_datadist_connector.doctor.deployment import Deployment
 from vllm_datadist_connector.doctor.finding import Finding
 from vllm_datadist_connector.doctor.installation import version_of
 from vllm_datadist_connector.doctor.machine import Machine
 from vllm_datadist_connector.doctor.provider import Probed
 
-_TLS_LINK_S = 2.0
-"""The library's least time limit of a link with TLS; without, 0.2 s."""
+_RDMA_TIMEOUTS = range(5, 25)
+"""That HCCL takes."""
 _PLUGINS = ("ascend", "ascend_kv_connector")
 
 
@@ -44,7 +44,8 @@ def check_ascend(machine: Machine, deployment: Deployment, model: str, probed: P
         findings += [*npus.check_addresses(machine, found), *npus.check_links(machine, found)]
     findings += [
         _check_host(deployment),
-        *_check_times(machine, deployment, found.has_tls),
+        _check_place(machine, deployment, len(found.physical)),
+        _check_times(machine, deployment),
         *_check_packing(deployment),
         _check_allocator(machine),
         check_fence(),
@@ -76,35 +77,41 @@ def _check_host(deployment: Deployment) -> Finding:
     return Finding(name, "ok", host)
 
 
-def _check_times(machine: Machine, deployment: Deployment, tls: bool) -> list[Finding]:
-    """A pull that gives up before the hardware does leaves it writing."""
-    name = "time-outs"
+def _check_place(machine: Machine, deployment: Deployment, cards: int) -> Finding:
+    """What the user says of the NPUs' places in the network, as a worker checks it."""
+    from vllm_datadist_connector.worker.comm_res import find_comm_res
+
+    name = "local_comm_res"
     try:
-        retransmission = parse_retransmission(machine.environ)
-        pull_s = _pull_s(machine, deployment)
-    except GarbledError as error:
-        return [Finding(name, "wrong", str(error), "correct or unset it")]
-    findings = []
-    if tls and deployment.config.link_timeout_s < _TLS_LINK_S:
-        found = f"link_timeout_s is {deployment.config.link_timeout_s}, with TLS on"
-        findings.append(Finding(name, "wrong", found, f"raise it to {_TLS_LINK_S:g} or more"))
-    shown = f"a pull gives up after {pull_s:g} s, the hardware after {retransmission.seconds:.1f} s"
-    if pull_s >= retransmission.seconds:
-        return [*findings, Finding(name, "ok", shown)]
-    fitting = retransmission.within(pull_s)
-    lower = f", or HCCL_RDMA_TIMEOUT={fitting} on both ends" if fitting is not None else ""
-    do = f"ASCEND_TRANSFER_TIMEOUT={round(retransmission.seconds * 1000) + 3000}{lower}"
-    found = f"{shown}: blocks of a failed pull wait for its link to be ended by force"
-    return [*findings, Finding(name, "warning", found, do)]
+        places = [find_comm_res(deployment.config, card, machine.environ) for card in range(cards)]
+    except ConfigError as error:
+        return Finding(name, "wrong", str(error), "correct it, or leave it out: CANN finds it out by itself")
+    if not any(place.text for place in places):
+        return Finding(name, "ok", "left to CANN, which finds it out from `host`")
+    backends = sorted({place.backend or "default" for place in places})
+    return Finding(name, "ok", f"given for {cards} cards, backend {', '.join(backends)}")
 
 
-def _pull_s(machine: Machine, deployment: Deployment) -> float:
-    text = machine.environ.get("ASCEND_TRANSFER_TIMEOUT", "").strip()
-    if not text:
-        return deployment.config.pull_timeout_s
-    if not text.isdecimal() or not int(text):
-        raise GarbledError("environment variable ASCEND_TRANSFER_TIMEOUT, allowed: milliseconds", text)
-    return int(text) / 1000
+def _check_times(machine: Machine, deployment: Deployment) -> Finding:
+    """A pull that gives up before the hardware does leaves it writing."""
+    from vllm_datadist_connector.worker.options import hardware_timeout_s
+
+    def hardware_s(**variables: str) -> float:
+        environ = {key: value for key, value in machine.environ.items() if key != "ASCEND_TRANSFER_TIMEOUT"}
+        return hardware_timeout_s({**environ, **variables})
+
+    name, pull_s = "time-outs", deployment.config.pull_timeout_s
+    try:
+        hardware = hardware_s()
+        fitting = [n for n in _RDMA_TIMEOUTS if hardware_s(HCCL_RDMA_TIMEOUT=str(n)) <= pull_s]
+    except ConfigError as error:
+        return Finding(name, "wrong", str(error), "correct or unset it")
+    shown = f"a pull gives up after {pull_s:g} s, the hardware after {hardware:.1f} s"
+    if pull_s >= hardware:
+        return Finding(name, "ok", shown)
+    lower = f", or HCCL_RDMA_TIMEOUT={max(fitting)} on both ends" if fitting else ""
+    do = f"leave out pull_timeout_s and ASCEND_TRANSFER_TIMEOUT and raise what is above them{lower}"
+    return Finding(name, "warning", f"{shown}: blocks of a failed pull wait for its link to be ended by force", do)
 
 
 def _check_packing(deployment: Deployment) -> list[Finding]:

@@ -12,6 +12,8 @@ from vllm_datadist_connector.doctor.machine import Machine
 from vllm_datadist_connector.doctor.provider import Probed
 
 SONAME = "libllm_datadist.so"
+VARIABLE = "DATADIST_CANN_LIBRARY"
+"""Names the file that the provider loads; else it is searched for by its name."""
 _V1 = "libllm_engine.so"
 _OURS = b"QueryListenPort"
 """A symbol of ours that CANN's library has not."""
@@ -27,37 +29,40 @@ def toolkits(machine: Machine) -> list[str]:
 
 
 def check_library(machine: Machine, probed: Probed) -> Finding:
-    """The loader of the provider has the last word; where it refuses, this says what there is."""
+    """The loader of the provider has the last word, and the provider's finding says it; this says what there is."""
     name = SONAME
+    if not probed.error:
+        loaded = [path for path in probed.after if SONAME in path]
+        return Finding(name, "ok", f"loaded from {', '.join(loaded) or 'no file'}{_companions(probed)}")
+    given = machine.environ.get(VARIABLE, "")
     searched = [folder for folder in machine.environ.get("LD_LIBRARY_PATH", "").split(":") if folder]
     known = [f"{toolkit}/lib64" for toolkit in toolkits(machine)]
-    files = [
-        path for folder in dict.fromkeys([*searched, *known]) if (path := machine.path(f"{folder}/{SONAME}")).exists()
-    ]
-    loaded = [path for path in probed.after if SONAME in path]
-    if not probed.error:
-        found = f"loaded from {', '.join(loaded) or 'no file'}"
-        return Finding(name, "ok", found + _companions(probed))
-    if not files:
+    names = [given] if given else [f"{folder}/{SONAME}" for folder in dict.fromkeys([*searched, *known])]
+    file = next((path for each in names if (path := machine.path(each)).exists()), None)
+    if file is None and given:
+        do = f"unset {VARIABLE}, or let it name lib64/{SONAME} of CANN 8.5 or newer"
+        return Finding(name, "wrong", f"{VARIABLE} is {given}, which is not there", do)
+    if file is None:
         do = "source set_env.sh of CANN 8.5 or newer (/usr/local/Ascend/cann/set_env.sh) before vllm serve"
-        return Finding(name, "wrong", f"not in {', '.join([*searched, *known])}", do)
-    first = files[0]
-    if _is_ours(first):
+        return Finding(name, "wrong", f"no {', no '.join(names)}", do)
+    if _is_ours(file):
         do = "take that folder out of LD_LIBRARY_PATH: the engine of this package has the same name"
-        return Finding(name, "wrong", f"{first} is this package's own, not CANN's", do)
-    if not any(first.is_relative_to(machine.path(folder)) for folder in searched):
-        do = f"source set_env.sh there, or add {first.parent} to LD_LIBRARY_PATH"
-        return Finding(name, "wrong", f"{first} is there, but not where libraries are searched", do)
+        return Finding(name, "wrong", f"{file} is this package's own, not CANN's", do)
+    if not given and not any(file.is_relative_to(machine.path(folder)) for folder in searched):
+        do = f"source set_env.sh there, or add {file.parent} to LD_LIBRARY_PATH"
+        return Finding(name, "wrong", f"{file} is there, but not where libraries are searched", do)
     before = [path for path in probed.before if SONAME in path]
     who = f"; loaded before us, by LD_PRELOAD or an import: {', '.join(before)}" if before else ""
-    return Finding(name, "wrong", f"{first}: {probed.error}{who}{_companions(probed)}", "do what the message says")
+    do = "do what the provider's finding says"
+    return Finding(name, "wrong", f"{file} is refused{who}{_companions(probed)}", do)
 
 
 def _companions(probed: Probed) -> str:
     others = [path for path in probed.after if SONAME not in path]
     v1 = [path for path in others if _V1 in path]
     text = f"; V1 library loaded beside it: {', '.join(v1)}" if v1 else ""
-    return text + (f"; with {', '.join(Path(path).name for path in others)}" if others else "")
+    rest = [Path(path).name for path in others if path not in v1]
+    return text + (f"; with {', '.join(rest)}" if rest else "")
 
 
 def _is_ours(path: Path) -> bool:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ipaddress
 import re
-from collections.abc import Mapping
 from typing import NamedTuple
 
 _SHOWN = 120
@@ -116,33 +115,6 @@ def version_numbers(text: str) -> tuple[int, int]:
     if not found:
         raise GarbledError("version", text)
     return int(found[1]), int(found[2])
-
-
-class Retransmission(NamedTuple):
-    """How long RDMA hardware goes on with a transfer whose peer does not answer."""
-
-    exponent: int
-    tries: int
-
-    @property
-    def seconds(self) -> float:
-        return 4.096e-6 * (1 << self.exponent) * (self.tries + 1)
-
-    def within(self, seconds: float) -> int | None:
-        """The largest HCCL_RDMA_TIMEOUT that ends within so many seconds, if there is one."""
-        fitting = [n for n in range(5, 25) if Retransmission(n, self.tries).seconds <= seconds]
-        return max(fitting, default=None)
-
-
-def parse_retransmission(environ: Mapping[str, str]) -> Retransmission:
-    """Of HCCL_RDMA_TIMEOUT and HCCL_RDMA_RETRY_CNT, with HCCL's defaults."""
-    values = []
-    for name, default, least, most in (("HCCL_RDMA_TIMEOUT", 20, 5, 24), ("HCCL_RDMA_RETRY_CNT", 7, 1, 7)):
-        text = environ.get(name, "").strip() or str(default)
-        if not text.isdecimal() or not least <= int(text) <= most:
-            raise GarbledError(f"environment variable {name}, allowed: {least} to {most}", text)
-        values.append(int(text))
-    return Retransmission(*values)
 
 
 def _address(what: str, line: str, text: str) -> str:

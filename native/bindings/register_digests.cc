@@ -1,0 +1,100 @@
+#include <pybind11/stl.h>
+
+#include <algorithm>
+#include <limits>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "base/blake2b.h"
+#include "base/bytes.h"
+#include "channel/prompt_hash.h"
+#include "channel_ends.h"
+#include "channel_values.h"
+#include "register.h"
+
+namespace py = pybind11;
+
+namespace datadist::bindings {
+namespace {
+
+// The first `most` of a sequence of int. OverflowError for one that 64 bits cannot hold.
+TokenIds ReadWords(py::handle sequence, size_t most = std::numeric_limits<size_t>::max()) {
+  const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(sequence.ptr(), "not a sequence of int"));
+  if (!items) {
+    throw py::error_already_set();
+  }
+  TokenIds words;
+  words.reserve(std::min(most, static_cast<size_t>(PySequence_Fast_GET_SIZE(items.ptr()))));
+  // The size is asked for each time: an element's __index__ can shorten the very list that is being read.
+  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items.ptr()) && words.size() < most; ++i) {
+    const int64_t word = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items.ptr(), i));
+    if (word == -1 && PyErr_Occurred() != nullptr) {
+      throw py::error_already_set();
+    }
+    words.push_back(word);
+  }
+  return words;
+}
+
+void HashLength(Blake2b &hash, size_t length) {
+  Writer bytes;
+  bytes.U32(static_cast<uint32_t>(length));
+  hash.Update(bytes.data(), bytes.size());
+}
+
+std::string HexDigest(const Blake2b &self, const py::str &adapter, const std::vector<py::str> &mm_hashes) {
+  Blake2b hash = self;
+  const auto add = [&hash](const py::str &text) {
+    const std::string bytes = ToBytes(text);
+    HashLength(hash, bytes.size());
+    hash.Update(bytes.data(), bytes.size());
+  };
+  add(adapter);
+  std::for_each(mm_hashes.begin(), mm_hashes.end(), add);
+  return ToHex(hash.Finish());
+}
+
+std::string BlocksDigest(const py::sequence &groups) {
+  Blake2b hash;
+  for (const py::handle group : groups) {
+    const TokenIds blocks = ReadWords(group);
+    HashLength(hash, blocks.size());
+    HashWords(hash, blocks);
+  }
+  return ToHex(hash.Finish());
+}
+
+struct Pending {
+  std::shared_ptr<const PendingHash> hash;
+};
+
+}  // namespace
+
+void RegisterDigests(py::module_ &module) {
+  py::class_<Blake2b>(module, "PromptHash")
+      .def(py::init())
+      .def(
+          "update", [](Blake2b &self, py::handle token_ids) { HashWords(self, ReadWords(token_ids)); },
+          py::arg("token_ids"))
+      .def("copy", [](const Blake2b &self) { return self; })
+      .def("hexdigest", &HexDigest, py::arg("adapter") = "", py::arg("mm_hashes") = std::vector<py::str>());
+  py::class_<Pending>(module, "PendingHash")
+      .def_property_readonly("done", [](const Pending &self) { return self.hash->done(); })
+      .def("take", [](const Pending &self) {
+        return self.hash->done() ? py::cast(Blake2b(self.hash->hash())) : py::object(py::none());
+      });
+  py::class_<PromptHasher, std::shared_ptr<PromptHasher>>(module, "PromptHasher",
+                                                          py::release_gil_before_calling_cpp_dtor())
+      .def(py::init([] { return Made(Result<std::unique_ptr<PromptHasher>>(std::make_unique<PromptHasher>())); }))
+      .def(
+          "begin",
+          [](PromptHasher &self, py::handle token_ids, size_t num_tokens) {
+            return Pending{self.Begin(ReadWords(token_ids, num_tokens))};
+          },
+          py::arg("token_ids"), py::arg("num_tokens"))
+      .def("close", &Close<PromptHasher>);
+  module.def("blocks_digest", &BlocksDigest, py::arg("blocks"));
+}
+
+}  // namespace datadist::bindings
