@@ -112,7 +112,7 @@ class ProducerScheduler:
         for lease in ended:
             self._ended[lease.why] += 1
             if lease.why == "expired":
-                logger.warning("request %s: its D fell silent; lease expired", lease.request_id)
+                logger.warning("request %s: its D, %s, fell silent; lease expired", lease.request_id, lease.asked_by)
             elif lease.why == "unclaimed":
                 # As it should be for answers that carry no params; whose D did not find us, that D says.
                 logger.info("request %s: nobody asked for its blocks in time", lease.request_id)
@@ -167,9 +167,11 @@ class ProducerScheduler:
         self._digests.close()
 
     def _note_refused(self) -> None:
-        for reason, count in self._leases.table.take_refused().items():
-            logger.warning("refused to confirm %d pull(s): %s", count, reason)
-            self._refused_confirms += count
+        count, refusals = self._leases.table.take_refused()
+        self._refused_confirms += count
+        for each in refusals:
+            request = f"request {each.request_id}" if each.request_id else "a request that we do not remember"
+            logger.warning("%s: refused to confirm a pull of %s: %s", request, each.asked_by, each.reason)
 
     def _held_tokens(self, request: Request, for_next_turn: bool) -> int:
         """How many of its first tokens the request's blocks hold for others; 0: none."""
