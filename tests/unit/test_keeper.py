@@ -172,9 +172,7 @@ class TestHolds:
 
     @pytest.mark.parametrize("is_news", [True, False])
     @pytest.mark.parametrize("listens", [True, False], ids=["silent", "dead"])
-    def test_silence_ends_only_what_was_never_known(
-        self, impatient: LeaseKeeper, listens: bool, is_news: bool
-    ) -> None:
+    def test_silence_ends_only_what_was_never_known(self, impatient: LeaseKeeper, listens: bool, is_news: bool) -> None:
         """A busy P may miss renewals of a lease that stands; for its answer D waits only so long."""
         with socket.create_server((LOOPBACK, 0)) as server:
             endpoint = Endpoint(LOOPBACK, server.getsockname()[1])
