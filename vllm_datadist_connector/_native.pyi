@@ -78,6 +78,37 @@ def advise_huge_pages(address: int, length: int) -> bool:
     """Asks for huge pages under the first touch of memory. False, and nothing changed, where the machine has none to
     give."""
 
+class Capabilities(NamedTuple):
+    """What a provider can do and what it demands; a limit of 0 is none."""
+
+    engine_options: bool
+    """It takes the options named `datadist.`"""
+    reports_port: bool
+    """listen_port() tells a port that the system chose."""
+    reports_links: bool
+    """query_link() tells; otherwise no link can be known to be dead."""
+    ipv6: bool
+    host_memory: bool
+    device_memory: bool
+    register_before_link: bool
+    """Memory registered after a link was made is unknown over that link."""
+    writes_end_with_call: bool
+    """Whatever a call writes here is written when it returns, however it ends. Otherwise a call that failed may go on
+    writing until its link has been unlinked by force."""
+    peer_drops_half: bool
+    """When one side unlinks or dies, the other's half of the link goes, too."""
+    crossing_links: bool
+    """Two that link with each other at once both get an answer."""
+    both_listen: bool
+    """A side that only pulls must listen as well."""
+    max_addrs_per_cache: int
+    max_regions: int
+    """Distinct (address, size) pairs over all registrations."""
+    max_links: int
+    min_run_bytes: int
+    """Shorter contiguous runs are possible, and too slow to be of use."""
+    min_link_timeout_ms: int
+
 class LlmDataDist:
     """`llm_datadist::LlmDataDist` of the chosen provider. Role: 1 prompt, 2 decoder, 3 mix.
 
@@ -89,6 +120,11 @@ class LlmDataDist:
     def cluster_id(self) -> int: ...
     @property
     def provider(self) -> str: ...
+    @property
+    def capabilities(self) -> Capabilities: ...
+    def enter_thread(self) -> int:
+        """Once on each thread that will call, before it does; the threads of a TransferQueue have done it."""
+
     def initialize(self, options: dict[str, str]) -> int: ...
     def finalize(self) -> None: ...
     def set_role(self, role: int, options: dict[str, str] = ...) -> int: ...
@@ -483,8 +519,14 @@ class LeaseTable:
     def take_refused(self) -> dict[str, int]:
         """Confirmations that were refused since the last call, by reason."""
 
+    def take_served(self) -> tuple[int, int]:
+        """(leases, their blocks) that were confirmed since the last call, each lease once however often."""
+
     def held(self) -> tuple[int, int]:
         """(leases, blocks) that are held now."""
+
+    def oldest_s(self) -> float:
+        """Seconds since the first grant that is still held; 0 without one."""
 
 MAX_LEASES_PER_MESSAGE: Final[int]
 

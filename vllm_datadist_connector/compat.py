@@ -11,7 +11,7 @@ from typing import Any
 from vllm.distributed.kv_transfer.kv_connector.v1 import base as _base
 from vllm.v1.kv_cache_interface import MLAAttentionSpec
 
-from vllm_datadist_connector.protocol.handshake import K_TRANSPOSED, PLAIN
+from vllm_datadist_connector.protocol.handshake import K_TRANSPOSED, NZ, PLAIN
 
 logger = logging.getLogger(__name__)
 
@@ -162,6 +162,14 @@ def layer_spec(group_spec: Any, layer: str) -> Any:
     return specs.get(layer, next(iter(specs.values()), group_spec))
 
 
+def tokens_per_entry(spec: Any) -> int:
+    """How many tokens an entry of vllm-ascend's compressed latents stands for: there a block counts entries, and the
+    last ones of a prompt are not written. vLLM's own blocks count tokens."""
+    if not isinstance(spec, MLAAttentionSpec) or type(spec).__module__.startswith("vllm."):
+        return 1
+    return int(getattr(spec, "compress_ratio", 1))
+
+
 def is_conv_state_dim_first() -> bool:
     """Whether a convolution's state is stored as (channels, tokens), not (tokens, channels). 0.23 may lack the choice,
     and stores (tokens, channels). Goes with it."""
@@ -203,15 +211,25 @@ def data_parallel_index(parallel_config: Any) -> int:
     return int(index if index is not None else parallel_config.data_parallel_rank)
 
 
+def is_npu() -> bool:
+    """Whether vLLM runs on Ascend NPUs, by vllm-ascend."""
+    from vllm.platforms import current_platform
+
+    return bool(current_platform.device_type == "npu")
+
+
 def kv_packing(vllm_config: Any, kv_cache_spec: Any) -> str:
     """How a platform packs a head's K and V inside a block, beyond the layout's name.
 
     vLLM's CPU attention keeps them in the order of an instruction set: blocks of two hosts are interchangeable only if
     they chose the same. Which order "vec" and "vec16" mean was found by experiment with 0.23 and 0.32, see
-    tests/unit/test_cpu_packing.py. Other platforms do not pack.
+    tests/unit/test_cpu_packing.py. vllm-ascend keeps MLA's latent in tiles if enable_kv_nz asks for it, which only a D
+    may. Other platforms do not pack.
     """
     from vllm.platforms import current_platform
 
+    if is_npu() and isinstance(kv_cache_spec, MLAAttentionSpec):
+        return NZ if (vllm_config.additional_config or {}).get("enable_kv_nz") else PLAIN
     if not current_platform.is_cpu() or not hasattr(kv_cache_spec, "num_kv_heads"):
         return PLAIN
     if isinstance(kv_cache_spec, MLAAttentionSpec):
@@ -232,6 +250,20 @@ def _cpu_isa(vllm_config: Any, kv_cache_spec: Any) -> str:
     except TypeError:
         # 0.23 takes (dtype, block_size, head_size). Goes with it.
         return str(_get_attn_isa(*sizes))
+
+
+def set_gauge(gauge: Any, value: float, at: float) -> None:
+    """Sets a gauge to what it was `at` that time, in seconds of the Unix epoch.
+
+    Symptom: of the processes of one vLLM, prometheus_client shows what was set last, and an API server that is late
+    with an older value would overrule the newest for good. prometheus_client keeps the time, but lets nobody say it.
+    Ray's gauges have none. Goes when prometheus_client's Gauge.set() takes a time.
+    """
+    value_of = getattr(gauge, "_value", None)
+    if value_of is None:
+        gauge.set(value)
+    else:
+        value_of.set(float(value), timestamp=at)
 
 
 def share_logging() -> None:
@@ -265,3 +297,10 @@ def _has_amx() -> bool:
             return any("amx_tile" in line for line in info if line.startswith("flags"))
     except OSError:
         return False
+
+
+def streams(device_type: str) -> Any:
+    """The module of torch that has a device's Event and current_stream(), such as torch.npu."""
+    import torch
+
+    return getattr(torch, device_type)

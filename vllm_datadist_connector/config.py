@@ -7,7 +7,8 @@ import functools
 import importlib.util
 import ipaddress
 import os
-from collections.abc import Mapping
+import re
+from collections.abc import Collection, Mapping
 from typing import Annotated, Final, Literal
 
 import msgspec
@@ -39,6 +40,13 @@ WITHIN: Final = (
     ("peer_backoff_s", "recv_deadline_s", _PULL),
 )
 """Time limits within others, the outermost first, and why."""
+
+
+class Parallel(msgspec.Struct, frozen=True, kw_only=True):
+    """Sizes of one side in recipes of vllm-ascend. What else they say of it is vllm-ascend's."""
+
+    tp_size: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None = None
+    dp_size: Annotated[int, msgspec.Meta(ge=1, le=4096)] | None = None
 
 
 class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, kw_only=True):
@@ -125,8 +133,25 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     """D pulls from a P although these differ, at the cost of wrong answers if they matter: `weights`, `model`, and
     settings of the model as a refusal names them (`a` stands for all of `a.b`)."""
 
-    provider: Literal["engine"] = "engine"
-    """Implementation of the LLM-DataDist API."""
+    provider: Literal["auto", "engine", "cann"] = "auto"
+    """Implementation of the LLM-DataDist API: auto takes cann, the library of the CANN toolkit, where vLLM runs on
+    NPUs, and elsewhere our engine."""
+
+    local_comm_res: Annotated[str, msgspec.Meta(max_length=65536)] = ""
+    """cann: this rank's place in the network as CANN's JSON, or the path of a file that holds it, in which `{device}`
+    stands for the NPU's physical id. Empty: CANN finds it out from `host`, as it should."""
+
+    ascend_local_comm_res_path: Annotated[str, msgspec.Meta(max_length=4096)] = ""
+    """cann: as vllm-ascend's recipes have it, a folder with a file `ub_endpoint_npu_{device}.json` for each NPU."""
+
+    prefill: Parallel | None = None
+    """Of vllm-ascend's recipes, as is `decode`: how many ranks either side has. Not needed, each side asks the other;
+    what is said of this side must be so."""
+
+    decode: Parallel | None = None
+
+    use_ascend_direct: bool = False
+    """Of vllm-ascend's recipes for Mooncake; without effect."""
 
     def __post_init__(self) -> None:
         try:
@@ -142,6 +167,8 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
                 f"host: {self.host!r} can be reached by other hosts, which needs a key file in 'auth' (made by "
                 "`vllm-datadist key FILE`) or 'insecure': true; allowed without: loopback addresses"
             )
+        if self.local_comm_res and self.ascend_local_comm_res_path:
+            raise ConfigError("local_comm_res and ascend_local_comm_res_path exclude each other: they say the same")
         for entry in self.allowed_peers:
             try:
                 ipaddress.ip_network(entry, strict=False)
@@ -241,8 +268,8 @@ def parse_config(extra: Mapping[str, object] | None) -> ConnectorConfig:
         cause = error.__cause__
         if isinstance(cause, ConfigError):
             raise cause from None
-        field = str(error).rpartition("$.")[2].rstrip("`").partition("[")[0]
-        if field not in given:
+        field = re.split(r"[.\[]", str(error).rpartition("$.")[2].rstrip("`"))[0]
+        if field not in given or f"$.{field}." in str(error):
             raise ConfigError(f"kv_connector_extra_config: {error}") from None
         raise ConfigError(
             f"kv_connector_extra_config: {field}: {given[field]!r:.200}, allowed: {_allowed(field)}"
@@ -256,6 +283,13 @@ def _follow_what_is_given(given: dict[str, object]) -> None:
         limit, default = given.get(outer), defaults[inner]
         if inner not in given and isinstance(limit, int | float) and 0 < limit < default:
             given[inner] = limit
+
+
+def with_time_limits(config: ConnectorConfig, given: Collection[str], defaults: Mapping[str, float]) -> ConnectorConfig:
+    """`config` as if the time limits that are not `given` had these defaults; the limits around them stand."""
+    around = {inner: getattr(config, outer) for inner, outer, _ in WITHIN}
+    follow = {name: min(value, around[name]) for name, value in defaults.items() if name not in given}
+    return msgspec.structs.replace(config, **follow)
 
 
 def _allowed(field: str) -> str:
@@ -274,6 +308,8 @@ def _allowed(field: str) -> str:
             return f"numbers {least} {info.le}"
         case msgspec.inspect.ListType():
             return f"a list of at most {info.max_length} texts"
+        case msgspec.inspect.UnionType():
+            return "an object such as {'tp_size': 8, 'dp_size': 1}"
         case msgspec.inspect.StrType(max_length=most):
             return f"a text of at most {most} characters" if most is not None else "a text"
     raise TypeError(f"{field}: {info}")

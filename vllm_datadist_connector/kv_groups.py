@@ -61,6 +61,11 @@ def describe_groups(groups: Sequence[Any]) -> tuple[KVGroup, ...]:
         spec = compat.layer_spec(group.kv_cache_spec, first)
         if isinstance(spec, MambaSpec):
             described.append(KVGroup(0, int(getattr(spec, "num_speculative_blocks", 0))))
+        elif compat.tokens_per_entry(spec) > 1:
+            raise ConfigError(
+                f"KV cache of layer {first!r}: latents of {compat.tokens_per_entry(spec)} tokens each (DeepSeek V4 with"
+                " vllm-ascend) are not supported"
+            )
         elif isinstance(spec, AttentionSpec):
             has_window = isinstance(spec, (SlidingWindowSpec, ChunkedLocalAttentionSpec))
             described.append(KVGroup(int(group.kv_cache_spec.block_size), has_window=has_window))

@@ -120,6 +120,33 @@ void RegisterClusterInfo(py::module_ &module) {
       .def_readwrite("remote_ip_infos", &ClusterArgument::remote_ip_infos);
 }
 
+py::object DefineCapabilities(py::module_ &module) {
+  return DefineNamedTuple(module, "Capabilities",
+                          {{"engine_options", "bool"},
+                           {"reports_port", "bool"},
+                           {"reports_links", "bool"},
+                           {"ipv6", "bool"},
+                           {"host_memory", "bool"},
+                           {"device_memory", "bool"},
+                           {"register_before_link", "bool"},
+                           {"writes_end_with_call", "bool"},
+                           {"peer_drops_half", "bool"},
+                           {"crossing_links", "bool"},
+                           {"both_listen", "bool"},
+                           {"max_addrs_per_cache", "int"},
+                           {"max_regions", "int"},
+                           {"max_links", "int"},
+                           {"min_run_bytes", "int"},
+                           {"min_link_timeout_ms", "int"}});
+}
+
+py::object ToTuple(const py::object &capabilities, const Capabilities &c) {
+  return capabilities(c.engine_options, c.reports_port, c.reports_links, c.ipv6, c.host_memory, c.device_memory,
+                      c.register_before_link, c.writes_end_with_call, c.peer_drops_half, c.crossing_links,
+                      c.both_listen, c.max_addrs_per_cache, c.max_regions, c.max_links, c.min_run_bytes,
+                      c.min_link_timeout_ms);
+}
+
 void RegisterTransfers(py::class_<DataDist> &datadist) {
   const auto src_layers = py::arg("src_layer_range") = kAllLayers;
   const auto dst_layers = py::arg("dst_layer_range") = kAllLayers;
@@ -183,11 +210,17 @@ void RegisterDataDist(py::module_ &module) {
                                                    {"blocks_verified", "int"},
                                                    {"blocks_wrong", "int"}});
 
+  const py::object capabilities = DefineCapabilities(module);
+
   // The engine may have to wait for its threads when the last reference goes.
   py::class_<DataDist> datadist(module, "LlmDataDist", py::release_gil_before_calling_cpp_dtor());
   datadist
       .def(py::init(&Construct), py::arg("cluster_id"), py::arg("role"), py::arg("provider") = "engine")
       .def_readonly("provider", &DataDist::provider_name)
+      .def_property_readonly(
+          "capabilities",
+          [capabilities](const DataDist &self) { return ToTuple(capabilities, self.provider->capabilities()); })
+      .def("enter_thread", [](DataDist &self) { return Report(self.provider->EnterThread()); })
       .def("register_kv_cache", &RegisterKvCache, py::arg("shape"), py::arg("data_type"), py::arg("addrs"),
            py::arg("placement") = 1)
       .def(

@@ -78,6 +78,8 @@ py::list TakeEnded(LeaseTable &self, const py::object &ended_type) {
   return ended;
 }
 
+py::tuple ToTuple(const LeaseTable::Amount &amount) { return py::make_tuple(amount.leases, amount.blocks); }
+
 py::dict TakeRefused(LeaseTable &self) {
   py::dict refused;
   const auto counts = self.TakeRefused();
@@ -128,9 +130,10 @@ void RegisterLeases(py::module_ &module) {
           py::arg("token"))
       .def("take_ended", [ended](LeaseTable &self) { return TakeEnded(self, ended); })
       .def("take_refused", &TakeRefused)
-      .def("held", [](const LeaseTable &self) {
-        const LeaseTable::Held held = self.held();
-        return py::make_tuple(held.leases, held.blocks);
+      .def("take_served", [](LeaseTable &self) { return ToTuple(self.TakeServed()); })
+      .def("held", [](const LeaseTable &self) { return ToTuple(self.held()); })
+      .def("oldest_s", [](const LeaseTable &self) {
+        return std::chrono::duration<double>(self.OldestAge()).count();
       });
 }
 

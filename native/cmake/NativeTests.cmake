@@ -7,6 +7,7 @@ include(GoogleTest)
 file(GLOB test_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tests/*_test.cc)
 file(GLOB_RECURSE support_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/tests/*.cc)
 list(REMOVE_ITEM support_sources ${test_sources})
+list(FILTER support_sources EXCLUDE REGEX "/tests/standin/")
 
 # Threads are what TSan looks for: tests that start none say nothing under it.
 if(DATADIST_SANITIZE STREQUAL "thread")
@@ -16,6 +17,8 @@ endif()
 add_library(datadist_test_support STATIC ${support_sources})
 target_include_directories(datadist_test_support PUBLIC tests)
 target_link_libraries(datadist_test_support PUBLIC datadist_provider GTest::gmock GTest::gtest)
+# Tests load these while they run.
+add_dependencies(datadist_test_support standin llm_datadist)
 
 # To optimize every test and to compile GoogleTest's headers anew for each would take most of the time of a run.
 set(header_owner "")
@@ -33,3 +36,17 @@ foreach(source ${test_sources})
   # Listing tests after linking runs the binary once; with a sanitizer and on a busy machine the default 5 s are short.
   gtest_discover_tests(${name} DISCOVERY_TIMEOUT 60 PROPERTIES TIMEOUT 120)
 endforeach()
+
+# The layout that CANN's library expects of us is checked by the compiler: here with both ABIs of std::string, and for the
+# hosts that most NPUs have where such a compiler is installed.
+set(abi_flags -std=c++17 -Wall -Wextra -Werror -fsyntax-only -I${CMAKE_CURRENT_SOURCE_DIR}/src -x c++
+              ${CMAKE_CURRENT_SOURCE_DIR}/src/provider/cann/convert.cc -I${CMAKE_CURRENT_SOURCE_DIR}/include)
+foreach(abi 0 1)
+  add_test(NAME cann_abi_strings_${abi} COMMAND ${CMAKE_CXX_COMPILER} -D_GLIBCXX_USE_CXX11_ABI=${abi} ${abi_flags})
+endforeach()
+find_program(DATADIST_AARCH64_CXX aarch64-linux-gnu-g++)
+if(DATADIST_AARCH64_CXX)
+  add_test(NAME cann_abi_aarch64 COMMAND ${DATADIST_AARCH64_CXX} ${abi_flags})
+else()
+  message(STATUS "No aarch64-linux-gnu-g++ (package g++-aarch64-linux-gnu): the ABI of CANN is not checked for aarch64")
+endif()

@@ -88,6 +88,37 @@ TEST(LeaseTable, RevokesTheOldestThatNobodyReads) {
   EXPECT_EQ(table.held().blocks, 0U);
 }
 
+// Each rank of a D confirms for itself.
+TEST(LeaseTable, IsServedOnce) {
+  LeaseTable table(std::chrono::minutes(10));
+  const auto served = table.Grant("served", kContent, 3, kLasting).value();
+  const auto left = table.Grant("left", kContent, 5, kLasting).value();
+  for (int rank = 0; rank < 2; ++rank) {
+    EXPECT_EQ(table.Confirm(served.token, served.generation, kContent), LeaseVerdict::kHeld);
+  }
+  EXPECT_EQ(table.Confirm(left.token, left.generation, {{9}, {9}}), LeaseVerdict::kOtherPrompt);
+  const LeaseTable::Amount taken = table.TakeServed();
+  EXPECT_EQ(taken.leases, 1U);
+  EXPECT_EQ(taken.blocks, 3U);
+  EXPECT_EQ(table.Confirm(served.token, served.generation, kContent), LeaseVerdict::kHeld);
+  EXPECT_EQ(table.TakeServed().leases, 0U);
+}
+
+TEST(LeaseTable, TheOldestIsTheFirstThatIsHeld) {
+  LeaseTable::Clock::time_point now{};
+  LeaseTable table(std::chrono::minutes(10), [&now] { return now; });
+  EXPECT_EQ(table.OldestAge(), std::chrono::seconds(0));
+  const auto first = Grant(table, "first");
+  now += std::chrono::seconds(2);
+  const auto last = Grant(table, "last");
+  now += std::chrono::seconds(1);
+  EXPECT_EQ(table.OldestAge(), std::chrono::seconds(3));
+  table.Release({first.token});
+  EXPECT_EQ(table.OldestAge(), std::chrono::seconds(1));
+  table.Release({last.token});
+  EXPECT_EQ(table.OldestAge(), std::chrono::seconds(0));
+}
+
 TEST(LeaseTable, OneThatNobodyAskedForIsShort) {
   LeaseTable::Clock::time_point now{};
   LeaseTable table(std::chrono::minutes(10), [&now] { return now; });

@@ -219,5 +219,31 @@ TEST_F(TransferQueueTest, EventIsReadableExactlyWhileCompletionsWait) {
   EXPECT_TRUE((::fcntl(queue_->event_fd(), F_GETFL) & O_NONBLOCK) != 0);
 }
 
+// The first ones as well as those that are started when these wait for peers.
+TEST_F(TransferQueueTest, EveryThreadEntersBeforeItCalls) {
+  Start(1, 64, true, milliseconds(1));
+  Submit(Pull(1, 1));
+  Submit(Pull(2, 2));
+  Submit(Pull(3, 3));
+  provider_->AwaitStarted({1, 2, 3});
+  for (const uint64_t label : {1, 2, 3}) {
+    provider_->Open(label);
+  }
+  Collect(3);
+  EXPECT_FALSE(provider_->stranger_called());
+}
+
+TEST_F(TransferQueueTest, AThreadThatMayNotEnterCallsNothing) {
+  const auto provider = std::make_shared<GatedProvider>(false, Status(llm_datadist::LLM_FAILED, "no such device"));
+  auto created = TransferQueue::Create(provider, 1, 8);
+  ASSERT_TRUE(created.ok());
+  queue_ = std::move(created).value();
+  Submit(Pull(1, 1));
+  const Completion refused = CollectOne();
+  EXPECT_EQ(refused.status, llm_datadist::LLM_FAILED);
+  EXPECT_EQ(refused.error, "no such device");
+  EXPECT_TRUE(provider->order().empty());
+}
+
 }  // namespace
 }  // namespace datadist

@@ -148,8 +148,14 @@ async def timed(proxy: PDProxy, request: Request) -> tuple[Answer, float]:
         return answer, time.monotonic() - start
 
 
-async def check_outcome(policy: str, reference: Reference, request: Request, answer: Answer) -> None:
-    if policy == "recompute":
+async def check_outcome(
+    policy: str, reference: Reference, request: Request, answer: Answer, told_gone: bool = False
+) -> None:
+    """
+    Args:
+        told_gone: D may have heard from P in time that the lease is gone, and prefills it itself.
+    """
+    if policy == "recompute" or (answer.ok and told_gone):
         await reference.check(request, answer)
     else:
         assert not answer.ok, f"answered without its KV cache: {answer}"
@@ -175,13 +181,28 @@ async def send_to_both(trio: Trio, requests: dict[Program, list[Request]], inter
     return answers
 
 
-async def check_both(trio: Trio, requests: dict[Program, list[Request]], answers: list[Answer], ref: Reference) -> None:
-    """What did not arrive is recomputed here, and an error there."""
+async def check_both(
+    trio: Trio,
+    requests: dict[Program, list[Request]],
+    answers: list[Answer],
+    ref: Reference,
+    before: Change | None = None,
+) -> None:
+    """What did not arrive is recomputed here, and an error there.
+
+    Args:
+        before: of the failing D, where P lives to say that leases are gone: whoever hears it before a pull has begun is
+            prefilled there, and counted.
+    """
     wanted = [
         ("fail" if decode is trio.failing else "recompute", each) for decode in requests for each in requests[decode]
     ]
+    failing = len(requests[trio.failing])
+    answered = sum(answer.ok for answer in answers[:failing])
+    if before is not None and answered:
+        await before.reaches(LOCAL_PREFILLS, answered, reason="lease_gone")
     for (policy, request), answer in zip(wanted, answers, strict=True):
-        await check_outcome(policy, ref, request, answer)
+        await check_outcome(policy, ref, request, answer, told_gone=before is not None)
 
 
 def for_both(trio: Trio, count: int, seed: int) -> dict[Program, list[Request]]:

@@ -270,7 +270,7 @@ def test_decode_silent_until_its_leases_are_over(trio: Trio, reference: Referenc
     others = some_requests(4, seed=6900)
 
     async def scenario() -> None:
-        expired = Change(trio.prefill.url)
+        expired, before = Change(trio.prefill.url), Change(trio.failing.url)
         hook = BeforeDecode(6, trio.prefill.pause)
         sent = asyncio.create_task(send_to_both(trio, requests, Interference(between_legs=hook)))
         for decode in requests:
@@ -281,7 +281,7 @@ def test_decode_silent_until_its_leases_are_over(trio: Trio, reference: Referenc
         await reference.check_all(others, await equality.send(trio.prefill.url, *others))
         for decode in requests:
             decode.resume()
-        await check_both(trio, requests, await sent, reference)
+        await check_both(trio, requests, await sent, reference, before)
         for decode in requests:
             await check_recovers(trio, decode, reference)
 
@@ -293,8 +293,9 @@ def test_prefill_restarted_between_the_legs(trio: Trio, reference: Reference) ->
     requests = for_both(trio, 2, seed=7000)
 
     async def scenario() -> None:
+        before = Change(trio.failing.url)
         answers = await send_to_both(trio, requests, Interference(between_legs=BeforeDecode(4, trio.restart_prefill)))
-        await check_both(trio, requests, answers, reference)
+        await check_both(trio, requests, answers, reference, before)
         for decode in requests:
             await check_recovers(trio, decode, reference)
 

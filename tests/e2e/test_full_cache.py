@@ -1,4 +1,4 @@
-"""Instances whose KV cache is full of blocks that are kept for somebody: nothing waits for a lease to run out."""
+"""Instances whose KV cache is full of blocks that are kept, for somebody or not: nothing waits for a lease to end."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import equality
 import pytest
 from serving import Launch, Program, spawn
 from support.client import MODEL, Request, new_salt, new_session, prompt_tokens
-from support.metrics import LEASES_ENDED, Change, wait_empty
+from support.metrics import BYTES, LEASES_ENDED, Change, wait_empty
 from support.proxy import ASK_PREFILL, PDProxy
 from support.reference import Reference
 from support.servers import fork, kv_transfer, make_server, running, spec_of
@@ -36,8 +36,9 @@ def make_small(name: str, config: str, launch: Launch = fork, **more: Any) -> Pr
 @pytest.fixture(scope="module")
 def instances() -> Iterator[tuple[Program, Program, Program]]:
     """(P and D, another, P alone)"""
-    dev = {"variables": {"VLLM_SERVER_DEV_MODE": "1"}}
-    prefill = make_small("full-prefill", "prefill", spawn, **dev)
+    # Requests then have the names that a client gives them, and those of a list differ only in a number.
+    variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1"}
+    prefill = make_small("full-prefill", "prefill", spawn, variables=variables)
     started = make_small("full-both", "both"), make_small("full-other", "both"), prefill
     with running(*started):
         yield started
@@ -45,6 +46,18 @@ def instances() -> Iterator[tuple[Program, Program, Program]]:
 
 def new_requests(count: int, seed: int) -> list[Request]:
     return [Request(prompt_tokens(100, seed + index), cache_salt=new_salt()) for index in range(count)]
+
+
+class Warnings:
+    """What a server's log warns of from here on."""
+
+    def __init__(self, server: Program) -> None:
+        self._log = server.log
+        self._start = self._log.stat().st_size
+
+    def lines(self) -> list[str]:
+        new = self._log.read_bytes()[self._start :].decode(errors="replace")
+        return [line for line in new.splitlines() if "WARNING" in line or "ERROR" in line]
 
 
 async def post(url: str, path: str, body: dict[str, Any] | None = None) -> tuple[float, dict[str, Any]]:
@@ -101,8 +114,61 @@ def test_conversations_of_a_batch(instances: tuple[Program, Program, Program]) -
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("mode", ["abort", "wait", "keep"])
-def test_a_pause_does_not_wait_for_a_lease(instances: tuple[Program, Program, Program], mode: str) -> None:
+def test_answers_that_carry_no_params_hold_nothing_for_long(instances: tuple[Program, Program, Program]) -> None:
+    """A stream, all but one of a list of prompts, all but one of the children of n > 1."""
+
+    async def scenario() -> None:
+        prefill = instances[2]
+        change, warned = Change(prefill.url), Warnings(prefill)
+        legs: dict[str, Any] = {"max_tokens": 1, "kv_transfer_params": ASK_PREFILL}
+        stream, several = (Request(prompt_tokens(60, 4000 + n), n=n, stream=n == 1, **legs) for n in (1, 3))
+        prompts = [prompt_tokens(60, 4010 + index) for index in range(3)]
+        answers, (_, of_list) = await asyncio.gather(
+            equality.send(prefill.url, stream, several),
+            post(prefill.url, "/v1/completions", {"model": MODEL, "prompt": prompts, **legs}),
+        )
+        assert all(answer.ok for answer in answers)
+        assert [len(answer.tokens) for answer in answers] == [1, 3]
+        assert len(of_list["choices"]) == 3
+        await change.reaches(LEASES_ENDED, 7, deadline_s=SOON_S, reason="unclaimed")
+        await wait_empty(prefill.url, SOON_S)
+        assert warned.lines() == []
+
+    asyncio.run(scenario())
+
+
+def test_choices_are_decoded_from_one_lease(instances: tuple[Program, Program, Program], reference: Reference) -> None:
+    """P has prefilled as many children as D decodes, and D comes for the blocks of one."""
+
+    async def scenario() -> None:
+        _, decode, prefill = instances
+        moved, warned = Change(decode.url), [Warnings(server) for server in (prefill, decode)]
+        request = Request(prompt_tokens(100, 4100), n=3, cache_salt=new_salt())
+        async with PDProxy(prefill.url, decode.url) as proxy:
+            (answer,) = await equality.send(proxy.url, request)
+        await reference.check(request, answer)
+        assert len(answer.tokens) == 3
+        await moved.reaches(BYTES, 99 * equality.KV_BYTES_PER_TOKEN)
+        for server in (prefill, decode):
+            await wait_empty(server.url, SOON_S)
+        assert [each.lines() for each in warned] == [[], []]
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("pause", "go_on"),
+    [
+        ("/pause?mode=abort", "/resume"),
+        ("/pause?mode=wait", "/resume"),
+        ("/pause?mode=keep", "/resume"),
+        ("/sleep?level=0&mode=keep", "/wake_up"),
+        ("/sleep?level=1&mode=wait", "/wake_up"),
+    ],
+)
+def test_a_pause_does_not_wait_for_a_lease(instances: tuple[Program, Program, Program], pause: str, go_on: str) -> None:
+    """vLLM's CPU worker keeps its memory when it sleeps; the pause before it is that of any platform."""
+
     async def scenario() -> None:
         prefill = instances[2]
         change = Change(prefill.url)
@@ -110,10 +176,10 @@ def test_a_pause_does_not_wait_for_a_lease(instances: tuple[Program, Program, Pr
         (orphan,) = await equality.send(prefill.url, request)
         assert orphan.kv_transfer_params is not None
         assert orphan.kv_transfer_params["datadist"]
-        seconds, _ = await post(prefill.url, f"/pause?mode={mode}")
+        seconds, _ = await post(prefill.url, pause)
         assert seconds < 5.0
-        await post(prefill.url, "/resume")
-        (again,) = await equality.send(prefill.url, request)
+        await post(prefill.url, go_on)
+        (again,) = await equality.send(prefill.url, Request(request.prompt, max_tokens=1))
         assert again.ok
         await change.reaches(LEASES_ENDED, 1, reason="revoked")
         await wait_empty(prefill.url, SOON_S)
@@ -121,15 +187,13 @@ def test_a_pause_does_not_wait_for_a_lease(instances: tuple[Program, Program, Pr
     asyncio.run(scenario())
 
 
-@pytest.mark.parametrize("request_id", ["5_abc", None])
-def test_a_responses_request_is_held_whatever_its_name(
-    instances: tuple[Program, Program, Program], request_id: str | None
-) -> None:
+def test_a_responses_request_is_held_whatever_its_name(instances: tuple[Program, Program, Program]) -> None:
     async def scenario() -> None:
         prefill = instances[2]
         body = {"model": MODEL, "input": "1 2 3 " * 20, "max_output_tokens": 1, "kv_transfer_params": ASK_PREFILL}
         change = Change(prefill.url)
-        await post(prefill.url, "/v1/responses", body | ({"request_id": request_id} if request_id else {}))
-        await change.reaches(LEASES_ENDED, 1, reason="unclaimed")
+        for name in ({"request_id": "5_abc"}, {}):
+            await post(prefill.url, "/v1/responses", body | name)
+        await change.reaches(LEASES_ENDED, 2, reason="unclaimed")
 
     asyncio.run(scenario())

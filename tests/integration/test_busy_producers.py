@@ -13,7 +13,7 @@ from support.consumer import Consumer
 from support.pd import LOOPBACK, WAIT_S, wait_until
 from support.producer_process import ProducerProcess
 
-from vllm_datadist_connector.worker.transfers import Failure
+from vllm_datadist_connector.labels import Failure
 
 
 def on_second_call(monkeypatch: pytest.MonkeyPatch, owner: object, name: str) -> threading.Event:

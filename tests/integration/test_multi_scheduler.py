@@ -18,7 +18,7 @@ from support.pd import LOOPBACK, TO_P, wait_until
 from support.vllm_versions import get_kv_cache_config_from_groups
 from vllm.config import CacheConfig, DeviceConfig, KVTransferConfig, ModelConfig, SchedulerConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.factory import KVConnectorFactory
-from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector
+from vllm.distributed.kv_transfer.kv_connector.v1.multi_connector import MultiConnector, MultiKVConnectorStats
 from vllm.distributed.kv_transfer.kv_connector.v1.offloading_connector import OffloadingConnector
 from vllm.sampling_params import SamplingParams
 from vllm.v1.core.kv_cache_utils import get_request_block_hasher, init_none_hash
@@ -30,7 +30,9 @@ from vllm.v1.structured_output import StructuredOutputManager
 
 from vllm_datadist_connector import plugin
 from vllm_datadist_connector.connector import DataDistConnector
+from vllm_datadist_connector.labels import Transport
 from vllm_datadist_connector.metadata import StepMetadata
+from vllm_datadist_connector.metrics import WorkerMeter
 from vllm_datadist_connector.protocol.params import parse_remote_prefill
 
 BLOCK_SIZE, NUM_BLOCKS = 16, 200
@@ -122,7 +124,14 @@ class Instance:
             kv_connector_output=KVConnectorOutput(**reported),
         )
         outputs = self.scheduler.update_from_output(scheduled, output)
+        self.stats = next((core.scheduler_stats for core in outputs.values() if core.scheduler_stats), None)
         return scheduled, {each.request_id: each for core in outputs.values() for each in core.outputs}
+
+    def gauges(self) -> dict[str, int]:
+        """What the last step's stats say of the state of ours that is not 0; empty if they say nothing of it."""
+        stats = (self.stats.kv_connector_stats if self.stats is not None else None) or {}
+        of_each = stats.get("DataDistConnector", stats).get("gauges", {})
+        return {key: value for state in of_each.values() for key, value in state["values"].items() if value}
 
     def told(self, scheduled: Any) -> StepMetadata:
         """What our own worker side would get."""
@@ -207,6 +216,29 @@ def test_p_keeps_the_blocks_until_the_lease_has_ended(make_instance: MakeInstanc
     # OffloadingConnector may hold the request, too, until it has stored it; that is its worker's to say.
     p.step(finished_sending={"at-p"})
     assert p.free_blocks() == before
+
+
+@pytest.mark.parametrize("others", [[], [OFFLOADING]], ids=["alone", "beside another"])
+def test_the_state_of_the_instance_leaves_with_the_step_that_changes_it(
+    make_instance: MakeInstance, others: list[dict[str, Any]]
+) -> None:
+    instance = make_instance("kv_both", others)
+    wrap = (lambda stats: MultiKVConnectorStats(data={"DataDistConnector": stats})) if others else lambda stats: stats
+    ranks = [WorkerMeter(f"pp0tp{rank}") for rank in range(2)]
+    for rank in ranks:
+        rank.state({Transport.CMA: 2}, 3)
+        instance.step(kv_connector_stats=wrap(rank.take()))
+    assert instance.gauges() == {"linked_peers:cma": 4, "quarantined_blocks": 6}
+    remote = parse_remote_prefill(prefill(instance))
+    held = {"held_leases": 1, "held_blocks": 7, "linked_peers:cma": 4, "quarantined_blocks": 6}
+    assert instance.gauges() == held
+    release(remote)
+    instance.step()
+    assert instance.gauges() == {"linked_peers:cma": 4, "quarantined_blocks": 6}
+    assert instance.scheduler.has_finished_requests()
+    instance.step(finished_sending={"at-p"})
+    # The other connector may have work of its own.
+    assert others or not instance.scheduler.has_requests(), "no further step would tell anything"
 
 
 @pytest.mark.parametrize("num_groups", [1, 2])

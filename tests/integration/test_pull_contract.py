@@ -10,7 +10,7 @@ from support.consumer import Consumer
 from support.pd import LOOPBACK
 from support.producer_process import ProducerProcess
 
-from vllm_datadist_connector.worker.transfers import Failure
+from vllm_datadist_connector.labels import Failure
 
 StartProducer = Callable[..., ProducerProcess]
 StartConsumer = Callable[..., Consumer]

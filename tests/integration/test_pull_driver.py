@@ -14,9 +14,9 @@ from support.pd import LOOPBACK, WAIT_S, wait_until
 from support.producer_process import ProducerProcess
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.labels import Failure, Transport
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.params import RemotePrefill
-from vllm_datadist_connector.worker.transfers import Failure
 
 P_CLUSTER = 100
 
@@ -33,8 +33,9 @@ def test_bytes_are_the_owners(
     assert (consumer.received, consumer.failed, consumer.invalid) == (["r"], set(), set())
     consumer.check_bytes()
     (transfer,) = consumer.observer.pulls
-    assert transfer.num_bytes == 5 * consumer.memory[:, 0].nbytes
-    assert consumer.driver.linked_peers() == consumer.observer.handshakes == 1
+    assert (transfer.num_bytes, transfer.transport) == (5 * consumer.memory[:, 0].nbytes, Transport(transport))
+    assert consumer.driver.linked_peers() == {Transport(transport): 1}
+    assert consumer.observer.handshakes == 1
 
 
 def test_nothing_to_read_is_confirmed_too(producer: ProducerProcess, consumer: Consumer) -> None:
@@ -116,7 +117,7 @@ def test_p_restarts_on_the_same_address(
     consumer.wait(3)
     assert (consumer.failed, consumer.invalid) == ({"stale"}, {2})
     consumer.check_bytes()
-    wait_until(lambda: consumer.driver.linked_peers() == 1, "the end of the dead peer")
+    wait_until(lambda: consumer.linked() == 1, "the end of the dead peer")
 
 
 def test_incompatible_models_name_the_field_and_fail_fast(
@@ -246,7 +247,7 @@ def test_measurements_may_be_read_from_another_thread(
     def read() -> None:
         try:
             while not stop.is_set():
-                consumer.driver.linked_peers()
+                consumer.linked()
         except RuntimeError as error:
             faults.append(error)
 
@@ -260,7 +261,7 @@ def test_measurements_may_be_read_from_another_thread(
     reader.join()
     assert faults == []
     assert consumer.failed == set()
-    wait_until(lambda: consumer.driver.linked_peers() == 3, "the count of peers")
+    wait_until(lambda: consumer.linked() == 3, "the count of peers")
 
 
 def test_close_ends_with_pulls_under_way(producer: ProducerProcess, start_consumer: Callable[..., Consumer]) -> None:

@@ -17,8 +17,8 @@ from support.producer_process import ProducerProcess
 from support.slow_relay import SlowRelay
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.labels import Failure, Transport
 from vllm_datadist_connector.worker import peers as peers_module
-from vllm_datadist_connector.worker.transfers import Failure
 
 StartProducer = Callable[..., ProducerProcess]
 StartConsumer = Callable[..., Consumer]
@@ -44,7 +44,7 @@ def test_an_idle_instance_is_unlinked_and_met_anew(
     for round_ in range(2):
         pull(consumer, producer, str(round_), [5, 6], [10 + 2 * round_, 11 + 2 * round_])
         assert consumer.observer.handshakes == round_ + 1
-        wait_until(lambda: consumer.driver.linked_peers() == 0, "the eviction")
+        wait_until(lambda: consumer.linked() == 0, "the eviction")
         wait_until(lambda: no_link(consumer, 100) and no_link(consumer, 1100), "the end of the links")
     assert consumer.failed == set()
     assert consumer.observer.failures == []
@@ -63,7 +63,7 @@ def test_an_instance_that_somebody_waits_for_is_not_idle(
     consumer.pull("r", remote, [2])
     resume_at = time.monotonic() + 1.2
     wait_until(lambda: time.monotonic() >= resume_at, "several times the time to live")
-    assert consumer.driver.linked_peers() == 1
+    assert consumer.linked() == 1
     producer.resume()
     consumer.wait(2)
     assert consumer.failed == set()
@@ -103,7 +103,7 @@ def test_a_new_incarnation_retires_the_old_one_at_once(
     assert not no_link(consumer, 100)
     pull(consumer, second, "fresh", [4], [4])
     assert "another instance lives there now" in caplog.text
-    wait_until(lambda: consumer.driver.linked_peers() == 1, "the end of the old links")
+    wait_until(lambda: consumer.linked() == 1, "the end of the old links")
     wait_until(lambda: no_link(consumer, 100), "the end of the link")
     consumer.pull("stale", stale, [9], deadline_s=5.0)
     consumer.wait(3)
@@ -149,7 +149,7 @@ class TestOurselves:
 
     @staticmethod
     def met_nobody(consumer: Consumer) -> bool:
-        return consumer.observer.handshakes == consumer.driver.linked_peers() == 0 and no_link(consumer, D_CLUSTER)
+        return consumer.observer.handshakes == consumer.linked() == 0 and no_link(consumer, D_CLUSTER)
 
     @pytest.mark.parametrize("transport", ["local", "auto"])
     @pytest.mark.parametrize(
@@ -170,6 +170,7 @@ class TestOurselves:
             consumer.check_bytes()
         moved = {transfer.num_bytes for transfer in consumer.observer.pulls}
         assert moved == {len(src) * consumer.memory[:, 0].nbytes}
+        assert {transfer.transport for transfer in consumer.observer.pulls} == {Transport.OWN}
         assert self.met_nobody(consumer)
 
     @pytest.mark.parametrize("rank", [0, 1])
@@ -231,7 +232,7 @@ class TestOurselves:
         consumer.pull("ours", remote, [20])
         consumer.wait(2)
         pull(consumer, producer, "theirs again", [3], [32])
-        assert consumer.observer.handshakes == consumer.driver.linked_peers() == 1
+        assert consumer.observer.handshakes == consumer.linked() == 1
         assert no_link(consumer, D_CLUSTER)
 
 
@@ -258,7 +259,7 @@ class TestClusterIds:
         self.refused(consumer, producer, "r")
         assert f"cluster id {D_CLUSTER} is that of another instance's rank" in caplog.text
         assert no_link(consumer, D_CLUSTER)
-        assert consumer.driver.linked_peers() == 0
+        assert consumer.linked() == 0
 
     @pytest.mark.parametrize("rank", [0, 1])
     def test_that_of_a_linked_instance_is_refused(

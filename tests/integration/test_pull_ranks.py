@@ -13,9 +13,9 @@ from support.pd import BLOCK_SIZE, LOOPBACK, wait_until
 from support.producer_process import ProducerProcess
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.labels import Failure
 from vllm_datadist_connector.worker.caches import RegisteredCaches
 from vllm_datadist_connector.worker.kv_layout import CacheSpec
-from vllm_datadist_connector.worker.transfers import Failure
 
 P_BLOCKS, D_BLOCKS = [5, 511, 1, 17], [9, 2, 300, 3]
 StartProducer = Callable[..., ProducerProcess]
@@ -48,7 +48,7 @@ def test_from_several_ranks(
 ) -> None:
     producer, consumer = start_producer(transport=transport, **ranks), start_consumer(transport=transport)
     pull_and_check(producer, [consumer], P_BLOCKS, D_BLOCKS)
-    wait_until(lambda: consumer.driver.linked_peers() == linked, "the count of linked ranks")
+    wait_until(lambda: consumer.linked() == linked, "the count of linked ranks")
     assert consumer.observer.handshakes == 1
     (transfer,) = consumer.observer.pulls
     assert transfer.num_bytes == len(P_BLOCKS) * consumer.memory[:, 0].nbytes
@@ -60,7 +60,7 @@ def test_each_of_several_ranks_pulls_its_own_heads(
     producer = start_producer()
     consumers = [start_consumer(place=Place(tp_rank=rank, tp_size=2)) for rank in range(2)]
     pull_and_check(producer, consumers, P_BLOCKS, D_BLOCKS)
-    assert [consumer.driver.linked_peers() for consumer in consumers] == [1, 1]
+    assert [consumer.linked() for consumer in consumers] == [1, 1]
 
 
 def test_a_rank_that_has_nothing_for_us_is_not_linked(
@@ -69,7 +69,7 @@ def test_a_rank_that_has_nothing_for_us_is_not_linked(
     """Both sides of TP 2: rank 0 is greeted by everyone, for it says how many there are."""
     producer, consumer = start_producer(tp_size=2), start_consumer(place=Place(tp_rank=1, tp_size=2))
     pull_and_check(producer, [consumer], P_BLOCKS, D_BLOCKS)
-    wait_until(lambda: consumer.driver.linked_peers() == 1, "the count of linked ranks")
+    wait_until(lambda: consumer.linked() == 1, "the count of linked ranks")
 
 
 @pytest.mark.parametrize(("p_size", "d_size"), [(32, 16), (16, 32)])
@@ -106,6 +106,7 @@ class Registrations:
 class _Noting:
     def __init__(self, datadist: _native.LlmDataDist, threads: list[str]) -> None:
         self._datadist, self._threads = datadist, threads
+        self.capabilities = datadist.capabilities
 
     def register_kv_cache(self, *arguments: Any) -> tuple[int, int]:
         self._threads.append(threading.current_thread().name)
@@ -222,7 +223,7 @@ def test_a_p_that_is_not_whole_is_refused_by_name(
     assert consumer.observer.handshakes == 0
     assert f"{LOOPBACK}:{producer.port}" in caplog.text
     assert reason in caplog.text
-    wait_until(lambda: consumer.driver.linked_peers() == 0, "the end of the links with the ranks that were there")
+    wait_until(lambda: consumer.linked() == 0, "the end of the links with the ranks that were there")
     consumer.check_bytes()
 
 
@@ -255,4 +256,4 @@ def test_a_rank_of_several_is_killed_with_its_instance_and_met_again(
     consumer.wait(2)
     assert consumer.failed == set()
     consumer.check_bytes()
-    wait_until(lambda: consumer.driver.linked_peers() == 2, "the end of the dead instance's links")
+    wait_until(lambda: consumer.linked() == 2, "the end of the dead instance's links")

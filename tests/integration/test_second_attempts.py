@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import socket
 import threading
 import time
@@ -16,8 +17,10 @@ from support.pd import LOOPBACK, WAIT_S, wait_until
 from support.producer_process import ProducerProcess
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.labels import Failure
+from vllm_datadist_connector.worker.driver import PullDriver
 from vllm_datadist_connector.worker.instances import MAX_FAULTS
-from vllm_datadist_connector.worker.transfers import Failure, Transfer
+from vllm_datadist_connector.worker.transfers import Transfer
 
 StartProducer = Callable[..., ProducerProcess]
 StartConsumer = Callable[..., Consumer]
@@ -77,7 +80,7 @@ def test_links_that_are_cut_again_and_again(
         consumer.expect(producer, remote, [2 + i])
         consumer.pull(f"r{i}", remote, [2 + i], deadline_s=60.0)
         if i % 40 == 20:
-            wait_until(lambda: consumer.driver.linked_peers() == 1, "the link")
+            wait_until(lambda: consumer.linked() == 1, "the link")
             cut(consumer)
             cuts += 1
     consumer.wait(201)
@@ -110,18 +113,18 @@ def test_what_fails_over_every_link_is_given_up(
     consumer = start_consumer(peer_backoff_s=0.01)
     warmed(producer, consumer)
     good, bad = producer.prefill("good", [2]), producer.prefill("bad", [3])
-    pull_from, attempts = consumer.driver._pull_from, []
+    submit, attempts = consumer.driver._submit_call, []
 
-    def into_no_cache(transfer: Transfer, *arguments: Any) -> None:
+    def into_no_cache(transfer: Transfer, *arguments: Any) -> int:
         attempts.append(transfer)
         if others_succeed:
             transfer.instance.faults = 0
         with monkeypatch.context() as patch:
             patch.setattr(consumer.driver._caches, "view", lambda *_: 1 << 40)
-            pull_from(transfer, *arguments)
+            return submit(transfer, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(consumer.driver, "_pull_from", into_no_cache)
+        patch.setattr(consumer.driver, "_submit_call", into_no_cache)
         consumer.pull("bad", bad, [5], deadline_s=60.0)
         consumer.wait(2)
     assert consumer.observer.failures == [Failure.TRANSFER]
@@ -144,6 +147,86 @@ def test_links_that_are_never_to_be_had_are_given_up(
     consumer.wait(1)
     assert consumer.observer.failures == [Failure.LINK]
     assert f"({MAX_FAULTS} times in a row)" in caplog.text
+
+
+class TestFullQueue:
+    @pytest.fixture(autouse=True)
+    def one_place(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        monkeypatch.setattr(_native, "TransferQueue", functools.partial(_native.TransferQueue, capacity=1))
+
+    @pytest.fixture
+    def submitted(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+        """The requests of calls that found room."""
+        requests, submit = [], PullDriver._submit_call
+
+        def noted(driver: PullDriver, transfer: Transfer, *arguments: Any) -> int:
+            call = submit(driver, transfer, *arguments)
+            requests.append(transfer.job.request_id)
+            return call
+
+        monkeypatch.setattr(PullDriver, "_submit_call", noted)
+        return requests
+
+    def test_is_waited_for(
+        self, start_producer: StartProducer, start_consumer: StartConsumer, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """By links, and by calls of one pull that the others have come between."""
+        producer, consumer = start_producer(tp_size=2), start_consumer()
+        for i in range(20):
+            remote = producer.prefill(f"r{i}", [1 + i])
+            consumer.expect(producer, remote, [101 + i])
+            consumer.pull(f"r{i}", remote, [101 + i])
+        consumer.wait(20)
+        assert consumer.failed == set()
+        assert consumer.observer.failures == []
+        assert "linking again" not in caplog.text
+        consumer.check_bytes()
+
+    @pytest.mark.parametrize("again", [False, True])
+    def test_is_not_waited_for_by_what_is_over(
+        self, start_producer: StartProducer, start_consumer: StartConsumer, submitted: list[str], again: bool
+    ) -> None:
+        """Cancelled, or to begin anew: its other call would be for nobody, or over links that are gone."""
+        producer = start_producer(tp_size=2, transport="tcp")
+        consumer = start_consumer(transport="tcp", pull_timeout_s=0.3 if again else WAIT_S)
+        warmed(producer, consumer)
+        remote = producer.prefill("r", [2])
+        producer.stop()
+        consumer.expect(producer, remote, [3])
+        consumer.pull("r", remote, [3])
+        if again:
+            wait_until(lambda: not consumer.driver.linked_peers(), "the end of the links")
+        else:
+            wait_until(lambda: "r" in submitted, "its first call")
+            consumer.driver.cancel("r")
+            wait_until(lambda: consumer.driver._transfers.get("r").cancelled, "the end of the request")
+        producer.resume()
+        consumer.wait(2)
+        assert consumer.failed == set()
+        assert submitted.count("r") == (3 if again else 1)
+        if again:
+            consumer.check_bytes()
+
+    def test_is_waited_for_until_the_deadline(
+        self, start_producer: StartProducer, start_consumer: StartConsumer
+    ) -> None:
+        producer = start_producer(transport="tcp")
+        consumer = start_consumer(transport="tcp", pull_timeout_s=WAIT_S)
+        warmed(producer, consumer)
+        patient, hasty, gone = (producer.prefill(name, [2]) for name in ("patient", "hasty", "gone"))
+        consumer.expect(producer, patient, [4])
+        producer.stop()
+        consumer.pull("patient", patient, [4])
+        consumer.pull("hasty", hasty, [5], deadline_s=0.3)
+        consumer.pull("gone", gone, [6])
+        consumer.driver.cancel("gone")
+        consumer.wait(3)
+        assert consumer.failed == {"hasty"}
+        assert consumer.observer.failures == [Failure.DEADLINE]
+        producer.resume()
+        consumer.wait(4)
+        assert consumer.failed == {"hasty"}
+        consumer.check_bytes()
 
 
 class TestDeadline:
@@ -192,8 +275,8 @@ class TestDeadline:
     ) -> None:
         """And the time that a native call may take is bounded by it: nobody is left to wait for the link."""
         consumer = start_consumer(handshake_timeout_s=30.0, link_timeout_s=30.0)
-        instances, limits = consumer.driver._instances, []
-        submit = instances._queue.submit_link
+        instances, links, limits = consumer.driver._instances, consumer.driver._links, []
+        submit = links._queue.submit_link
 
         class Queue:
             def submit_link(self, cluster: _native.ClusterInfo, timeout_ms: int, deadline_ms: int) -> int:
@@ -203,7 +286,7 @@ class TestDeadline:
             def __getattr__(self, name: str) -> object:
                 return getattr(consumer.driver._queue, name)
 
-        monkeypatch.setattr(instances, "_queue", Queue())
+        monkeypatch.setattr(links, "_queue", Queue())
         remote = producer.prefill("r", [1])
         if stopped:
             producer.stop()

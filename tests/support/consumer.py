@@ -13,13 +13,15 @@ from support.kv_ranks import DECODER_ROLE, KV, MIX_ROLE, Place, RankEngine, copy
 from support.pd import WAIT_S, wait_until
 from support.producer_process import ProducerProcess, prefill, start_scheduler
 from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.labels import Failure
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.params import RemotePrefill, parse_remote_prefill
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
 from vllm_datadist_connector.side_channel.client import open_client
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
+from vllm_datadist_connector.worker.device import PASSED, Fence
 from vllm_datadist_connector.worker.driver import PullDriver
-from vllm_datadist_connector.worker.transfers import Failure, Transfer
+from vllm_datadist_connector.worker.transfers import Transfer
 
 D_CLUSTER = 900
 
@@ -51,10 +53,18 @@ class Observer:
 
 
 class Consumer:
-    """As configured; `transport` is that of its engine. `serves`: it is a P, too, and may pull from itself."""
+    """As configured; `transport` is that of its engine. `serves`: it is a P, too, and may pull from itself.
+
+    `capabilities`: those that the driver is to take its engine's for.
+    """
 
     def __init__(
-        self, transport: str = "auto", place: Place | None = None, serves: bool = False, **config: Any
+        self,
+        transport: str = "auto",
+        place: Place | None = None,
+        serves: bool = False,
+        capabilities: dict[str, Any] | None = None,
+        **config: Any,
     ) -> None:
         self.place = place or Place()
         cluster_id = D_CLUSTER + self.place.tp_rank
@@ -74,7 +84,14 @@ class Consumer:
             # It is told of no ranks, so whoever greets us is refused.
             self._scheduler = start_scheduler(block_size=self.place.block_size)
         self.observer = Observer()
-        self.driver = PullDriver(self.datadist, geometry, engine.caches, settings, self.observer)
+        self.driver = PullDriver(
+            self.datadist,
+            geometry,
+            engine.caches,
+            settings,
+            self.observer,
+            self.datadist.capabilities._replace(**(capabilities or {})),
+        )
         self.received: list[str] = []
         self.failed: set[str] = set()
         self.invalid: set[int] = set()
@@ -92,6 +109,7 @@ class Consumer:
         local: Sequence[int],
         deadline_s: float = WAIT_S,
         first_token: int = 0,
+        fence: Fence = PASSED,
     ) -> None:
         """All of P's tokens from `first_token` on, into local[0] and so on. From ourselves if we granted the lease."""
         self.driver.submit(
@@ -104,7 +122,8 @@ class Consumer:
                 prompt_digest=remote.ticket.prompt_digest,
                 from_ourselves=self._is_ours(remote),
                 deadline_s=deadline_s,
-            )
+            ),
+            fence,
         )
 
     def expect(
@@ -125,6 +144,10 @@ class Consumer:
 
         wait_until(arrived, f"the end of {count} pulls")
         assert len(set(self.received)) == len(self.received) == count
+
+    def linked(self) -> int:
+        """Worker ranks of P that we are linked with."""
+        return sum(self.driver.linked_peers().values())
 
     def check_bytes(self) -> None:
         np.testing.assert_array_equal(self.memory, self.expected)

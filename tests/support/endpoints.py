@@ -56,11 +56,12 @@ class Endpoint:
         block_bytes: int = 1000,
         seed: int = 0,
         options: Mapping[str, str] | None = None,
+        provider: str = "engine",
     ) -> None:
         self.cluster_id = cluster_id
         random = np.random.default_rng(seed * 1000 + cluster_id)
         self.memory: Memory = random.integers(0, 256, (tensors, blocks, block_bytes), dtype=np.uint8)
-        self.datadist = _native.LlmDataDist(cluster_id, MIX)
+        self.datadist = _native.LlmDataDist(cluster_id, MIX, provider)
         check(
             self.datadist.initialize(
                 {"llm.DeviceId": "0", "llm.ListenIpInfo": f"{LOOPBACK}:0", "llm.SyncKvCacheWaitTime": "20000"}

@@ -22,9 +22,9 @@ from vllm_datadist_connector.protocol.handshake import (
     RankGeometry,
     View,
 )
+from vllm_datadist_connector.worker.granules import granules_of
 from vllm_datadist_connector.worker.kv_layout import CacheSpec, describe_caches
 from vllm_datadist_connector.worker.kv_spec import LayerKV, Shards, StateKV, StatePart, TokenKV
-from vllm_datadist_connector.worker.pairing import granules_of
 from vllm_datadist_connector.worker.plan import BlockPull
 
 CONTRACT = LayoutContract(

@@ -112,7 +112,8 @@ def _spec(place: Place, memory: KV) -> CacheSpec:
         segments=(segment,),
         layers=tuple(f"layers.{layer}" for layer in place.layers),
     )
-    return CacheSpec(layout, tuple(tensor.ctypes.data for tensor in memory))
+    addrs = tuple(tensor.ctypes.data for tensor in memory)
+    return CacheSpec(layout, addrs, addrs)
 
 
 def copy_tokens(src: KV, src_table: Sequence[int], dst: KV, dst_table: Sequence[int], place: Place, first: int) -> None:

@@ -33,11 +33,11 @@ _processes.set_forkserver_preload(["vllm.sampling_params", "vllm.v1.request"])
 
 
 def start_scheduler(
-    port: int = 0, tp_size: int = 1, pp_size: int = 1, block_size: int = pd.BLOCK_SIZE
+    port: int = 0, tp_size: int = 1, pp_size: int = 1, block_size: int = pd.BLOCK_SIZE, insecure: bool = False
 ) -> ProducerScheduler:
     """P's scheduler side."""
     identity = InstanceIdentity("engine-p", tp_size, pp_size, dcp_size=1, groups=(KVGroup(block_size),))
-    return ProducerScheduler(identity, Endpoint(pd.LOOPBACK, port), LIMIT_S, Trust())
+    return ProducerScheduler(identity, Endpoint(pd.LOOPBACK, port), LIMIT_S, Trust(insecure=insecure))
 
 
 def prefill(
@@ -65,11 +65,13 @@ class ProducerProcess:
         block_size: int = pd.BLOCK_SIZE,
         lies: dict[str, dict[str, Any]] | None = None,
         silent_layers: int = 0,
+        insecure: bool = False,
     ) -> None:
         """
         Args:
             lies: what the geometry of a rank, by its number over both kinds of parallelism, says instead of the truth.
             silent_layers: so many of its last layers no rank tells of.
+            insecure: its side channel lets in whoever comes over TCP, as from a wire of the tests.
         """
         self.kv = make_kv(cluster_id, block_size)
         self._pipe, theirs = _processes.Pipe()
@@ -82,6 +84,7 @@ class ProducerProcess:
             "block_size": block_size,
             "lies": lies or {},
             "silent_layers": silent_layers,
+            "insecure": insecure,
         }
         self._process = _processes.Process(target=_run, args=(theirs, json.dumps(values)), daemon=True)
         self._process.start()
@@ -134,7 +137,7 @@ class ProducerProcess:
 def _run(pipe: Connection, settings: str) -> None:
     values = json.loads(settings)
     tp_size, pp_size, block_size = values["tp_size"], values["pp_size"], values["block_size"]
-    producer = start_scheduler(values["port"], tp_size, pp_size, block_size)
+    producer = start_scheduler(values["port"], tp_size, pp_size, block_size, values["insecure"])
     kv = make_kv(values["cluster_id"], block_size)
     places = [Place(tp, pp, tp_size, pp_size, block_size) for pp in range(pp_size) for tp in range(tp_size)]
     memories = [place.part_of(kv) for place in places]

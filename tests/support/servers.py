@@ -15,6 +15,7 @@ from serving import SERVER_VARIABLES, Launch, Program, ServerSpec, pd_router, re
 from tiny_kinds import KINDS
 
 from support.fork_client import ForkServer
+from support.standin import STANDIN_VARIABLES
 
 ROOT = Path(__file__).resolve().parents[2]
 CONFIGS = ROOT / "configs"
@@ -33,7 +34,7 @@ IMPORTED = (
     "vllm.v1.worker.cpu_worker",
 )
 # Not read before a server has its configuration.
-LATE_VARIABLES = ("VLLM_CPU_CI_ENV", "VLLM_PLUGINS")
+LATE_VARIABLES = ("VLLM_CPU_CI_ENV", "VLLM_PLUGINS", *STANDIN_VARIABLES)
 fork = ForkServer(
     ENVIRONMENT.python,
     "vllm.entrypoints.cli.main:main",

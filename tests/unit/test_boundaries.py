@@ -39,6 +39,21 @@ FORBIDDEN = {
     "scheduler": {"torch", "vllm_datadist_connector.worker", "vllm_datadist_connector._native"},
     # No torch: tensors are vLLM's business, and looked into in kv_layout.py only, by what they have themselves.
     "worker": {"torch", "vllm_datadist_connector.scheduler", "vllm_datadist_connector.connector"},
+    # Run where vLLM may be broken or absent; torch is looked for by the parties of a selftest, if they need it.
+    **{
+        where: {
+            "vllm",
+            *(("torch",) if where != "selftest" else ("vllm_datadist_connector.doctor",)),
+            *(f"vllm_datadist_connector.{other}" for other in ("compat", "connector", "scheduler")),
+            # What these say of a configuration is what a worker would say.
+            *(
+                f"vllm_datadist_connector.worker.{path.stem}"
+                for path in (PACKAGE / "worker").glob("*.py")
+                if path.stem not in ("options", "comm_res")
+            ),
+        }
+        for where in ("doctor", "doctor/ascend", "selftest")
+    },
     # Both sides' view of vLLM's configuration.
     "kv_groups.py": {"torch", "vllm_datadist_connector.worker", "vllm_datadist_connector.scheduler"},
     **{
@@ -50,7 +65,7 @@ FORBIDDEN = {
             "vllm_datadist_connector.config",
             *(f"vllm_datadist_connector.worker.{other}" for other in ("driver", "peers", "transfers", "caches")),
         }
-        for name in ("pairing", "plan")
+        for name in ("granules", "pairing", "plan")
     },
 }
 
@@ -105,6 +120,12 @@ def test_only_the_registry_knows_the_kinds_of_transport() -> None:
     [
         ("vllm_datadist_connector", ["vllm", "torch", "vllm_datadist_connector._native"]),
         ("vllm_datadist_connector.plugin", ["vllm", "torch", "vllm_datadist_connector._native"]),
+        (
+            "vllm_datadist_connector.cli",
+            ["vllm", "torch", *(f"vllm_datadist_connector.{name}" for name in ("_native", "doctor", "selftest"))],
+        ),
+        ("vllm_datadist_connector.doctor.command", ["vllm", "torch", "vllm_datadist_connector._native"]),
+        ("vllm_datadist_connector.selftest.command", ["vllm", "torch"]),
         ("vllm_datadist_connector.connector", ["vllm_datadist_connector._native", "vllm_datadist_connector.worker"]),
     ],
 )

@@ -1,9 +1,7 @@
-"""`vllm-datadist key`, up to the engine that takes the key; `check`, and what vLLM itself is told before it starts."""
+"""`vllm-datadist key`, up to the engine that takes the key; what vLLM itself is told before it starts."""
 
 from __future__ import annotations
 
-import importlib.util
-import json
 import stat
 from pathlib import Path
 
@@ -36,59 +34,6 @@ def test_a_key_is_never_overwritten(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert main(["key", str(path)]) == 1
     assert path.read_text() == "in use"
     assert "File exists" in capsys.readouterr().err
-
-
-GOOD = {"kv_connector": "DataDistConnector", "kv_role": "kv_both"}
-
-
-@pytest.mark.parametrize("arguments", [[], [json.dumps(GOOD)]])
-def test_nothing_to_say(arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    assert main(["check", *arguments]) == 0
-
-
-@pytest.mark.parametrize(
-    ("config", "told"),
-    [
-        ("", "--kv-transfer-config is empty"),
-        ("{", "--kv-transfer-config: "),
-        ("[]", "--kv-transfer-config: not a JSON object"),
-        (
-            json.dumps(GOOD | {"kv_connector": "NixlConnector"}),
-            "kv_connector: 'NixlConnector', not 'DataDistConnector'",
-        ),
-        (json.dumps(GOOD | {"kv_role": "both"}), "kv_role: 'both', allowed: kv_producer, kv_consumer, kv_both"),
-        (
-            json.dumps(GOOD | {"kv_connector_extra_config": {"lease": 5}}),
-            "unknown key 'lease'; did you mean 'lease_s'?",
-        ),
-    ],
-)
-def test_what_is_wrong_is_told(config: str, told: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["check", config]) == 1
-    assert told in capsys.readouterr().out
-
-
-@pytest.mark.parametrize("allowed", ["", "none", "datadist2,other", "other, datadist"])
-def test_vllm_plugins_is_named(
-    allowed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setenv("VLLM_PLUGINS", allowed)
-    assert main(["check"]) == 1
-    assert f"VLLM_PLUGINS is {allowed!r}" in capsys.readouterr().out
-    monkeypatch.setenv("VLLM_PLUGINS", "other,datadist")
-    assert main(["check"]) == 0
-
-
-def test_what_is_not_installed_is_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
-    monkeypatch.setattr("vllm_datadist_connector.cli.entry_points", lambda **_: ())
-    monkeypatch.delenv("VLLM_PLUGINS", raising=False)
-    assert main(["check", json.dumps(GOOD)]) == 1
-    vllm, plugin, native = capsys.readouterr().out.splitlines()
-    assert vllm.startswith("vllm is not installed in")
-    assert "is no plugin of vLLM here" in plugin
-    assert "without its native library" in native
 
 
 def test_a_key_file_that_cannot_be_read_ends_the_start(tmp_path: Path) -> None:

@@ -7,12 +7,14 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from support.engine_config import FULL, group_of, vllm_config
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
+from vllm.v1.kv_cache_interface import MLAAttentionSpec
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector import compat, plugin
@@ -22,6 +24,13 @@ from vllm_datadist_connector.worker import build
 
 NULL_BLOCK = 0
 BLOCKS = {"bad": ([1, 2], [NULL_BLOCK, 3]), "good": ([4, 5], [NULL_BLOCK, 6]), "running": ([7], [8])}
+
+
+def test_a_gauge_without_times_is_set() -> None:
+    """Ray's."""
+    values: list[float] = []
+    compat.set_gauge(SimpleNamespace(set=values.append), 3, 1.0)
+    assert values == [3]
 
 
 def vllms_answer(self: Any, invalid_block_ids: set[int], num_scheduled_tokens: dict[str, int]) -> set[str]:
@@ -186,3 +195,16 @@ def test_pauses_without_us(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_vllm_that_cannot_be_watched(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Scheduler, "set_pause_state")
     compat.watch_pauses()
+
+
+@pytest.mark.parametrize(
+    ("additional", "packing"), [(None, "plain"), ({}, "plain"), ({"enable_kv_nz": True}, "nz"), ({"x": 1}, "plain")]
+)
+def test_an_npus_tiles_are_a_packing(
+    additional: dict[str, Any] | None, packing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They lie in tensors of the same shape: a P without them would not be noticed."""
+    monkeypatch.setattr(compat, "is_npu", lambda: True)
+    config = SimpleNamespace(additional_config=additional)
+    latent = MLAAttentionSpec(block_size=128, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
+    assert compat.kv_packing(config, latent) == packing

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from vllm_datadist_connector.config import ConfigError, ConnectorConfig, parse_config
+from vllm_datadist_connector.config import ConfigError, ConnectorConfig, Parallel, parse_config, with_time_limits
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -39,7 +39,12 @@ DEFAULTS = {
     "verify": "off",
     "weights_id": "",
     "may_differ": [],
-    "provider": "engine",
+    "provider": "auto",
+    "local_comm_res": "",
+    "ascend_local_comm_res_path": "",
+    "prefill": None,
+    "decode": None,
+    "use_ascend_direct": False,
 }
 
 ALLOWED: dict[str, list[object]] = {
@@ -69,7 +74,12 @@ ALLOWED: dict[str, list[object]] = {
     "verify": ["off", "log", "fail"],
     "weights_id": ["", "release 7"],
     "may_differ": [[], ["weights", "model", "rope_parameters.rope_theta"]],
-    "provider": ["engine"],
+    "provider": ["auto", "engine", "cann"],
+    "local_comm_res": ["", "/etc/npu_{device}.json", '{"version": "1.3"}'],
+    "ascend_local_comm_res_path": ["", "/etc/ub"],
+    "prefill": [None],
+    "decode": [None],
+    "use_ascend_direct": [True, False],
 }
 
 REFUSED: dict[str, list[object]] = {
@@ -99,7 +109,12 @@ REFUSED: dict[str, list[object]] = {
     "verify": ["on", True, None],
     "weights_id": [7, None, "x" * 201],
     "may_differ": ["weights", ["kv_cache_dtype"], ["weights", "kv_packing"], [5], ["x"] * 257],
-    "provider": ["cann", ""],
+    "provider": ["hixl", "", None],
+    "local_comm_res": [{"version": "1.0"}, None, "x" * 65537],
+    "ascend_local_comm_res_path": [5, None, "x" * 4097],
+    "prefill": [8, [], {"tp_size": 0}, {"dp_size": "1"}],
+    "decode": [8, [], {"tp_size": 0}, {"dp_size": "1"}],
+    "use_ascend_direct": [1, "true", None],
 }
 
 
@@ -183,6 +198,50 @@ def test_a_time_limit_that_is_not_given_follows_the_one_around_it() -> None:
 
 def test_a_lease_of_turns_that_are_not_kept_has_no_limit() -> None:
     assert parse_config({"decoder_lease_s": 3600}).decoder_lease_s == 3600
+
+
+def test_time_limits_of_a_provider_replace_defaults_only_and_stay_within_what_is_around_them() -> None:
+    defaults = {"link_timeout_s": 90.0, "pull_timeout_s": 33.0}
+
+    def limits(**given: object) -> tuple[float, float]:
+        config = with_time_limits(parse_config(given), given, defaults)
+        return config.link_timeout_s, config.pull_timeout_s
+
+    assert limits() == (60, 33)
+    assert limits(recv_deadline_s=20) == (20, 20)
+    assert limits(recv_deadline_s=500) == (90, 33)
+    assert limits(pull_timeout_s=20) == (60, 20), "the default, but given"
+
+
+def test_keys_of_ascend_recipes() -> None:
+    """As they stand there, with what else they say of either side."""
+    config = parse_config(
+        {
+            "prefill": {"dp_size": 2, "tp_size": 8, "pp_size": 1},
+            "decode": {"dp_size": 32, "tp_size": 1},
+            "use_ascend_direct": True,
+            "ascend_local_comm_res_path": "/etc/ub",
+        }
+    )
+    assert config.prefill == Parallel(tp_size=8, dp_size=2)
+    assert config.decode == Parallel(tp_size=1, dp_size=32)
+
+
+@pytest.mark.parametrize(
+    ("value", "told"),
+    [
+        (8, "prefill: 8, allowed: an object such as {'tp_size': 8, 'dp_size': 1}"),
+        ({"tp_size": 0}, "Expected `int` >= 1 - at `$.prefill.tp_size`"),
+    ],
+)
+def test_a_part_of_a_recipe_that_is_wrong_is_named(value: object, told: str) -> None:
+    with pytest.raises(ConfigError, match=re.escape(told)):
+        parse_config({"prefill": value})
+
+
+def test_one_source_of_addresses() -> None:
+    with pytest.raises(ConfigError, match=r"^local_comm_res and ascend_local_comm_res_path exclude each other"):
+        parse_config({"local_comm_res": "{}", "ascend_local_comm_res_path": "/etc/ub"})
 
 
 def test_unknown_key_gets_the_nearest() -> None:

@@ -68,6 +68,23 @@ def test_pulled(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     assert (consumer.pulling(), consumer.take_releases(), consumer.take_releases()) == (0, 1, 0)
 
 
+def test_nothing_is_kept_of_a_request_that_vllm_drops_without_a_word_once_it_is_loaded(
+    consumer: ConsumerScheduler, keeper: CountingKeeper
+) -> None:
+    """vllm-ascend's RecomputeScheduler ends a preempted request and never calls request_finished(): its client asks
+    again, perhaps by the same id."""
+    for _ in range(2):
+        request = d_request()
+        consumer.on_new_request(request)
+        assert consumer.matched_tokens(request, 0) == LOADED
+        consumer.after_alloc(request, (LOCAL,), LOADED)
+        assert job_of(consumer).request_id == request.request_id
+        consumer.received([request.request_id])
+        consumer.after_alloc(request, (LOCAL,), 0)
+        assert (consumer.pulling(), consumer._requests) == (0, {})
+        assert not +keeper.users
+
+
 @pytest.mark.parametrize("local_hit_blocks", [1, 3, 4])
 def test_only_what_the_prefix_cache_lacks_is_pulled(consumer: ConsumerScheduler, local_hit_blocks: int) -> None:
     request = d_request()

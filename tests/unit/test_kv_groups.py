@@ -6,7 +6,13 @@ import pytest
 import torch
 from support.engine_config import FULL, WINDOW, group_of
 from support.engine_config import STATE as STATE_SPEC
-from vllm.v1.kv_cache_interface import ChunkedLocalAttentionSpec, FullAttentionSpec, KVCacheSpec, MambaSpec
+from vllm.v1.kv_cache_interface import (
+    ChunkedLocalAttentionSpec,
+    FullAttentionSpec,
+    KVCacheSpec,
+    MambaSpec,
+    MLAAttentionSpec,
+)
 
 from vllm_datadist_connector.config import ConfigError
 from vllm_datadist_connector.kv_groups import KVGroup, describe_groups
@@ -86,3 +92,15 @@ def test_a_stage_without_a_layer_keeps_the_group() -> None:
 def test_an_unknown_kind_of_cache_is_refused_by_name() -> None:
     with pytest.raises(ConfigError, match="layer 'odd': KVCacheSpec is not supported"):
         describe_groups([group_of(FULL, "a"), group_of(KVCacheSpec(block_size=16), "odd")])
+
+
+class AscendLatents(MLAAttentionSpec):
+    """As vllm-ascend's: a block counts entries, each of several tokens."""
+
+    compress_ratio = 4
+
+
+def test_latents_of_several_tokens_are_refused_where_blocks_count_entries() -> None:
+    spec = AscendLatents(block_size=128, num_kv_heads=1, head_size=64, dtype=torch.float16)
+    with pytest.raises(ConfigError, match=r"^KV cache of layer 'a': latents of 4 tokens each \(DeepSeek V4"):
+        describe_groups([group_of(spec, "a")])

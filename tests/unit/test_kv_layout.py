@@ -13,8 +13,10 @@ from vllm_datadist_connector.worker.kv_layout import (
     MAX_TENSORS_PER_CACHE,
     CacheSpec,
     KVCaches,
+    KVMemory,
     LayoutError,
     describe_caches,
+    find_memory,
 )
 from vllm_datadist_connector.worker.kv_spec import LayerKV, Shards, StateKV, StatePart, TokenKV
 
@@ -253,7 +255,6 @@ REFUSED: dict[str, torch.Tensor] = {
     "one dimension": torch.zeros(BLOCKS),
     "bytes of a row apart": torch.zeros(BLOCKS, HEADS, CONTENT, TOKENS).transpose(2, 3),
     "rows that do not divide the block": torch.zeros(BLOCKS, HEADS, 5, CONTENT),
-    "not on the host": torch.zeros(BLOCKS, HEADS, TOKENS, CONTENT, device="meta"),
 }
 
 
@@ -274,3 +275,61 @@ def test_no_tensor() -> None:
         describe({"layers.0": []})
     with pytest.raises(LayoutError, match=r"'layers\.1' has no KV cache tensor"):
         describe_caches({"layers.0": tensor()}, {"layers.0": DENSE, "layers.1": DENSE}, BLOCKS)
+
+
+# ---- where it is ----
+
+
+def test_memory_of_the_host_and_of_a_device() -> None:
+    layers = {"layers.0": DENSE, "layers.1": DENSE}
+    here, there = tensor(), torch.zeros(BLOCKS, HEADS, TOKENS, CONTENT, device="meta")
+    assert find_memory({"layers.0": here, "layers.1": (here,)}, layers, True, False) == KVMemory("cpu", 0)
+    assert find_memory({"layers.0": there, "layers.1": there}, layers, False, True).kind == "meta"
+    assert find_memory({"layers.0": here, "elsewhere": there}, layers, True, False).is_host, "a layer that stays here"
+    with pytest.raises(LayoutError, match=r"layer 'layers\.1'.* is on meta; this provider moves host memory$"):
+        find_memory({"layers.0": here, "layers.1": there}, layers, True, False)
+    with pytest.raises(LayoutError, match=r"layer 'layers\.0'.* is on cpu; this provider moves device memory$"):
+        find_memory({"layers.0": here}, layers, False, True)
+    with pytest.raises(LayoutError, match=r"on several devices: layer 'layers\.0' on cpu:0, layer 'layers\.1' on meta"):
+        find_memory({"layers.0": here, "layers.1": there}, layers, True, True)
+
+
+def test_caches_are_no_larger_than_a_provider_takes() -> None:
+    tensors = {f"layers.{i}": tensor() for i in range(5)}
+    specs = describe_caches(tensors, dict.fromkeys(tensors, DENSE), BLOCKS, max_tensors=2)
+    assert [len(spec.addrs) for spec in specs] == [2, 2, 1]
+
+
+def test_elements_are_told_where_the_specification_does_not() -> None:
+    """vllm-ascend's index has other elements than the latent, and so have its scales."""
+    latent, index, scales = (
+        torch.zeros(BLOCKS, TOKENS, 1, size, dtype=dtype)
+        for size, dtype in ((512, torch.bfloat16), (128, torch.int8), (1, torch.float16))
+    )
+    kv = TokenKV(0, TOKENS, heads=Shards(1, 0, 1), rank=Shards(1, 0, 1))
+    assert [spec.layout.dtype for spec in describe({"layers.0": (latent, index, scales)}, kv)] == [
+        "bfloat16",
+        "int8",
+        "float16",
+    ]
+    assert describe({"layers.0": tensor()})[0].layout.dtype == ""
+    both = torch.zeros(BLOCKS, TOKENS, 1, 130, dtype=torch.int8)
+    (spec,) = describe({"layers.0": [both[..., :128], both[..., 128:].view(torch.float16)]}, kv)
+    assert spec.layout.dtype == "int8+float16"
+
+
+class TestCoveredParts:
+    def test_a_view_over_others_is_left_out(self) -> None:
+        pages = torch.zeros(BLOCKS, 128, dtype=torch.int8)
+        index, scales = (pages[:, at : at + TOKENS * n].unflatten(1, (TOKENS, 1, n)) for at, n in ((0, 4), (64, 2)))
+        whole = pages[:, : TOKENS * 6].unflatten(1, (TOKENS, 1, 6))
+        kv = TokenKV(0, TOKENS, heads=Shards(1, 0, 1), rank=Shards(1, 0, 1))
+        assert describe({"layers.0": [index, scales, whole]}, kv) == describe({"layers.0": [index, scales]}, kv)
+        (spec,) = describe({"layers.0": [index, whole]}, kv)
+        assert len(spec.layout.segments) == 2, "it has bytes of its own"
+
+    def test_parts_side_by_side_in_each_token_are_kept(self) -> None:
+        both = torch.zeros(BLOCKS, TOKENS, 1, 8, dtype=torch.int8)
+        kv = TokenKV(0, TOKENS, heads=Shards(1, 0, 1), rank=Shards(1, 0, 1))
+        (spec,) = describe({"layers.0": [both[..., :4], both[..., 4:]]}, kv)
+        assert [segment.offset for segment in spec.layout.segments] == [0, 4]

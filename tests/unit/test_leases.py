@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import Bundle, RuleBasedStateMachine, invariant, rule
 from support.pd import OTHER_TOKEN, TOKEN
 
+from vllm_datadist_connector.labels import LeaseEnd
 from vllm_datadist_connector.protocol.digest import blocks_digest
 from vllm_datadist_connector.protocol.params import BlockIds, LeaseTicket
 from vllm_datadist_connector.scheduler.leases import Leases
@@ -76,6 +77,38 @@ def test_expires_at_its_time_and_not_before(leases: Leases, clock: ManualClock) 
     clock.now += 0.001
     assert "ended" in confirm(leases, ticket)
     assert leases.table.take_ended() == [EndedLease("a", "expired")]
+
+
+def test_ends_have_the_names_of_the_metric(leases: Leases, clock: ManualClock) -> None:
+    """The metric has no series for another."""
+    released, revoked, expired, _ = (leases.grant(name, BLOCKS, OTHER_TOKEN, LEASE_S) for name in "abcd")
+    leases.table.release([released.token])
+    assert leases.table.revoke_idle(revoked.token)
+    leases.table.renew([expired.token])
+    clock.now += LEASE_S
+    assert {lease.why for lease in leases.table.take_ended()} == {end.value for end in LeaseEnd}
+
+
+def test_what_was_served_counts_once_however_many_ranks_confirm(leases: Leases) -> None:
+    first, second, left = (leases.grant(name, BLOCKS, OTHER_TOKEN, LEASE_S) for name in "abc")
+    assert confirm(leases, left, prompt_digest="0" * 32) != ""
+    for ticket in (first, first, second):
+        assert confirm(leases, ticket) == ""
+    assert leases.table.take_served() == (2, 6)
+    assert confirm(leases, first) == ""
+    leases.table.release([first.token, second.token, left.token])
+    assert leases.table.take_served() == (0, 0)
+
+
+def test_the_oldest_is_the_first_that_is_still_held(leases: Leases, clock: ManualClock) -> None:
+    assert leases.table.oldest_s() == 0.0
+    tickets = []
+    for name in "abc":
+        tickets.append(leases.grant(name, BLOCKS, OTHER_TOKEN, LEASE_S))
+        clock.now += 1.0
+    for gone, oldest_s in (([], 3.0), ([tickets[1]], 3.0), ([tickets[0]], 1.0), ([tickets[2]], 0.0)):
+        leases.table.release([ticket.token for ticket in gone])
+        assert leases.table.oldest_s() == oldest_s
 
 
 def test_a_lease_that_ran_out_cannot_be_renewed(leases: Leases, clock: ManualClock) -> None:

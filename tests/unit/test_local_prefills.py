@@ -9,8 +9,9 @@ from support.engine_config import FULL, group_of, vllm_config
 from support.pd import TO_P, make_params, make_request
 
 from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.labels import Reason
 from vllm_datadist_connector.protocol.params import Unusable
-from vllm_datadist_connector.scheduler.local_prefills import LINE_INTERVAL_S, REASON_OF, LocalPrefills, Reason
+from vllm_datadist_connector.scheduler.local_prefills import LINE_INTERVAL_S, REASON_OF, LocalPrefills
 from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
 
 FOR_D = make_params()

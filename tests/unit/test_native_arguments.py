@@ -146,7 +146,9 @@ def test_providers_are_listed_and_named_in_errors() -> None:
     assert _native.providers() == ["engine"]
     assert _native.LlmDataDist(5, 2).provider == "engine"
     assert _native.LlmDataDist(2**64 - 1, 2).cluster_id == 2**64 - 1
-    with pytest.raises(ValueError, match=r"^provider is 'cann'; available here: 'engine'$"):
+    with pytest.raises(ValueError, match=r"^provider is 'npu'; available here: 'engine'$"):
+        _native.LlmDataDist(5, 2, "npu")
+    with pytest.raises(ValueError, match=r"^CANN's LLM-DataDist is not here: .*DATADIST_CANN_LIBRARY"):
         _native.LlmDataDist(5, 2, "cann")
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import tracemalloc
 from dataclasses import replace
 
@@ -14,6 +15,7 @@ from vllm_datadist_connector.worker import pairing as pairing_module
 from vllm_datadist_connector.worker.pairing import (
     MAX_GRANULES,
     MismatchError,
+    Terms,
     find_gaps,
     pair,
     pair_with_itself,
@@ -122,3 +124,60 @@ def test_equal_sides_are_not_taken_apart() -> None:
         tracemalloc.stop()
         assert len(pairing.src_offsets) == runs
         assert peak < 100_000
+
+
+# ---- what a provider demands ----
+
+NHD = Side(tp=1, pp=1, block_sizes=(16,), num_blocks=4, form="K and V", heads_first=False)
+
+
+def test_runs_that_cut_blocks_too_short_are_refused_with_both_sides() -> None:
+    layers = [Attention(f"layers.{i}", 0, heads=4, content=64) for i in range(2)]
+    (p_rank,), d_ranks = make_ranks(layers, NHD), make_ranks(layers, replace(NHD, tp=2))
+    theirs, ours = p_rank.geometry(1), d_ranks[1].geometry(1)
+    assert pair(ours, theirs, Terms(min_run_bytes=64))
+    told = (
+        "layer 'layers.0:0' and 3 more: blocks are cut into runs of 64 bytes, allowed with this provider: at least 65: "
+        "ours have 2 of 4 shards in a rank of 2, blocks of 16 tokens, "
+        "theirs have 4 of 4 shards in a rank of 1, blocks of 16 tokens"
+    )
+    with pytest.raises(MismatchError, match=re.escape(told)):
+        pair(ours, theirs, Terms(min_run_bytes=65))
+
+
+def test_whole_blocks_are_as_short_as_they_are() -> None:
+    """An index's scales of a block are 256 bytes: to move them so is the best that can be done."""
+    (rank,) = make_ranks([Attention("layers.0", 0, heads=1, content=2)], replace(NHD, block_sizes=(16,)))
+    geometry = rank.geometry(1)
+    assert pair(geometry, geometry, Terms(min_run_bytes=4096))
+
+
+def test_a_pairing_takes_a_view_that_both_have_where_ours_are_all_there_will_be() -> None:
+    theirs = make_geometry(caches=(make_cache(views=(View(granule=64, cache_id=1), View(granule=32, cache_id=2))),))
+    ours = make_geometry(caches=(make_cache(views=(View(granule=32, cache_id=9), View(granule=16, cache_id=8))),))
+    (pairing,) = pair(ours, theirs)
+    assert (pairing.granule, pairing.src_cache_id) == (64, 1), "ours is made when the first pull needs it"
+    (pairing,) = pair(ours, theirs, Terms(own_views_only=True))
+    assert (pairing.granule, pairing.src_cache_id) == (32, 2)
+    neither = make_geometry(caches=(make_cache(views=(View(granule=16, cache_id=8),)),))
+    told = r"P registered blocks of \[64, 32\] bytes, we of \[16\], none of which divides 64"
+    with pytest.raises(MismatchError, match=told):
+        pair(neither, theirs, Terms(own_views_only=True))
+
+
+def test_a_view_of_several_caches_says_where_each_begins() -> None:
+    theirs = make_geometry(caches=(make_cache(views=(View(granule=32, cache_id=1, first=100),)),))
+    ours = make_geometry(caches=(make_cache(views=(View(granule=32, cache_id=9, first=7),)),))
+    (pairing,) = pair(ours, theirs)
+    assert (pairing.src_offsets.tolist(), pairing.dst_offsets.tolist()) == ([100, 101], [7, 8])
+
+
+def test_elements_of_another_kind_are_refused_where_both_say_which() -> None:
+    """As wide as each other: nothing else would tell."""
+    int8, fp8, silent = (make_geometry(caches=(make_cache(dtype=kind),)) for kind in ("int8", "float8_e4m3fn", ""))
+    for ours, theirs in ((int8, int8), (int8, silent), (silent, fp8)):
+        assert pair(ours, theirs)
+    with pytest.raises(
+        MismatchError, match=r"^dtype of layer 'layers\.0' and 1 more: ours int8, theirs float8_e4m3fn$"
+    ):
+        pair(int8, fp8)

@@ -143,8 +143,8 @@ def test_release_gives_back_once(producer: ProducerScheduler, client: ChannelCli
         assert ask(client, producer, "release", tokens=(remote.ticket.token,)) == Released()
     assert producer.take_ended() == (remote.remote_request_id,)
     assert producer.take_ended() == ()
-    assert producer.take_counts() == ({"released": 1}, 0)
-    assert producer.take_counts() == ({}, 0)
+    assert producer.take_counts().ended_leases == {"released": 1}
+    assert producer.take_counts() == ({}, 0, 0, 0)
     assert producer.held() == (0, 0)
 
 
@@ -162,7 +162,7 @@ def test_expiry_gives_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None
         while len(ended) < 2 and time.monotonic() < end:
             ended += producer.take_ended()
         assert ended == (orphan, silent)
-        assert producer.take_counts() == ({"expired": 1, "unclaimed": 1}, 0)
+        assert producer.take_counts().ended_leases == {"expired": 1, "unclaimed": 1}
         levels = [(record.levelno, record.message.split()[1]) for record in caplog.records]
         assert levels == [(logging.INFO, f"{orphan}:"), (logging.WARNING, f"{silent}:")]
     finally:
@@ -176,7 +176,7 @@ def test_who_asks_for_nothing_does_not_make_counts_grow(producer: ProducerSchedu
         assert producer.leases.revoke("all", 0.0, 1) == 1
         producer.take_ended()
     assert len(producer._ended) == 1
-    assert producer.take_counts() == ({"revoked": 100}, 0)
+    assert producer.take_counts().ended_leases == {"revoked": 100}
 
 
 class TestPause:
@@ -223,8 +223,8 @@ def test_confirm(producer: ProducerScheduler, client: ChannelClient, caplog: pyt
         assert isinstance(refused, Confirmed)
         assert not refused.held
         assert refused.reason
-    assert producer.take_counts() == ({}, 4)
-    assert producer.take_counts() == ({}, 0)
+    assert producer.take_counts() == ({}, 4, 1, 3)
+    assert producer.take_counts() == ({}, 0, 0, 0)
     assert [record.levelno for record in caplog.records if "refused to confirm" in record.message] == [
         logging.WARNING
     ] * 3, "one line for each reason"

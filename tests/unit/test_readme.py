@@ -13,7 +13,7 @@ import msgspec
 import pytest
 
 from vllm_datadist_connector.config import ConnectorConfig, parse_config
-from vllm_datadist_connector.metrics import COUNTERS, GAUGES, HISTOGRAMS
+from vllm_datadist_connector.metrics import FAMILIES, PREFIX
 
 ROOT = Path(__file__).resolve().parents[2]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -32,12 +32,13 @@ def test_configuration_table_is_the_dataclass() -> None:
 
 
 def test_metrics_table_is_what_is_exposed() -> None:
+    """Under the names that Prometheus has."""
     exposed = {
-        f"vllm:datadist_{name}": kind
-        for kind, names in (("histogram", HISTOGRAMS), ("counter", COUNTERS), ("gauge", GAUGES))
-        for name in names
+        PREFIX + name + ("_total" if family.kind == "counter" else ""): family.kind
+        + (f", `{family.label.name}`" if family.label is not None else "")
+        for name, family in FAMILIES.items()
     }
-    assert {name: cell.partition(",")[0] for name, cell in table("Metrics").items()} == exposed
+    assert table("Metrics") == exposed
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.json")), ids=lambda path: path.name)
@@ -50,10 +51,13 @@ def test_shipped_configuration_is_valid(path: Path) -> None:
 def test_configurations_on_command_lines_are_the_shipped_ones() -> None:
     """In full: a file that is not found would start vLLM without any. What is a default anyway may be left out."""
     written = [json.loads(text) for text in re.findall(r"--kv-transfer-config '([^']*)'", README)]
-    for name, config in zip(("prefill", "decode"), written, strict=True):
-        shipped = json.loads((ROOT / "configs" / f"{name}.json").read_text(encoding="utf-8"))
-        assert parse_config(shipped.pop("kv_connector_extra_config")) == ConnectorConfig()
-        assert config == shipped
+    shipped = [
+        json.loads((ROOT / "configs" / f"{name}.json").read_text(encoding="utf-8")) for name in ("prefill", "decode")
+    ]
+    for config in shipped:
+        assert parse_config(config.pop("kv_connector_extra_config")) == ConnectorConfig()
+        assert config in written
+    assert all(config in shipped for config in written)
     assert "$(cat" not in README.replace('Do not write `"$(cat prefill.json)"`', "")
 
 

@@ -10,12 +10,13 @@ from support.engine_config import vllm_config
 from support.pd import make_contract, make_params, make_ticket
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
-from vllm_datadist_connector import compat
+from vllm_datadist_connector import _native, compat
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.connector import DataDistConnector
 from vllm_datadist_connector.metadata import PullJob, StepMetadata
 from vllm_datadist_connector.protocol.params import parse_remote_prefill
 from vllm_datadist_connector.worker import build
+from vllm_datadist_connector.worker.device import Fence
 from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
 
 
@@ -23,7 +24,7 @@ class Driver:
     def __init__(self) -> None:
         self.events: list[str] = []
 
-    def submit(self, job: PullJob) -> None:
+    def submit(self, job: PullJob, _fence: Fence) -> None:
         self.events.append(job.request_id)
 
     def cancel(self, request_id: str) -> None:
@@ -38,7 +39,14 @@ def driver() -> Driver:
 @pytest.fixture
 def connector(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Any:
     worker: Any = ConnectorWorker(
-        ConnectorConfig(), make_contract(), RankPlace(0, 0, 1, 1, 0), {}, (16,), is_producer=True, is_consumer=True
+        ConnectorConfig(),
+        _native.LlmDataDist(1, 3),
+        make_contract(),
+        RankPlace(0, 0, 1, 1, 0),
+        {},
+        (16,),
+        is_producer=True,
+        is_consumer=True,
     )
     worker._driver = driver
     monkeypatch.setattr(build, "build_worker", lambda *_: worker)

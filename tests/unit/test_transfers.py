@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from support.pd import make_params, make_ticket
 
+from vllm_datadist_connector.labels import Failure
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.params import parse_remote_prefill
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.instances import Instance, InstanceKey
-from vllm_datadist_connector.worker.transfers import Failure, Transfer, TransferTable
+from vllm_datadist_connector.worker.transfers import Transfer, TransferTable
 
 
 def add(table: TransferTable, request_id: str, deadline: float) -> Transfer:

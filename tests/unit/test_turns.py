@@ -22,6 +22,7 @@ from support.pd import (
 )
 from vllm.v1.request import RequestStatus
 
+from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.metadata import StepMetadata
@@ -325,12 +326,15 @@ class TestStatistics:
         assert scheduler.build_step(0).has_stats
         stats = scheduler.take_stats()
         assert stats is not None
-        assert stats.data["gauges"]["held_leases"] == {"scheduler": 1}
+        (state,) = stats.data["gauges"].values()
+        assert state["values"]["held_leases"] == 1
         assert not scheduler.build_step(0).has_stats
 
     def test_a_worker_hands_on_that_there_are_some(self) -> None:
         place = RankPlace(tp_rank=0, pp_rank=0, tp_size=1, pp_size=1, index=0)
-        worker = ConnectorWorker(ConnectorConfig(), make_contract(), place, {}, (BLOCK_SIZE,), True, False)
+        worker = ConnectorWorker(
+            ConnectorConfig(), _native.LlmDataDist(1, 1), make_contract(), place, {}, (BLOCK_SIZE,), True, False
+        )
         try:
             for has_stats in (True, False):
                 worker.start_step(StepMetadata(has_stats=has_stats))

@@ -30,7 +30,9 @@ MAX_BYTES: Final = 2**62
 PLAIN: Final = "plain"
 """Packing of a KV cache whose tokens lie in rows of their own."""
 K_TRANSPOSED: Final = "k-transposed"
-"""Packing of a block's head as K of [elements, tokens], then V of [tokens, elements]. Any other name: not known."""
+"""Packing of a block's head as K of [elements, tokens], then V of [tokens, elements]."""
+NZ: Final = "nz"
+"""Packing of a latent in the NPU's tiles, in a tensor of the same shape. Any other name: not known."""
 
 _Name = Annotated[str, msgspec.Meta(max_length=512)]
 _Count = Annotated[int, msgspec.Meta(ge=1, le=2**40)]
@@ -56,7 +58,7 @@ class Segment(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=T
     row_tokens: _Tokens
 
 
-class View(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class View(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """A registration of a cache's memory as blocks of `granule` bytes, beside others of the same memory.
 
     PullKvBlocks moves whole blocks of equal size on both sides: parts of a block move as blocks of a finer view.
@@ -64,9 +66,11 @@ class View(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True
 
     granule: _Count
     cache_id: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+    first: _Bytes = 0
+    """Block of the view at which the cache begins: what is before it is another cache's, registered with it."""
 
 
-class CacheLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+class CacheLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True, omit_defaults=True):
     """Tensors of one stride class: same KV cache group, blocks and segments. Tensor i holds the KV of layers[i]."""
 
     group: Annotated[int, msgspec.Meta(ge=0, le=63)]
@@ -82,6 +86,8 @@ class CacheLayout(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fiel
     layers: Annotated[tuple[_Name, ...], msgspec.Meta(min_length=1, max_length=240)]
     views: Annotated[tuple[View, ...], msgspec.Meta(max_length=16)] = ()
     """For peers that pull; none where no peer may."""
+    dtype: _Name = ""
+    """Of the elements, where the layer's tensors tell more of it than the contract does; empty: they do not."""
 
 
 class RankGeometry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):

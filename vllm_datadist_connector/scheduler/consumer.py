@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from vllm_datadist_connector.kv_groups import KVGroup
+from vllm_datadist_connector.labels import Reason
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.params import (
     ParamsError,
@@ -31,7 +32,7 @@ from vllm_datadist_connector.protocol.params import (
 from vllm_datadist_connector.scheduler.adapters import is_same
 from vllm_datadist_connector.scheduler.digests import PromptDigests
 from vllm_datadist_connector.scheduler.identity import adapter_of, is_token_prompt
-from vllm_datadist_connector.scheduler.local_prefills import REASON_OF, LocalPrefills, Reason
+from vllm_datadist_connector.scheduler.local_prefills import REASON_OF, LocalPrefills
 from vllm_datadist_connector.side_channel.client import open_keeper
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 

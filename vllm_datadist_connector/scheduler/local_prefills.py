@@ -5,13 +5,13 @@ Each is counted by its reason. Now and then a line names one of them, and says w
 
 from __future__ import annotations
 
-import enum
 import logging
 import time
 from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
+from vllm_datadist_connector.labels import Reason
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.params import (
     FLAGS,
@@ -25,22 +25,6 @@ logger.addFilter(OthersWords(most=1000))
 
 LINE_INTERVAL_S: Final = 60.0
 """Between two lines for one reason."""
-
-
-class Reason(enum.Enum):
-    """The values are labels of a metric."""
-
-    NO_PARAMS = "no_params"
-    ROLE = "role"
-    FLAG = "flag"
-    PARAMS = "params"
-    VERSION = "version"
-    PEER = "peer"
-    PROMPT = "prompt"
-    ADAPTER = "adapter"
-    NOTHING_HELD = "nothing_held"
-    LEASE_GONE = "lease_gone"
-    TOO_MANY = "too_many"
 
 
 REASON_OF: Final = {

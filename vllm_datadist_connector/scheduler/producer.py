@@ -6,7 +6,7 @@ import logging
 import time
 from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from vllm.v1.request import RequestStatus
 
@@ -29,6 +29,14 @@ _HELD_STATUSES = frozenset({RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.
 
 _PULL_GRACE_S = 5.0
 """Who pulls when we pause may go on for so long: a D that is paused, too, would never tell us that it is done."""
+
+
+class Counts(NamedTuple):
+    ended_leases: dict[str, int]
+    """By reason."""
+    refused_confirms: int
+    served_requests: int
+    served_blocks: int
 
 
 class ProducerScheduler:
@@ -139,13 +147,13 @@ class ProducerScheduler:
             if revoked:
                 logger.info("paused: gave up the leases of %d requests", revoked)
 
-    def take_counts(self) -> tuple[dict[str, int], int]:
-        """(leases ended by reason, confirmations refused) since the last call, for the metrics."""
+    def take_counts(self) -> Counts:
+        """Since the last call, for the metrics."""
         self._note_refused()
-        by_reason = dict(self._ended)
+        counts = Counts(dict(self._ended), self._refused_confirms, *self._leases.table.take_served())
         self._ended.clear()
-        refused, self._refused_confirms = self._refused_confirms, 0
-        return by_reason, refused
+        self._refused_confirms = 0
+        return counts
 
     def held(self) -> tuple[int, int]:
         """(leases, blocks) held now."""

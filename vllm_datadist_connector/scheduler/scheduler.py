@@ -21,6 +21,7 @@ from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
+    from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class ConnectorScheduler:
         self._lease_s, self._decoder_lease_s = config.lease_s, config.decoder_lease_s
         self._bidirectional = config.bidirectional
         self._prompt_tail = compat.prompt_tail(vllm_config, any(group.forgets for group in identity.groups))
-        self._meter = SchedulerMeter("scheduler")
+        self._meter = SchedulerMeter(identity.engine_id)
         self._local = LocalPrefills()
         trust = Trust(config.auth, config.insecure)
         if config.insecure:
@@ -124,6 +125,10 @@ class ConnectorScheduler:
         if self._producer is not None:
             self._producer.sent(len(sent))
 
+    def absorb_stats(self, stats: KVConnectorStats | None) -> None:
+        """What the workers have measured in the step."""
+        self._meter.absorb(stats)
+
     def build_step(self, num_scheduled_tokens: int) -> StepMetadata:
         if self._relief is not None:
             self._relief.step(num_scheduled_tokens)
@@ -137,12 +142,20 @@ class ConnectorScheduler:
         return self._meter.take()
 
     def _measure(self) -> None:
+        meter = self._meter
         if self._producer is not None:
-            leases, blocks = self._producer.held()
-            self._meter.producer(leases, blocks, *self._producer.take_counts())
+            meter.held(*self._producer.held(), self._producer.leases.oldest_s())
+            counts = self._producer.take_counts()
+            for end, count in counts.ended_leases.items():
+                meter.count("leases_ended", count, end)
+            meter.count("refused_confirms", counts.refused_confirms)
+            meter.count("served_requests", counts.served_requests)
+            meter.count("served_blocks", counts.served_blocks)
         if self._consumer is not None:
-            self._meter.consumer(self._consumer.pulling(), self._consumer.take_releases())
-        self._meter.local_prefills(self._local.take())
+            meter.pulling(self._consumer.pulling())
+            meter.count("releases", self._consumer.take_releases())
+        for reason, count in self._local.take().items():
+            meter.count("local_prefills", count, reason)
 
     def close(self) -> None:
         if self._producer is not None:

@@ -18,10 +18,11 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Iterable
-from typing import Protocol, TypeVar
+from typing import NamedTuple, TypeVar
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.labels import Failure, Transport
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.digest import blocks_digest
@@ -30,12 +31,23 @@ from vllm_datadist_connector.side_channel.client import ChannelAnswer, Confirmed
 from vllm_datadist_connector.side_channel.endpoint import Trust
 from vllm_datadist_connector.wakeup import Wakeup, wait_readable
 from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
+from vllm_datadist_connector.worker.calls import Calls
 from vllm_datadist_connector.worker.copies import OwnCopies
-from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceState, Peer
-from vllm_datadist_connector.worker.pairing import rehearse
+from vllm_datadist_connector.worker.device import PASSED, Fence
+from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceState
+from vllm_datadist_connector.worker.links import Links
+from vllm_datadist_connector.worker.pairing import Terms, rehearse
 from vllm_datadist_connector.worker.peers import InstanceTable
 from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
-from vllm_datadist_connector.worker.transfers import Failure, FinishedPulls, Outbox, Phase, Transfer, TransferTable
+from vllm_datadist_connector.worker.quarantine import Quarantine
+from vllm_datadist_connector.worker.transfers import (
+    FinishedPulls,
+    Outbox,
+    Phase,
+    Transfer,
+    TransferObserver,
+    TransferTable,
+)
 
 logger = logging.getLogger(__name__)
 logger.addFilter(OthersWords())
@@ -43,21 +55,20 @@ T = TypeVar("T")
 
 _PAUSE_AFTER_FAULT_S = 0.1
 
-_TENSORS_PER_LAYER = 1
-"""Our caches count one tensor per layer; without a layer range the value has no other effect than to divide."""
-
 _LINK_LOST = frozenset(
     {_native.LLM_FAILED, _native.LLM_TIMEOUT, _native.LLM_NOT_YET_LINK, _native.LLM_KV_CACHE_NOT_EXIST}
 )
 """Codes after which the link must be made anew before anything else is pulled over it."""
+_REFUSED = frozenset({_native.LLM_PARAM_INVALID, _native.LLM_FEATURE_NOT_ENABLED})
+"""Codes of calls that have done nothing. After any other a provider whose calls do not end with themselves may go on
+writing, and its link must go."""
+
+_FENCE_POLL_S = 0.001
 
 
-class TransferObserver(Protocol):
-    """Takes measurements; called on the driver thread."""
-
-    def pulled(self, transfer: Transfer, seconds: float) -> None: ...
-    def failed(self, reason: Failure) -> None: ...
-    def handshake(self, seconds: float) -> None: ...
+class _Order(NamedTuple):
+    job: PullJob
+    fence: Fence
 
 
 class PullDriver:
@@ -70,38 +81,55 @@ class PullDriver:
         caches: RegisteredCaches,
         config: ConnectorConfig,
         observer: TransferObserver,
+        capabilities: _native.Capabilities,
     ) -> None:
         self._ours = ours
+        self._datadist = datadist
+        self._capabilities = capabilities
         self._caches = caches
         self._config = config
         self._observer = observer
-        self._inbox: deque[PullJob | str] = deque()
+        self._inbox: deque[_Order | str] = deque()
         self._outbox = Outbox()
         self._wakeup = Wakeup()
         self._stopping = False
-        self._linked = 0
+        self._linked: dict[Transport, int] = {}
         self._transfers = TransferTable()
+        self._quarantine = Quarantine(self._transfers)
         self._queue = _native.TransferQueue(datadist, threads=config.queue_threads)
         self._copies = OwnCopies(caches, ended=self._wakeup.set)
+        self._calls = Calls(self._queue, self._copies, caches, self._transfers)
         self._client = open_client(Trust(config.auth, config.insecure))
+        self._links = Links(
+            ours.host,
+            self._queue,
+            report=(lambda cluster_id: datadist.query_link(cluster_id)[1]) if capabilities.reports_links else None,
+            timeout_s=config.link_timeout_s,
+            least_timeout_s=capabilities.min_link_timeout_ms / 1000,
+            most=capabilities.max_links,
+        )
         self._instances = InstanceTable(
             ours,
             self._client,
-            self._queue,
-            link_report=lambda cluster_id: datadist.query_link(cluster_id)[1],
+            self._links,
+            busy=self._transfers.instances,
             allows_peer=config.allows_peer,
             handshake_timeout_s=config.handshake_timeout_s,
-            link_timeout_s=config.link_timeout_s,
             backoff_s=config.peer_backoff_s,
             ttl_s=config.peer_ttl_s,
             may_differ=config.may_differ,
+            terms=Terms(capabilities.register_before_link, capabilities.min_run_bytes),
         )
         rehearse(ours)
         self._thread = threading.Thread(target=self._run, name="datadist-pull-driver", daemon=True)
         self._thread.start()
 
-    def submit(self, job: PullJob) -> None:
-        self._inbox.append(job)
+    def submit(self, job: PullJob, fence: Fence = PASSED) -> None:
+        """
+        Args:
+            fence: nothing is written before it has passed.
+        """
+        self._inbox.append(_Order(job, fence))
         self._wakeup.set()
 
     def cancel(self, request_id: str) -> None:
@@ -112,7 +140,7 @@ class PullDriver:
     def take_finished(self) -> FinishedPulls:
         return self._outbox.take()
 
-    def linked_peers(self) -> int:
+    def linked_peers(self) -> dict[Transport, int]:
         """As of the driver thread's last round: its tables must not be looked into from another thread."""
         return self._linked
 
@@ -123,7 +151,14 @@ class PullDriver:
         self._queue.close()
         self._copies.close()
 
+    def quarantined_blocks(self) -> int:
+        """Blocks of pulls that are over, and into which something may still write; as of the driver's last round."""
+        return self._quarantine.num_blocks
+
     def _run(self) -> None:
+        status = self._datadist.enter_thread()
+        if status != _native.LLM_SUCCESS:
+            logger.error("pull driver: %s: %s", _native.status_name(status), _native.last_error())
         while not self._stopping:
             try:
                 self._round()
@@ -132,24 +167,31 @@ class PullDriver:
                 # not spin.
                 logger.exception("pull driver: a round failed")
                 time.sleep(_PAUSE_AFTER_FAULT_S)
+        if not self._capabilities.peer_drops_half:
+            self._instances.part()
         self._client.close()
 
     def _round(self) -> None:
         fds = [self._wakeup.fileno(), self._queue.fileno(), self._client.fileno()]
-        wakes = (self._transfers.next_deadline(), self._instances.next_wake())
+        fences = time.monotonic() + _FENCE_POLL_S if self._transfers.fenced() else None
+        ends = (self._transfers.next_deadline(), self._quarantine.next_wake())
+        wakes = (fences, *ends, self._instances.next_wake())
         if self._wakeup.fileno() in wait_readable(fds, min((at for at in wakes if at is not None), default=None)):
             self._wakeup.clear()
         self._each(self._take, self._taken_from_inbox())
         # Before what else has come: when we are late, the end of a greeting's time is not to be told as the reason.
         self._each(self._on_deadline, self._transfers.overdue(time.monotonic()))
         self._each(self._on_completion, self._queue.poll() + self._copies.poll())
+        self._each(self._on_gone, self._links.take_gone())
         self._each(self._on_answer, self._client.take())
         self._each(self._settle, self._instances.take_changed())
+        self._each(self._begin, self._transfers.fenced())
+        self._submit_rest()
         now = time.monotonic()
-        busy = self._transfers.instances()
-        self._instances.try_again(now, busy)
-        self._instances.drop_unused(now, busy)
+        self._instances.try_again(now)
+        self._instances.drop_unused(now)
         self._linked = self._instances.linked()
+        self._quarantine.watch(now)
 
     def _each(self, handle: Callable[[T], None], events: Iterable[T]) -> None:
         for event in events:
@@ -159,16 +201,16 @@ class PullDriver:
                 # One bad event must not leave every later request of this rank waiting for ever.
                 logger.exception("pull driver: %s failed", type(event).__name__)
 
-    def _taken_from_inbox(self) -> list[PullJob | str]:
+    def _taken_from_inbox(self) -> list[_Order | str]:
         return [self._inbox.popleft() for _ in range(len(self._inbox))]
 
-    def _take(self, item: PullJob | str) -> None:
-        if isinstance(item, PullJob):
-            self._start(item)
+    def _take(self, item: _Order | str) -> None:
+        if isinstance(item, _Order):
+            self._start(item.job, item.fence)
         else:
             self._cancel(item)
 
-    def _start(self, job: PullJob) -> None:
+    def _start(self, job: PullJob, fence: Fence) -> None:
         deadline = time.monotonic() + job.deadline_s
         try:
             instance = self._instances.meet(job.remote, deadline, job.from_ourselves)
@@ -178,62 +220,63 @@ class PullDriver:
             self._observer.failed(Failure.INTERNAL)
             self._outbox.put(job, failed=True)
             return
-        self._begin(self._transfers.add(job, instance, deadline))
+        self._begin(self._transfers.add(job, instance, deadline, fence))
 
     def _begin(self, transfer: Transfer) -> None:
-        """As soon as its instance is linked with."""
+        """As soon as its instance is linked with, and its fence has passed."""
         instance = transfer.instance
         transfer.phase, transfer.interrupted = Phase.WAITING, False
         if instance.state is InstanceState.READY:
-            self._pull(transfer)
+            if transfer.fence.has_passed():
+                self._pull(transfer)
+            else:
+                transfer.phase = Phase.FENCED
         elif instance.state is InstanceState.BROKEN:
             self._fail(transfer, Failure(instance.failed_step), instance.reason)
         else:
             instance.waiting.append(transfer.job.request_id)
 
     def _pull(self, transfer: Transfer) -> None:
-        """Submits one call per pair of caches and rank of P; those of different ranks run side by side."""
-        job = transfer.job
+        """One call per pair of caches and rank of P; those of different ranks run side by side."""
+        job, instance = transfer.job, transfer.instance
         remote = job.remote
         held = remote.remote_num_tokens
         tokens = TokenRange(job.first_token, job.end_token, remote.remote_block_ids, job.local_blocks, held)
-        transfer.phase, transfer.meeting, transfer.num_bytes = Phase.PULLING, transfer.instance.meeting, 0
+        transfer.phase, transfer.meeting = Phase.PULLING, instance.meeting
+        transfer.transport = instance.transport
         try:
-            for peer, geometry in transfer.instance.givers:
-                self._pull_from(transfer, peer, geometry, tokens)
-        except (PlanError, EngineError) as error:
+            for peer, theirs in instance.givers:
+                pulls = plan_pull(self._ours, theirs, peer.pairings, tokens)
+                transfer.unsubmitted.extend((theirs, pull) for pull in pulls)
+        except PlanError as error:
             self._fail(transfer, Failure.PLAN, str(error))
-        except RuntimeError as error:
-            # The queue is full, or closing.
-            self._fail(transfer, Failure.TRANSFER, str(error))
+            return
+        transfer.num_bytes = sum(pull.num_bytes for _, pull in transfer.unsubmitted)
+        if transfer.unsubmitted:
+            self._submit(transfer)
         else:
-            if not transfer.calls:
-                self._confirm(transfer)
+            self._confirm(transfer)
 
-    def _pull_from(self, transfer: Transfer, peer: Peer, theirs: RankGeometry, tokens: TokenRange) -> None:
-        for pull in plan_pull(self._ours, theirs, peer.pairings, tokens):
-            transfer.num_bytes += pull.num_bytes
-            if transfer.instance.is_ourselves:
-                self._transfers.add_call(transfer, self._copies.submit(pull, transfer.deadline))
-                continue
-            call = self._queue.submit_pull_blocks(
-                theirs.cluster_id,
-                pull.src_cache_id,
-                self._caches.view(pull.dst_index, pull.granule),
-                pull.src_blocks,
-                pull.dst_blocks,
-                deadline_ms=max(1, int((transfer.deadline - time.monotonic()) * 1000)),
-                src_layer_range=pull.src_layers,
-                dst_layer_range=pull.dst_layers,
-                tensor_num_per_layer=_TENSORS_PER_LAYER,
-            )
-            self._transfers.add_call(transfer, call)
+    def _submit(self, transfer: Transfer) -> bool:
+        """As many of its calls as there is room for; False if that was not enough."""
+        try:
+            return self._calls.submit(transfer)
+        except EngineError as error:
+            self._fail(transfer, Failure.PLAN, str(error))
+            return True
+
+    def _submit_rest(self) -> None:
+        """What takes the queue's places wakes us when it ends."""
+        for transfer in self._transfers.unsubmitted():
+            if not self._submit(transfer):
+                return
 
     def _on_completion(self, completion: _native.Completion) -> None:
-        transfer = self._transfers.take_call(completion.id)
-        if transfer is None:
+        taken = self._transfers.take_call(completion.id)
+        if taken is None:
             self._instances.on_completion(completion)
             return
+        transfer, cluster_id = taken
         transfer.queued_s = max(transfer.queued_s, completion.queued_s)
         transfer.run_s = max(transfer.run_s, completion.run_s)
         reason = f"{_native.status_name(completion.status)}: {completion.error}"
@@ -244,17 +287,29 @@ class PullDriver:
             if completion.status == _native.LLM_TIMEOUT:
                 self._on_deadline(transfer)
                 return
-        elif completion.status in _LINK_LOST and not transfer.instance.is_ourselves:
+        elif self._loses_link(completion.status) and not transfer.instance.is_ourselves:
+            if not self._capabilities.writes_end_with_call:
+                transfer.writers.add(cluster_id)
             self._on_link_fault(transfer, reason)
             return
         else:
             self._fail(transfer, Failure.TRANSFER, reason)
             return
-        if not transfer.calls:
+        if not (transfer.is_written or transfer.unsubmitted):
             self._on_all_back(transfer)
 
+    def _loses_link(self, status: int) -> bool:
+        return status in _LINK_LOST if self._capabilities.writes_end_with_call else status not in _REFUSED
+
+    def _on_gone(self, cluster_id: int) -> None:
+        """No link with that cluster is left, and so nobody who writes over one."""
+        for transfer in self._transfers.written_over(cluster_id):
+            transfer.writers.discard(cluster_id)
+            if not transfer.is_written:
+                self._on_all_back(transfer)
+
     def _on_all_back(self, transfer: Transfer) -> None:
-        """No call of it is queued or running."""
+        """Nothing writes into its blocks any more."""
         if transfer.is_over:
             self._end(transfer)
         elif transfer.interrupted:
@@ -282,9 +337,8 @@ class PullDriver:
 
     def _interrupt(self, transfer: Transfer) -> None:
         transfer.interrupted = True
-        for call in transfer.calls:
-            self._take_back(call)
-        if not transfer.calls:
+        self._calls.take_back(transfer)
+        if not transfer.is_written:
             self._on_all_back(transfer)
 
     def _confirm(self, transfer: Transfer) -> None:
@@ -350,18 +404,10 @@ class PullDriver:
         self._abandon_calls(transfer)
 
     def _abandon_calls(self, transfer: Transfer) -> None:
-        """Takes back queued calls; ends the transfer now or, if one runs, when that has come back."""
-        for call in transfer.calls:
-            self._take_back(call)
-        if not transfer.calls:
+        """Takes back queued calls; ends the transfer now or, if one runs, when that writes no more."""
+        self._calls.take_back(transfer)
+        if not transfer.is_written:
             self._end(transfer)
-
-    def _take_back(self, call: int) -> None:
-        """If it has not started, it completes as cancelled."""
-        if call < 0:
-            self._copies.cancel(call)
-        else:
-            self._queue.cancel(call)
 
     def _end(self, transfer: Transfer) -> None:
         self._transfers.remove(transfer)

@@ -6,9 +6,11 @@ One object per instance and one per rank hold all of it; dropping the instance d
 from __future__ import annotations
 
 import enum
+import time
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
+from vllm_datadist_connector.labels import Transport
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.pairing import Pairing, Rank
@@ -16,6 +18,7 @@ from vllm_datadist_connector.worker.pairing import Pairing, Rank
 MAX_FAULTS = 8
 """In a row: what does not work so often, over links each made anew, is no passing fault."""
 _FIRST_PAUSE_S = 0.05
+_AFTER_DEADLINE_S = 0.1
 
 
 def pause_s(faults: int, most_s: float, spread: float) -> float:
@@ -50,11 +53,12 @@ class Peer:
     geometry: RankGeometry | None = None
     pairings: list[Pairing] = field(default_factory=list)
     """What it gives us; a rank that gives nothing is not linked."""
-    linked: bool = False
+    link: Transport | None = None
+    """By which it is linked."""
 
     @property
     def settled(self) -> bool:
-        return self.geometry is not None and (self.linked or not self.pairings)
+        return self.geometry is not None and (self.link is not None or not self.pairings)
 
 
 @dataclass(slots=True, eq=False)
@@ -86,9 +90,21 @@ class Instance:
         known = any(peer.geometry is not None for peer in self.peers.values())
         return known or self.state is not InstanceState.MEETING
 
+    def within(self, limit_s: float) -> float:
+        """`limit_s`, or until just after the last deadline of those who wait: it is that which ends them."""
+        return min(limit_s, max(0.0, self.wanted_until - time.monotonic()) + _AFTER_DEADLINE_S)
+
     def is_meeting(self, peer: Peer) -> bool:
         """Whether what is heard of the peer is of the meeting that goes on, and not of one that was given up."""
         return self.state is InstanceState.MEETING and self.peers.get(peer.rank) is peer
+
+    @property
+    def transport(self) -> Transport:
+        """By which its blocks come."""
+        if self.is_ourselves:
+            return Transport.OWN
+        links = {peer.link for peer, _ in self.givers}
+        return (links.pop() if len(links) == 1 else None) or Transport.OTHER
 
     @property
     def givers(self) -> list[tuple[Peer, RankGeometry]]:

@@ -41,6 +41,27 @@ class CacheSpec:
 
     layout: CacheLayout
     addrs: tuple[int, ...]
+    storages: tuple[int, ...]
+    """Where the memory begins that each tensor was allocated in."""
+
+
+class KVMemory(NamedTuple):
+    """Where a rank's KV cache is."""
+
+    kind: str
+    """As torch names it: "cpu", "npu"."""
+    device: int
+    """As this process counts them; 0 for the host."""
+
+    @property
+    def is_host(self) -> bool:
+        return self.kind == "cpu"
+
+
+class _Tensor(NamedTuple):
+    name: str
+    addr: int
+    storage: int
 
 
 class _StrideClass(NamedTuple):
@@ -49,9 +70,35 @@ class _StrideClass(NamedTuple):
     block_tokens: int
     block_stride: int
     segments: tuple[Segment, ...]
+    dtype: str
 
 
-def describe_caches(kv_caches: KVCaches, layers: Mapping[str, LayerKV], num_blocks: int) -> list[CacheSpec]:
+def find_memory(kv_caches: KVCaches, layers: Mapping[str, LayerKV], host: bool, device: bool) -> KVMemory:
+    """Where the KV cache of those layers is.
+
+    Args:
+        host, device: whether the provider moves memory there.
+
+    Raises:
+        LayoutError: it is on several devices, or where the provider does not move it.
+    """
+    found: dict[KVMemory, str] = {}
+    for layer in sorted(layers.keys() & kv_caches.keys(), key=_natural_order):
+        for tensor in _parts_of(kv_caches[layer]):
+            where = KVMemory(tensor.device.type, tensor.device.index or 0)
+            if not (host if where.is_host else device):
+                kinds = " and ".join(kind for kind, moves in (("host", host), ("device", device)) if moves)
+                raise LayoutError(f"{_where(layer, tensor)} is on {tensor.device}; this provider moves {kinds} memory")
+            found.setdefault(where, layer)
+    if len(found) > 1:
+        named = ", ".join(f"layer {layer!r} on {where.kind}:{where.device}" for where, layer in found.items())
+        raise LayoutError(f"the KV cache is on several devices: {named}; it takes one")
+    return next(iter(found), KVMemory("cpu", 0))
+
+
+def describe_caches(
+    kv_caches: KVCaches, layers: Mapping[str, LayerKV], num_blocks: int, max_tensors: int = MAX_TENSORS_PER_CACHE
+) -> list[CacheSpec]:
     """Caches that cover every KV cache tensor.
 
     Args:
@@ -59,30 +106,31 @@ def describe_caches(kv_caches: KVCaches, layers: Mapping[str, LayerKV], num_bloc
             blocks.
         layers: what each layer holds; of layers that are not in it the KV stays on this instance.
         num_blocks: blocks of the block tables. A tensor may count finer (kernel) blocks, a whole multiple of it.
+        max_tensors: of one cache.
 
     Raises:
         LayoutError: names the layer, its shape and strides, and what is needed.
     """
-    classes: defaultdict[_StrideClass, list[tuple[str, int]]] = defaultdict(list)
+    classes: defaultdict[_StrideClass, list[_Tensor]] = defaultdict(list)
     seen: set[tuple[int, int]] = set()
     for layer in sorted(kv_caches, key=_natural_order):
         kv = layers.get(layer)
         if kv is None:
             continue
-        for name, addr, stride_class in _tensors(layer, kv_caches[layer], kv, num_blocks):
+        for tensor, stride_class in _tensors(layer, kv_caches[layer], kv, num_blocks):
             # Layers of different groups may lie in the same memory: a block id belongs to one group at a time.
-            if (kv.group, addr) not in seen:
-                seen.add((kv.group, addr))
-                classes[stride_class].append((name, addr))
+            if (kv.group, tensor.addr) not in seen:
+                seen.add((kv.group, tensor.addr))
+                classes[stride_class].append(tensor)
     missing = sorted(layers.keys() - kv_caches.keys())
     if missing:
         raise LayoutError(f"layer {missing[0]!r} has no KV cache tensor; there are {sorted(kv_caches)}")
-    return [spec for key, members in classes.items() for spec in _specs(key, members)]
+    return [spec for key, members in classes.items() for spec in _specs(key, members, max_tensors)]
 
 
-def _specs(key: _StrideClass, members: list[tuple[str, int]]) -> Iterator[CacheSpec]:
-    for start in range(0, len(members), MAX_TENSORS_PER_CACHE):
-        names, addrs = zip(*members[start : start + MAX_TENSORS_PER_CACHE], strict=True)
+def _specs(key: _StrideClass, members: list[_Tensor], max_tensors: int) -> Iterator[CacheSpec]:
+    for start in range(0, len(members), max_tensors):
+        names, addrs, storages = zip(*members[start : start + max_tensors], strict=True)
         layout = CacheLayout(
             group=key.group,
             num_blocks=key.num_blocks,
@@ -91,20 +139,26 @@ def _specs(key: _StrideClass, members: list[tuple[str, int]]) -> Iterator[CacheS
             block_bytes=max(map(segment_end, key.segments)),
             segments=key.segments,
             layers=names,
+            dtype=key.dtype,
         )
-        yield CacheSpec(layout, addrs)
+        yield CacheSpec(layout, addrs, storages)
+
+
+def _parts_of(value: torch.Tensor | Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    return value if isinstance(value, (list, tuple)) else [value]
 
 
 def _tensors(
     layer: str, value: torch.Tensor | Sequence[torch.Tensor], kv: LayerKV, num_blocks: int
-) -> Iterator[tuple[str, int, _StrideClass]]:
-    """(name, address, stride class) of what has to be registered for one layer."""
+) -> Iterator[tuple[_Tensor, _StrideClass]]:
+    """What has to be registered for one layer."""
     several = isinstance(value, (list, tuple))
-    tensors: Sequence[torch.Tensor] = value if isinstance(value, (list, tuple)) else [value]
+    tensors = _parts_of(value)
     if not tensors:
         raise LayoutError(f"layer {layer!r}: no KV cache tensor")
     for tensor in tensors:
         _check_tensor(layer, tensor, num_blocks)
+    tensors = _without_covered(tensors)
     if isinstance(kv, StateKV):
         described = [_state_segments(layer, tensors, kv)] if len(tensors) == 1 else _state_parts(layer, tensors, kv)
         block_tokens = 0
@@ -116,6 +170,9 @@ def _tensors(
         if max(map(segment_end, segments)) > stride:
             # Heads outside of blocks, as in vLLM's layout LHBNC. No peer would take such a geometry.
             raise LayoutError(f"{_where(layer, tensor)}: the parts of a block lie farther apart than its blocks")
+    # One tensor, and states, are as their specification says; versions of vLLM differ in what they call the elements.
+    tells = several and isinstance(kv, TokenKV)
+    dtypes = [str(tensor.dtype).removeprefix("torch.") if tells else "" for tensor in tensors]
     offsets = [tensor.data_ptr() - tensors[0].data_ptr() for tensor in tensors]
     together = all(0 <= offset < strides[0] for offset in offsets) and len(set(strides)) == 1
     if together:
@@ -124,11 +181,39 @@ def _tensors(
             for part, offset in zip(described, offsets, strict=True)
             for each in part
         )
-        yield layer, tensors[0].data_ptr(), _StrideClass(kv.group, tensors[0].shape[0], block_tokens, strides[0], moved)
+        dtype = "+".join(filter(None, dtypes))
+        together_as = _StrideClass(kv.group, tensors[0].shape[0], block_tokens, strides[0], moved, dtype)
+        yield _tensor(layer, tensors[0]), together_as
         return
-    for index, (tensor, segments, stride) in enumerate(zip(tensors, described, strides, strict=True)):
-        stride_class = _StrideClass(kv.group, tensor.shape[0], block_tokens, stride, segments)
-        yield f"{layer}:{index}", tensor.data_ptr(), stride_class
+    for index, (tensor, segments, stride, dtype) in enumerate(zip(tensors, described, strides, dtypes, strict=True)):
+        stride_class = _StrideClass(kv.group, tensor.shape[0], block_tokens, stride, segments, dtype)
+        yield _tensor(f"{layer}:{index}", tensor), stride_class
+
+
+def _tensor(name: str, tensor: torch.Tensor) -> _Tensor:
+    return _Tensor(name, tensor.data_ptr(), tensor.untyped_storage().data_ptr())
+
+
+def _without_covered(tensors: Sequence[torch.Tensor]) -> Sequence[torch.Tensor]:
+    """Without views over what the parts before them hold: vllm-ascend has one for DeepSeek V4. Its bytes would be moved
+    twice, and not fit a peer's that has none."""
+    kept: list[torch.Tensor] = []
+    dense: list[tuple[int, int, int]] = []
+    """Stride of blocks, start and end in the first one."""
+    for tensor in tensors:
+        item, block = tensor.element_size(), tensor[0]
+        last = sum((size - 1) * step for size, step in zip(block.shape, block.stride(), strict=True))
+        stride, start, end = int(tensor.stride(0) * item), tensor.data_ptr(), tensor.data_ptr() + (last + 1) * item
+        covered = start
+        for its_stride, its_start, its_end in sorted(dense):
+            if its_stride == stride and its_start <= covered < its_end:
+                covered = its_end
+        if covered >= end:
+            continue
+        kept.append(tensor)
+        if _dense(block):
+            dense.append((stride, start, end))
+    return kept
 
 
 def _stride(tensor: torch.Tensor, segments: Sequence[Segment]) -> int:
@@ -139,8 +224,6 @@ def _stride(tensor: torch.Tensor, segments: Sequence[Segment]) -> int:
 
 def _check_tensor(layer: str, tensor: torch.Tensor, num_blocks: int) -> None:
     where = _where(layer, tensor)
-    if tensor.device.type != "cpu":
-        raise LayoutError(f"{where} is on {tensor.device}; this provider moves host memory only (the CPU platform)")
     if tensor.dim() < 2 or tensor.shape[0] == 0 or tensor.shape[0] % num_blocks:
         raise LayoutError(f"{where}: the first dimension must be {num_blocks} blocks or a whole multiple")
     if tensor.shape[-1] > 1 and tensor.stride(-1) != 1:

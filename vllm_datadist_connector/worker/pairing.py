@@ -22,22 +22,28 @@ import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
-from vllm_datadist_connector.protocol.handshake import CacheLayout, RankGeometry, Segment, decode_geometry
+from vllm_datadist_connector.protocol.handshake import CacheLayout, RankGeometry, Segment, View, decode_geometry
 
 Int64s: TypeAlias = "NDArray[np.int64]"
-
-VIEW_TOKENS = (128, 64, 32, 16)
-"""Tokens of the finer views that P registers for peers with smaller blocks: usual block sizes."""
 
 MAX_GRANULES = 1 << 20
 """Of one chunk. A peer chooses offsets and views: such that would cut a block into more are refused."""
 
-LINE_BYTES = 64
-"""Of the finest view, for a peer whose blocks lie at distances that P's rows do not divide."""
-
 
 class MismatchError(ValueError):
     """Two ranks cannot exchange blocks; says which field, with both values."""
+
+
+class Terms(NamedTuple):
+    """What a provider demands of transfers."""
+
+    own_views_only: bool = False
+    """Our memory is addressed by the views that we have registered: no others can be made any more."""
+    min_run_bytes: int = 0
+    """Runs of bytes that cut blocks into shorter ones are not worth moving."""
+
+
+ANY = Terms()
 
 
 class Rank(NamedTuple):
@@ -96,7 +102,7 @@ def sources(ours: RankGeometry, tp_size: int, pp_size: int) -> list[Rank]:
     return [Rank(pp_rank, tp_rank) for pp_rank in range(pp_size) for tp_rank in sorted(needed)]
 
 
-def pair(ours: RankGeometry, theirs: RankGeometry) -> list[Pairing]:
+def pair(ours: RankGeometry, theirs: RankGeometry, terms: Terms = ANY) -> list[Pairing]:
     """What this rank of P gives us; empty if it has none of our layers or shards.
 
     Raises:
@@ -107,7 +113,7 @@ def pair(ours: RankGeometry, theirs: RankGeometry) -> list[Pairing]:
     for index, dst in enumerate(ours.caches):
         for run in _runs(dst, place):
             _check_tables(ours, theirs, dst, run.src)
-            pairing = _pair_caches(ours, theirs, dst, index, run)
+            pairing = _pair_caches(ours, theirs, dst, index, run, terms)
             if pairing is not None:
                 pairings.append(pairing)
     return pairings
@@ -146,33 +152,6 @@ def find_gaps(ours: RankGeometry, pairings: Iterable[Pairing]) -> list[str]:
     return gaps
 
 
-def granules_of(cache: CacheLayout) -> list[int]:
-    """Block sizes of the views that an owner registers, coarsest first: whole blocks, shards, some tokens, rows.
-
-    P does not know its peers in advance; every pairing finds one of these that divides all that it moves.
-    """
-    block, row = math.gcd(cache.block_bytes, cache.block_stride), _granule(cache, 1)
-    tokens = [_granule(cache, each) for each in VIEW_TOKENS if each < cache.block_tokens]
-    return sorted({block, _granule(cache, 0), *tokens, row, math.gcd(row, LINE_BYTES)}, reverse=True)
-
-
-def _granule(cache: CacheLayout, tokens: int) -> int:
-    """The largest unit in which whole shards (tokens 0), or that many tokens of one, can be addressed."""
-    granule = cache.block_stride
-    for segment in cache.segments:
-        dense = segment.rows == 1 or segment.row_stride == segment.row_bytes
-        rows = segment.rows
-        if tokens:
-            rows = math.gcd(rows, max(1, tokens // segment.row_tokens)) if segment.row_tokens else 1
-        run = segment.row_bytes * rows if dense else math.gcd(segment.row_bytes, segment.row_stride)
-        if not tokens and dense and segment.lane_stride == run:
-            run *= segment.lanes
-        elif segment.lanes > 1:
-            run = math.gcd(run, segment.lane_stride)
-        granule = math.gcd(granule, run, segment.offset, segment.shard_stride if segment.count > 1 else 0)
-    return granule
-
-
 class _LayerRun(NamedTuple):
     src: CacheLayout
     src_first: int
@@ -203,9 +182,11 @@ def _check_tables(ours: RankGeometry, theirs: RankGeometry, dst: CacheLayout, sr
 
 
 def _pair_caches(
-    ours: RankGeometry, theirs: RankGeometry, dst: CacheLayout, dst_index: int, run: _LayerRun
+    ours: RankGeometry, theirs: RankGeometry, dst: CacheLayout, dst_index: int, run: _LayerRun, terms: Terms
 ) -> Pairing | None:
     src = run.src
+    if dst.dtype and src.dtype and dst.dtype != src.dtype:
+        raise MismatchError(f"dtype of {_what(dst)}: ours {dst.dtype}, theirs {src.dtype}")
     chunk = _chunk_tokens(dst, src)
     if len(dst.segments) != len(src.segments):
         raise MismatchError(f"{_what(dst)}: our blocks have {len(dst.segments)} segments, theirs {len(src.segments)}")
@@ -227,10 +208,14 @@ def _pair_caches(
     common = math.gcd(src.block_stride, dst.block_stride)
     for values in (src_runs, dst_runs, lengths, src_steps, dst_steps) if split else (src_runs, dst_runs, lengths):
         common = math.gcd(common, int(np.gcd.reduce(values)))
-    view = max((view for view in src.views if common % view.granule == 0), key=lambda v: v.granule, default=None)
-    if view is None:
-        granules = [view.granule for view in src.views]
-        raise MismatchError(f"{_what(dst)}: P registered blocks of {granules} bytes, none of which divides {common}")
+    shortest = int(lengths.min())
+    if shortest < min(terms.min_run_bytes, dst.block_bytes, src.block_bytes):
+        raise MismatchError(
+            f"{_what(dst)}: blocks are cut into runs of {shortest} bytes, allowed with this provider: at least"
+            f" {terms.min_run_bytes}: {_cut('ours', ours, dst)}, {_cut('theirs', theirs, src)}; give both sides as many"
+            " heads in a rank, and the same block size"
+        )
+    view, first = _choose_view(dst, src, common, terms)
     granule = view.granule
     repeats = lengths // granule
     if int(repeats.sum()) > MAX_GRANULES:
@@ -246,12 +231,32 @@ def _pair_caches(
         chunk_tokens=chunk,
         granule=granule,
         src_cache_id=view.cache_id,
-        src_offsets=np.repeat(src_runs // granule, repeats) + within,
-        dst_offsets=np.repeat(dst_runs // granule, repeats) + within,
+        src_offsets=np.repeat(src_runs // granule, repeats) + within + view.first,
+        dst_offsets=np.repeat(dst_runs // granule, repeats) + within + first,
         src_steps=np.repeat(src_steps // granule, repeats),
         dst_steps=np.repeat(dst_steps // granule, repeats),
         shards=tuple(shards),
     )
+
+
+def _choose_view(dst: CacheLayout, src: CacheLayout, common: int, terms: Terms) -> tuple[View, int]:
+    """P's coarsest view whose blocks divide `common`, and the block at which our cache begins in ours."""
+    own = {view.granule: view.first for view in dst.views}
+    fitting = [
+        view for view in src.views if common % view.granule == 0 and (view.granule in own or not terms.own_views_only)
+    ]
+    if fitting:
+        view = max(fitting, key=lambda each: each.granule)
+        return view, own.get(view.granule, 0)
+    theirs = f"P registered blocks of {[view.granule for view in src.views]} bytes"
+    ours = f", we of {sorted(own, reverse=True)}" if terms.own_views_only else ""
+    raise MismatchError(f"{_what(dst)}: {theirs}{ours}, none of which divides {common}")
+
+
+def _cut(side: str, geometry: RankGeometry, cache: CacheLayout) -> str:
+    segment = cache.segments[0]
+    shards = f"{segment.count} of {segment.total} shards in a rank of {geometry.tp_size}"
+    return f"{side} have {shards}, blocks of {cache.block_tokens} tokens"
 
 
 def _chunk_tokens(dst: CacheLayout, src: CacheLayout) -> int:

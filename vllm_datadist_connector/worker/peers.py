@@ -19,17 +19,16 @@ Belongs to the driver thread. Side channel and transfer queue are asked, never w
 
 from __future__ import annotations
 
-import contextlib
 import logging
 import random
 import time
-from collections import deque
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator
-from typing import NamedTuple
 
 import msgspec
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.labels import Transport
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.contract import are_weights_comparable, find_mismatches
 from vllm_datadist_connector.protocol.handshake import RankGeometry, decode_geometry
@@ -37,7 +36,17 @@ from vllm_datadist_connector.protocol.params import RemotePrefill
 from vllm_datadist_connector.side_channel.client import ChannelAnswer, ChannelClient, RankDescription, Refused
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceKey, InstanceState, Peer, pause_s
-from vllm_datadist_connector.worker.pairing import MismatchError, Rank, find_gaps, pair, pair_with_itself, sources
+from vllm_datadist_connector.worker.links import Linking, Links
+from vllm_datadist_connector.worker.pairing import (
+    ANY,
+    MismatchError,
+    Rank,
+    Terms,
+    find_gaps,
+    pair,
+    pair_with_itself,
+    sources,
+)
 
 logger = logging.getLogger(__name__)
 logger.addFilter(OthersWords())
@@ -49,24 +58,10 @@ MAX_RANKS = 512
 """Of one instance that we would link with: an instance says itself how many it has."""
 
 _FIRST = Rank(0, 0)
-_LINK_PAUSE_S = 0.02
-"""Until the next try of a link that its other end is just making as well, or has not answered."""
 _LINK_AGAIN = frozenset({_native.LLM_PROCESSING_LINK, _native.LLM_TIMEOUT})
 """Codes after which the same call may succeed."""
 _LINK_REFUSED = frozenset({_native.LLM_PARAM_INVALID, _native.LLM_FEATURE_NOT_ENABLED})
 """Codes after which no later call would."""
-_AFTER_DEADLINE_S = 0.1
-_UNLINK_TIMEOUT_MS = 1000
-_QUEUED_MS = 60_000
-"""A link or unlink call may wait so long for its turn behind pulls."""
-
-
-class Linking(NamedTuple):
-    """A link that is being made."""
-
-    instance: Instance
-    peer: Peer
-    geometry: RankGeometry
 
 
 class InstanceTable:
@@ -74,35 +69,37 @@ class InstanceTable:
         self,
         ours: RankGeometry,
         client: ChannelClient,
-        queue: _native.TransferQueue,
-        link_report: Callable[[int], _native.LinkReport | None],
+        links: Links,
+        busy: Callable[[], Collection[Instance]],
         allows_peer: Callable[[str], bool],
         handshake_timeout_s: float,
-        link_timeout_s: float,
         backoff_s: float,
         ttl_s: float,
         may_differ: Collection[str],
+        terms: Terms = ANY,
     ) -> None:
+        """
+        Args:
+            busy: the instances that some transfer needs.
+        """
         self._ours = ours
+        self._terms = terms
         self._may_differ = may_differ
         self._client = client
-        self._queue = queue
-        self._link_report = link_report
+        self._links = links
+        self._busy = busy
         self._allows_peer = allows_peer
         self._handshake_timeout_s = handshake_timeout_s
-        self._link_timeout_s = link_timeout_s
         self._backoff_s = backoff_s
         self._ttl_s = ttl_s
         self._instances: dict[InstanceKey, Instance] = {}
         self._greetings: dict[int, tuple[Instance, Peer]] = {}
-        self._links: dict[int, Linking] = {}
-        self._links_again: deque[tuple[float, Linking]] = deque()
-        """What to try again, and when; the earliest first."""
         self._changed: list[Instance] = []
 
-    def linked(self) -> int:
+    def linked(self) -> dict[Transport, int]:
         """Worker ranks that we are linked with."""
-        return sum(peer.linked for each in self._instances.values() for peer in each.peers.values())
+        peers = (peer for each in self._instances.values() for peer in each.peers.values())
+        return Counter(peer.link for peer in peers if peer.link is not None)
 
     def meet(self, remote: RemotePrefill, deadline: float, is_ourselves: bool = False) -> Instance:
         """The instance that granted a lease; an unknown one is greeted, unless it is our own.
@@ -117,10 +114,9 @@ class InstanceTable:
         instance = self._instances.get(key)
         if instance is not None:
             instance.last_used, instance.wanted_until = now, max(instance.wanted_until, deadline)
-            if instance.state is InstanceState.READY and not self.is_linked(instance):
+            if instance.state is InstanceState.READY and not self._links.is_linked(instance):
                 logger.warning("link with %s was lost; linking again", key.endpoint)
-                self._unlink(instance)
-                self._meet(instance)
+                self._rest(instance, "the link was lost", pause_s=0.0)
         else:
             instance = Instance(key, met_at=now, last_used=now, wanted_until=deadline)
             self._make_room()
@@ -155,24 +151,20 @@ class InstanceTable:
 
     def on_completion(self, completion: _native.Completion) -> None:
         """Takes the end of a link or unlink call."""
-        linking = self._links.pop(completion.id, None)
-        if linking is None:
+        linking = self._links.on_completion(completion)
+        if linking is None or not linking.instance.is_meeting(linking.peer):
             return
-        instance, peer = linking.instance, linking.peer
-        if not instance.is_meeting(peer):
-            return
-        now = time.monotonic()
+        instance = linking.instance
         if completion.status in (_native.LLM_SUCCESS, _native.LLM_ALREADY_LINK):
-            peer.linked = True
-            self._log_link(instance, peer)
+            self._links.note(linking)
             self._settle(instance)
             return
         name = _native.status_name(completion.status)
         reason = f"link with {instance.key.endpoint}: {name}: {completion.error}"
-        if completion.status in _LINK_AGAIN and now < instance.wanted_until:
+        if completion.status in _LINK_AGAIN and time.monotonic() < instance.wanted_until:
             # A busy peer, or two that meet each other at once: the one that is refused soon finds the other's link.
             logger.debug("link with %s: %s: we try again", instance.key.endpoint, name)
-            self._links_again.append((now + _LINK_PAUSE_S, linking))
+            self._links.link_soon(linking)
         elif completion.status in _LINK_REFUSED:
             self.broke(instance, reason, "link")
         else:
@@ -188,7 +180,7 @@ class InstanceTable:
         if instance.state is InstanceState.BROKEN:
             return
         logger.warning("%s", reason)
-        self._unlink(instance)
+        self._links.unlink(instance, force=True)
         instance.state, instance.reason, instance.failed_step = InstanceState.BROKEN, reason, step
         self._instances.pop(instance.key, None)
         self._changed.append(instance)
@@ -203,55 +195,57 @@ class InstanceTable:
             return
         pause = pause_s(instance.faults, self._backoff_s, random.random())  # noqa: S311
         logger.warning("%s; linking again in %.2f s", reason, pause)
-        self._unlink(instance)
-        instance.state, instance.reason = InstanceState.RESTING, reason
-        instance.again_at = time.monotonic() + pause
+        self._rest(instance, reason, pause)
 
     def take_waiting(self, instance: Instance) -> list[str]:
         waiting, instance.waiting = instance.waiting, []
         return waiting
 
-    def is_linked(self, instance: Instance) -> bool:
-        if instance.is_ourselves:
-            return True
-        reports = [self._link_report(geometry.cluster_id) for _, geometry in instance.givers]
-        return all(report is not None and report.alive for report in reports)
+    def part(self) -> None:
+        """For where a peer that does not hear of our end keeps its half of our links: it has so many and no more."""
+        for instance in self._instances.values():
+            self._links.unlink(instance, force=False)
+        self._links.wait_until_gone()
 
-    def drop_unused(self, now: float, busy: Collection[Instance]) -> None:
+    def drop_unused(self, now: float) -> None:
         """Unlinks instances that nobody has asked for in a while, or that are gone: they would add up."""
+        busy = self._busy()
         for key, instance in list(self._instances.items()):
             if instance in busy:
                 instance.last_used = now
             elif instance.state is InstanceState.READY:
                 idle_s = now - instance.last_used
-                lost = not self.is_linked(instance)
+                lost = not self._links.is_linked(instance)
                 if lost or idle_s >= self._ttl_s:
                     logger.info(
                         "unlinked from %s: %s", key.endpoint, "it is gone" if lost else f"unused for {idle_s:.0f} s"
                     )
-                    self._unlink(instance)
+                    self._links.unlink(instance, force=lost)
                     del self._instances[key]
 
-    def try_again(self, now: float, busy: Collection[Instance]) -> None:
+    def try_again(self, now: float) -> None:
         """Links, and meets instances, once more where that may succeed now and somebody waits for it."""
-        while self._links_again and self._links_again[0][0] <= now:
-            _, linking = self._links_again.popleft()
+        busy = self._busy()
+        self._links.try_again(now)
+        for linking in self._links.take_due(now):
             if linking.instance.is_meeting(linking.peer):
                 self._link(linking)
         for instance in list(self._instances.values()):
-            if instance.state is InstanceState.RESTING and instance.again_at <= now:
-                if instance in busy:
-                    self._meet(instance)
-                else:
-                    del self._instances[instance.key]
+            if instance.state is not InstanceState.RESTING or instance.again_at > now:
+                continue
+            if instance not in busy:
+                del self._instances[instance.key]
+            elif not self._links.is_unlinking(instance):
+                self._meet(instance)
 
     def next_wake(self) -> float | None:
         """When there is something to try again, or the next instance may be idle for too long."""
-        wakes = [at for at, _ in self._links_again]
+        at_once = self._links.next_wake()
+        wakes = [at_once] if at_once is not None else []
         for instance in self._instances.values():
             if instance.state is InstanceState.READY:
                 wakes.append(instance.last_used + self._ttl_s)
-            elif instance.state is InstanceState.RESTING:
+            elif instance.state is InstanceState.RESTING and not self._links.is_unlinking(instance):
                 wakes.append(instance.again_at)
         return min(wakes, default=None)
 
@@ -279,7 +273,7 @@ class InstanceTable:
     def _greet(self, instance: Instance, rank: Rank) -> None:
         peer = instance.peers[rank] = Peer(rank)
         key = instance.key
-        timeout_s = self._within(self._handshake_timeout_s, instance)
+        timeout_s = instance.within(self._handshake_timeout_s)
         sent = self._client.describe_rank(
             key.endpoint, key.engine_id, key.incarnation, rank.pp_rank, rank.tp_rank, timeout_s
         )
@@ -294,7 +288,7 @@ class InstanceTable:
         mismatches = self._mismatches(instance, peer, geometry)
         if not mismatches:
             try:
-                peer.pairings = pair(self._ours, geometry)
+                peer.pairings = pair(self._ours, geometry, self._terms)
             except MismatchError as error:
                 mismatches.append(str(error))
         if mismatches:
@@ -345,18 +339,34 @@ class InstanceTable:
         self.broke(instance, f"{instance.key.endpoint} is not compatible: {'; '.join(mismatches)}", "handshake")
 
     def _link(self, linking: Linking) -> None:
-        timeout_ms = max(1, int(self._within(self._link_timeout_s, linking.instance) * 1000))
+        instance = linking.instance
+        if not self._links.is_room(sum(self.linked().values())):
+            if self._links.are_unlinking() or self._drop_idlest():
+                self._links.link_soon(linking)
+            else:
+                self.rest(instance, f"link with {instance.key.endpoint}: there are as many links as can be")
+            return
         try:
-            call = self._queue.submit_link(self._cluster(linking.geometry), timeout_ms, timeout_ms + _QUEUED_MS)
-        except _native.QueueFullError as error:
-            self.rest(linking.instance, f"link with {linking.instance.key.endpoint}: {error}")
-        else:
-            self._links[call] = linking
+            self._links.link(linking)
+        except _native.QueueFullError:
+            self._links.link_soon(linking)
 
-    @staticmethod
-    def _within(limit_s: float, instance: Instance) -> float:
-        """`limit_s`, or until just after the last deadline of those who wait: it is that which ends them."""
-        return min(limit_s, max(0.0, instance.wanted_until - time.monotonic()) + _AFTER_DEADLINE_S)
+    def _drop_idlest(self) -> bool:
+        """Makes room for a link; False if every instance that we are linked with is in use."""
+        busy = self._busy()
+        idle = [each for each in self._instances.values() if each.state is InstanceState.READY and each not in busy]
+        if not idle:
+            return False
+        idlest = min(idle, key=lambda each: each.last_used)
+        logger.info("unlinked from %s: another is to be linked, and there are as many as can be", idlest.key.endpoint)
+        self._links.unlink(idlest, force=False)
+        del self._instances[idlest.key]
+        return True
+
+    def _rest(self, instance: Instance, reason: str, pause_s: float) -> None:
+        self._links.unlink(instance, force=True)
+        instance.state, instance.reason = InstanceState.RESTING, reason
+        instance.again_at = time.monotonic() + pause_s
 
     def _settle(self, instance: Instance) -> None:
         """READY once every rank is known and linked, if together they have all that is ours."""
@@ -373,27 +383,3 @@ class InstanceTable:
         for other in list(self._instances.values()):
             if other.key.endpoint == instance.key.endpoint and other is not instance:
                 self.broke(other, f"{other.key.endpoint}: another instance lives there now", "handshake")
-
-    def _unlink(self, instance: Instance) -> None:
-        """The links must be gone before the next ones to the same clusters are made."""
-        linking = {id(each.peer) for each in self._links.values()}
-        for peer, geometry in instance.givers:
-            if peer.linked or id(peer) in linking:
-                with contextlib.suppress(_native.QueueFullError):
-                    self._queue.submit_unlink(self._cluster(geometry), _UNLINK_TIMEOUT_MS, _QUEUED_MS, True)
-            peer.linked = False
-
-    def _log_link(self, instance: Instance, peer: Peer) -> None:
-        report = self._link_report(peer.geometry.cluster_id) if peer.geometry is not None else None
-        how = report.transport if report is not None else "?"
-        why = f" ({report.transport_reason})" if report is not None and report.transport_reason else ""
-        milliseconds = (time.monotonic() - instance.met_at) * 1000
-        rank = f"rank (pp {peer.rank.pp_rank}, tp {peer.rank.tp_rank}) of {instance.key.endpoint}"
-        logger.info("linked with %s by %s%s in %.0f ms", rank, how, why, milliseconds)
-
-    def _cluster(self, geometry: RankGeometry) -> _native.ClusterInfo:
-        return _native.ClusterInfo(
-            remote_cluster_id=geometry.cluster_id,
-            remote_ip_infos=[(geometry.host, geometry.port)],
-            local_ip_infos=[(self._ours.host, 0)],
-        )

@@ -1,12 +1,13 @@
 """Transfers: the pulls of this rank that are under way, and what they ended in.
 
-    WAITING (for its instance) ──> PULLING ──all calls succeeded──> CONFIRMING ──held──> done
-        │         ▲                   │ │                              │
-        │         └─── link fault ────┘ │                              │
-        └───────────────────────────────┴── failure, cancel, deadline ─┴──> failed or cancelled
+    WAITING ─> FENCED ─> PULLING ──all calls succeeded──> CONFIRMING ──held──> done
+        │  ▲     │         │ │                              │
+        │  └─────┼── fault ┘ │                              │
+        └────────┴───────────┴── failure, cancel, deadline ─┴──> failed or cancelled
 
-A transfer ends, or begins anew, only when no call of it is queued or running: from then on nothing writes into its
-blocks. What a call that failed has written there is written again; nobody reads it before all is confirmed.
+It waits for its instance, and then for the device to have done what may still write into its blocks. A transfer ends,
+or begins anew, only when nothing writes there any more: no call of it is queued or running, and where a call that
+failed may go on writing, the links over which it ran are gone. Nobody reads what it wrote before all is confirmed.
 """
 
 from __future__ import annotations
@@ -14,28 +15,21 @@ from __future__ import annotations
 import enum
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+from vllm_datadist_connector.labels import Failure, Transport
 from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.protocol.handshake import RankGeometry
+from vllm_datadist_connector.worker.device import PASSED, Fence
 from vllm_datadist_connector.worker.instances import Instance
-from vllm_datadist_connector.worker.plan import NULL_BLOCK
-
-
-class Failure(enum.Enum):
-    """Why a pull failed; the values are labels of a metric."""
-
-    HANDSHAKE = "handshake"
-    LINK = "link"
-    PLAN = "plan"
-    TRANSFER = "transfer"
-    DEADLINE = "deadline"
-    LEASE = "lease"
-    INTERNAL = "internal"
+from vllm_datadist_connector.worker.plan import NULL_BLOCK, BlockPull
 
 
 class Phase(enum.Enum):
     WAITING = enum.auto()
+    FENCED = enum.auto()
     PULLING = enum.auto()
     CONFIRMING = enum.auto()
 
@@ -44,11 +38,16 @@ class Phase(enum.Enum):
 class Transfer:
     job: PullJob
     instance: Instance
+    fence: Fence
     accepted_at: float
     deadline: float
     phase: Phase = Phase.WAITING
-    calls: set[int] = field(default_factory=set)
-    """Native calls, or copies, that are queued or running."""
+    unsubmitted: deque[tuple[RankGeometry, BlockPull]] = field(default_factory=deque)
+    """Calls that the queue has had no room for yet, and whom each is from."""
+    calls: dict[int, int] = field(default_factory=dict)
+    """Native calls, or copies, that are queued or running, each with the cluster that it pulls from."""
+    writers: set[int] = field(default_factory=set)
+    """Clusters over whose links a call that failed may still write into the blocks."""
     meeting: int = 0
     """The meeting of its instance whose links the calls use."""
     interrupted: bool = False
@@ -57,7 +56,10 @@ class Transfer:
     """Of links, in calls of its own."""
     failure: Failure | None = None
     cancelled: bool = False
+    told: bool = False
+    """An operator has been told that its blocks are kept back."""
     num_bytes: int = 0
+    transport: Transport = Transport.OTHER
     queued_s: float = 0.0
     run_s: float = 0.0
     """Of the slowest call: they run beside or after one another."""
@@ -68,8 +70,21 @@ class Transfer:
         return self.cancelled or self.failure is not None
 
     @property
+    def is_written(self) -> bool:
+        """Whether something may still write into the blocks."""
+        return bool(self.calls or self.writers)
+
+    @property
     def num_blocks(self) -> int:
         return sum(block != NULL_BLOCK for group in self.job.local_blocks for block in group)
+
+
+class TransferObserver(Protocol):
+    """Takes measurements; called on the driver thread."""
+
+    def pulled(self, transfer: Transfer, seconds: float) -> None: ...
+    def failed(self, reason: Failure) -> None: ...
+    def handshake(self, seconds: float) -> None: ...
 
 
 class FinishedPulls(NamedTuple):
@@ -116,23 +131,22 @@ class TransferTable:
     def __len__(self) -> int:
         return len(self._by_request)
 
-    def add(self, job: PullJob, instance: Instance, deadline: float) -> Transfer:
-        transfer = Transfer(job, instance, accepted_at=time.monotonic(), deadline=deadline)
+    def add(self, job: PullJob, instance: Instance, deadline: float, fence: Fence = PASSED) -> Transfer:
+        transfer = Transfer(job, instance, fence, accepted_at=time.monotonic(), deadline=deadline)
         self._by_request[job.request_id] = transfer
         return transfer
 
     def get(self, request_id: str) -> Transfer | None:
         return self._by_request.get(request_id)
 
-    def add_call(self, transfer: Transfer, call_id: int) -> None:
-        transfer.calls.add(call_id)
+    def add_call(self, transfer: Transfer, call_id: int, cluster_id: int = 0) -> None:
+        transfer.calls[call_id] = cluster_id
         self._by_call[call_id] = transfer
 
-    def take_call(self, call_id: int) -> Transfer | None:
+    def take_call(self, call_id: int) -> tuple[Transfer, int] | None:
+        """A call that has come back: its transfer, and the cluster that it pulled from."""
         transfer = self._by_call.pop(call_id, None)
-        if transfer is not None:
-            transfer.calls.discard(call_id)
-        return transfer
+        return (transfer, transfer.calls.pop(call_id)) if transfer is not None else None
 
     def add_confirm(self, transfer: Transfer, confirm_id: int) -> None:
         self._by_confirm[confirm_id] = transfer
@@ -149,6 +163,20 @@ class TransferTable:
 
     def pulling_from(self, instance: Instance) -> list[Transfer]:
         return [t for t in self._by_request.values() if t.instance is instance and t.phase is Phase.PULLING]
+
+    def fenced(self) -> list[Transfer]:
+        return [t for t in self._by_request.values() if t.phase is Phase.FENCED and not t.is_over]
+
+    def written_over(self, cluster_id: int) -> list[Transfer]:
+        """Those into whose blocks a failed call over a link with that cluster may still write."""
+        return [t for t in self._by_request.values() if cluster_id in t.writers]
+
+    def quarantined(self) -> list[Transfer]:
+        """Those that are over, with blocks that cannot be handed back yet."""
+        return [t for t in self._by_request.values() if t.is_over and t.writers]
+
+    def unsubmitted(self) -> list[Transfer]:
+        return [t for t in self._by_request.values() if t.unsubmitted]
 
     def instances(self) -> set[Instance]:
         """Those that some transfer needs."""

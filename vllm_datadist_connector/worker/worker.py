@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import secrets
 import threading
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,18 +14,19 @@ from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.metadata import StepMetadata
 from vllm_datadist_connector.metrics import DataDistStats, WorkerMeter
 from vllm_datadist_connector.protocol.contract import LayoutContract
-from vllm_datadist_connector.protocol.handshake import MAX_BYTES, RankGeometry
+from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
-from vllm_datadist_connector.worker.caches import RegisteredCaches, check
+from vllm_datadist_connector.worker.caches import DEVICE, HOST, RegisteredCaches, check
+from vllm_datadist_connector.worker.device import Device, HostDevice, device_of
 from vllm_datadist_connector.worker.driver import PullDriver
 from vllm_datadist_connector.worker.huge_pages import log_when_done
-from vllm_datadist_connector.worker.kv_layout import KVCaches, describe_caches
+from vllm_datadist_connector.worker.kv_layout import MAX_TENSORS_PER_CACHE, KVCaches, describe_caches, find_memory
 from vllm_datadist_connector.worker.kv_spec import LayerKV
+from vllm_datadist_connector.worker.options import LISTEN, make_options
+from vllm_datadist_connector.worker.registrations import plan_registrations
 from vllm_datadist_connector.worker.transfers import FinishedPulls
 
 logger = logging.getLogger(__name__)
-
-_ROLE_PROMPT, _ROLE_DECODER, _ROLE_MIX = 1, 2, 3
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +47,7 @@ class ConnectorWorker:
     def __init__(
         self,
         config: ConnectorConfig,
+        datadist: _native.LlmDataDist,
         contract: LayoutContract,
         place: RankPlace,
         layers: Mapping[str, LayerKV],
@@ -56,6 +57,7 @@ class ConnectorWorker:
     ) -> None:
         """
         Args:
+            datadist: made, not initialized.
             layers: what each layer's KV cache holds.
             block_sizes: tokens per block of each KV cache group; 0 for a group of states.
         """
@@ -66,10 +68,9 @@ class ConnectorWorker:
         self._block_sizes = block_sizes
         self._is_producer = is_producer
         self._is_consumer = is_consumer
-        self._cluster_id = secrets.randbits(62) + 1
-        role = _ROLE_MIX if is_producer and is_consumer else _ROLE_PROMPT if is_producer else _ROLE_DECODER
-        self._datadist = _native.LlmDataDist(self._cluster_id, role, config.provider)
-        self._meter = WorkerMeter(source=f"pp{place.pp_rank}tp{place.tp_rank}")
+        self._datadist = datadist
+        self._meter = WorkerMeter(f"pp{place.pp_rank}tp{place.tp_rank}")
+        self._device: Device = HostDevice()
         self._driver: PullDriver | None = None
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
@@ -84,38 +85,51 @@ class ConnectorWorker:
             LayoutError: a tensor cannot be moved block by block.
             EngineError: the engine refused.
         """
-        specs = describe_caches(kv_caches, self._layers, num_blocks)
-        check(self._datadist.initialize(self._options()), "Initialize")
-        caches = RegisteredCaches(self._datadist, specs)
+        can = self._datadist.capabilities
+        max_tensors = min(can.max_addrs_per_cache or MAX_TENSORS_PER_CACHE, MAX_TENSORS_PER_CACHE)
+        memory = find_memory(kv_caches, self._layers, can.host_memory, can.device_memory)
+        specs = describe_caches(kv_caches, self._layers, num_blocks, max_tensors)
+        plan = plan_registrations(specs, can.max_regions)
+        options = make_options(self._config, can, self._is_producer, self._place.index, memory.device)
+        check(self._datadist.initialize(options), "Initialize")
+        check(self._datadist.enter_thread(), "entering vLLM's thread")
+        placement = HOST if memory.is_host and can.device_memory else DEVICE
+        caches = RegisteredCaches(self._datadist, specs, plan, placement, memory.is_host)
+        self._device = device_of(memory.kind)
         layouts = caches.layouts()
-        port = 0
-        if self._is_producer:
-            status, port = self._datadist.listen_port()
-            check(status, "listening")
+        port = self._listen_port() if LISTEN in options else 0
         self._geometry = RankGeometry(
             tp_rank=self._place.tp_rank,
             pp_rank=self._place.pp_rank,
             tp_size=self._place.tp_size,
             pp_size=self._place.pp_size,
-            cluster_id=self._cluster_id,
+            cluster_id=self._datadist.cluster_id,
             host=self._config.host,
             port=port,
             contract=self._contract,
             block_sizes=self._block_sizes,
             caches=layouts,
         )
-        if self._config.huge_pages:
+        if self._config.huge_pages and self._datadist.capabilities.engine_options:
             self._huge_pages = log_when_done(self._datadist)
         if self._is_consumer:
-            self._driver = PullDriver(self._datadist, self._geometry, caches, self._config, self._meter)
+            capabilities = self._datadist.capabilities
+            self._driver = PullDriver(self._datadist, self._geometry, caches, self._config, self._meter, capabilities)
         logger.info(
             "registered %d tensors in %d KV caches of %d blocks, cluster %d%s",
             sum(len(layout.layers) for layout in layouts),
             len(layouts),
             num_blocks,
-            self._cluster_id,
+            self._datadist.cluster_id,
             f", listening on {Endpoint(self._config.host, port)}" if port else "",
         )
+
+    def _listen_port(self) -> int:
+        if not self._datadist.capabilities.reports_port:
+            return self._config.engine_port + self._place.index
+        status, port = self._datadist.listen_port()
+        check(status, "listening")
+        return port
 
     def handshake(self) -> bytes | None:
         """This rank's RankGeometry in msgpack, for the side channel of its scheduler; None before registration."""
@@ -130,8 +144,10 @@ class ConnectorWorker:
         self._scheduler_has_stats = step.has_stats
         if self._driver is None:
             return
-        for job in step.pulls:
-            self._driver.submit(job)
+        if step.pulls:
+            fence = self._device.fence()
+            for job in step.pulls:
+                self._driver.submit(job, fence)
         for request_id in step.cancels:
             self._driver.cancel(request_id)
 
@@ -143,7 +159,7 @@ class ConnectorWorker:
     def take_received(self) -> FinishedPulls:
         if self._driver is None:
             return FinishedPulls(set(), set(), set())
-        self._meter.linked_peers(self._driver.linked_peers())
+        self._meter.state(self._driver.linked_peers(), self._driver.quarantined_blocks())
         return self._driver.take_finished()
 
     def take_stats(self) -> DataDistStats | None:
@@ -158,26 +174,3 @@ class ConnectorWorker:
         if self._huge_pages is not None:
             self._huge_pages.join()
             self._huge_pages = None
-
-    def _options(self) -> dict[str, str]:
-        config = self._config
-        options = {
-            "llm.DeviceId": "0",
-            "llm.SyncKvCacheWaitTime": str(int(config.pull_timeout_s * 1000)),
-            "datadist.Transport": config.transport,
-            "datadist.TransferThreads": str(config.transfer_threads),
-            "datadist.TcpStreams": str(config.tcp_streams),
-            "datadist.HugePages": str(int(config.huge_pages)),
-            # Blocks are pulled: nobody writes into anybody's KV cache, and nobody reads that of a D.
-            "datadist.PeerAccess": "read" if self._is_producer else "none",
-            "datadist.Verify": config.verify,
-            # Said in any case: what the environment says was taken into the configuration.
-            "datadist.AuthKeyFile": config.auth,
-            "datadist.Insecure": str(int(config.insecure)),
-            # vLLM sized its KV cache already, and each view of it counts anew: the documented limit would only refuse.
-            "datadist.MaxDeviceBytes": str(MAX_BYTES),
-        }
-        if self._is_producer:
-            port = config.engine_port + self._place.index if config.engine_port else 0
-            options["llm.ListenIpInfo"] = str(Endpoint(config.host, port))
-        return options

@@ -33,6 +33,11 @@ void ChannelDial::EndOnLoop(const Status &why) {
   done(why);  // may destroy this
 }
 
+void ChannelDial::OnEndedOnLoop(CloseCause cause, const Status &why) {
+  cut_ = cause == CloseCause::kByPeer;
+  EndOnLoop(why);
+}
+
 void ChannelDial::TryOnLoop() {
   LocalStep step = TryLocal(address_);
   if (step.full) {

@@ -31,10 +31,12 @@ class ChannelDial : public FrameConnection::Handler {
   ChannelDial &operator=(const ChannelDial &) = delete;
 
   void StartOnLoop();
+  // Whether the connection was made and ended before it was greeted: the next one may live.
+  bool was_cut() const { return cut_; }
 
   TypeSet LegalOnLoop() const override;
   Status OnFrameOnLoop(const Frame &frame) override;
-  void OnEndedOnLoop(CloseCause, const Status &why) override { EndOnLoop(why); }
+  void OnEndedOnLoop(CloseCause cause, const Status &why) override;
 
  private:
   void TryOnLoop();
@@ -58,6 +60,7 @@ class ChannelDial : public FrameConnection::Handler {
   uint64_t watch_ = 0;
   std::optional<ClientOpening> opening_;
   bool opened_ = false;
+  bool cut_ = false;
   std::shared_ptr<FrameConnection> connection_;
 };
 

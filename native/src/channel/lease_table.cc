@@ -34,6 +34,7 @@ Result<LeaseTable::Ticket> LeaseTable::Grant(std::string request_id, const Lease
                   Lease{std::move(request_id), ticket.generation, content, num_blocks, durations.renewed, now,
                         now + durations.claim, now + std::max(durations.renewed, limit_)});
   held_blocks_ += num_blocks;
+  grants_.emplace(ticket.generation, now);
   next_expiry_ = std::min(next_expiry_, now + durations.claim);
   return ticket;
 }
@@ -45,6 +46,11 @@ LeaseVerdict LeaseTable::Confirm(const LeaseToken &token, uint64_t generation, c
   const LeaseVerdict verdict = VerdictLocked(token, generation, content);
   if (verdict != LeaseVerdict::kHeld) {
     ++refused_[static_cast<size_t>(verdict)];
+    return verdict;
+  }
+  if (Lease &lease = leases_.find(token)->second; !std::exchange(lease.served, true)) {
+    ++served_.leases;
+    served_.blocks += lease.num_blocks;
   }
   return verdict;
 }
@@ -145,9 +151,20 @@ std::array<uint64_t, kLeaseVerdicts> LeaseTable::TakeRefused() {
   return std::exchange(refused_, {});
 }
 
-LeaseTable::Held LeaseTable::held() const {
+LeaseTable::Amount LeaseTable::TakeServed() {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return std::exchange(served_, {});
+}
+
+LeaseTable::Amount LeaseTable::held() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return {leases_.size(), held_blocks_};
+}
+
+LeaseTable::Clock::duration LeaseTable::OldestAge() const {
+  const Clock::time_point now = now_();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return grants_.empty() ? Clock::duration::zero() : now - grants_.begin()->second;
 }
 
 void LeaseTable::ExpireLocked(Clock::time_point now) {
@@ -167,6 +184,7 @@ void LeaseTable::ExpireLocked(Clock::time_point now) {
 
 LeaseTable::Leases::iterator LeaseTable::EndLocked(Leases::iterator lease, End why) {
   held_blocks_ -= lease->second.num_blocks;
+  grants_.erase(lease->second.generation);
   ended_.push_back({std::move(lease->second.request_id), why});
   return leases_.erase(lease);
 }

@@ -65,7 +65,7 @@ class LeaseTable {
     kIdle,       // those that no D says it is pulling right now
     kAll,
   };
-  struct Held {
+  struct Amount {
     size_t leases = 0;
     uint64_t blocks = 0;
   };
@@ -93,7 +93,11 @@ class LeaseTable {
   std::vector<Ended> TakeEnded();
   // How many confirmations were refused since the last call, by verdict.
   std::array<uint64_t, kLeaseVerdicts> TakeRefused();
-  Held held() const;
+  // Leases that a D has read and had confirmed since the last call, each once however many of its ranks confirm it.
+  Amount TakeServed();
+  Amount held() const;
+  // Since the first grant that is still held; 0 without one.
+  Clock::duration OldestAge() const;
 
  private:
   struct Lease {
@@ -107,6 +111,7 @@ class LeaseTable {
     Clock::time_point limit;
     bool claimed = false;
     bool pulling = false;
+    bool served = false;
   };
   using Leases = std::map<LeaseToken, Lease>;
   LeaseVerdict VerdictLocked(const LeaseToken &token, uint64_t generation, const LeaseContent &content) const;
@@ -121,10 +126,13 @@ class LeaseTable {
   Leases leases_;
   uint64_t last_generation_ = 0;
   uint64_t held_blocks_ = 0;
+  // By generation, which is their order: OldestAge is asked in every step of a model.
+  std::map<uint64_t, Clock::time_point> grants_;
   // No lease expires before it; a lower bound, because TakeEnded is called in every step of a model.
   Clock::time_point next_expiry_ = Clock::time_point::max();
   std::vector<Ended> ended_;
   std::array<uint64_t, kLeaseVerdicts> refused_{};
+  Amount served_;
 };
 
 }  // namespace datadist

@@ -9,6 +9,16 @@ namespace {
 using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_TIMEOUT;
 
+// Short enough for a passing fault, and no load for a server that ends whatever comes.
+constexpr std::chrono::milliseconds kFirstPause{50};
+constexpr std::chrono::milliseconds kLongestPause{1000};
+
+// Until a server is dialled again that has ended so many connections in a row.
+std::chrono::milliseconds PauseAfter(uint32_t cuts) {
+  return cuts <= 1 ? std::chrono::milliseconds::zero()
+                   : std::min(kLongestPause, kFirstPause * (1U << std::min(cuts - 2, 10U)));
+}
+
 template <typename Message>
 Result<ChannelAnswer> Decoded(uint64_t id, const Frame &frame) {
   Result<Message> message = Decode<Message>(frame.body);
@@ -37,6 +47,7 @@ RemoteServer::RemoteServer(Setup setup, Owner &owner)
 
 RemoteServer::~RemoteServer() {
   setup_.loop.StopTimerOnLoop(idle_timer_);
+  setup_.loop.StopTimerOnLoop(dial_timer_);
   if (connection_ != nullptr) {
     connection_->CloseOnLoop();
   }
@@ -59,7 +70,7 @@ void RemoteServer::WriteOnLoop(Pending pending) {
 }
 
 void RemoteServer::DialOnLoop() {
-  if (dial_ != nullptr) {
+  if (dial_ != nullptr || dial_timer_ != 0) {
     return;
   }
   dial_ = std::make_unique<ChannelDial>(setup_.loop, setup_.address, setup_.trust, setup_.content_version,
@@ -71,6 +82,10 @@ void RemoteServer::DialOnLoop() {
 
 void RemoteServer::OnDialledOnLoop(Result<std::shared_ptr<FrameConnection>> dialled) {
   const std::unique_ptr<ChannelDial> ended = std::move(dial_);
+  if (ended->was_cut()) {
+    OnCutOnLoop(dialled.status());
+    return;
+  }
   if (!dialled.ok()) {
     FailOnLoop({name_ + " does not let us connect: " + dialled.status().text(),
                 dialled.status().code() == LLM_TIMEOUT});
@@ -91,8 +106,19 @@ void RemoteServer::FailOnLoop(const NoAnswer &why) {
   owner_.OnUnusedOnLoop(name_);  // destroys this
 }
 
+void RemoteServer::OnCutOnLoop(const Status &why) {
+  ++cuts_;
+  last_cut_ = why.text();
+  dial_timer_ = setup_.loop.StartTimerOnLoop(EventLoop::Clock::now() + PauseAfter(cuts_), [this] {
+    dial_timer_ = 0;
+    DialOnLoop();
+  });
+}
+
 void RemoteServer::ExpireOnLoop(uint64_t id) {
-  owner_.OnAnswerOnLoop({id, NoAnswer{name_ + " did not answer in time", true}});
+  const std::string cuts =
+      cuts_ == 0 ? "" : "; connections that it ended: " + std::to_string(cuts_) + " (" + last_cut_ + ")";
+  owner_.OnAnswerOnLoop({id, NoAnswer{name_ + " did not answer in time" + cuts, true}});
   const auto is_it = [id](const Pending &pending) { return pending.request.id == id; };
   waiting_.erase(std::remove_if(waiting_.begin(), waiting_.end(), is_it), waiting_.end());
   for (auto &[seq, pending] : pending_) {
@@ -135,6 +161,7 @@ Status RemoteServer::OnFrameOnLoop(const Frame &frame) {
   }
   const bool given_up = it->second.given_up;
   pending_.erase(it);
+  cuts_ = 0;
   if (!given_up) {
     owner_.OnAnswerOnLoop(std::move(answer).value());
   }
@@ -151,16 +178,17 @@ void RemoteServer::OnEndedOnLoop(CloseCause cause, const Status &why) {
     if (pending.given_up) {
       continue;
     }
-    if (pending.sent_again || cause == CloseCause::kProtocol) {
+    if (cause == CloseCause::kProtocol) {
       owner_.OnAnswerOnLoop({pending.request.id, NoAnswer{name_ + ": " + why.text(), false}});
       continue;
     }
-    pending.sent_again = true;
-    WriteOnLoop(std::move(pending));
+    waiting_.push_back(std::move(pending));
   }
   if (!IsWaitedFor()) {
     owner_.OnUnusedOnLoop(name_);  // destroys this
+    return;
   }
+  OnCutOnLoop(why);
 }
 
 }  // namespace datadist

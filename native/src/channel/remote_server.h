@@ -58,13 +58,13 @@ class RemoteServer : public FrameConnection::Handler {
  private:
   struct Pending {
     OutgoingRequest request;
-    bool sent_again = false;
     bool given_up = false;  // nobody waits any more, and its answer may still come
   };
   void DialOnLoop();
   void OnDialledOnLoop(Result<std::shared_ptr<FrameConnection>> dialled);
   void WriteOnLoop(Pending pending);
   void FailOnLoop(const NoAnswer &why);
+  void OnCutOnLoop(const Status &why);
   bool IsWaitedFor() const;
   void RestOnLoop();
 
@@ -76,7 +76,10 @@ class RemoteServer : public FrameConnection::Handler {
   std::vector<Pending> waiting_;          // for the connection
   std::map<uint32_t, Pending> pending_;   // by seq on this connection
   uint32_t last_seq_ = 0;
+  uint32_t cuts_ = 0;     // connections that ended by themselves, one after another, with no answer in between
+  std::string last_cut_;  // why the last of them did
   uint64_t idle_timer_ = 0;
+  uint64_t dial_timer_ = 0;
 };
 
 }  // namespace datadist

@@ -156,6 +156,9 @@ Status FinishTcp(int fd, const SocketAddress &address) {
   if (::getsockopt(fd, SOL_SOCKET, SO_ERROR, &error, &size) != 0) {
     error = errno;
   }
+  if (error == ECONNRESET || error == EPIPE) {
+    return Status::Ok();  // it was made, and the other end has closed it since: whoever uses it is told so
+  }
   // The kernel's own limit ended the attempt: to the caller that is a timeout like any other.
   return error == 0 ? Status::Ok()
                     : Status(error == ETIMEDOUT ? LLM_TIMEOUT : LLM_LINK_FAILED, ConnectTo(address) + ErrnoText(error));

@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "engine/engine_holder.h"
+#include "memory/region_table.h"
 #include "provider/extension.h"
 
 namespace datadist {
@@ -66,6 +67,14 @@ class EngineProvider final : public Provider, public Extension {
       : api_(api), holder_(cluster_id, role, api) {}
 
   // ---- Provider ----
+
+  Capabilities capabilities() const override {
+    Capabilities host;
+    host.device_memory = false;
+    host.max_addrs_per_cache = kMaxTensorsPerCache;
+    return host;
+  }
+  Status EnterThread() override { return Status::Ok(); }
 
   Status Initialize(const Options &options) override { return Tell("Initialize", holder_.Start(ToAscend(options))); }
   void Finalize() override { [[maybe_unused]] const Status status = holder_.Stop(); }

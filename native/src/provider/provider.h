@@ -1,7 +1,7 @@
 // One endpoint of the LLM-DataDist API, whoever implements it: the seam between bindings and engines.
 //
 //   bindings, TransferQueue ──> Provider ──┬── engine.cc   our engine, linked in; it alone has the Extension
-//                                          └── others are found at run time and listed by ProviderNames()
+//                                          └── cann/       that of CANN, found at run time
 //
 // The members are those of llm_datadist::LlmDataDist with their semantics, plus what llm_datadist_ext.h adds. The reason
 // of a failure travels in the Status instead of a thread-local text, so that it survives a change of threads; a provider
@@ -9,7 +9,8 @@
 // translates, because that library's own strings and structs have another layout.
 //
 // Implementor's contract: calls may come from any thread; every call that can wait for a peer is bounded by its own
-// timeout; Finalize may be called again and before Initialize; no call throws.
+// timeout; Finalize may be called again and before Initialize, and beside running calls, which it ends or waits for; no
+// call throws.
 #ifndef DATADIST_PROVIDER_PROVIDER_H_
 #define DATADIST_PROVIDER_PROVIDER_H_
 
@@ -24,6 +25,7 @@
 #include "base/status.h"
 #include "llm_datadist/llm_datadist.h"
 #include "llm_datadist/llm_datadist_ext.h"
+#include "provider/capabilities.h"
 
 namespace datadist {
 
@@ -55,6 +57,11 @@ class Provider {
  public:
   virtual ~Provider() = default;
 
+  virtual Capabilities capabilities() const = 0;
+
+  // Once on each thread that will call, before it does: a provider may keep a device per thread.
+  virtual Status EnterThread() = 0;
+
   virtual Status Initialize(const Options &options) = 0;
   virtual void Finalize() = 0;
   virtual Status SetRole(llm_datadist::LlmRole role, const Options &options) = 0;
@@ -83,10 +90,10 @@ class Provider {
   virtual Extension *extension() { return nullptr; }
 };
 
-// Names that MakeProvider accepts in this process, preferred first.
+// Names that MakeProvider accepts in this process, preferred first: "engine", and "cann" where its library can be loaded.
 std::vector<std::string> ProviderNames();
 
-// LLM_PARAM_INVALID, naming what there is, for any other name.
+// LLM_PARAM_INVALID, naming what there is, for any other name. LLM_FAILED says why there is no "cann" here.
 Result<std::unique_ptr<Provider>> MakeProvider(const std::string &name, uint64_t cluster_id,
                                                llm_datadist::LlmRole role);
 

@@ -154,6 +154,7 @@ class TransferQueue::State {
 
  private:
   void WorkerLoop() {
+    const Status entered = provider_->EnterThread();
     std::unique_lock<std::mutex> lock(mutex_);
     for (;;) {
       work_.wait(lock, [this] { return closed_ || (lanes_.CanStart() && HasTurnLocked()); });
@@ -161,11 +162,11 @@ class TransferQueue::State {
       if (!op) {
         return;  // closed, and nothing can be added any more
       }
-      RunOne(std::move(*op), lock);
+      RunOne(std::move(*op), entered, lock);
     }
   }
 
-  void RunOne(WaitingOp op, std::unique_lock<std::mutex> &lock) {
+  void RunOne(WaitingOp op, const Status &entered, std::unique_lock<std::mutex> &lock) {
     const auto started = Clock::now();
     if (op.deadline <= started) {
       CompleteExpired(op);
@@ -178,7 +179,7 @@ class TransferQueue::State {
       if (auto *const pull = std::get_if<PullBlocksOp>(&op.operation)) {
         pull->transfer.time_left = std::chrono::ceil<std::chrono::milliseconds>(op.deadline - started);
       }
-      const Status status = RunOperation(*provider_, op.operation);
+      const Status status = entered.ok() ? RunOperation(*provider_, op.operation) : entered;
       const auto ended = Clock::now();
       op.operation = RefusedOp{};  // frees the block lists outside the lock
       lock.lock();

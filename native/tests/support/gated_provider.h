@@ -9,6 +9,8 @@
 #include <mutex>
 #include <set>
 #include <string>
+#include <thread>
+#include <utility>
 #include <vector>
 
 #include "provider/provider.h"
@@ -18,8 +20,15 @@ namespace datadist::testing {
 // Each transfer announces itself and then blocks until its gate opens. The first source block is the transfer's label.
 class GatedProvider : public Provider {
  public:
-  explicit GatedProvider(bool gated) : gated_(gated) {}
+  // `enter`: what each thread is told that enters.
+  explicit GatedProvider(bool gated, Status enter = Status::Ok()) : gated_(gated), enter_(std::move(enter)) {}
 
+  Capabilities capabilities() const override { return {}; }
+  Status EnterThread() override {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    entered_.insert(std::this_thread::get_id());
+    return enter_;
+  }
   Status Initialize(const Options &) override { return Status::Ok(); }
   void Finalize() override {}
   Status SetRole(llm_datadist::LlmRole, const Options &) override { return Status::Ok(); }
@@ -60,6 +69,10 @@ class GatedProvider : public Provider {
     const std::lock_guard<std::mutex> lock(mutex_);
     return order_;
   }
+  bool stranger_called() {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    return stranger_called_;
+  }
   bool lane_violated() {
     const std::lock_guard<std::mutex> lock(mutex_);
     return lane_violated_;
@@ -71,6 +84,7 @@ class GatedProvider : public Provider {
     const uint64_t cluster = transfer.remote.cluster_id;
     std::unique_lock<std::mutex> lock(mutex_);
     lane_violated_ |= ++running_[cluster] > 1;
+    stranger_called_ |= entered_.count(std::this_thread::get_id()) == 0;
     started_.insert(label);
     order_.push_back(label);
     changed_.notify_all();
@@ -80,6 +94,7 @@ class GatedProvider : public Provider {
   }
 
   const bool gated_;
+  const Status enter_;
   std::mutex mutex_;
   std::condition_variable changed_;
   std::set<uint64_t> started_;
@@ -87,6 +102,8 @@ class GatedProvider : public Provider {
   std::map<uint64_t, int> running_;
   std::vector<uint64_t> order_;
   bool lane_violated_ = false;
+  std::set<std::thread::id> entered_;
+  bool stranger_called_ = false;
 };
 
 }  // namespace datadist::testing
