@@ -51,6 +51,7 @@ class ProducerScheduler:
         claim_s: float = float("inf"),
     ) -> None:
         self._identity = identity
+        self._forgets = any(group.forgets for group in identity.groups)
         block_sizes = tuple(group.block_size for group in identity.groups)
         self._leases = Leases(identity.incarnation, block_sizes, limit_s, claim_s)
         self._ended: Counter[str] = Counter()
@@ -180,7 +181,7 @@ class ProducerScheduler:
         # The KV of the last token is computed when it is fed back, never if it ended the request.
         last = request.num_tokens - 1 if for_next_turn else request.num_prompt_tokens
         num_tokens = int(min(request.num_computed_tokens, last))
-        if any(group.forgets for group in self._identity.groups):
+        if self._forgets:
             # A state cannot be taken back to an earlier token, nor a window to blocks that it has left. A request that
             # stopped by itself may have been fed a token too many by a step that was under way.
             exact = request.num_computed_tokens == num_tokens
