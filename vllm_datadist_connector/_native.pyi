@@ -462,6 +462,16 @@ class EndedLease(NamedTuple):
     request_id: str
     why: str
     """released, expired, unclaimed (expired, and nobody ever renewed it) or revoked"""
+    asked_by: str
+    """Who renewed it last, as far as that is known: "process PID" or "host:port"; empty if nobody did."""
+
+class Refusal(NamedTuple):
+    """A confirmation that was refused."""
+
+    request_id: str
+    """Empty: of no lease that stands or has ended not long ago."""
+    asked_by: str
+    reason: str
 
 class ManualClock:
     """Stands still until somebody sets `now` (seconds): for tests, which cannot wait for leases to run out."""
@@ -492,14 +502,15 @@ class LeaseTable:
     ) -> tuple[str, int]:
         """Keeps a request's blocks for `claim_s`, and for `lease_s` from each renewal: (token, generation)."""
 
-    def confirm(self, token: str, generation: int, prompt_digest: str, blocks_digest: str) -> str:
+    def confirm(self, token: str, generation: int, prompt_digest: str, blocks_digest: str, by: str = "") -> str:
         """Empty if the lease stands, for this prompt and these blocks; otherwise why the read does not count."""
 
-    def renew(self, tokens: Sequence[str], pulling: bool = False) -> tuple[str, ...]:
+    def renew(self, tokens: Sequence[str], pulling: bool = False, by: str = "") -> tuple[str, ...]:
         """Extends leases by their duration from now, within their limit; returns the tokens that name none.
 
         Args:
             pulling: their D reads the blocks right now.
+            by: who asks, for those who look for him.
         """
 
     def release(self, tokens: Sequence[str]) -> None: ...
@@ -516,8 +527,8 @@ class LeaseTable:
     def take_ended(self) -> list[EndedLease]:
         """Leases that ended since the last call, each once."""
 
-    def take_refused(self) -> dict[str, int]:
-        """Confirmations that were refused since the last call, by reason."""
+    def take_refused(self) -> tuple[int, list[Refusal]]:
+        """Confirmations that were refused since the last call: how many, and the first of them."""
 
     def take_served(self) -> tuple[int, int]:
         """(leases, their blocks) that were confirmed since the last call, each lease once however often."""

@@ -73,28 +73,29 @@ LeaseTable::Revocable ToRevocable(const std::string &which) {
 py::list TakeEnded(LeaseTable &self, const py::object &ended_type) {
   py::list ended;
   for (const LeaseTable::Ended &lease : self.TakeEnded()) {
-    ended.append(ended_type(FromBytes(lease.request_id), NameOf(lease.why)));
+    ended.append(ended_type(FromBytes(lease.request_id), NameOf(lease.why), FromBytes(lease.asked_by)));
   }
   return ended;
 }
 
 py::tuple ToTuple(const LeaseTable::Amount &amount) { return py::make_tuple(amount.leases, amount.blocks); }
 
-py::dict TakeRefused(LeaseTable &self) {
-  py::dict refused;
-  const auto counts = self.TakeRefused();
-  for (size_t i = 0; i < counts.size(); ++i) {
-    if (counts[i] > 0) {
-      refused[ReasonOf(static_cast<LeaseVerdict>(i))] = counts[i];
-    }
+py::tuple TakeRefused(LeaseTable &self, const py::object &refusal_type) {
+  const LeaseTable::Refused refused = self.TakeRefused();
+  py::list first;
+  for (const LeaseTable::Refusal &each : refused.first) {
+    first.append(refusal_type(FromBytes(each.request_id), FromBytes(each.asked_by), ReasonOf(each.verdict)));
   }
-  return refused;
+  return py::make_tuple(refused.count, first);
 }
 
 }  // namespace
 
 void RegisterLeases(py::module_ &module) {
-  const py::object ended = DefineNamedTuple(module, "EndedLease", {{"request_id", "str"}, {"why", "str"}});
+  const py::object ended =
+      DefineNamedTuple(module, "EndedLease", {{"request_id", "str"}, {"why", "str"}, {"asked_by", "str"}});
+  const py::object refusal =
+      DefineNamedTuple(module, "Refusal", {{"request_id", "str"}, {"asked_by", "str"}, {"reason", "str"}});
   py::class_<ManualClock, std::shared_ptr<ManualClock>>(module, "ManualClock")
       .def(py::init())
       .def_property("now", &ManualClock::now, &ManualClock::set_now);
@@ -105,16 +106,17 @@ void RegisterLeases(py::module_ &module) {
       .def(
           "confirm",
           [](LeaseTable &self, const std::string &token, uint64_t generation, const std::string &prompt,
-             const std::string &blocks) {
-            return ReasonOf(self.Confirm(FromHex(token), generation, {FromHex(prompt), FromHex(blocks)}));
+             const std::string &blocks, const std::string &by) {
+            return ReasonOf(self.Confirm(FromHex(token), generation, {FromHex(prompt), FromHex(blocks)}, by));
           },
-          py::arg("token"), py::arg("generation"), py::arg("prompt_digest"), py::arg("blocks_digest"))
+          py::arg("token"), py::arg("generation"), py::arg("prompt_digest"), py::arg("blocks_digest"),
+          py::arg("by") = "")
       .def(
           "renew",
-          [](LeaseTable &self, const std::vector<std::string> &tokens, bool pulling) {
-            return FromTokens(self.Renew(ToTokens(tokens), pulling));
+          [](LeaseTable &self, const std::vector<std::string> &tokens, bool pulling, const std::string &by) {
+            return FromTokens(self.Renew(ToTokens(tokens), pulling, by));
           },
-          py::arg("tokens"), py::arg("pulling") = false)
+          py::arg("tokens"), py::arg("pulling") = false, py::arg("by") = "")
       .def(
           "release",
           [](LeaseTable &self, const std::vector<std::string> &tokens) { self.Release(ToTokens(tokens)); },
@@ -129,7 +131,7 @@ void RegisterLeases(py::module_ &module) {
           "revoke_idle", [](LeaseTable &self, const std::string &token) { return self.RevokeIdle(FromHex(token)); },
           py::arg("token"))
       .def("take_ended", [ended](LeaseTable &self) { return TakeEnded(self, ended); })
-      .def("take_refused", &TakeRefused)
+      .def("take_refused", [refusal](LeaseTable &self) { return TakeRefused(self, refusal); })
       .def("take_served", [](LeaseTable &self) { return ToTuple(self.TakeServed()); })
       .def("held", [](const LeaseTable &self) { return ToTuple(self.held()); })
       .def("oldest_s", [](const LeaseTable &self) {

@@ -122,7 +122,7 @@ TEST_F(CannProvider, ListensOnIpv4Only) {
   ProviderNode node("cann", kA);
   const Status status = node.provider().Initialize(ClientOptions({{OPTION_LISTEN_IP_INFO, "[::1]:0"}}));
   EXPECT_EQ(status.code(), LLM_PARAM_INVALID);
-  EXPECT_THAT(status.text(), AllOf(HasSubstr("[::1]:0"), HasSubstr("IPv4")));
+  EXPECT_THAT(status.text(), AllOf(StartsWith("Initialize: "), HasSubstr("[::1]:0"), HasSubstr("IPv4")));
   Start(node, ClientOptions());
   ClusterInfo cluster = Cluster(kB, 1);
   cluster.remote_ip_infos[0].ip = "::1";
@@ -229,6 +229,23 @@ TEST_F(TwoCannProviders, LinksAreLimited) {
   EXPECT_TRUE(third.Link(*b_).ok());
 }
 
+// Whoever died, or unlinked by force, told nobody.
+TEST_F(TwoCannProviders, HalfALinkCountsUntilItIsUnlinkedHere) {
+  Rule("MAX_LINKS", "1");
+  Make();
+  EXPECT_FALSE(b_->provider().capabilities().peer_drops_half);
+  ASSERT_TRUE(a_->Unlink(*b_, true).ok());
+  ProviderNode third("cann", 3);
+  Start(third, ClientOptions());
+  EXPECT_EQ(third.Link(*b_).code(), LLM_LINK_FAILED);
+  EXPECT_TRUE(a_->Link(*b_).ok()) << "its own place";
+  a_->provider().Finalize();
+  EXPECT_EQ(third.Link(*b_).code(), LLM_LINK_FAILED);
+  std::vector<llm_datadist::Status> rets;
+  ASSERT_TRUE(b_->provider().Unlink({Cluster(kA, 0)}, rets, 1000, true).ok());
+  EXPECT_TRUE(third.Link(*b_).ok());
+}
+
 // Our engine would say LLM_PROCESSING_LINK; CANN's library waits for an answer that does not come.
 TEST_F(CannProvider, CrossingLinksEndWithTheirTimeOut) {
   ProviderNode node("cann", kA);
@@ -304,11 +321,11 @@ TEST_F(TwoCannProviders, AFailedPullWritesUntilItsLinkIsUnlinked) {
 TEST(CannStatus, EveryCodeSaysWhatToDo) {
   using cann::CallKind;
   const auto text = [](CallKind kind, cann::Code code) {
-    return cann::Explain("Call", kind, code, "cluster 7").text();
+    return cann::Explain(kind, code, "cluster 7").text();
   };
-  EXPECT_TRUE(cann::Explain("Call", CallKind::kLink, LLM_SUCCESS).ok());
+  EXPECT_TRUE(cann::Explain(CallKind::kLink, LLM_SUCCESS).ok());
   EXPECT_THAT(text(CallKind::kTransfer, LLM_TIMEOUT),
-              AllOf(StartsWith("Call: cluster 7: CANN answered LLM_TIMEOUT (0x5010B01A): "),
+              AllOf(StartsWith("cluster 7: CANN answered LLM_TIMEOUT (0x5010B01A): "),
                     HasSubstr("HCCL_RDMA_TIMEOUT")));
   EXPECT_THAT(text(CallKind::kLink, LLM_TIMEOUT), HasSubstr("HCCL_CONNECT_TIMEOUT"));
   EXPECT_THAT(text(CallKind::kLink, LLM_LINK_FAILED), AllOf(HasSubstr("hccn_tool"), HasSubstr("/etc/hccn.conf")));
@@ -316,7 +333,7 @@ TEST(CannStatus, EveryCodeSaysWhatToDo) {
   EXPECT_THAT(text(CallKind::kOther, LLM_FEATURE_NOT_ENABLED), HasSubstr("V1"));
   EXPECT_THAT(text(CallKind::kTransfer, 507057), HasSubstr("ACL_ERROR_RT_SUSPECT_REMOTE_ERROR"));
   EXPECT_THAT(text(CallKind::kTransfer, LLM_FAILED), HasSubstr("CANN's log"));
-  EXPECT_EQ(cann::Explain("Call", CallKind::kTransfer, 507053).code(), 507053U) << "codes stay as they are";
+  EXPECT_EQ(cann::Explain(CallKind::kTransfer, 507053).code(), 507053U) << "codes stay as they are";
 }
 
 }  // namespace

@@ -28,11 +28,11 @@ TEST(LeaseTable, RacingThreadsEndEachLeaseOnce) {
   for (int i = 0; i < 4; ++i) {
     threads.emplace_back([&] {
       for (const LeaseTable::Ticket &ticket : tickets) {
-        (void)table.Renew({ticket.token}, false);
+        (void)table.Renew({ticket.token}, false, "d");
         (void)table.held();
         (void)table.Revoke(LeaseTable::Revocable::kAll, std::chrono::seconds(0), 1);
         table.Release({ticket.token});
-        EXPECT_EQ(table.Confirm(ticket.token, ticket.generation, kContent), LeaseVerdict::kGone);
+        EXPECT_EQ(table.Confirm(ticket.token, ticket.generation, kContent, "d"), LeaseVerdict::kGone);
       }
       --running;
     });
@@ -51,7 +51,7 @@ TEST(LeaseTable, RacingThreadsEndEachLeaseOnce) {
   }
   EXPECT_EQ(ended.size(), kLeases);
   EXPECT_EQ(std::set<std::string>(ended.begin(), ended.end()).size(), kLeases);
-  EXPECT_EQ(table.TakeRefused()[static_cast<size_t>(LeaseVerdict::kGone)], 4 * kLeases);
+  EXPECT_EQ(table.TakeRefused().count, 4 * kLeases);
   EXPECT_EQ(table.held().leases, 0U);
   EXPECT_EQ(table.held().blocks, 0U);
 }
@@ -69,18 +69,18 @@ TEST(LeaseTable, RevokesTheOldestThatNobodyReads) {
   const auto waited_for = Grant(table, "waited for");
   const auto first = Grant(table, "first");
   const auto last = Grant(table, "last");
-  EXPECT_TRUE(table.Renew({pulled.token}, true).empty());
-  EXPECT_TRUE(table.Renew({waited_for.token}, false).empty());
+  EXPECT_TRUE(table.Renew({pulled.token}, true, "d").empty());
+  EXPECT_TRUE(table.Renew({waited_for.token}, false, "d").empty());
   EXPECT_EQ(table.Revoke(Revocable::kUnclaimed, std::chrono::minutes(1), 9), 0U);
   EXPECT_EQ(table.Revoke(Revocable::kUnclaimed, any_age, 1), 1U);
-  EXPECT_EQ(table.Confirm(first.token, first.generation, kContent), LeaseVerdict::kGone);
-  EXPECT_EQ(table.Confirm(last.token, last.generation, kContent), LeaseVerdict::kHeld);
+  EXPECT_EQ(table.Confirm(first.token, first.generation, kContent, "d"), LeaseVerdict::kGone);
+  EXPECT_EQ(table.Confirm(last.token, last.generation, kContent, "d"), LeaseVerdict::kHeld);
   EXPECT_EQ(table.Revoke(Revocable::kUnclaimed, any_age, 9), 1U);
   EXPECT_FALSE(table.RevokeIdle(pulled.token));
   EXPECT_EQ(table.Revoke(Revocable::kIdle, any_age, 9), 1U);
-  EXPECT_EQ(table.Confirm(waited_for.token, waited_for.generation, kContent), LeaseVerdict::kGone);
+  EXPECT_EQ(table.Confirm(waited_for.token, waited_for.generation, kContent, "d"), LeaseVerdict::kGone);
   EXPECT_EQ(table.held().leases, 1U);
-  EXPECT_TRUE(table.Renew({pulled.token}, false).empty());
+  EXPECT_TRUE(table.Renew({pulled.token}, false, "d").empty());
   EXPECT_TRUE(table.RevokeIdle(pulled.token));
   for (const LeaseTable::Ended &lease : table.TakeEnded()) {
     EXPECT_EQ(lease.why, LeaseTable::End::kRevoked);
@@ -94,13 +94,13 @@ TEST(LeaseTable, IsServedOnce) {
   const auto served = table.Grant("served", kContent, 3, kLasting).value();
   const auto left = table.Grant("left", kContent, 5, kLasting).value();
   for (int rank = 0; rank < 2; ++rank) {
-    EXPECT_EQ(table.Confirm(served.token, served.generation, kContent), LeaseVerdict::kHeld);
+    EXPECT_EQ(table.Confirm(served.token, served.generation, kContent, "d"), LeaseVerdict::kHeld);
   }
-  EXPECT_EQ(table.Confirm(left.token, left.generation, {{9}, {9}}), LeaseVerdict::kOtherPrompt);
+  EXPECT_EQ(table.Confirm(left.token, left.generation, {{9}, {9}}, "d"), LeaseVerdict::kOtherPrompt);
   const LeaseTable::Amount taken = table.TakeServed();
   EXPECT_EQ(taken.leases, 1U);
   EXPECT_EQ(taken.blocks, 3U);
-  EXPECT_EQ(table.Confirm(served.token, served.generation, kContent), LeaseVerdict::kHeld);
+  EXPECT_EQ(table.Confirm(served.token, served.generation, kContent, "d"), LeaseVerdict::kHeld);
   EXPECT_EQ(table.TakeServed().leases, 0U);
 }
 
@@ -125,7 +125,7 @@ TEST(LeaseTable, OneThatNobodyAskedForIsShort) {
   const LeaseTable::Durations durations{std::chrono::seconds(1), std::chrono::seconds(30)};
   const auto claimed = table.Grant("claimed", kContent, 1, durations).value();
   (void)table.Grant("left", kContent, 1, durations);
-  EXPECT_TRUE(table.Renew({claimed.token}, false).empty());
+  EXPECT_TRUE(table.Renew({claimed.token}, false, "d").empty());
   now += std::chrono::seconds(1);
   const std::vector<LeaseTable::Ended> left = table.TakeEnded();
   ASSERT_EQ(left.size(), 1U);
@@ -134,6 +134,48 @@ TEST(LeaseTable, OneThatNobodyAskedForIsShort) {
   const std::vector<LeaseTable::Ended> silent = table.TakeEnded();
   ASSERT_EQ(silent.size(), 1U);
   EXPECT_EQ(silent[0].why, LeaseTable::End::kExpired);
+}
+
+// For who looks for the D whose answer was lost: of the first refusals, of requests that have ended not long ago.
+TEST(LeaseTable, TellsWhoAskedForWhat) {
+  LeaseTable table(std::chrono::minutes(10));
+  const auto lease = Grant(table, "r");
+  EXPECT_TRUE(table.Renew({lease.token}, false, "first").empty());
+  EXPECT_TRUE(table.Renew({lease.token}, false, "second").empty());
+  const LeaseContent other{{3}, {2}};
+  EXPECT_EQ(table.Confirm(lease.token, lease.generation, other, "third"), LeaseVerdict::kOtherPrompt);
+  table.Release({lease.token});
+  const std::vector<LeaseTable::Ended> ended = table.TakeEnded();
+  ASSERT_EQ(ended.size(), 1U);
+  EXPECT_EQ(ended[0].asked_by, "second");
+  EXPECT_EQ(table.Confirm(lease.token, lease.generation, kContent, "fourth"), LeaseVerdict::kGone);
+  EXPECT_EQ(table.Confirm({9}, 1, kContent, "fifth"), LeaseVerdict::kGone);
+  const LeaseTable::Refused refused = table.TakeRefused();
+  EXPECT_EQ(refused.count, 3U);
+  ASSERT_EQ(refused.first.size(), 3U);
+  EXPECT_EQ(refused.first[0].request_id + refused.first[0].asked_by, "rthird");
+  EXPECT_EQ(refused.first[1].request_id + refused.first[1].asked_by, "rfourth");
+  EXPECT_EQ(refused.first[2].request_id + refused.first[2].asked_by, "fifth");
+  EXPECT_EQ(table.TakeRefused().count, 0U);
+}
+
+TEST(LeaseTable, RemembersNoMoreThanItMay) {
+  LeaseTable table(std::chrono::minutes(10));
+  const auto oldest = Grant(table, "oldest");
+  const auto next = Grant(table, "next");
+  table.Release({oldest.token, next.token});
+  for (size_t i = 1; i < LeaseTable::kMostRemembered; ++i) {
+    table.Release({Grant(table, "other").token});
+  }
+  for (size_t i = 0; i < LeaseTable::kMostRefusals; ++i) {
+    (void)table.Confirm(oldest.token, oldest.generation, kContent, "d");
+    (void)table.Confirm(next.token, next.generation, kContent, "d");
+  }
+  const LeaseTable::Refused refused = table.TakeRefused();
+  EXPECT_EQ(refused.count, 2 * LeaseTable::kMostRefusals);
+  ASSERT_EQ(refused.first.size(), LeaseTable::kMostRefusals);
+  EXPECT_EQ(refused.first[0].request_id, "");
+  EXPECT_EQ(refused.first[1].request_id, "next");
 }
 
 // What a confirmation proves: no lease that was confirmed had been told of as ended before.
@@ -153,7 +195,7 @@ TEST(LeaseTable, ConfirmsNothingWhoseEndWasTold) {
     bool held = true;
     while (held) {
       const bool was_told = told;
-      held = table.Confirm(ticket.token, ticket.generation, kContent) == LeaseVerdict::kHeld;
+      held = table.Confirm(ticket.token, ticket.generation, kContent, "d") == LeaseVerdict::kHeld;
       EXPECT_FALSE(was_told && held);
     }
     steps.join();

@@ -3,6 +3,8 @@
 #include <gmock/gmock.h>
 #include <gtest/gtest.h>
 
+#include <array>
+#include <atomic>
 #include <cstdlib>
 #include <thread>
 
@@ -14,6 +16,7 @@ namespace {
 
 using namespace llm_datadist;  // the codes, which every line here names
 using datadist::test::PatternOf;
+using ::testing::AnyOf;
 using ::testing::HasSubstr;
 using ::testing::Not;
 
@@ -182,6 +185,38 @@ TEST(AccessMode, DifferentModesAreRefusedAndNamed) {
   }
   Member second(6, two_sided);
   EXPECT_EQ(second.Dial(one.Listen(), kSelf).code(), LLM_SUCCESS);
+}
+
+// Only two-sided ends may have one id. Whoever is linked keeps that link: the other's dial, made at the same moment,
+// must not replace it.
+TEST(AccessMode, TwoSidedEndsOfOneIdThatDialEachOtherAgreeOnOneLink) {
+  LinkOptions two_sided;
+  two_sided.remote_accessible = false;
+  std::array<Member, 2> ends{Member{kSelf, two_sided}, Member{kSelf, two_sided}};
+  const std::array<SocketAddress, 2> addresses{ends[0].Listen(), ends[1].Listen()};
+  for (int round = 0; round < 100; ++round) {
+    std::atomic<int> starting{2};
+    std::array<LinkToken, 2> tokens{};
+    const auto dial = [&](size_t i) {
+      for (--starting; starting > 0;) {
+      }
+      Status status(LLM_PROCESSING_LINK, "");
+      while (status.code() == LLM_PROCESSING_LINK) {
+        status = ends[i].Dial(addresses[1 - i], kSelf);
+      }
+      EXPECT_THAT(status.code(), AnyOf(LLM_SUCCESS, LLM_ALREADY_LINK)) << status.text();
+      ASSERT_TRUE(ends[i].Linked(kSelf)) << "replaced by the other's, in round " << round;
+      tokens[i] = ends[i].table()->Find(kSelf)->token();
+    };
+    std::thread other(dial, size_t{1});
+    dial(0);
+    other.join();
+    ASSERT_EQ(tokens[0], tokens[1]) << "round " << round;
+    ASSERT_EQ(ends[0].Unlink(kSelf).code(), LLM_SUCCESS);
+    while (ends[1].Linked(kSelf)) {
+      std::this_thread::yield();
+    }
+  }
 }
 
 class HixlPair : public ::testing::Test {

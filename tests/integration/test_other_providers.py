@@ -243,7 +243,8 @@ class TestLinks:
     ) -> None:
         """It hears by the side channel, and by nothing else."""
         monkeypatch.setattr(producer_module, "serve", serve_impatiently)
-        engine = RankEngine(P_CLUSTER, PROMPT_ROLE, Place(), make_kv(P_CLUSTER), "tcp")
+        memory = make_kv(P_CLUSTER, Place().block_size)
+        engine = RankEngine(P_CLUSTER, PROMPT_ROLE, Place(), memory, "tcp")
         with closing(start_scheduler()) as scheduler, closing(Janitor(engine.datadist)) as janitor:
             scheduler.set_geometries({(0, 0): msgspec.msgpack.encode(engine.geometry())})
             consumer = start_consumer(transport="tcp")

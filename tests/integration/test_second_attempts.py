@@ -18,7 +18,7 @@ from support.producer_process import ProducerProcess
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.labels import Failure
-from vllm_datadist_connector.worker.driver import PullDriver
+from vllm_datadist_connector.worker.calls import Calls
 from vllm_datadist_connector.worker.instances import MAX_FAULTS
 from vllm_datadist_connector.worker.transfers import Transfer
 
@@ -113,7 +113,7 @@ def test_what_fails_over_every_link_is_given_up(
     consumer = start_consumer(peer_backoff_s=0.01)
     warmed(producer, consumer)
     good, bad = producer.prefill("good", [2]), producer.prefill("bad", [3])
-    submit, attempts = consumer.driver._submit_call, []
+    submit, attempts = consumer.driver._calls._submit, []
 
     def into_no_cache(transfer: Transfer, *arguments: Any) -> int:
         attempts.append(transfer)
@@ -124,7 +124,7 @@ def test_what_fails_over_every_link_is_given_up(
             return submit(transfer, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(consumer.driver, "_submit_call", into_no_cache)
+        patch.setattr(consumer.driver._calls, "_submit", into_no_cache)
         consumer.pull("bad", bad, [5], deadline_s=60.0)
         consumer.wait(2)
     assert consumer.observer.failures == [Failure.TRANSFER]
@@ -157,14 +157,14 @@ class TestFullQueue:
     @pytest.fixture
     def submitted(self, monkeypatch: pytest.MonkeyPatch) -> list[str]:
         """The requests of calls that found room."""
-        requests, submit = [], PullDriver._submit_call
+        requests, submit = [], Calls._submit
 
-        def noted(driver: PullDriver, transfer: Transfer, *arguments: Any) -> int:
-            call = submit(driver, transfer, *arguments)
+        def noted(calls: Calls, transfer: Transfer, *arguments: Any) -> int:
+            call = submit(calls, transfer, *arguments)
             requests.append(transfer.job.request_id)
             return call
 
-        monkeypatch.setattr(PullDriver, "_submit_call", noted)
+        monkeypatch.setattr(Calls, "_submit", noted)
         return requests
 
     def test_is_waited_for(

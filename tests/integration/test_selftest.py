@@ -79,6 +79,7 @@ def test_another_provider_shows_what_it_is(cann: Callable[..., None]) -> None:
     assert status == 0
     numbers = {name: item["numbers"] for name, item in items.items()}
     assert numbers["registrations"]["regions"] == 256
+    assert numbers["registrations"]["view_of_a_registered_region"] == "LLM_SUCCESS"
     assert numbers["registrations"]["addresses_per_registration"] == 240
     assert numbers["second_thread"]["with_enter_thread"] == "LLM_SUCCESS" != numbers["second_thread"]["without"]
     assert numbers["register_after_link"]["pull"].startswith("LLM_KV_CACHE_NOT_EXIST")
@@ -98,8 +99,11 @@ def test_a_region_over_4_gb() -> None:
         ("WrongByte", "link_time", "bytes are wrong"),
         ("LateWriter", "late_write", "4 bytes were written after the forced unlink"),
         ("Immortal", "peer_death", "reported as alive"),
+        ("Immortal", "peers_half", "B keeps its half of the link"),
+        ("Crashing", "views_of_one_memory", "the process of the provider ended by signal SIGSEGV"),
+        ("CountingViews", "registrations", "another view of a registered region counts as a region"),
         ("Promising", "registrations", "capability max_regions is 16, it takes 8"),
-        ("Crashing", "crossing_links", "the process of the provider ended by signal SIGSEGV"),
+        ("Crashing", "crossing_links", "links that cross: the process of the provider ended by signal SIGSEGV"),
         ("OneThread", "second_thread", "the connector makes all of its pulls so"),
         ("Keeping", "peers_half", "LinkLlmClusters after a forced unlink"),
     ],

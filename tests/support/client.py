@@ -41,10 +41,12 @@ class Request:
     stop_token_ids: Sequence[int] = ()
     seed: int = 0
     kv_transfer_params: object = None
+    model: str = MODEL
+    """Or an adapter of it."""
 
     def body(self) -> dict[str, object]:
         body: dict[str, object] = {
-            "model": MODEL,
+            "model": self.model,
             "prompt": list(self.prompt),
             "max_tokens": self.max_tokens,
             "temperature": 0,

@@ -45,16 +45,23 @@ class Immortal(Party):
         return Link(alive=True)
 
 
-class Promising(Party):
-    """Tells more than it does."""
+class CountingViews(Party):
+    """Takes eight registrations in all, whatever they are of."""
 
     def capabilities(self) -> dict[str, int]:
-        return super().capabilities() | {"max_regions": 16}
+        return super().capabilities() | {"max_regions": 8, "max_addrs_per_cache": 240}
 
     def register(self, *args: Any, **kwargs: Any) -> Outcome:
         count = getattr(self, "count_", 0)
         self.count_ = count + 1
         return super().register(*args, **kwargs) if count < 8 else Outcome(status="LLM_FAILED", why="full")
+
+
+class Promising(CountingViews):
+    """Tells more than it does."""
+
+    def capabilities(self) -> dict[str, int]:
+        return super().capabilities() | {"max_regions": 16}
 
 
 class Crashing(Party):

@@ -139,7 +139,8 @@ def test_fewer_than_were_begun_with(digests: PromptDigests) -> None:
     assert digests.take(request, 10, "") == prompt_digest(LONG[:10])
 
 
-def test_forgotten_ones_are_not_kept(gate: Gate) -> None:
+@pytest.mark.usefixtures("gate")
+def test_forgotten_ones_are_not_kept() -> None:
     digests = PromptDigests()
     request = make_request(LONG, TO_P)
     digests.begin(request, len(LONG))

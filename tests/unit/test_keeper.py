@@ -106,7 +106,7 @@ def test_renews_for_longer_than_the_lease_then_releases(producer: Producer, keep
     keeper.release(token)
     assert not keeper.holds(token)
     wait_until(producer.has_ended, "the release")
-    assert producer.ended == [EndedLease("r", "released")]
+    assert producer.ended == [EndedLease("r", "released", "")]
     wait_until(lambda: len(keeper) == 0, "the answer")
     assert producer.count(RELEASE) == 1
 
@@ -204,11 +204,11 @@ def test_the_last_of_several_users_releases(producer: Producer, keeper: LeaseKee
     keeper.hold(producer.endpoint, marker, TOLD_LEASE_S)
     keeper.release(marker)
     wait_until(producer.has_ended, "the marker's release")
-    assert producer.ended == [EndedLease("marker", "released")]
+    assert producer.ended == [EndedLease("marker", "released", "")]
     keeper.release(token)
     producer.ended.clear()
     wait_until(producer.has_ended, "the release by the last user")
-    assert producer.ended == [EndedLease("r", "released")]
+    assert producer.ended == [EndedLease("r", "released", "")]
 
 
 def test_a_lost_answer_is_asked_for_again(producer: Producer, impatient: LeaseKeeper) -> None:
@@ -217,7 +217,7 @@ def test_a_lost_answer_is_asked_for_again(producer: Producer, impatient: LeaseKe
     impatient.hold(producer.endpoint, token, LEASE_S)
     impatient.release(token)
     wait_until(producer.has_ended, "the release")
-    assert producer.ended == [EndedLease("r", "released")]
+    assert producer.ended == [EndedLease("r", "released", "")]
     assert producer.count(RELEASE) >= 3
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -156,7 +157,7 @@ def test_expiry_gives_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None
         silent, orphan = "cmpl-late-0-00000000", "1_cmpl-late-0-00000000"
         requests = [finish(make_request(PROMPT, TO_P, name)) for name in (silent, orphan)]
         tickets = [producer.request_finished(request, (BLOCKS,), 0.5)[1][EXTRA_KEY] for request in requests]
-        assert producer.leases.renew([tickets[0]["token"]]) == ()
+        assert producer.leases.renew([tickets[0]["token"]], by="10.0.0.1:4567") == ()
         ended: tuple[str, ...] = ()
         end = time.monotonic() + WAIT_S
         while len(ended) < 2 and time.monotonic() < end:
@@ -165,6 +166,7 @@ def test_expiry_gives_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None
         assert producer.take_counts().ended_leases == {"expired": 1, "unclaimed": 1}
         levels = [(record.levelno, record.message.split()[1]) for record in caplog.records]
         assert levels == [(logging.INFO, f"{orphan}:"), (logging.WARNING, f"{silent}:")]
+        assert "its D, 10.0.0.1:4567, fell silent" in caplog.text
     finally:
         producer.close()
 
@@ -225,13 +227,21 @@ def test_confirm(producer: ProducerScheduler, client: ChannelClient, caplog: pyt
         assert refused.reason
     assert producer.take_counts() == ({}, 4, 1, 3)
     assert producer.take_counts() == ({}, 0, 0, 0)
-    assert [record.levelno for record in caplog.records if "refused to confirm" in record.message] == [
-        logging.WARNING
-    ] * 3, "one line for each reason"
+    d = f"process {os.getpid()}"
+    begins = [
+        f"request {remote.remote_request_id}: refused to confirm a pull of {d}: ",
+        f"a request that we do not remember: refused to confirm a pull of {d}: ",
+    ]
+    messages = [record.message for record in caplog.records if record.levelno == logging.WARNING]
+    assert [[message.startswith(begin) for begin in begins] for message in messages] == [[True, False]] * 3 + [
+        [False, True]
+    ]
     ask(client, producer, "release", tokens=(remote.ticket.token,))
     late = ask(client, producer, "confirm", **confirmation(remote))
     assert isinstance(late, Confirmed)
     assert not late.held
+    assert producer.take_counts() == ({}, 1, 0, 0)
+    assert caplog.records[-1].message == begins[0] + late.reason
 
 
 def test_describe_rank(producer: ProducerScheduler, client: ChannelClient) -> None:

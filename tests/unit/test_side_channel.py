@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import socket
 import subprocess
 import sys
@@ -24,7 +25,7 @@ from vllm_datadist_connector.side_channel.client import (
     open_client,
 )
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
-from vllm_datadist_connector.side_channel.server import ChannelServer, LeaseTable, serve
+from vllm_datadist_connector.side_channel.server import ChannelServer, EndedLease, LeaseTable, Refusal, serve
 from vllm_datadist_connector.wakeup import Wakeup, wait_readable
 
 ENGINE_ID = "engine-\ud800"
@@ -75,7 +76,9 @@ def test_answers_go_to_their_requests(
     answers = collect(client, len(expected))
     assert {sent: answer.response for sent, answer in answers.items()} == expected
     assert not any(answer.error or answer.timed_out for answer in answers.values())
-    assert leases.take_refused() == {"the lease is for another prompt": 1}
+    asked_by = f"process {os.getpid()}"
+    assert leases.take_refused() == (1, [Refusal("r", asked_by, "the lease is for another prompt")])
+    assert leases.take_ended() == [EndedLease("r", "released", asked_by)]
 
 
 def test_a_full_batch_of_tokens_fits(endpoint: Endpoint, client: ChannelClient) -> None:

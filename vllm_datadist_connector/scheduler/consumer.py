@@ -87,6 +87,7 @@ class ConsumerScheduler:
             local: notes what is prefilled here after all.
         """
         self._groups = groups
+        self._forgets = any(group.forgets for group in groups)
         self._largest_block = max([1, *(group.block_size for group in groups)])
         self._prompt_tail = max(1, prompt_tail)
         self._recompute_threshold = recompute_threshold
@@ -273,7 +274,7 @@ class ConsumerScheduler:
         ours, theirs = adapter_of(request), remote.ticket.adapter
         if not is_same(ours, theirs):
             return Reason.ADAPTER, f"LoRA adapter: ours {ours or 'none'}, that of {remote} {theirs or 'none'}"
-        if any(group.forgets for group in self._groups) and loadable != remote.remote_num_tokens:
+        if self._forgets and loadable != remote.remote_num_tokens:
             # A state cannot be taken back to an earlier token, nor a window to blocks that it has left.
             have = request.num_prompt_tokens
             fit = f"after {remote.remote_num_tokens} tokens; of the prompt's {have} {loadable} fit"

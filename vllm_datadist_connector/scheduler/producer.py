@@ -51,6 +51,7 @@ class ProducerScheduler:
         claim_s: float = float("inf"),
     ) -> None:
         self._identity = identity
+        self._forgets = any(group.forgets for group in identity.groups)
         block_sizes = tuple(group.block_size for group in identity.groups)
         self._leases = Leases(identity.incarnation, block_sizes, limit_s, claim_s)
         self._ended: Counter[str] = Counter()
@@ -112,7 +113,7 @@ class ProducerScheduler:
         for lease in ended:
             self._ended[lease.why] += 1
             if lease.why == "expired":
-                logger.warning("request %s: its D fell silent; lease expired", lease.request_id)
+                logger.warning("request %s: its D, %s, fell silent; lease expired", lease.request_id, lease.asked_by)
             elif lease.why == "unclaimed":
                 # As it should be for answers that carry no params; whose D did not find us, that D says.
                 logger.info("request %s: nobody asked for its blocks in time", lease.request_id)
@@ -167,9 +168,11 @@ class ProducerScheduler:
         self._digests.close()
 
     def _note_refused(self) -> None:
-        for reason, count in self._leases.table.take_refused().items():
-            logger.warning("refused to confirm %d pull(s): %s", count, reason)
-            self._refused_confirms += count
+        count, refusals = self._leases.table.take_refused()
+        self._refused_confirms += count
+        for each in refusals:
+            request = f"request {each.request_id}" if each.request_id else "a request that we do not remember"
+            logger.warning("%s: refused to confirm a pull of %s: %s", request, each.asked_by, each.reason)
 
     def _held_tokens(self, request: Request, for_next_turn: bool) -> int:
         """How many of its first tokens the request's blocks hold for others; 0: none."""
@@ -178,7 +181,7 @@ class ProducerScheduler:
         # The KV of the last token is computed when it is fed back, never if it ended the request.
         last = request.num_tokens - 1 if for_next_turn else request.num_prompt_tokens
         num_tokens = int(min(request.num_computed_tokens, last))
-        if any(group.forgets for group in self._identity.groups):
+        if self._forgets:
             # A state cannot be taken back to an earlier token, nor a window to blocks that it has left. A request that
             # stopped by itself may have been fed a token too many by a step that was under way.
             exact = request.num_computed_tokens == num_tokens

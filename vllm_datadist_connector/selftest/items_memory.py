@@ -50,7 +50,8 @@ def views_of_one_memory(bench: Bench) -> Numbers:
 
 
 def registrations(bench: Bench) -> Numbers:
-    """How many distinct regions, and how many addresses in one registration, until the provider refuses."""
+    """How many distinct regions, and how many addresses in one registration, until the provider refuses; and whether
+    one more view of a region that is registered is taken even then."""
     with bench.pair() as (a, _):
         a.allocate("kv", MOST_REGIONS * REGION_BYTES, None)
         refused, count = "", 0
@@ -58,6 +59,7 @@ def registrations(bench: Bench) -> Numbers:
             outcome = a.try_register("kv", REGION_BYTES, 1, count * REGION_BYTES)
             refused = "" if outcome.ok else f"{outcome.status}: {outcome.why}"
             count += outcome.ok
+        view = a.try_register("kv", REGION_BYTES // 2, 2)
     with bench.pair() as (a, _):
         a.allocate("kv", max(ADDRESS_COUNTS) * REGION_BYTES, None)
         addresses, told = 0, a.capabilities
@@ -69,6 +71,7 @@ def registrations(bench: Bench) -> Numbers:
     numbers: Numbers = {
         "regions": count,
         "regions_refused": refused or f"none of {MOST_REGIONS}",
+        "view_of_a_registered_region": view.status if view.ok else f"{view.status}: {view.why}",
         "addresses_per_registration": addresses,
     }
     # The connector plans by what the provider told: less than that would fail at start.
@@ -76,6 +79,10 @@ def registrations(bench: Bench) -> Numbers:
     for name, taken, most in tried:
         if min(told[name], most) > taken:
             raise WrongError(f"the provider's capability {name} is {told[name]}, it takes {taken}", numbers)
+    if not view.ok:
+        raise WrongError(
+            "another view of a registered region counts as a region: the connector plans otherwise", numbers
+        )
     return numbers
 
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from vllm_datadist_connector._native import ChannelServer, EndedLease, LeaseTable, ManualClock
+from vllm_datadist_connector._native import ChannelServer, EndedLease, LeaseTable, ManualClock, Refusal
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
-__all__ = ["ChannelServer", "EndedLease", "LeaseTable", "ManualClock", "serve"]
+__all__ = ["ChannelServer", "EndedLease", "LeaseTable", "ManualClock", "Refusal", "serve"]
 
 
 def serve(endpoint: Endpoint, engine_id: str, incarnation: str, leases: LeaseTable, trust: Trust) -> ChannelServer:

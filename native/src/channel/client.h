@@ -6,9 +6,9 @@
 // Contract:
 //   - Every id comes back in exactly one ChannelAnswer, unless the client is closed before.
 //   - A server that lets a request time out gets a fresh connection for the next, when none waits for it any more.
-//   - A request whose connection ends under it is sent again, over a new one, as long as its time lasts: all requests are
-//     idempotent. The first new one is dialled at once, because what was not used for a while may be gone without our
-//     knowing; those after it after a pause that grows.
+//   - A request whose connection ends under it is sent again, over a new one, as long as its time lasts: all requests
+//     are idempotent. The first new one is dialled at once, because what was not used for a while may be gone without
+//     our knowing; those after it after a pause that grows.
 //   - Where nobody listens, or who listens refuses us, all that waits for that server comes back at once.
 //
 // Threads: every member may be called from any thread. event_fd() is readable exactly while answers wait. After fork()

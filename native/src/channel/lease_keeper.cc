@@ -1,7 +1,6 @@
 #include "channel/lease_keeper.h"
 
 #include <sys/epoll.h>
-#include <unistd.h>
 
 #include <algorithm>
 #include <map>
@@ -13,6 +12,7 @@
 #include <vector>
 
 #include "base/log.h"
+#include "base/process_epoch.h"
 #include "channel/client.h"
 #include "control/doorbell.h"
 #include "control/event_loop.h"
@@ -80,7 +80,7 @@ class LeaseKeeper::State {
   void Release(const LeaseToken &token);
   size_t size() const;
   void Close();
-  bool in_forked_child() const { return ::getpid() != pid_; }
+  bool in_forked_child() const { return ProcessEpoch() != epoch_; }
 
  private:
   using Leases = std::map<LeaseToken, Kept>;
@@ -98,7 +98,7 @@ class LeaseKeeper::State {
   const std::unique_ptr<ChannelClient> client_;
   const std::chrono::milliseconds answer_timeout_;
   const LeaseKeeperLimits limits_;
-  const pid_t pid_ = ::getpid();
+  const uint64_t epoch_ = ProcessEpoch();
   EventLoop loop_;
   Doorbell doorbell_{loop_, kGather};
   std::mutex close_mutex_;

@@ -39,13 +39,17 @@ Result<LeaseTable::Ticket> LeaseTable::Grant(std::string request_id, const Lease
   return ticket;
 }
 
-LeaseVerdict LeaseTable::Confirm(const LeaseToken &token, uint64_t generation, const LeaseContent &content) {
+LeaseVerdict LeaseTable::Confirm(const LeaseToken &token, uint64_t generation, const LeaseContent &content,
+                                 const std::string &by) {
   const Clock::time_point now = now_();
   const std::lock_guard<std::mutex> lock(mutex_);
   ExpireLocked(now);
   const LeaseVerdict verdict = VerdictLocked(token, generation, content);
   if (verdict != LeaseVerdict::kHeld) {
-    ++refused_[static_cast<size_t>(verdict)];
+    ++refused_.count;
+    if (refused_.first.size() < kMostRefusals) {
+      refused_.first.push_back({verdict, RequestOfLocked(token), by});
+    }
     return verdict;
   }
   if (Lease &lease = leases_.find(token)->second; !std::exchange(lease.served, true)) {
@@ -53,6 +57,14 @@ LeaseVerdict LeaseTable::Confirm(const LeaseToken &token, uint64_t generation, c
     served_.blocks += lease.num_blocks;
   }
   return verdict;
+}
+
+std::string LeaseTable::RequestOfLocked(const LeaseToken &token) const {
+  if (const auto lease = leases_.find(token); lease != leases_.end()) {
+    return lease->second.request_id;
+  }
+  const auto ended = remembered_.find(token);
+  return ended == remembered_.end() ? std::string() : ended->second;
 }
 
 LeaseVerdict LeaseTable::VerdictLocked(const LeaseToken &token, uint64_t generation,
@@ -67,7 +79,7 @@ LeaseVerdict LeaseTable::VerdictLocked(const LeaseToken &token, uint64_t generat
   return lease->second.content.blocks == content.blocks ? LeaseVerdict::kHeld : LeaseVerdict::kOtherBlocks;
 }
 
-std::vector<LeaseToken> LeaseTable::Renew(const std::vector<LeaseToken> &tokens, bool pulling) {
+std::vector<LeaseToken> LeaseTable::Renew(const std::vector<LeaseToken> &tokens, bool pulling, const std::string &by) {
   const Clock::time_point now = now_();
   std::vector<LeaseToken> gone;
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -80,6 +92,7 @@ std::vector<LeaseToken> LeaseTable::Renew(const std::vector<LeaseToken> &tokens,
       lease->second.expires = std::min(now + lease->second.duration, lease->second.limit);
       lease->second.claimed = true;
       lease->second.pulling = pulling;
+      lease->second.asked_by = by;
     }
   }
   return gone;
@@ -146,7 +159,7 @@ std::vector<LeaseTable::Ended> LeaseTable::TakeEnded() {
   return std::exchange(ended_, {});
 }
 
-std::array<uint64_t, kLeaseVerdicts> LeaseTable::TakeRefused() {
+LeaseTable::Refused LeaseTable::TakeRefused() {
   const std::lock_guard<std::mutex> lock(mutex_);
   return std::exchange(refused_, {});
 }
@@ -185,7 +198,13 @@ void LeaseTable::ExpireLocked(Clock::time_point now) {
 LeaseTable::Leases::iterator LeaseTable::EndLocked(Leases::iterator lease, End why) {
   held_blocks_ -= lease->second.num_blocks;
   grants_.erase(lease->second.generation);
-  ended_.push_back({std::move(lease->second.request_id), why});
+  if (remembered_order_.size() >= kMostRemembered) {
+    remembered_.erase(remembered_order_.front());
+    remembered_order_.pop_front();
+  }
+  remembered_.emplace(lease->first, lease->second.request_id);
+  remembered_order_.push_back(lease->first);
+  ended_.push_back({std::move(lease->second.request_id), why, std::move(lease->second.asked_by)});
   return leases_.erase(lease);
 }
 

@@ -16,6 +16,7 @@
 #include <array>
 #include <chrono>
 #include <cstdint>
+#include <deque>
 #include <functional>
 #include <map>
 #include <mutex>
@@ -53,7 +54,20 @@ class LeaseTable {
   struct Ended {
     std::string request_id;
     End why = End::kExpired;
+    std::string asked_by;  // who renewed it last; empty: nobody did
   };
+  struct Refusal {
+    LeaseVerdict verdict = LeaseVerdict::kGone;
+    std::string request_id;  // empty: of no lease that is remembered
+    std::string asked_by;
+  };
+  struct Refused {
+    uint64_t count = 0;
+    std::vector<Refusal> first;  // a few of them: a peer can be refused as often as it likes
+  };
+  static constexpr size_t kMostRefusals = 32;
+  // Leases whose requests are remembered when they have ended: whoever comes too late comes soon.
+  static constexpr size_t kMostRemembered = 1024;
   // How long a lease lasts after its grant, and after each renewal.
   struct Durations {
     Clock::duration claim;
@@ -76,11 +90,13 @@ class LeaseTable {
   // Keeps `num_blocks` blocks. LLM_FAILED without random bytes.
   Result<Ticket> Grant(std::string request_id, const LeaseContent &content, uint64_t num_blocks, Durations durations);
 
+  // `by`, here and below: who asks, for those who look for him.
   // Whether the lease stands, is that one, and is for this.
-  LeaseVerdict Confirm(const LeaseToken &token, uint64_t generation, const LeaseContent &content);
+  LeaseVerdict Confirm(const LeaseToken &token, uint64_t generation, const LeaseContent &content,
+                       const std::string &by);
   // Extends leases by their duration from now, within their limit; `pulling`: their D reads the blocks right now. Returns
   // the tokens that name none.
-  std::vector<LeaseToken> Renew(const std::vector<LeaseToken> &tokens, bool pulling);
+  std::vector<LeaseToken> Renew(const std::vector<LeaseToken> &tokens, bool pulling, const std::string &by);
   // Tokens that name no lease are no error.
   void Release(const std::vector<LeaseToken> &tokens);
   // Ends at most `most` such leases that were granted at least `age` ago, the oldest first; returns how many. A D that
@@ -91,8 +107,8 @@ class LeaseTable {
 
   // What ended since the last call, each once.
   std::vector<Ended> TakeEnded();
-  // How many confirmations were refused since the last call, by verdict.
-  std::array<uint64_t, kLeaseVerdicts> TakeRefused();
+  // The confirmations that were refused since the last call.
+  Refused TakeRefused();
   // Leases that a D has read and had confirmed since the last call, each once however many of its ranks confirm it.
   Amount TakeServed();
   Amount held() const;
@@ -109,11 +125,13 @@ class LeaseTable {
     Clock::time_point granted;
     Clock::time_point expires;
     Clock::time_point limit;
+    std::string asked_by = {};
     bool claimed = false;
     bool pulling = false;
     bool served = false;
   };
   using Leases = std::map<LeaseToken, Lease>;
+  std::string RequestOfLocked(const LeaseToken &token) const;
   LeaseVerdict VerdictLocked(const LeaseToken &token, uint64_t generation, const LeaseContent &content) const;
   void ExpireLocked(Clock::time_point now);
   Leases::iterator EndLocked(Leases::iterator lease, End why);
@@ -131,7 +149,9 @@ class LeaseTable {
   // No lease expires before it; a lower bound, because TakeEnded is called in every step of a model.
   Clock::time_point next_expiry_ = Clock::time_point::max();
   std::vector<Ended> ended_;
-  std::array<uint64_t, kLeaseVerdicts> refused_{};
+  Refused refused_;
+  std::map<LeaseToken, std::string> remembered_;  // the requests of leases that have ended
+  std::deque<LeaseToken> remembered_order_;       // the oldest first
   Amount served_;
 };
 

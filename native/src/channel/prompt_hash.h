@@ -5,8 +5,6 @@
 #ifndef DATADIST_CHANNEL_PROMPT_HASH_H_
 #define DATADIST_CHANNEL_PROMPT_HASH_H_
 
-#include <unistd.h>
-
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -15,6 +13,7 @@
 #include <vector>
 
 #include "base/blake2b.h"
+#include "base/process_epoch.h"
 #include "control/doorbell.h"
 #include "control/event_loop.h"
 
@@ -53,7 +52,7 @@ class PromptHasher {
   std::shared_ptr<const PendingHash> Begin(TokenIds tokens);
   // Drops what waits, waits for the one that is being read. Idempotent.
   void Close();
-  bool in_forked_child() const { return ::getpid() != pid_; }
+  bool in_forked_child() const { return ProcessEpoch() != epoch_; }
 
  private:
   struct State {
@@ -68,7 +67,7 @@ class PromptHasher {
     bool Add(const std::shared_ptr<PendingHash> &pending);
     void RunOnLoop();
   };
-  const pid_t pid_ = ::getpid();
+  const uint64_t epoch_ = ProcessEpoch();
   std::unique_ptr<State> state_;
 };
 

@@ -189,11 +189,11 @@ Status ChannelServer::State::Guest::OnFrameOnLoop(const Frame &frame) {
   switch (frame.type) {
     case MessageType::kRenew:
       return AnswerOnLoop<Renew>(frame, MessageType::kRenewed, [&](const Renew &renew) {
-        return Encode(Renewed{leases.Renew(renew.tokens, renew.pulling)});
+        return Encode(Renewed{leases.Renew(renew.tokens, renew.pulling, caller_.name)});
       });
     case MessageType::kConfirm:
       return AnswerOnLoop<Confirm>(frame, MessageType::kConfirmed, [&](const Confirm &confirm) {
-        return Encode(Confirmed{leases.Confirm(confirm.token, confirm.generation, confirm.content)});
+        return Encode(Confirmed{leases.Confirm(confirm.token, confirm.generation, confirm.content, caller_.name)});
       });
     case MessageType::kRelease:
       return AnswerOnLoop<Release>(frame, MessageType::kReleased, [&](const Release &release) {

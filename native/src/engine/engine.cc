@@ -85,7 +85,7 @@ Result<std::shared_ptr<Engine>> Engine::Start(uint64_t cluster_id, llm_datadist:
 
 Engine::Engine(std::shared_ptr<LocalEndpoint> endpoint, const EngineOptions &options)
     : endpoint_(std::move(endpoint)),
-      table_(std::make_shared<LinkTable>(endpoint_->cluster_id(), options.link.max_links)),
+      table_(std::make_shared<LinkTable>(endpoint_->cluster_id(), endpoint_->incarnation(), options.link.max_links)),
       statistics_(std::make_shared<Statistics>(endpoint_->cluster_id())),
       comms_(endpoint_, table_, options.link.max_links),
       comm_res_known_(options.comm_res_given || options.listen.has_value()),

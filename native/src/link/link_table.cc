@@ -1,5 +1,6 @@
 #include "link/link_table.h"
 
+#include <tuple>
 #include <utility>
 
 namespace datadist {
@@ -29,38 +30,38 @@ Status LinkTable::CheckRoomLocked(uint64_t peer_id) const {
   return Status::Ok();
 }
 
-Status LinkTable::CheckTurnLocked(uint64_t peer_id, bool dialling) const {
-  const auto it = making_.find(peer_id);
-  if (it != making_.end() && dialling) {
+Result<LinkTable::Reservation> LinkTable::ReserveDial(uint64_t peer_id) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  if (making_.count(peer_id) != 0) {
     return Status(LLM_PROCESSING_LINK, "a link to cluster " + std::to_string(peer_id) + " is just being made");
   }
-  if (it != making_.end() && it->second.dialling > 0 && own_id_ < peer_id) {
+  return ReserveLocked(peer_id, &Making::dialling);
+}
+
+Result<LinkTable::Reservation> LinkTable::ReserveServe(uint64_t peer_id, const Incarnation &incarnation) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  const auto it = making_.find(peer_id);
+  const bool yields = std::tie(peer_id, incarnation) > std::tie(own_id_, own_incarnation_);
+  if (it != making_.end() && it->second.dialling > 0 && yields) {
     return Status(LLM_PROCESSING_LINK, "cluster " + std::to_string(own_id_) + " is itself just linking to cluster " +
                                            std::to_string(peer_id));
   }
-  return Status::Ok();
+  return ReserveLocked(peer_id, &Making::serving);
 }
 
-Result<LinkTable::Reservation> LinkTable::Reserve(uint64_t peer_id, bool dialling) {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (Status turn = CheckTurnLocked(peer_id, dialling); !turn.ok()) {
-      return turn;
-    }
-    if (Status room = CheckRoomLocked(peer_id); !room.ok()) {
-      return room;
-    }
-    Making &making = making_[peer_id];
-    ++(dialling ? making.dialling : making.serving);
+Result<LinkTable::Reservation> LinkTable::ReserveLocked(uint64_t peer_id, Count count) {
+  if (Status room = CheckRoomLocked(peer_id); !room.ok()) {
+    return room;
   }
-  const auto release = [self = shared_from_this(), peer_id, dialling](void *) { self->Release(peer_id, dialling); };
+  ++(making_[peer_id].*count);
+  const auto release = [self = shared_from_this(), peer_id, count](void *) { self->Release(peer_id, count); };
   return Reservation{peer_id, std::shared_ptr<void>(this, release)};
 }
 
-void LinkTable::Release(uint64_t peer_id, bool dialling) {
+void LinkTable::Release(uint64_t peer_id, Count count) {
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto it = making_.find(peer_id);
-  --(dialling ? it->second.dialling : it->second.serving);
+  --(it->second.*count);
   if (it->second.dialling == 0 && it->second.serving == 0) {
     making_.erase(it);
   }

@@ -2,7 +2,8 @@
 //
 // At most `max_links` live ones, those being made included. Two ends that dial each other at once would each
 // replace the other's link by its own, and lose both: so an end that is dialling a peer refuses that peer's own dial if
-// the peer's id is the larger one, and does not begin to dial a peer that is just linking to it (LLM_PROCESSING_LINK).
+// the peer's id is the larger one, or among equal ids (two-sided mode has them) its incarnation, and does not begin to
+// dial a peer that is just linking to it (LLM_PROCESSING_LINK).
 // A dial that reaches the peer only after the peer's own has come through ends with LLM_ALREADY_LINK (ClientHandshake).
 #ifndef DATADIST_LINK_LINK_TABLE_H_
 #define DATADIST_LINK_LINK_TABLE_H_
@@ -44,11 +45,12 @@ class LinkTable : public std::enable_shared_from_this<LinkTable> {
     bool Holds(uint64_t id) const { return place != nullptr && peer_id == id; }
   };
 
-  LinkTable(uint64_t own_id, uint32_t max_links) : own_id_(own_id), max_links_(max_links) {}
+  LinkTable(uint64_t own_id, const Incarnation &own_incarnation, uint32_t max_links)
+      : own_id_(own_id), own_incarnation_(own_incarnation), max_links_(max_links) {}
 
   // LLM_PROCESSING_LINK, or LLM_PARAM_INVALID when the table is full.
-  Result<Reservation> ReserveDial(uint64_t peer_id) { return Reserve(peer_id, true); }
-  Result<Reservation> ReserveServe(uint64_t peer_id) { return Reserve(peer_id, false); }
+  Result<Reservation> ReserveDial(uint64_t peer_id);
+  Result<Reservation> ReserveServe(uint64_t peer_id, const Incarnation &incarnation);
 
   // Closes the link that the new one replaces. LLM_FAILED after Shut.
   Status Insert(const std::shared_ptr<Link> &link);
@@ -76,12 +78,13 @@ class LinkTable : public std::enable_shared_from_this<LinkTable> {
     uint32_t dialling = 0;
     uint32_t serving = 0;
   };
-  Result<Reservation> Reserve(uint64_t peer_id, bool dialling);
-  Status CheckTurnLocked(uint64_t peer_id, bool dialling) const;
+  using Count = uint32_t Making::*;
+  Result<Reservation> ReserveLocked(uint64_t peer_id, Count count);
   Status CheckRoomLocked(uint64_t peer_id) const;
-  void Release(uint64_t peer_id, bool dialling);
+  void Release(uint64_t peer_id, Count count);
 
   const uint64_t own_id_;
+  const Incarnation own_incarnation_;
   const uint32_t max_links_;
   CommFinder comm_finder_;  // of the loop
   mutable std::mutex mutex_;

@@ -101,7 +101,7 @@ Status ServerHandshake::Admit(const Hello &hello) {
   if (Status status = CheckClient(hello); !status.ok()) {
     return status;
   }
-  Result<LinkTable::Reservation> reservation = table_->ReserveServe(hello.client.cluster_id);
+  Result<LinkTable::Reservation> reservation = table_->ReserveServe(hello.client.cluster_id, hello.client.incarnation);
   if (!reservation.ok()) {
     return reservation.status();
   }

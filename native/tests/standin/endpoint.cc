@@ -2,10 +2,14 @@
 
 #include <algorithm>
 #include <chrono>
+#include <cstddef>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <iterator>
 #include <list>
+#include <numeric>
+#include <optional>
 
 #include "control/address.h"
 #include "memory/region_table.h"
@@ -23,11 +27,9 @@ using std::chrono::steady_clock;
 
 // The engine's ids of this end's caches begin after those of the two that the stand-in registers for itself.
 constexpr int64_t kTable = 1;
-constexpr int64_t kPulledTable = 2;
+constexpr int64_t kTheirTable = 2;
 constexpr int64_t kOwnCaches = 2;
 constexpr char kEngineOption[] = "datadist.";
-
-llm_datadist::CacheDesc OfOneNumber() { return {CachePlacement::kDevice, 1, DT_INT8, {1, sizeof(uint64_t)}, {}}; }
 
 std::string Names(const Clusters &clusters) {
   std::string names;
@@ -62,7 +64,7 @@ bool HasLayers(const Transfer &transfer) {
 }  // namespace
 
 Endpoint::Endpoint(uint64_t cluster_id, LlmRole role)
-    : engine_(datadist::MakeEngineProvider(cluster_id, role, datadist::EngineApi::kCpp)) {}
+    : cluster_id_(cluster_id), engine_(datadist::MakeEngineProvider(cluster_id, role, datadist::EngineApi::kCpp)) {}
 
 Endpoint::~Endpoint() {
   late_.Await(LateWrites::kAll);
@@ -123,9 +125,13 @@ void Endpoint::StealPort(const datadist::Options &options) {
 }
 
 Code Endpoint::RegisterOwn() {
-  const auto table = engine_->RegisterKvCache(OfOneNumber(), {reinterpret_cast<uint64_t>(&last_cache_)});
-  const auto pulled = engine_->RegisterKvCache(OfOneNumber(), {reinterpret_cast<uint64_t>(&pulled_last_cache_)});
-  return table.ok() && pulled.ok() ? LLM_SUCCESS : LLM_FAILED;
+  table_ = {};
+  table_.max_links = rules_.max_links;
+  const llm_datadist::CacheDesc desc{
+      CachePlacement::kDevice, 1, DT_INT8, {sizeof(Table) / sizeof(uint64_t), sizeof(uint64_t)}, {}};
+  const auto ours = engine_->RegisterKvCache(desc, {reinterpret_cast<uint64_t>(&table_)});
+  const auto theirs = engine_->RegisterKvCache(desc, {reinterpret_cast<uint64_t>(&theirs_)});
+  return ours.ok() && theirs.ok() ? LLM_SUCCESS : LLM_FAILED;
 }
 
 void Endpoint::Finalize() {
@@ -136,7 +142,6 @@ void Endpoint::Finalize() {
   late_.Await(LateWrites::kAll);
   engine_->Finalize();
   const std::lock_guard<std::mutex> lock(mutex_);
-  last_cache_ = 0;
   caches_.clear();
   links_.clear();
   Trace("Finalize", LLM_SUCCESS);
@@ -162,7 +167,7 @@ Code Endpoint::Link(const Clusters &clusters, std::vector<Code> &codes, int32_t 
       } else if (status.text().find("links exist") != std::string::npos && made[i] == LLM_PARAM_INVALID) {
         made[i] = LLM_LINK_FAILED;  // no communicator can be made, here or there
       } else if (made[i] == LLM_SUCCESS) {
-        RememberLink(clusters[i].remote_cluster_id);
+        made[i] = EnterLink(clusters[i].remote_cluster_id);
       }
       overall = made[i] != LLM_SUCCESS ? made[i] : overall;
       codes.push_back(made[i]);
@@ -177,30 +182,77 @@ Code Endpoint::Unlink(const Clusters &clusters, std::vector<Code> &codes, int32_
     for (const ClusterInfo &cluster : clusters) {
       late_.Await(cluster.remote_cluster_id);
     }
+    LeaveLinks(clusters, !force);
     std::vector<Code> dropped;
     const Code code = engine_->Unlink(clusters, dropped, timeout_ms, force).code();
-    const std::lock_guard<std::mutex> lock(mutex_);
-    for (size_t i = 0; i < dropped.size(); ++i) {
-      if (dropped[i] == LLM_SUCCESS) {
-        links_.erase(clusters[i].remote_cluster_id);
-      }
-      codes.push_back(dropped[i]);
-    }
+    codes.insert(codes.end(), dropped.begin(), dropped.end());
     return code;
   });
 }
 
-// The peer's table is read when the link is made, and never again.
-void Endpoint::RememberLink(uint64_t cluster_id) {
-  const std::lock_guard<std::mutex> table_lock(table_mutex_);
-  CacheTransfer transfer;
-  transfer.remote = {cluster_id, kTable, 0, {}};
-  transfer.local.cache_id = kPulledTable;
-  if (!engine_->PullKvCache(transfer).ok()) {
-    return;
+// The peer's table is read when the link is made, and never again. A link for which the peer has no room is none.
+Code Endpoint::EnterLink(uint64_t cluster_id) {
+  if (!rules_.strict) {
+    return LLM_SUCCESS;
+  }
+  const std::lock_guard<std::mutex> theirs_lock(theirs_mutex_);
+  BlocksTransfer whole;
+  whole.remote = {cluster_id, kTable, 0, {}};
+  whole.local.cache_id = kTheirTable;
+  whole.src_blocks.resize(sizeof(Table) / sizeof(uint64_t));
+  std::iota(whole.src_blocks.begin(), whole.src_blocks.end(), 0);
+  whole.dst_blocks = whole.src_blocks;
+  if (!engine_->PullKvBlocks(whole).ok()) {
+    return LLM_LINK_FAILED;
+  }
+  const uint64_t entry = cluster_id_ + 1;
+  uint64_t others = 0;
+  size_t row = Table::kVisitors;
+  for (size_t i = 0; i < Table::kVisitors; ++i) {
+    const size_t at = (cluster_id_ + i) % Table::kVisitors;  // those that come at once do not meet
+    const uint64_t visitor = theirs_.visitors[at];
+    others += visitor != 0 && visitor != entry ? 1 : 0;
+    row = visitor == entry || (visitor == 0 && row == Table::kVisitors) ? at : row;
+  }
+  if (others >= theirs_.max_links || row == Table::kVisitors || !WriteEntry(cluster_id, row, entry)) {
+    std::vector<Code> dropped;
+    const ClusterInfo cluster{cluster_id, 0, {}, {}, {}};
+    [[maybe_unused]] const datadist::Status status = engine_->Unlink({cluster}, dropped, 1000, true);
+    return LLM_LINK_FAILED;
   }
   const std::lock_guard<std::mutex> lock(mutex_);
-  links_[cluster_id] = {static_cast<int64_t>(last_cache_), static_cast<int64_t>(pulled_last_cache_)};
+  links_[cluster_id] = {static_cast<int64_t>(table_.last_cache), static_cast<int64_t>(theirs_.last_cache), row};
+  return LLM_SUCCESS;
+}
+
+// With theirs_mutex_ held.
+bool Endpoint::WriteEntry(uint64_t cluster_id, size_t row, uint64_t entry) {
+  theirs_.visitors[row] = entry;
+  BlocksTransfer one;
+  one.remote = {cluster_id, kTable, 0, {}};
+  one.local.cache_id = kTheirTable;
+  one.src_blocks = one.dst_blocks = {offsetof(Table, visitors) / sizeof(uint64_t) + row};
+  return engine_->PushKvBlocks(one).ok();
+}
+
+// Here, and over there if they are to be told.
+void Endpoint::LeaveLinks(const Clusters &clusters, bool tell) {
+  const std::lock_guard<std::mutex> theirs_lock(theirs_mutex_);
+  for (const ClusterInfo &cluster : clusters) {
+    const uint64_t id = cluster.remote_cluster_id;
+    std::optional<MadeLink> made;
+    {
+      const std::lock_guard<std::mutex> lock(mutex_);
+      std::replace(std::begin(table_.visitors), std::end(table_.visitors), id + 1, uint64_t{0});
+      if (const auto found = links_.find(id); found != links_.end()) {
+        made = found->second;
+        links_.erase(found);
+      }
+    }
+    if (made && tell) {
+      WriteEntry(id, made->row, 0);
+    }
+  }
 }
 
 Code Endpoint::CheckKnown(uint64_t cluster_id, int64_t local_id, int64_t remote_id) {
@@ -232,7 +284,7 @@ Code Endpoint::Register(const CacheDesc &desc, const std::vector<uint64_t> &addr
       return registered.status().code();
     }
     cache_id = registered.value() - kOwnCaches;
-    last_cache_ = static_cast<uint64_t>(cache_id);
+    table_.last_cache = static_cast<uint64_t>(cache_id);
     caches_.emplace(cache_id, std::move(cache));
     return LLM_SUCCESS;
   });

@@ -50,6 +50,15 @@ class Endpoint {
   struct MadeLink {
     int64_t last_here = 0;
     int64_t last_there = 0;
+    size_t row = 0;  // of the peer's table
+  };
+  // What an endpoint tells those that link to it, and where each of them enters itself. An entry stays until one of the
+  // two unlinks by name: the half of a link that nobody tells of the other's end.
+  struct Table {
+    static constexpr size_t kVisitors = 1024;
+    uint64_t last_cache = 0;
+    uint64_t max_links = 0;
+    uint64_t visitors[kVisitors] = {};  // cluster id + 1; 0 for nobody
   };
 
   // act() -> code, as one call: counted, refused to threads without a device, traced.
@@ -60,19 +69,22 @@ class Endpoint {
 
   void StealPort(const datadist::Options &options);
   Code RegisterOwn();
-  void RememberLink(uint64_t cluster_id);
+  Code EnterLink(uint64_t cluster_id);
+  bool WriteEntry(uint64_t cluster_id, size_t row, uint64_t entry);
+  void LeaveLinks(const Clusters &clusters, bool tell);
   Code CheckKnown(uint64_t cluster_id, int64_t local_id, int64_t remote_id);
   Code CheckRegions(const Cache &cache);
   bool IsLate(const BlocksTransfer &transfer);
 
+  const uint64_t cluster_id_;
   const Rules rules_ = Rules::FromEnvironment();
   const std::unique_ptr<datadist::Provider> engine_;
   std::atomic<int> running_{0};
 
-  // The engine's caches 1 and 2: the id of this end's last cache, which peers pull, and where it is pulled to.
-  uint64_t last_cache_ = 0;
-  uint64_t pulled_last_cache_ = 0;
-  std::mutex table_mutex_;
+  // The engine's caches 1 and 2: this end's table, and a copy of a peer's.
+  Table table_;
+  Table theirs_;
+  std::mutex theirs_mutex_;
 
   std::mutex mutex_;
   std::map<int64_t, Cache> caches_;

@@ -14,16 +14,24 @@ namespace datadist::testing {
 using datadist::test::Arena;
 using datadist::test::PatternOf;
 
-Member::Member(uint64_t cluster_id, const LinkOptions &options, uint32_t max_comms, const RegionLimits &limits)
-    : endpoint_(std::make_shared<LocalEndpoint>(cluster_id, llm_datadist::LlmRole::kMix, options, limits,
-                                                CacheRegistry::Pools{}, 2)),
-      table_(std::make_shared<LinkTable>(cluster_id, options.max_links)),
-      comms_(std::make_unique<CommTable>(endpoint_, table_, max_comms)) {
-  const Status status = endpoint_->Start();
+namespace {
+
+// Its incarnation is known from then on.
+std::shared_ptr<LocalEndpoint> Started(std::shared_ptr<LocalEndpoint> endpoint) {
+  const Status status = endpoint->Start();
   if (!status.ok()) {
     ADD_FAILURE() << status.text();
   }
+  return endpoint;
 }
+
+}  // namespace
+
+Member::Member(uint64_t cluster_id, const LinkOptions &options, uint32_t max_comms, const RegionLimits &limits)
+    : endpoint_(Started(std::make_shared<LocalEndpoint>(cluster_id, llm_datadist::LlmRole::kMix, options, limits,
+                                                        CacheRegistry::Pools{}, 2))),
+      table_(std::make_shared<LinkTable>(cluster_id, endpoint_->incarnation(), options.max_links)),
+      comms_(std::make_unique<CommTable>(endpoint_, table_, max_comms)) {}
 
 // In the order of Engine::Stop.
 Member::~Member() {

@@ -4,6 +4,7 @@
 #include <unistd.h>
 
 #include <climits>
+#include <cstdio>
 #include <cstdlib>
 
 #include "provider/cann/loader.h"
@@ -24,6 +25,7 @@ std::string InChild(const std::function<std::string()> &act) {
   if (::pipe(ends) != 0) {
     return "pipe failed";
   }
+  std::fflush(nullptr);  // or the child writes it again
   const pid_t child = ::fork();
   if (child == 0) {
     ::close(ends[0]);

@@ -171,6 +171,25 @@ def test_types_in_registration_and_allocation(engine: RecordingEngine, do: Do, e
     assert engine.calls == []
 
 
+@pytest.mark.parametrize("error", [TypeError, AttributeError])
+@pytest.mark.parametrize(
+    "do",
+    [
+        lambda m: m.allocate_cache(None),
+        lambda m: m.deallocate_cache(None),
+        lambda m: m.copy_cache(ROWS, None),
+        lambda m: m.pull_cache(BY_ID, None),
+    ],
+)
+def test_none_is_a_wrong_type_and_what_has_no_attributes(
+    engine: RecordingEngine, do: Do, error: type[Exception]
+) -> None:
+    """Programs catch either, by the documentation of the call or by that of all others."""
+    with pytest.raises(error):
+        do(manager(engine))
+    assert engine.calls == []
+
+
 def test_unregister_cache(engine: RecordingEngine) -> None:
     manager(engine).unregister_cache(-3)
     assert engine.only_call() == ("unregister_cache", {"cache_id": -3})

@@ -84,37 +84,11 @@ class CannProvider final : public Provider {
 
   Status EnterThread() override {
     const int32_t device = device_;
-    return device == kNoDevice ? NotInitialized("EnterThread") : library_.device.Enter(device);
+    return Tell("EnterThread", device == kNoDevice ? NotInitialized() : library_.device.Enter(device));
   }
 
   Status Initialize(const Options &given) override {
-    if (epoch_ != ProcessEpoch()) {
-      return Status(LLM_FAILED, "Initialize: made in another process: not usable after fork()");
-    }
-    const std::lock_guard<std::mutex> lock(start_mutex_);
-    if (started_) {
-      return Status::Ok();
-    }
-    if (abandoned_) {
-      return Status(LLM_FAILED, "Initialize: a call of before Finalize still runs");
-    }
-    Options options = ForTheLibrary(given);
-    if (Status ready = Prepare(options); !ready.ok()) {
-      return ready;
-    }
-    const Status started = Listening(options, [&](const Options &with_port) {
-      return Guarded("Initialize", [&] {
-        const Code code = calls_.initialize(object_, ToCann(calls_.strings, with_port));
-        return Explain("Initialize", CallKind::kOther, code);
-      });
-    });
-    if (started.ok()) {
-      started_ = true;
-      gate_.Open();
-    } else {
-      device_ = kNoDevice;
-    }
-    return started;
+    return Guarded("Initialize", [&] { return Start(ForTheLibrary(given)); });
   }
 
   // Waits for the calls that run: the library does not. One that outlives its own timeout would be in freed memory.
@@ -147,7 +121,7 @@ class CannProvider final : public Provider {
       return Listening(ForTheLibrary(options), [&](const Options &with_port) {
         const Code code =
             calls_.set_role(object_, static_cast<int32_t>(role), ToCann(calls_.strings, with_port));
-        return Explain("SetRole", CallKind::kOther, code);
+        return Explain(CallKind::kOther, code);
       });
     });
   }
@@ -169,14 +143,14 @@ class CannProvider final : public Provider {
   Result<int64_t> RegisterKvCache(const llm_datadist::CacheDesc &desc, const std::vector<uint64_t> &addrs) override {
     return Call("RegisterKvCache", [&]() -> Result<int64_t> {
       if (addrs.size() > kMaxAddrsPerCache) {
-        return Invalid("RegisterKvCache: addrs has " + std::to_string(addrs.size()) +
-                       " addresses, CANN takes at most " + std::to_string(kMaxAddrsPerCache) + " per cache");
+        return Invalid("addrs has " + std::to_string(addrs.size()) + " addresses, CANN takes at most " +
+                       std::to_string(kMaxAddrsPerCache) + " per cache");
       }
       int64_t cache_id = 0;
       const Code code = calls_.register_cache(object_, ToCann(desc), addrs, {}, cache_id);
       const std::lock_guard<std::mutex> lock(caches_mutex_);
       if (code != LLM_SUCCESS) {
-        return Explain("RegisterKvCache", CallKind::kOther, code, RegistrationText(addrs.size()));
+        return Explain(CallKind::kOther, code, RegistrationText(addrs.size()));
       }
       caches_[cache_id] = desc.num_tensors;
       return cache_id;
@@ -187,7 +161,7 @@ class CannProvider final : public Provider {
       const Code code = calls_.unregister_cache(object_, cache_id);
       const std::lock_guard<std::mutex> lock(caches_mutex_);
       caches_.erase(cache_id);
-      return Explain("UnregisterKvCache", CallKind::kOther, code);
+      return Explain(CallKind::kOther, code);
     });
   }
 
@@ -217,14 +191,14 @@ class CannProvider final : public Provider {
   Result<uint16_t> ListenPort() override {
     return Call("QueryListenPort", [&]() -> Result<uint16_t> {
       const uint16_t port = listen_port_;
-      return port != 0 ? Result<uint16_t>(port) : CannotTell("QueryListenPort: not listening");
+      return port != 0 ? Result<uint16_t>(port) : CannotTell("not listening");
     });
   }
   Result<LinkReport> QueryLink(uint64_t) override { return CannotTell("QueryLink: CANN tells nothing of its links"); }
   Result<HugePagesReport> WaitForHugePages() override { return CannotTell("WaitForHugePages: CANN asks for none"); }
 
  private:
-  static Status NotInitialized(const std::string &call) { return Status(LLM_FAILED, call + ": not initialized"); }
+  static Status NotInitialized() { return Status(LLM_FAILED, "not initialized"); }
   static Status CannotTell(const std::string &text) { return Status(LLM_FEATURE_NOT_ENABLED, text); }
 
   // Without the options of our own engine, which say nothing here.
@@ -233,6 +207,32 @@ class CannProvider final : public Provider {
       it = it->first.rfind("datadist.", 0) == 0 ? options.erase(it) : std::next(it);
     }
     return options;
+  }
+
+  Status Start(Options options) {
+    if (epoch_ != ProcessEpoch()) {
+      return Status(LLM_FAILED, "made in another process: not usable after fork()");
+    }
+    const std::lock_guard<std::mutex> lock(start_mutex_);
+    if (started_) {
+      return Status::Ok();
+    }
+    if (abandoned_) {
+      return Status(LLM_FAILED, "a call of before Finalize still runs");
+    }
+    if (Status ready = Prepare(options); !ready.ok()) {
+      return ready;
+    }
+    const Status started = Listening(options, [&](const Options &with_port) {
+      return Explain(CallKind::kOther, calls_.initialize(object_, ToCann(calls_.strings, with_port)));
+    });
+    if (started.ok()) {
+      started_ = true;
+      gate_.Open();
+    } else {
+      device_ = kNoDevice;
+    }
+    return started;
   }
 
   // Device and timeouts of the options; a device that is not named is the calling thread's.
@@ -249,11 +249,11 @@ class CannProvider final : public Provider {
     const Result<int32_t> device =
         named != options.end() ? ParseNumber(OPTION_DEVICE_ID, named->second) : library_.device.Current();
     if (!device.ok()) {
-      return Status(device.status().code(), "Initialize: " + device.status().text());
+      return device.status();
     }
     options[OPTION_DEVICE_ID] = std::to_string(device.value());
     device_ = device.value();
-    return EnterThread();
+    return library_.device.Enter(device.value());
   }
 
   // act(options with a port) -> Status.
@@ -274,13 +274,13 @@ class CannProvider final : public Provider {
     return Call(call, [&] {
       const auto infos = ToCann(calls_.strings, clusters);
       if (!infos.ok()) {
-        return Status(infos.status().code(), std::string(call) + ": " + infos.status().text());
+        return infos.status();
       }
       Bound(timeout_ms);
       std::vector<Code> codes;  // the library appends
       const Code code = act(infos.value(), codes);
       if (codes.empty() && code != LLM_SUCCESS) {
-        return Explain(call, CallKind::kLink, code);
+        return Explain(CallKind::kLink, code);
       }
       codes.resize(clusters.size(), LLM_FAILED);
       rets = codes;
@@ -288,7 +288,7 @@ class CannProvider final : public Provider {
       for (size_t i = 0; i < codes.size(); ++i) {
         if (codes[i] != LLM_SUCCESS) {
           const std::string about = "cluster " + std::to_string(clusters[i].remote_cluster_id);
-          overall = Explain(call, CallKind::kLink, codes[i], about);
+          overall = Explain(CallKind::kLink, codes[i], about);
         }
       }
       return overall;
@@ -301,11 +301,11 @@ class CannProvider final : public Provider {
                   const Act &act) {
     return Call(call, [&] {
       if (Status checked = CheckExtParam(ext); !checked.ok()) {
-        return Status(checked.code(), std::string(call) + ": " + checked.text());
+        return checked;
       }
       const std::string about =
           "cache " + std::to_string(remote.cache_id) + " of cluster " + std::to_string(remote.cluster_id);
-      return Explain(call, CallKind::kTransfer, act(), about);
+      return Explain(CallKind::kTransfer, act(), about);
     });
   }
 
@@ -346,20 +346,27 @@ class CannProvider final : public Provider {
   template <typename Act>
   auto Call(const char *call, const Act &act) -> decltype(act()) {
     if (epoch_ != ProcessEpoch()) {  // a lock may have been held when the child was made
-      return NotInitialized(call);
+      return Tell(call, NotInitialized());
     }
     const CallGate::Pass pass(gate_);
-    return pass ? Guarded(call, act) : NotInitialized(call);
+    return pass ? Guarded(call, act) : Tell(call, NotInitialized());
   }
   template <typename Act>
   static auto Guarded(const char *call, const Act &act) -> decltype(act()) {
     try {
-      return act();
+      return Tell(call, act());
     } catch (const std::bad_alloc &) {
-      return Status(LLM_OUT_OF_MEMORY, std::string(call) + ": out of memory");
+      return Tell(call, Status(LLM_OUT_OF_MEMORY, "out of memory"));
     } catch (const std::exception &error) {
-      return Status(LLM_FAILED, std::string(call) + ": " + error.what());
+      return Tell(call, Status(LLM_FAILED, error.what()));
     }
+  }
+  static Status Tell(const char *call, Status status) {
+    return status.ok() ? status : Status(status.code(), std::string(call) + ": " + status.text());
+  }
+  template <typename T>
+  static Result<T> Tell(const char *call, Result<T> result) {
+    return result.ok() ? std::move(result) : Result<T>(Tell(call, result.status()));
   }
 
   const Library &library_;

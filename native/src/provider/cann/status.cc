@@ -89,7 +89,7 @@ std::string GeneralAdvice(Code code) {
 
 }  // namespace
 
-Status Explain(std::string_view call, CallKind kind, Code code, const std::string &about) {
+Status Explain(CallKind kind, Code code, const std::string &about) {
   if (code == LLM_SUCCESS) {
     return Status::Ok();
   }
@@ -99,8 +99,7 @@ Status Explain(std::string_view call, CallKind kind, Code code, const std::strin
   if (advice.empty()) {
     advice = GeneralAdvice(code);
   }
-  return Status(code, std::string(call) + ": " + (about.empty() ? "" : about + ": ") + "CANN answered " + Name(code) +
-                          ": " + advice);
+  return Status(code, (about.empty() ? "" : about + ": ") + "CANN answered " + Name(code) + ": " + advice);
 }
 
 }  // namespace datadist::cann

@@ -3,7 +3,6 @@
 #define DATADIST_PROVIDER_CANN_STATUS_H_
 
 #include <string>
-#include <string_view>
 
 #include "base/status.h"
 #include "provider/cann/abi.h"
@@ -14,8 +13,8 @@ namespace datadist::cann {
 // things to be done.
 enum class CallKind : uint8_t { kLink, kTransfer, kOther };
 
-// "CALL: the library's code, what it means there and what to do"; `about` names the peer or the cache. Ok for success.
-Status Explain(std::string_view call, CallKind kind, Code code, const std::string &about = "");
+// The library's code, what it means there and what to do; `about` names the peer or the cache. Ok for success.
+Status Explain(CallKind kind, Code code, const std::string &about = "");
 
 }  // namespace datadist::cann
 
