@@ -667,7 +667,7 @@ class LeaseKeeper:
         auth: str = "",
         insecure: bool = False,
         max_leases: int = 65536,
-        news_s: float = 1.0,
+        news_s: float = 0.25,
         release_retry_s: float = 1.0,
     ) -> None:
         """`news_s`: what P has said of a lease is true for so long, or nearly: it may need the blocks itself."""

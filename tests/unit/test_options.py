@@ -40,10 +40,6 @@ def test_our_engine_changes_nothing() -> None:
         ({"transfer_threads": 3}, "transfer_threads: 3 is"),
         ({"tcp_streams": 3}, "tcp_streams: 3 is"),
         ({"verify": "log"}, "verify: 'log' is"),
-        (
-            {"auth": "/run/key"},
-            "auth: '/run/key' is an option of our engine, and not this provider's; allowed: ''",
-        ),
         ({"host": "fe80::5", "insecure": True}, "host: 'fe80::5' is an IPv6 address; this provider links over IPv4"),
         ({"link_timeout_s": 1.5}, "link_timeout_s: 1.5, no other limit outlasts recv_deadline_s (60.0); allowed with"),
         ({"recv_deadline_s": 1}, "link_timeout_s: 1.0, no other limit outlasts recv_deadline_s (1.0); allowed with"),
@@ -52,6 +48,11 @@ def test_our_engine_changes_nothing() -> None:
 def test_what_it_cannot_do_is_refused_by_name(extra: dict[str, Any], told: str) -> None:
     with pytest.raises(ConfigError, match=f"^{re.escape(told)}"):
         adapt(extra)
+
+
+def test_a_key_guards_what_is_ours(caplog: pytest.LogCaptureFixture) -> None:
+    assert adapt({"auth": "/run/key"}).auth == "/run/key"
+    assert "this provider's own links ask nobody for one" in caplog.text
 
 
 @pytest.mark.parametrize("name", ["local_comm_res", "ascend_local_comm_res_path"])

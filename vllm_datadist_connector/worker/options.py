@@ -23,14 +23,8 @@ logger = logging.getLogger(__name__)
 
 LISTEN: Final = "llm.ListenIpInfo"
 
-_ENGINES_OWN: Final = {
-    "transport": "",
-    "transfer_threads": "",
-    "tcp_streams": "",
-    "verify": "",
-    "auth": "; its links ask for no key; in a network of your own say 'insecure': true",
-}
-"""Keys that are options of our engine, and what to do without it."""
+_ENGINES_OWN: Final = ("transport", "transfer_threads", "tcp_streams", "verify")
+"""Keys that are options of our engine."""
 _LINK_S: Final = 60.0
 """Of a link over hardware: queue pairs and registrations of all memory are exchanged."""
 
@@ -84,12 +78,14 @@ def _refuse_what_it_cannot(config: ConnectorConfig, capabilities: _native.Capabi
             config.host,
         )
     defaults = {each.name: each.default for each in msgspec.structs.fields(ConnectorConfig)}
-    for name, advice in _ENGINES_OWN.items():
+    for name in _ENGINES_OWN:
         if (value := getattr(config, name)) != defaults[name]:
             raise ConfigError(
                 f"{name}: {value!r} is an option of our engine, and not this provider's; allowed:"
-                f" {defaults[name]!r}{advice}"
+                f" {defaults[name]!r}"
             )
+    if config.auth:
+        logger.warning("auth: the key guards leases and greetings; this provider's own links ask nobody for one")
 
 
 def hardware_timeout_s(environ: Mapping[str, str] = os.environ) -> float:

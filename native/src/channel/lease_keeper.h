@@ -30,7 +30,7 @@ namespace datadist {
 struct LeaseKeeperLimits {
   size_t leases = 1U << 16U;
   // What P has said of a lease is true for so long, or nearly: it may need the blocks itself.
-  std::chrono::milliseconds news{1000};
+  std::chrono::milliseconds news{250};
   std::chrono::milliseconds release_retry{1000};
 };
 
