@@ -34,27 +34,6 @@ constexpr std::chrono::milliseconds kPauseAfterFault{100};
 // So many leases are looked at before others get the lock.
 constexpr size_t kMostAtOnce = 1024;
 
-struct Kept {
-  LeaseKeeper::Grantor grantor;
-  Clock::duration lease;
-  size_t users;
-  bool stands;  // what P said of it last, or by its silence
-  Clock::time_point news_at{};
-  // When news was asked for that StandingOf has not told yet.
-  std::optional<Clock::time_point> asked_at{};
-  Clock::time_point next_send{};
-  Clock::time_point pulling_until{};
-  // Once released: when to retry the release stops being useful, because the lease has run out.
-  std::optional<Clock::time_point> give_up{};
-};
-
-// What is to be said now, and to whom.
-struct Due {
-  std::map<std::pair<LeaseKeeper::Grantor, bool>, Tokens> renewals;  // bool: and it is being pulled
-  std::map<LeaseKeeper::Grantor, Tokens> releases;
-  std::optional<Clock::time_point> next{};  // when to look again
-};
-
 // Calls `send` with as many tokens as a message takes.
 template <typename Send>
 void InMessages(const Tokens &tokens, const Send &send) {
@@ -83,6 +62,27 @@ class LeaseKeeper::State {
   bool in_forked_child() const { return ProcessEpoch() != epoch_; }
 
  private:
+  struct Kept {
+    LeaseKeeper::Grantor grantor;
+    Clock::duration lease;
+    size_t users;
+    bool stands;  // what P said of it last, or by its silence
+    Clock::time_point news_at{};
+    // When news was asked for that StandingOf has not told yet.
+    std::optional<Clock::time_point> asked_at{};
+    Clock::time_point next_send{};
+    Clock::time_point pulling_until{};
+    // Once released: when to retry the release stops being useful, because the lease has run out.
+    std::optional<Clock::time_point> give_up{};
+  };
+
+  // What is to be said now, and to whom.
+  struct Due {
+    std::map<std::pair<LeaseKeeper::Grantor, bool>, Tokens> renewals;  // bool: and it is being pulled
+    std::map<LeaseKeeper::Grantor, Tokens> releases;
+    std::optional<Clock::time_point> next{};  // when to look again
+  };
+
   using Leases = std::map<LeaseToken, Kept>;
   Leases::iterator FindInUseLocked(const LeaseToken &token);
   void ScheduleLocked(Leases::iterator lease, Clock::time_point at);
@@ -250,7 +250,7 @@ void LeaseKeeper::State::SendOnLoop(const Grantor &grantor, const Tokens &tokens
   sent_.emplace(client_->Send(grantor.ip, grantor.port, request, answer_timeout_), tokens);
 }
 
-Due LeaseKeeper::State::TakeDueOnLoop() {
+LeaseKeeper::State::Due LeaseKeeper::State::TakeDueOnLoop() {
   Due due;
   const Clock::time_point now = Clock::now();
   const std::lock_guard<std::mutex> lock(mutex_);
