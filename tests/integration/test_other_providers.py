@@ -63,6 +63,9 @@ class TestFence:
         consumer.pull("other", other, [7])
         consumer.wait(1)
         consumer.check_bytes()
+        # As a step in flight that still runs for the request which had these blocks before: on vLLM 0.23 they are
+        # another's already.
+        consumer.memory[:, [5, 6]] = ~consumer.memory[:, [5, 6]]
         gate.open()
         consumer.expect(producer, held, [5, 6])
         consumer.wait(2)

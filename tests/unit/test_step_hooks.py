@@ -23,8 +23,10 @@ from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
 class Driver:
     def __init__(self) -> None:
         self.events: list[str] = []
+        self.fences: list[Fence] = []
 
-    def submit(self, job: PullJob, _fence: Fence) -> None:
+    def submit(self, job: PullJob, fence: Fence) -> None:
+        self.fences.append(fence)
         self.events.append(job.request_id)
 
     def cancel(self, request_id: str) -> None:
@@ -78,6 +80,22 @@ def test_every_step_starts_its_own(connector: Any, driver: Driver) -> None:
         connector.clear_connector_metadata()
     assert [event for event in driver.events if not event.startswith("cancel")] == ["0", "1", "2"]
     assert connector._working.take_sent() == {"0's lease", "1's lease", "2's lease"}
+
+
+def test_pulls_wait_for_what_the_device_was_given_before(connector: Any, driver: Driver) -> None:
+    """One fence for each step that brings pulls, taken by the hook itself: on vLLM's thread, behind its kernels."""
+    taken: list[Any] = []
+
+    class Device:
+        def fence(self) -> Any:
+            taken.append(SimpleNamespace(has_passed=lambda: False))
+            return taken[-1]
+
+    connector._working._device = Device()
+    for step in (step_of("a"), StepMetadata(), step_of("b")):
+        connector.handle_preemptions(step)
+    assert len(taken) == 2
+    assert driver.fences == taken
 
 
 def test_not_where_vllm_would_zero_the_blocks_afterwards(
