@@ -55,14 +55,6 @@ T = TypeVar("T")
 
 _PAUSE_AFTER_FAULT_S = 0.1
 
-_LINK_LOST = frozenset(
-    {_native.LLM_FAILED, _native.LLM_TIMEOUT, _native.LLM_NOT_YET_LINK, _native.LLM_KV_CACHE_NOT_EXIST}
-)
-"""Codes after which the link must be made anew before anything else is pulled over it."""
-_REFUSED = frozenset({_native.LLM_PARAM_INVALID, _native.LLM_FEATURE_NOT_ENABLED})
-"""Codes of calls that have done nothing. After any other a provider whose calls do not end with themselves may go on
-writing, and its link must go."""
-
 _FENCE_POLL_S = 0.001
 _QUIET_S = 240.0
 """Less than a connection of the side channel stays open unused."""
@@ -105,10 +97,9 @@ class PullDriver:
         self._links = Links(
             ours.host,
             self._queue,
-            report=(lambda cluster_id: datadist.query_link(cluster_id)[1]) if capabilities.reports_links else None,
+            report=lambda cluster_id: datadist.query_link(cluster_id)[1],
             timeout_s=config.link_timeout_s,
-            least_timeout_s=capabilities.min_link_timeout_ms / 1000,
-            most=capabilities.max_links,
+            capabilities=capabilities,
         )
         self._instances = InstanceTable(
             ours,
@@ -290,7 +281,7 @@ class PullDriver:
             if completion.status == _native.LLM_TIMEOUT:
                 self._on_deadline(transfer)
                 return
-        elif self._loses_link(completion.status) and not transfer.instance.is_ourselves:
+        elif self._links.is_fault(completion.status) and not transfer.instance.is_ourselves:
             if not self._capabilities.writes_end_with_call:
                 transfer.writers.add(cluster_id)
             self._on_link_fault(transfer, reason)
@@ -300,9 +291,6 @@ class PullDriver:
             return
         if not (transfer.is_written or transfer.unsubmitted):
             self._on_all_back(transfer)
-
-    def _loses_link(self, status: int) -> bool:
-        return status in _LINK_LOST if self._capabilities.writes_end_with_call else status not in _REFUSED
 
     def _on_gone(self, cluster_id: int) -> None:
         """No link with that cluster is left, and so nobody who writes over one."""

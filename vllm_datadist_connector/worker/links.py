@@ -34,6 +34,9 @@ _QUEUED_MS = 60_000
 
 
 _LAST_UNLINKS_S = 2.0
+_LOST = frozenset({_native.LLM_FAILED, _native.LLM_TIMEOUT, _native.LLM_NOT_YET_LINK, _native.LLM_KV_CACHE_NOT_EXIST})
+_REFUSED = frozenset({_native.LLM_PARAM_INVALID, _native.LLM_FEATURE_NOT_ENABLED})
+"""Codes of calls that have done nothing."""
 
 
 class Linking(NamedTuple):
@@ -49,23 +52,19 @@ class Links:
         self,
         our_host: str,
         queue: _native.TransferQueue,
-        report: Callable[[int], _native.LinkReport | None] | None,
+        report: Callable[[int], _native.LinkReport | None],
         timeout_s: float,
-        least_timeout_s: float = 0.0,
-        most: int = 0,
+        capabilities: _native.Capabilities,
     ) -> None:
         """
         Args:
-            report: of the link with a cluster; None if none can be had: a link that was made is alive then.
-            least_timeout_s: a link call takes no shorter time-out.
-            most: links at once; 0: no limit.
+            report: of the link with a cluster, where the provider tells.
         """
         self._our_host = our_host
         self._queue = queue
-        self._report = report
+        self._report = report if capabilities.reports_links else None
         self._timeout_s = timeout_s
-        self._least_timeout_s = least_timeout_s
-        self._most = most
+        self._capabilities = capabilities
         self._calls: dict[int, Linking] = {}
         self._again: deque[tuple[float, Linking]] = deque()
         """What to try again, and when; the earliest first."""
@@ -76,7 +75,9 @@ class Links:
         Raises:
             QueueFullError: there is no place for the call.
         """
-        timeout_ms = max(1, int(max(linking.instance.within(self._timeout_s), self._least_timeout_s) * 1000))
+        timeout_ms = max(
+            1, int(linking.instance.within(self._timeout_s) * 1000), self._capabilities.min_link_timeout_ms
+        )
         call = self._queue.submit_link(self._cluster(linking.geometry), timeout_ms, timeout_ms + _QUEUED_MS)
         self._calls[call] = linking
 
@@ -120,7 +121,13 @@ class Links:
 
     def is_room(self, linked: int) -> bool:
         """For one more than those, and than those that are being made or given up."""
-        return not self._most or linked + len(self._calls) + len(self._unlinkings) < self._most
+        most = self._capabilities.max_links
+        return not most or linked + len(self._calls) + len(self._unlinkings) < most
+
+    def is_fault(self, status: int) -> bool:
+        """Whether after a pull that ended so the link must be made anew before anything else is pulled over it."""
+        # What goes on writing after a call that failed can only be ended with its link.
+        return status in _LOST if self._capabilities.writes_end_with_call else status not in _REFUSED
 
     def are_unlinking(self) -> bool:
         return bool(self._unlinkings)

@@ -81,8 +81,7 @@ def _refuse_what_it_cannot(config: ConnectorConfig, capabilities: _native.Capabi
     for name in _ENGINES_OWN:
         if (value := getattr(config, name)) != defaults[name]:
             raise ConfigError(
-                f"{name}: {value!r} is an option of our engine, and not this provider's; allowed:"
-                f" {defaults[name]!r}"
+                f"{name}: {value!r} is an option of our engine, and not this provider's; allowed: {defaults[name]!r}"
             )
     if config.auth:
         logger.warning("auth: the key guards leases and greetings; this provider's own links ask nobody for one")
