@@ -19,6 +19,10 @@ P = ParamSpec("P")
 R = TypeVar("R")
 
 
+_DEAF_S = 0.25
+"""A signal that comes just before the wait, or that another thread takes, does not end it: it is heard so late."""
+
+
 class _Job(Generic[R]):
     """A call, and what came of it once `ended` is set."""
 
@@ -74,7 +78,8 @@ class _Caller:
     def call(self, job: _Job[R]) -> R:
         self._jobs.put(job)
         try:
-            job.ended.wait()
+            while not job.ended.wait(_DEAF_S):
+                pass
         except BaseException:
             self._jobs.put(None)
             raise

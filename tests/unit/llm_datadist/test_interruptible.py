@@ -1,0 +1,32 @@
+"""An interrupt ends the main thread's wait for a call, however it comes; the call goes on."""
+
+from __future__ import annotations
+
+import signal
+import threading
+import time
+
+import pytest
+
+from vllm_datadist_connector.llm_datadist.v2.interruptible import interruptible
+
+LONG_S = 20.0
+
+
+def test_an_interrupt_that_wakes_nobody() -> None:
+    """It comes before the wait has begun, or another thread takes it: as here, where it ends no wait of ours."""
+    let_go, ended = threading.Event(), threading.Event()
+
+    @interruptible
+    def call() -> None:
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        let_go.wait(LONG_S)
+        ended.set()
+
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        call()
+    assert time.monotonic() - started < LONG_S / 4
+    assert not ended.is_set()
+    let_go.set()
+    assert ended.wait(LONG_S)
