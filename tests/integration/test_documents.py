@@ -265,8 +265,13 @@ def test_usage_in_a_docstring(path: str, usage: str, clone: Clone) -> None:
 
 def test_flags_in_prose() -> None:
     """A flag that stands alone between backticks is one of the programs that the documents are about."""
-    texts = [help_of(sys.executable, f"tools/{name}.py") for name in ("demo", "test")] + [help_of(tool("vllm-router"))]
-    known = {*serve_parser()._option_string_actions, *re.findall(r"--[a-z][a-z-]+", "".join(texts))}
+    programs = [
+        *((sys.executable, f"tools/{name}.py") for name in ("demo", "test")),
+        *((tool("vllm-datadist"), name) for name in ("doctor", "selftest")),
+        (tool("vllm-router"),),
+    ]
+    texts = "".join(help_of(*program) for program in programs)
+    known = {*serve_parser()._option_string_actions, *re.findall(r"--[a-z][a-z-]+", texts)}
     for path in DOCUMENTS:
         text = re.sub(r"^```.*?^```", "", path.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
         for code in re.findall(r"`(--[a-z][^`]*)`", text):
