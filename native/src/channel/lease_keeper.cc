@@ -33,15 +33,7 @@ constexpr std::chrono::microseconds kGather{1000};
 constexpr std::chrono::milliseconds kPauseAfterFault{100};
 // So many leases are looked at before others get the lock.
 constexpr size_t kMostAtOnce = 1024;
-
-// Calls `send` with as many tokens as a message takes.
-template <typename Send>
-void InMessages(const Tokens &tokens, const Send &send) {
-  for (size_t first = 0; first < tokens.size(); first += kMaxLeasesPerMessage) {
-    const size_t end = std::min(tokens.size(), first + kMaxLeasesPerMessage);
-    send(Tokens(tokens.begin() + static_cast<std::ptrdiff_t>(first), tokens.begin() + static_cast<std::ptrdiff_t>(end)));
-  }
-}
+static_assert(kMostAtOnce <= kMaxLeasesPerMessage, "what is due at once for one grantor is one message");
 
 }  // namespace
 
@@ -233,10 +225,10 @@ void LeaseKeeper::State::RoundOnLoop() {
   const Due due = TakeDueOnLoop();
   for (const auto &[key, tokens] : due.renewals) {
     const auto &[grantor, pulling] = key;
-    InMessages(tokens, [&, pulling = pulling](const Tokens &some) { SendOnLoop(grantor, some, Renew{some, pulling}); });
+    SendOnLoop(grantor, tokens, Renew{tokens, pulling});
   }
   for (const auto &[grantor, tokens] : due.releases) {
-    InMessages(tokens, [&](const Tokens &some) { SendOnLoop(grantor, some, datadist::Release{some}); });
+    SendOnLoop(grantor, tokens, datadist::Release{tokens});
   }
   LookAgainOnLoop(due.next);
 }
