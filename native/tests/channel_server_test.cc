@@ -12,7 +12,6 @@
 #include <thread>
 #include <vector>
 
-#include "channel/askers.h"
 #include "support/channel_ends.h"
 
 namespace datadist::testing {
@@ -365,24 +364,6 @@ TEST(ChannelServer, TellsWhoHasLeft) {
   nobody.client->Close();
   wait_for({6});
   EXPECT_TRUE(server.server->TakeLeftAskers().empty());
-}
-
-TEST(Askers, HaveTheirGraceAndALimit) {
-  const auto now = EventLoop::Clock::now();
-  Askers askers(milliseconds(100));
-  askers.Came(1);
-  askers.Left(1, now);
-  EXPECT_TRUE(askers.TakeLeft(now + milliseconds(99)).empty());
-  askers.Came(1);
-  EXPECT_TRUE(askers.TakeLeft(now + milliseconds(100)).empty()) << "it has come back";
-  askers.Left(1, now);
-  askers.Left(1, now);
-  EXPECT_EQ(askers.TakeLeft(now + milliseconds(100)), std::vector<uint64_t>{1});
-  for (uint64_t cluster = 1; cluster <= 2 * Askers::kMaxLeft; ++cluster) {
-    askers.Came(cluster);
-    askers.Left(cluster, now);
-  }
-  EXPECT_EQ(askers.TakeLeft(now + milliseconds(100)).size(), Askers::kMaxLeft);
 }
 
 TEST(ChannelServer, GivesItsAddressBack) {

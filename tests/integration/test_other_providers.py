@@ -87,12 +87,12 @@ class TestFence:
 
 @contextmanager
 def links_that_stay(consumer: Consumer, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """No unlink call finds room in the queue meanwhile; there are several."""
+    """No unlink call finds room in the queue meanwhile, however often it is tried."""
     unlinkings, refused = consumer.driver._links._unlinkings, []
 
     class Full:
-        def submit_unlink(self, *_: object) -> int:
-            refused.append(_)
+        def submit_unlink(self, *call: object) -> int:
+            refused.append(call)
             raise _native.QueueFullError("no room")
 
     with monkeypatch.context() as patch:

@@ -69,7 +69,8 @@ def adapt(deployment: Deployment, probed: Probed, environ: Mapping[str, str]) ->
     name = "options of the provider"
     try:
         told: Any = probed.capabilities
-        config = adapt_config(deployment.config, deployment.given, Capabilities(**told), environ)
+        is_both = deployment.role == "kv_both" or deployment.config.bidirectional
+        config = adapt_config(deployment.config, deployment.given, Capabilities(**told), environ, is_both)
     except ConfigError as error:
         return deployment, [Finding(name, "wrong", str(error), "correct it: vLLM would not start")]
     limits = f"link_timeout_s {config.link_timeout_s:g}, pull_timeout_s {config.pull_timeout_s:g}"

@@ -42,12 +42,8 @@ def build_worker(config: ConnectorConfig, vllm_config: VllmConfig, groups: Seque
         raise ConfigError(
             "--enable-sleep-mode: a sleeping vLLM gives the KV cache away while peers still read it; leave it out"
         )
-    if is_producer and is_consumer and not datadist.capabilities.crossing_links:
-        raise ConfigError(
-            "kv_role: kv_both, and bidirectional, need a provider with which two instances may link with each other at"
-            " once; this one would hang; use kv_producer and kv_consumer"
-        )
-    config = adapt_config(config, transfer.kv_connector_extra_config or (), datadist.capabilities)
+    given = transfer.kv_connector_extra_config or ()
+    config = adapt_config(config, given, datadist.capabilities, is_both=is_producer and is_consumer)
     tp_size, pp_size = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     tp_rank, pp_rank = get_tp_group().rank_in_group, get_pp_group().rank_in_group
     index = (compat.data_parallel_index(parallel) * pp_size + pp_rank) * tp_size + tp_rank

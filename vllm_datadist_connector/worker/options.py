@@ -40,12 +40,21 @@ def adapt_config(
     given: Collection[str],
     capabilities: _native.Capabilities,
     environ: Mapping[str, str] = os.environ,
+    is_both: bool = False,
 ) -> ConnectorConfig:
     """The configuration with the time limits that suit the provider where none are `given`.
+
+    Args:
+        is_both: the instance is P and D.
 
     Raises:
         ConfigError: names the key that the provider cannot follow.
     """
+    if is_both and not capabilities.crossing_links:
+        raise ConfigError(
+            "kv_role: kv_both, and bidirectional, need a provider with which two instances may link with each other at"
+            " once; this one would hang; use kv_producer and kv_consumer"
+        )
     _refuse_what_it_cannot(config, capabilities)
     if not capabilities.writes_end_with_call:
         # Hardware carries on for its own time: a call that gave up before would cost a link for each hiccup.
