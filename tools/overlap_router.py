@@ -51,8 +51,9 @@ def prefill_leg(body: dict[str, Any], handoff: str) -> dict[str, Any]:
     """One token of the same prompt, whose KV cache is kept for whoever names the hand-off."""
     length = "max_completion_tokens" if "max_completion_tokens" in body else "max_tokens"
     params = {"do_remote_decode": True, "do_remote_prefill": False, "datadist": {"handoff": handoff}}
-    leg = {**body, length: 1, "stream": False, "n": 1, "kv_transfer_params": params}
-    for name in ("stream_options", "min_tokens", "best_of"):
+    # What P samples is thrown away. vLLM's CPU build dies of a seeded request that is prefilled in chunks.
+    leg = {**body, length: 1, "stream": False, "n": 1, "temperature": 0, "kv_transfer_params": params}
+    for name in ("stream_options", "min_tokens", "best_of", "seed"):
         leg.pop(name, None)
     return leg
 

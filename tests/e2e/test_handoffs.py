@@ -38,7 +38,8 @@ def small() -> Iterator[Pair]:
         "qwen3",
         kv_transfer("prefill", lease_s=5),
         max_num_batched_tokens=CHUNK,
-        arguments=("--num-gpu-blocks-override", "64", "--no-enable-prefix-caching"),
+        # Lets prompts in that will not fit: what preempts a prefill.
+        arguments=("--num-gpu-blocks-override", "64", "--no-scheduler-reserve-full-isl"),
         **config,
     )
     decode = spec_of("handoff-decode", "qwen3", kv_transfer("decode", recv_deadline_s=20, handoff_wait_s=2), **config)
