@@ -5,27 +5,38 @@
 
 #include <algorithm>
 #include <optional>
+#include <set>
 #include <utility>
 
 #include "base/log.h"
 #include "channel/askers.h"
+#include "base/hmac.h"
 #include "channel/frame_connection.h"
+#include "channel/parked_awaits.h"
 #include "control/opening.h"
 
 namespace datadist {
 namespace {
 
+using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_LINK_FAILED;
 using llm_datadist::LLM_NOT_YET_LINK;
 using llm_datadist::LLM_PARAM_INVALID;
 using TimePoint = EventLoop::Clock::time_point;
 
 constexpr TypeSet kRequests(MessageType::kDescribeRank, MessageType::kRenew, MessageType::kConfirm,
-                            MessageType::kRelease);
+                            MessageType::kRelease, MessageType::kAwait, MessageType::kReport);
 constexpr size_t kRanksNamed = 64;
 
 std::string RankText(const RankId &rank) {
   return "(" + std::to_string(rank.pp_rank) + ", " + std::to_string(rank.tp_rank) + ")";
+}
+
+std::vector<LeaseToken> Without(std::vector<LeaseToken> tokens, const std::vector<LeaseToken> &taken) {
+  const std::set<LeaseToken> gone(taken.begin(), taken.end());
+  tokens.erase(std::remove_if(tokens.begin(), tokens.end(), [&](const auto &token) { return gone.count(token) > 0; }),
+               tokens.end());
+  return tokens;
 }
 
 std::string NoSuchRank(const RankId &asked, const ChannelServer::Geometries &geometries) {
@@ -52,12 +63,14 @@ ChannelLimits WithinDescriptors(const ChannelLimits &limits) {
 
 }  // namespace
 
-class ChannelServer::State : public std::enable_shared_from_this<State> {
+class ChannelServer::State : public HandoffListener, public std::enable_shared_from_this<State> {
  public:
-  State(Grantor grantor, Trust trust, std::shared_ptr<LeaseTable> leases, const ChannelLimits &limits)
+  State(Grantor grantor, Trust trust, std::shared_ptr<LeaseTable> leases, std::shared_ptr<HandoffTable> handoffs,
+        const ChannelLimits &limits)
       : grantor_(std::move(grantor)),
         trust_(std::move(trust)),
         leases_(std::move(leases)),
+        handoffs_(std::move(handoffs)),
         limits_(WithinDescriptors(limits)),
         askers_(limits.grace) {}
 
@@ -69,6 +82,7 @@ class ChannelServer::State : public std::enable_shared_from_this<State> {
   }
   bool in_forked_child() const { return ::getpid() != pid_; }
   std::vector<uint64_t> TakeLeftAskers() { return askers_.TakeLeft(EventLoop::Clock::now()); }
+  void OnHandoffNews(const LeaseToken &token) override;
 
  private:
   class Greeter;
@@ -80,10 +94,15 @@ class ChannelServer::State : public std::enable_shared_from_this<State> {
   void SweepOnLoop();
   void EndUnreadOnLoop();
   RankAnswer DescribeOnLoop(const DescribeRank &asked);
+  std::vector<LeaseToken> RenewOnLoop(const Renew &renew, const std::string &by);
+  void ReleaseOnLoop(const Release &release);
+  Status AwaitOnLoop(uint64_t guest, const Frame &frame);
+  void AnswerAwaitOnLoop(uint64_t guest, uint32_t seq, const HandoffNews &news);
 
   const Grantor grantor_;
   const Trust trust_;
   const std::shared_ptr<LeaseTable> leases_;
+  const std::shared_ptr<HandoffTable> handoffs_;
   const ChannelLimits limits_;
   const pid_t pid_ = ::getpid();
   const std::shared_ptr<EventLoop> loop_ = std::make_shared<EventLoop>();
@@ -91,11 +110,15 @@ class ChannelServer::State : public std::enable_shared_from_this<State> {
   Askers askers_;
   std::mutex close_mutex_;
   std::mutex mutex_;
-  Geometries geometries_;  // guarded by mutex_
+  Geometries geometries_;         // guarded by mutex_
+  std::vector<LeaseToken> news_;  // guarded by mutex_; of hand-offs, and the loop has been told that there is any
 
   // Owned by the loop thread.
   std::shared_ptr<FrontDoor> door_;
   uint64_t last_id_ = 0;
+  ParkedAwaits awaits_{*loop_, *handoffs_, [this](uint64_t guest, uint32_t seq, const HandoffNews &news) {
+                         AnswerAwaitOnLoop(guest, seq, news);
+                       }};
   std::map<uint64_t, std::unique_ptr<Guest>> guests_;
   uint64_t sweep_timer_ = 0;
   LogBudget log_budget_;
@@ -133,6 +156,7 @@ class ChannelServer::State::Guest : public FrameConnection::Handler {
                                                 FrameConnection::Reads::kWhenAllIsSent, this)) {}
   ~Guest() override {
     connection_->CloseOnLoop();
+    server_.awaits_.DropOnLoop(id_);
     server_.askers_.Left(asker_, EventLoop::Clock::now());
   }
   Guest(const Guest &) = delete;
@@ -143,6 +167,13 @@ class ChannelServer::State::Guest : public FrameConnection::Handler {
   std::optional<TimePoint> stuck_since() const { return connection_->stuck_since(); }
   TimePoint last_request() const { return last_request_; }
 
+  // May end guests, also this one.
+  void SendOnLoop(MessageType type, uint32_t seq, const std::vector<uint8_t> &body) {
+    connection_->SendOnLoop(type, seq, body);
+    if (unsent() > 0) {
+      server_.EndUnreadOnLoop();
+    }
+  }
   TypeSet LegalOnLoop() const override { return kRequests; }
   Status OnFrameOnLoop(const Frame &frame) override;
   void OnEndedOnLoop(CloseCause, const Status &why) override {
@@ -155,6 +186,7 @@ class ChannelServer::State::Guest : public FrameConnection::Handler {
  private:
   template <typename Request, typename Answer>
   Status AnswerOnLoop(const Frame &frame, MessageType type, const Answer &answer);
+  Status ReportOnLoop(const Frame &frame);
   void IsOf(uint64_t cluster_id) {
     if (cluster_id != asker_) {
       server_.askers_.Left(std::exchange(asker_, cluster_id), EventLoop::Clock::now());
@@ -176,30 +208,31 @@ Status ChannelServer::State::Guest::AnswerOnLoop(const Frame &frame, MessageType
   if (!request.ok()) {
     return request.status();
   }
-  connection_->SendOnLoop(type, frame.seq, answer(request.value()));
-  if (unsent() > 0) {
-    server_.EndUnreadOnLoop();  // may destroy this
-  }
+  SendOnLoop(type, frame.seq, answer(request.value()));  // may destroy this
   return Status::Ok();
 }
 
 Status ChannelServer::State::Guest::OnFrameOnLoop(const Frame &frame) {
   last_request_ = EventLoop::Clock::now();
-  LeaseTable &leases = *server_.leases_;
   switch (frame.type) {
     case MessageType::kRenew:
       return AnswerOnLoop<Renew>(frame, MessageType::kRenewed, [&](const Renew &renew) {
-        return Encode(Renewed{leases.Renew(renew.tokens, renew.pulling, caller_.name)});
+        return Encode(Renewed{server_.RenewOnLoop(renew, caller_.name)});
       });
     case MessageType::kConfirm:
       return AnswerOnLoop<Confirm>(frame, MessageType::kConfirmed, [&](const Confirm &confirm) {
-        return Encode(Confirmed{leases.Confirm(confirm.token, confirm.generation, confirm.content, caller_.name)});
+        return Encode(Confirmed{
+            server_.leases_->Confirm(confirm.token, confirm.generation, confirm.content, caller_.name)});
       });
     case MessageType::kRelease:
       return AnswerOnLoop<Release>(frame, MessageType::kReleased, [&](const Release &release) {
-        leases.Release(release.tokens);
+        server_.ReleaseOnLoop(release);
         return std::vector<uint8_t>();
       });
+    case MessageType::kAwait:
+      return server_.AwaitOnLoop(id_, frame);
+    case MessageType::kReport:
+      return ReportOnLoop(frame);
     default:
       return AnswerOnLoop<DescribeRank>(frame, MessageType::kRank, [&](const DescribeRank &asked) {
         RankAnswer answer = server_.DescribeOnLoop(asked);
@@ -211,10 +244,81 @@ Status ChannelServer::State::Guest::OnFrameOnLoop(const Frame &frame) {
   }
 }
 
+// Who has no key of this very instance would tell others' Ds that tokens are final that are not.
+Status ChannelServer::State::Guest::ReportOnLoop(const Frame &frame) {
+  const Result<ReportProgress> report = Decode<ReportProgress>(frame.body);
+  if (!report.ok()) {
+    return report.status();
+  }
+  if (!SameBytes(report.value().key, server_.handoffs_->key())) {
+    return Status(LLM_FAILED, "REPORT by no worker of this instance");
+  }
+  server_.handoffs_->Report(report.value().rank, report.value().marks);
+  SendOnLoop(MessageType::kReported, frame.seq, {});  // may destroy this
+  return Status::Ok();
+}
+
+// A lease is granted before its hand-off is sealed: what is a lease by now was one before, too.
+std::vector<LeaseToken> ChannelServer::State::RenewOnLoop(const Renew &renew, const std::string &by) {
+  const std::vector<LeaseToken> handoffs = handoffs_->Renewable(renew.tokens);
+  return leases_->Renew(Without(renew.tokens, handoffs), renew.pulling, by);
+}
+
+void ChannelServer::State::ReleaseOnLoop(const Release &release) {
+  leases_->Release(Without(release.tokens, handoffs_->Withdraw(release.tokens)));
+}
+
+Status ChannelServer::State::AwaitOnLoop(uint64_t guest, const Frame &frame) {
+  const Result<Await> await = Decode<Await>(frame.body);
+  if (!await.ok()) {
+    return await.status();
+  }
+  if (awaits_.CountOf(guest) >= limits_.awaits_per_guest) {
+    return Status(LLM_FAILED, "it waits for more than " + std::to_string(limits_.awaits_per_guest) + " hand-offs");
+  }
+  if (awaits_.size() >= limits_.awaits) {
+    const uint64_t most = awaits_.GuestWithMost();
+    if (most == guest) {
+      return Status(LLM_FAILED, "it waits for more hand-offs than any other");
+    }
+    guests_.erase(most);
+  }
+  awaits_.TakeOnLoop(guest, frame.seq, await.value());
+  return Status::Ok();
+}
+
+void ChannelServer::State::AnswerAwaitOnLoop(uint64_t guest, uint32_t seq, const HandoffNews &news) {
+  guests_.at(guest)->SendOnLoop(MessageType::kHandoff, seq, Encode(news));
+}
+
+// Any number of tokens wakes the loop once.
+void ChannelServer::State::OnHandoffNews(const LeaseToken &token) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    news_.push_back(token);
+    if (news_.size() > 1) {
+      return;
+    }
+  }
+  const bool posted = loop_->Post([this] {
+    std::unique_lock<std::mutex> lock(mutex_);
+    const std::vector<LeaseToken> news = std::exchange(news_, {});
+    lock.unlock();
+    for (const LeaseToken &each : news) {
+      awaits_.OnNewsOnLoop(each);
+    }
+  });
+  if (!posted) {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    news_.clear();
+  }
+}
+
 Status ChannelServer::State::Start(Listeners listeners) {
   if (Status status = loop_->Start(); !status.ok()) {
     return status;
   }
+  handoffs_->SetListener(weak_from_this());
   // The door holds us, and we hold the door, until Close.
   loop_->Run([&] {
     door_ = std::make_shared<FrontDoor>(loop_, trust_, [self = shared_from_this()](const Caller &) {
@@ -329,13 +433,22 @@ RankAnswer ChannelServer::State::DescribeOnLoop(const DescribeRank &asked) {
 
 Result<std::unique_ptr<ChannelServer>> ChannelServer::Create(const SocketAddress &address, Grantor grantor,
                                                              const Trust &trust, std::shared_ptr<LeaseTable> leases,
-                                                             const ChannelLimits &limits) {
+                                                             const ChannelLimits &limits,
+                                                             std::shared_ptr<HandoffTable> handoffs) {
+  if (handoffs == nullptr) {
+    Result<std::unique_ptr<HandoffTable>> none = HandoffTable::Create();
+    if (!none.ok()) {
+      return none.status();
+    }
+    handoffs = std::move(none).value();
+  }
   Result<Listeners> listeners = ListenOpen(address, trust);
   if (!listeners.ok()) {
     return listeners.status();
   }
   const uint16_t port = SocketAddress::LocalOf(listeners.value().tcp.get()).port();
-  const auto state = std::make_shared<State>(std::move(grantor), trust, std::move(leases), limits);
+  const auto state = std::make_shared<State>(std::move(grantor), trust, std::move(leases),
+                                             std::move(handoffs), limits);
   if (Status status = state->Start(std::move(listeners).value()); !status.ok()) {
     return status;
   }

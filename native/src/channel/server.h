@@ -2,10 +2,11 @@
 // geometries) is here, so that an answer waits for nobody: not for the steps of a model, nor for the GIL.
 //
 //   FrontDoor (who may enter) ──CHANNEL──> Guest ── DESCRIBE_RANK ──> geometries
-//                                                └─ RENEW, CONFIRM, RELEASE ──> LeaseTable
+//                                                ├─ RENEW, CONFIRM, RELEASE ──> LeaseTable
+//                                                └─ AWAIT, REPORT ──> HandoffTable; RENEW and RELEASE ask it first
 //
 // What guests can make grow has a limit: their number (of whoever has the most, the one that was silent longest leaves),
-// what they begin and do not end, what they do not read, how long they may say nothing.
+// what they begin and do not end, what they do not read, how much they wait for, how long they may say nothing.
 #ifndef DATADIST_CHANNEL_SERVER_H_
 #define DATADIST_CHANNEL_SERVER_H_
 
@@ -18,6 +19,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "channel/handoff_table.h"
 #include "channel/lease_table.h"
 #include "channel/messages.h"
 #include "control/address.h"
@@ -40,6 +42,8 @@ struct ChannelLimits {
   std::chrono::milliseconds stuck{10'000};  // for a frame to end, and for what was sent to be read
   std::chrono::milliseconds idle{600'000};  // longer than a client of ours keeps a connection that it does not use
   std::chrono::milliseconds grace{30'000};  // for who dials again
+  size_t awaits = 65536;          // that have no answer yet, of all guests together; who has the most leaves
+  size_t awaits_per_guest = 4096;
 };
 
 class ChannelServer {
@@ -47,10 +51,11 @@ class ChannelServer {
   using Geometries = std::map<RankId, std::vector<uint8_t>>;
 
   // Listens at once. LLM_PARAM_INVALID for an address that other hosts can reach where `trust` says neither whom to let
-  // in nor that anybody may come, LLM_FAILED for one that cannot be bound.
+  // in nor that anybody may come, LLM_FAILED for one that cannot be bound. Without `handoffs` it knows of none.
   static Result<std::unique_ptr<ChannelServer>> Create(const SocketAddress &address, Grantor grantor, const Trust &trust,
                                                        std::shared_ptr<LeaseTable> leases,
-                                                       const ChannelLimits &limits = {});
+                                                       const ChannelLimits &limits = {},
+                                                       std::shared_ptr<HandoffTable> handoffs = nullptr);
   ~ChannelServer();  // Close
   ChannelServer(const ChannelServer &) = delete;
   ChannelServer &operator=(const ChannelServer &) = delete;
