@@ -1,7 +1,7 @@
 // P's end of the channel: answers what a D asks, from a thread of its own. What it answers from (the leases, the
 // geometries) is here, so that an answer waits for nobody: not for the steps of a model, nor for the GIL.
 //
-//   FrontDoor (who may enter) ──CHANNEL──> Guest ── DESCRIBE_RANK ──> geometries
+//   FrontDoor (who may enter) ──CHANNEL──> Guests ── DESCRIBE_RANK ──> geometries
 //                                                ├─ RENEW, CONFIRM, RELEASE ──> LeaseTable
 //                                                └─ AWAIT, REPORT ──> HandoffTable; RENEW and RELEASE ask it first
 //
@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "base/status.h"
+#include "channel/guests.h"
 #include "channel/handoff_table.h"
 #include "channel/lease_table.h"
 #include "channel/messages.h"
@@ -34,16 +35,6 @@ struct Grantor {
   std::string engine_id;
   GrantorIncarnation incarnation{};
   uint16_t content_version = 0;
-};
-
-struct ChannelLimits {
-  size_t guests = 1024;
-  size_t unsent = 64U << 20;  // bytes that all guests together have not read
-  std::chrono::milliseconds stuck{10'000};  // for a frame to end, and for what was sent to be read
-  std::chrono::milliseconds idle{600'000};  // longer than a client of ours keeps a connection that it does not use
-  std::chrono::milliseconds grace{30'000};  // for who dials again
-  size_t awaits = 65536;          // that have no answer yet, of all guests together; who has the most leaves
-  size_t awaits_per_guest = 4096;
 };
 
 class ChannelServer {
