@@ -117,16 +117,21 @@ def test_children_share_one_hand_off(pair: Pair, reference: Reference) -> None:
 
 @pytest.mark.usefixtures("nothing_held")
 def test_p_preempts_what_d_pulls(small: Pair, reference: Reference) -> None:
-    """P's KV cache holds two prompts, and is asked for many."""
+    """P has room for the first chunks of a prompt, and not for all of it before others are done."""
 
     async def scenario() -> None:
-        requests = [new_request(900 + index * 7, seed=2200 + index) for index in range(10)]
+        others = [new_request(850, seed=2200 + index, max_tokens=100) for index in range(2)]
+        request = new_request(500, seed=2210)
         preempted, change = Change(small.prefill.url), Change(small.decode.url)
         async with OverlapProxy(small.prefill.url, small.decode.url) as proxy:
-            answers = await equality.send(proxy.url, *requests)
-        await reference.check_all(requests, answers)
+            decoding = asyncio.create_task(equality.send(small.prefill.url, *others))
+            await wait_metric(small.prefill.url, KV_USAGE, lambda usage: usage > 0.8, SOON_S)
+            (answer,) = await equality.send(proxy.url, request)
+            await decoding
+        await reference.check(request, answer)
         await preempted.reaches(PREEMPTIONS, 1)
         await change.reaches(EARLY_BYTES, 1)
+        assert change.now(FAILED) == change.now(LOCAL_PREFILLS) == 0
 
     asyncio.run(scenario())
 
