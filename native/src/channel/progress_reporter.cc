@@ -113,17 +113,18 @@ void ProgressReporter::State::WakeLocked() {
 
 // `done`: the device has written what the step computes. Otherwise no more is known than before.
 void ProgressReporter::State::LeaveStepLocked(bool done) {
-  for (auto &[token, kept] : entries_) {
-    if (!std::exchange(kept.in_step, false)) {
-      continue;
+  for (auto entry = entries_.begin(); entry != entries_.end();) {
+    Kept &kept = entry->second;
+    if (std::exchange(kept.in_step, false)) {
+      if (done) {
+        kept.mark.base = kept.mark.next;
+        kept.changed = changes_;
+      } else {
+        kept.mark.layers = step_layers_;
+        kept.changed = std::max(kept.changed, step_changed_);
+      }
     }
-    if (done) {
-      kept.mark.base = kept.mark.next;
-      kept.changed = changes_;
-    } else {
-      kept.mark.layers = step_layers_;
-      kept.changed = std::max(kept.changed, step_changed_);
-    }
+    entry = IsDirtyLocked(kept) ? std::next(entry) : entries_.erase(entry);
   }
   step_layers_.clear();
   step_changed_ = 0;
