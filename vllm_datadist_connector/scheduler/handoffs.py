@@ -107,7 +107,11 @@ class Handoffs:
         """The lease stands; False if nobody wants it any more."""
         given = self._pop(request_id)
         self._sealed[request_id] = given.token
-        return self._table.seal(given.token, max(1, given.epoch), encode_prefill(remote))
+        try:
+            return self._table.seal(given.token, max(1, given.epoch), encode_prefill(remote))
+        except ValueError as error:
+            self._table.end(given.token, f"its blocks cannot be told: {error}")
+            return True
 
     def end(self, request_id: str, reason: str) -> None:
         if request_id in self._given:
@@ -158,6 +162,11 @@ class Handoffs:
             tables = zip(self._groups, given.tables, strict=True)
             held = tuple(group.holding(table, given.num_tokens) for group, table in tables)
             remote = self._describe(given.request, given.num_tokens, held)
-            if remote is not None:
+            if remote is None:
+                continue
+            del self._untold[request_id]
+            try:
                 self._table.begin(given.token, given.epoch, encode_prefill(remote))
-                del self._untold[request_id]
+            except ValueError as error:
+                # No message has room for so many blocks. The request itself is none the worse.
+                self.end(request_id, f"its blocks cannot be told: {error}")
