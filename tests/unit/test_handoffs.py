@@ -1,159 +1,198 @@
-"""Hand-offs as Python uses them, over a real side channel. More: native/tests/handoff*.cc."""
+"""P's side of hand-offs: what each step computes of them, and what becomes of their names."""
 
 from __future__ import annotations
 
-import os
-import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from contextlib import closing
+from typing import Any
 
 import pytest
 from support.channels import wait_for
-from support.pd import LOOPBACK, OTHER_TOKEN, TOKEN, WAIT_S, wait_until
+from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TO_P, TOKEN, WAIT_S, finish, make_request, wait_until
+from support.steps import NO_STEP, first_step, next_step
+from vllm.v1.request import Request, RequestStatus
 
-from vllm_datadist_connector._native import (
-    ChannelClient,
-    ChannelServer,
-    HandoffNews,
-    HandoffTable,
-    LeaseTable,
-    ProgressReporter,
-    Released,
-    Renewed,
-)
-from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
-from vllm_datadist_connector.side_channel.client import open_client
-from vllm_datadist_connector.side_channel.endpoint import Trust
+from vllm_datadist_connector.kv_groups import KVGroup
+from vllm_datadist_connector.metadata import Chunk
+from vllm_datadist_connector.protocol.params import decode_prefill
+from vllm_datadist_connector.scheduler.identity import InstanceIdentity
+from vllm_datadist_connector.scheduler.producer import ProducerScheduler
+from vllm_datadist_connector.side_channel.client import HandoffNews, open_client
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
-PATIENCE_S = 30.0
-NO_MARK = (0, 0, 0, b"")
-
-
-class Ends:
-    """One instance's table and server, a worker of it, and a D."""
-
-    def __init__(self) -> None:
-        self.handoffs = HandoffTable()
-        self.leases = LeaseTable(600.0)
-        self.server = ChannelServer(LOOPBACK, 0, "engine", TOKEN, PROTOCOL_VERSION, self.leases, handoffs=self.handoffs)
-        self.endpoint = (LOOPBACK, self.server.port)
-        self.client: ChannelClient = open_client(Trust())
-        self.reporter = ProgressReporter(PROTOCOL_VERSION, 1, 2)
-
-    def close(self) -> None:
-        self.reporter.close()
-        self.client.close()
-        self.server.close()
-
-    def ask(self, rank: tuple[int, int] | None, version: int, stamp: int, patience_s: float = PATIENCE_S) -> int:
-        return self.client.await_handoff(self.endpoint, TOKEN, rank, version, stamp, patience_s, WAIT_S)
-
-    def news(self, sent: int) -> HandoffNews:
-        response = wait_for(self.client, sent).response
-        assert isinstance(response, HandoffNews)
-        return response
+LEASE_S = 30.0
+PROMPT = 100
+GROUPS = (KVGroup(BLOCK_SIZE), KVGroup(0))
+GROUP_IDS = (0, 2)
+"""vLLM's second group stays here."""
 
 
 @pytest.fixture
-def ends() -> Iterator[Ends]:
-    ends = Ends()
-    yield ends
-    ends.close()
+def producer() -> Iterator[ProducerScheduler]:
+    identity = InstanceIdentity("engine-p", 1, 1, dcp_size=1, groups=GROUPS)
+    with closing(
+        ProducerScheduler(identity, Endpoint(LOOPBACK, 0), 600.0, Trust(), 10.0, GROUP_IDS, LEASE_S)
+    ) as producer:
+        yield producer
 
 
-def test_d_follows_a_prefill(ends: Ends) -> None:
-    early = ends.ask(None, 0, 0)
-    assert ends.handoffs.promise(TOKEN, "request-\ud800")
-    promised = ends.news(early)
-    assert promised == HandoffNews("promised", 0, 0, promised.stamp, None, *NO_MARK, "")
-    assert ends.handoffs.is_awaited(TOKEN)
-    sent = ends.ask(None, promised.version, promised.stamp)
-    ends.handoffs.begin(TOKEN, 3, b"blocks")
-    begun = ends.news(sent)
-    assert (begun.state, begun.epoch, begun.version, begun.blob) == ("begun", 3, 1, b"blocks")
-    ends.reporter.begin_step(ends.endpoint, ends.handoffs.key, [(TOKEN, 3, 16, 64)])
-    mark = ends.news(ends.ask((1, 2), begun.version, begun.stamp))
-    assert (mark.blob, mark.mark_epoch, mark.base, mark.next, mark.layers) == (None, 3, 16, 64, b"")
-    ends.reporter.layer(9)
-    mark = ends.news(ends.ask((1, 2), mark.version, mark.stamp))
-    assert (mark.base, mark.next, mark.layers) == (16, 64, b"\x00\x02")
-    ends.reporter.end_step()
-    mark = ends.news(ends.ask((1, 2), mark.version, mark.stamp))
-    assert (mark.base, mark.next, mark.layers) == (64, 64, b"")
-    wait_until(lambda: len(ends.reporter) == 0, "the worker has been heard")
-    assert ends.leases.grant("r", TOKEN, OTHER_TOKEN, 3, 60.0, 60.0, TOKEN) == (TOKEN, 1)
-    assert ends.handoffs.seal(TOKEN, 3, b"all blocks")
-    sealed = ends.news(ends.ask(None, begun.version, begun.stamp))
-    assert sealed == HandoffNews("sealed", 3, 2, sealed.stamp, b"all blocks", *NO_MARK, "")
-    assert len(ends.handoffs) == 1
-    ends.handoffs.forget([TOKEN, OTHER_TOKEN])
-    assert len(ends.handoffs) == 0
-    gone = ends.news(ends.ask(None, sealed.version, sealed.stamp))
-    assert (gone.state, gone.blob, gone.reason) == ("ended", b"", "its lease has ended")
+def promise(producer: ProducerScheduler, token: object = TOKEN, request_id: str = "r", prompt: int = PROMPT) -> Request:
+    request = make_request(range(prompt), {**TO_P, "datadist": {"handoff": token}}, request_id)
+    producer.on_new_request(request)
+    return request
 
 
-def test_a_token_of_nobody_is_unknown_when_patience_is_over(ends: Ends) -> None:
-    assert ends.news(ends.ask((0, 0), 0, 0, 0.0)) == HandoffNews("unknown", 0, 0, 0, None, *NO_MARK, "")
+def tables(*blocks: int) -> tuple[Sequence[int], ...]:
+    return blocks, (90,), (7,)
 
 
-def test_ended_says_why(ends: Ends) -> None:
-    assert ends.handoffs.promise(TOKEN, "r")
-    assert not ends.handoffs.promise(TOKEN, "r")
-    ends.handoffs.end(TOKEN, "aborted\nby \ud800")
-    assert not ends.handoffs.seal(TOKEN, 0, b"")
-    assert not ends.handoffs.promise(TOKEN, "r"), "nobody can be told of two"
-    news = ends.news(ends.ask(None, 0, 0))
-    assert news.state == "ended"
-    assert news.reason.startswith("aborted by ")
+def chunks(producer: ProducerScheduler, output: Any) -> tuple[Chunk, ...]:
+    giving = producer.step(output)
+    assert giving is None or giving.endpoint == producer.endpoint
+    return giving.chunks if giving is not None else ()
 
 
-def test_renewed_and_released_before_there_is_a_lease(ends: Ends) -> None:
-    ends.handoffs.promise(TOKEN, "r")
-    assert not ends.handoffs.is_awaited(TOKEN)
-    sent = ends.client.renew(ends.endpoint, [TOKEN, OTHER_TOKEN], WAIT_S)
-    assert wait_for(ends.client, sent).response == Renewed((OTHER_TOKEN,))
-    assert ends.handoffs.is_awaited(TOKEN)
-    assert not ends.handoffs.is_withdrawn(TOKEN)
-    sent = ends.client.release(ends.endpoint, [TOKEN], WAIT_S)
-    assert wait_for(ends.client, sent).response == Released()
-    assert ends.handoffs.is_withdrawn(TOKEN)
-    assert not ends.handoffs.seal(TOKEN, 0, b"")
+def look(producer: ProducerScheduler, token: str = TOKEN) -> HandoffNews:
+    with closing(open_client(Trust())) as client:
+        sent = client.await_handoff(producer.endpoint, token, None, 0, 0, 0.0, WAIT_S)
+        news = wait_for(client, sent).response
+    assert isinstance(news, HandoffNews)
+    return news
 
 
-def test_arguments_out_of_range() -> None:
-    handoffs = HandoffTable(1)
-    assert len(handoffs.key) == 32
-    assert handoffs.key != HandoffTable().key
-    assert handoffs.promise(TOKEN, "r")
-    assert not handoffs.promise(OTHER_TOKEN, "r"), "too many"
-    for call in (handoffs.begin, handoffs.seal):
-        with pytest.raises(ValueError, match="blob of 1048576 bytes"):
-            call(TOKEN, 0, bytes(1 << 20))
-        with pytest.raises(ValueError, match="32 hex digits"):
-            call("no token", 0, b"")
-    with pytest.raises(ValueError, match="rank"):
-        ProgressReporter(PROTOCOL_VERSION, 4096, 0)
-    leases = LeaseTable(600.0)
-    leases.grant("r", TOKEN, OTHER_TOKEN, 3, 60.0, 60.0, TOKEN)
-    with pytest.raises(ValueError, match="held"):
-        leases.grant("r", TOKEN, OTHER_TOKEN, 3, 60.0, 60.0, TOKEN)
+def end(producer: ProducerScheduler, request: Request, *blocks: int) -> Any:
+    return producer.request_finished(finish(request), (blocks, (7,)), LEASE_S)
 
 
-def test_a_step_that_goes_backwards_is_refused(ends: Ends) -> None:
-    with pytest.raises(ValueError, match="from 5 back to 4"):
-        ends.reporter.begin_step(ends.endpoint, ends.handoffs.key, [(TOKEN, 1, 5, 4)])
-    assert len(ends.reporter) == 0
-    ends.reporter.begin_step(ends.endpoint, ends.handoffs.key, [(TOKEN, 1, 4, 5)])
-    ends.reporter.forget([TOKEN])
-    assert len(ends.reporter) == 0
+def test_chunks_and_blocks_from_the_first_step_to_the_seal(producer: ProducerScheduler) -> None:
+    request = promise(producer)
+    assert look(producer).state == "promised"
+    assert chunks(producer, NO_STEP) == ()
+    assert chunks(producer, first_step("r", tables(3, 4), 0, 32)) == (Chunk(TOKEN, 1, 0, 32),)
+    news = look(producer)
+    assert (news.state, news.epoch) == ("begun", 1)
+    told = decode_prefill(news.blob or b"", *producer.endpoint)
+    assert (told.remote_block_ids, told.remote_num_tokens, told.ticket.generation) == (((3, 4), (7,)), PROMPT, 0)
+    assert told.ticket.token == TOKEN
+    assert chunks(producer, next_step("r", tables(5, 6), 32, 32)) == (Chunk(TOKEN, 1, 32, 64),)
+    assert chunks(producer, next_step("r", None, 64, 36)) == (Chunk(TOKEN, 1, 64, 100),)
+    # A step of decoding, which an asynchronous scheduler has begun already.
+    assert chunks(producer, next_step("r", None, 100, 1)) == ()
+    keep, params = end(producer, request, 3, 4, 5, 6, 8, 9, 10)
+    assert keep
+    assert params["datadist"]["token"] == TOKEN
+    sealed = look(producer)
+    assert (sealed.state, sealed.epoch) == ("sealed", 1)
+    ticket = decode_prefill(sealed.blob or b"", *producer.endpoint).ticket
+    assert ticket.generation == params["datadist"]["generation"] > 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="fork")
-def test_a_forked_child_has_no_reporter(ends: Ends) -> None:
-    child = os.fork()
-    if child == 0:
-        try:
-            ends.reporter.end_step()
-        except RuntimeError:
-            os._exit(0)
-        os._exit(1)
-    assert os.waitpid(child, 0)[1] == 0
+def test_what_the_prefix_cache_has_is_of_the_first_chunk(producer: ProducerScheduler) -> None:
+    """Blocks count as cached when they are allocated: those of a request in the same step are written by that step."""
+    promise(producer)
+    assert chunks(producer, first_step("r", tables(3, 4, 5), 32, 16)) == (Chunk(TOKEN, 1, 0, 48),)
+
+
+def test_a_resumed_request_begins_again(producer: ProducerScheduler) -> None:
+    promise(producer)
+    chunks(producer, first_step("r", tables(3, 4), 0, 32))
+    assert chunks(producer, next_step("r", tables(13, 14), 0, 16, resumed=True)) == (Chunk(TOKEN, 2, 0, 16),)
+    news = look(producer)
+    assert news.epoch == 2
+    assert decode_prefill(news.blob or b"", *producer.endpoint).remote_block_ids[0] == (13, 14)
+    # As vLLM's second model runner has it: as if it were new.
+    assert chunks(
+        producer,
+        first_step(
+            "r",
+            tables(
+                23,
+            ),
+            0,
+            16,
+        ),
+    ) == (Chunk(TOKEN, 3, 0, 16),)
+
+
+def test_a_request_that_was_done_and_begins_again(producer: ProducerScheduler) -> None:
+    """Preempted between the scheduling of its last chunk and its end."""
+    request = promise(producer)
+    chunks(producer, first_step("r", tables(*range(3, 10)), 0, PROMPT))
+    assert chunks(producer, next_step("r", tables(*range(13, 20)), 0, PROMPT, resumed=True)) == (
+        Chunk(TOKEN, 2, 0, PROMPT),
+    )
+    end(producer, request, *range(13, 20))
+    assert look(producer).epoch == 2
+
+
+def test_tokens_that_are_computed_again_are_void(producer: ProducerScheduler) -> None:
+    """After a load that failed vLLM goes back, in the same blocks."""
+    promise(producer)
+    chunks(producer, first_step("r", tables(3, 4, 5), 0, 48))
+    assert chunks(producer, next_step("r", None, 16, 32)) == (Chunk(TOKEN, 2, 0, 48),)
+
+
+def test_an_end_without_blocks_is_told(producer: ProducerScheduler) -> None:
+    request = promise(producer)
+    chunks(producer, first_step("r", tables(3), 0, 16))
+    keep, _ = producer.request_finished(finish(request, RequestStatus.FINISHED_ABORTED), ([], []), LEASE_S)
+    assert not keep
+    news = look(producer)
+    assert (news.state, "FINISHED_ABORTED" in news.reason) == ("ended", True)
+    assert producer._handoffs._given == {}
+
+
+def test_nothing_is_kept_for_a_d_that_gave_up(producer: ProducerScheduler) -> None:
+    request = promise(producer)
+    chunks(producer, first_step("r", tables(*range(3, 10)), 0, PROMPT))
+    with closing(open_client(Trust())) as client:
+        wait_for(client, client.release(producer.endpoint, [TOKEN], WAIT_S))
+    keep, params = end(producer, request, *range(3, 10))
+    assert not keep
+    assert "datadist" not in params
+    assert producer.held() == (0, 0)
+    assert look(producer).state == "ended"
+
+
+def test_a_name_is_of_one_request(producer: ProducerScheduler) -> None:
+    first, second = promise(producer), promise(producer, request_id="s")
+    assert chunks(producer, first_step("s", tables(20), 0, 16)) == ()
+    assert end(producer, second, 20, 21, 22, 23, 24, 25, 26)[1]["datadist"]["token"] != TOKEN
+    assert end(producer, first, 3, 4, 5, 6, 7, 8, 9)[1]["datadist"]["token"] == TOKEN
+
+
+@pytest.mark.parametrize("token", [None, 5, "", "x" * 32, TOKEN.upper(), TOKEN + "0", [TOKEN], "ä" * 32])
+def test_what_is_no_name_is_an_ordinary_request(producer: ProducerScheduler, token: object) -> None:
+    request = promise(producer, token)
+    assert chunks(producer, first_step("r", tables(3), 0, 16)) == ()
+    assert end(producer, request, 3, 4, 5, 6, 7, 8, 9)[0]
+
+
+def test_a_lease_that_has_ended_leaves_its_name_known_for_a_while(producer: ProducerScheduler) -> None:
+    request = promise(producer)
+    end(producer, request, 3, 4, 5, 6, 7, 8, 9)
+    with closing(open_client(Trust())) as client:
+        wait_for(client, client.release(producer.endpoint, [TOKEN], WAIT_S))
+    assert producer.take_ended() == ("r",)
+    assert look(producer).state == "ended"
+    assert producer._handoffs._sealed == {}
+    assert look(producer, OTHER_TOKEN).state == "unknown"
+
+
+def test_blocks_that_no_message_has_room_for_end_the_hand_off_alone(producer: ProducerScheduler) -> None:
+    blocks = [2**31 + at for at in range(300_000)]
+    request = promise(producer, prompt=len(blocks) * BLOCK_SIZE)
+    chunks(producer, first_step("r", tables(*blocks), 0, 16))
+    # The digest of a long prompt takes a moment, and every step asks for it.
+    wait_until(lambda: chunks(producer, NO_STEP) == () and look(producer).state == "ended", "the end")
+    assert "cannot be told" in look(producer).reason
+    keep, params = end(producer, request, *blocks)
+    assert keep
+    assert params["datadist"]["token"] != TOKEN
+
+
+def test_an_embedded_prompt_has_no_hand_off(producer: ProducerScheduler) -> None:
+    request = make_request(range(PROMPT), {**TO_P, "datadist": {"handoff": TOKEN}}, "r")
+    request.prompt_embeds = object()  # type: ignore[assignment]
+    producer.on_new_request(request)
+    assert look(producer).state == "ended"
