@@ -119,10 +119,14 @@ class Links:
     def is_unlinking(self, instance: Instance) -> bool:
         return any(self._unlinkings.is_pending(geometry.cluster_id) for _, geometry in instance.givers)
 
+    @property
+    def most(self) -> int:
+        """Links that there can be at a time; 0: any number."""
+        return self._capabilities.max_links
+
     def is_room(self, linked: int) -> bool:
         """For one more than those, and than those that are being made or given up."""
-        most = self._capabilities.max_links
-        return not most or linked + len(self._calls) + len(self._unlinkings) < most
+        return not self.most or linked + len(self._calls) + len(self._unlinkings) < self.most
 
     def is_fault(self, status: int) -> bool:
         """Whether after a pull that ended so the link must be made anew before anything else is pulled over it."""

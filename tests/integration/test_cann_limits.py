@@ -1,0 +1,305 @@
+"""The limits of the provider `cann` at their real size: 512 links, 256 regions, 240 addresses in a cache.
+
+Everything is in one process for each test, which a library that stays loaded ends with.
+"""
+
+from __future__ import annotations
+
+import logging
+import multiprocessing
+import os
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import pytest
+import torch
+from support import pd
+from support.consumer import Consumer
+from support.endpoints import Endpoint, check
+from support.kv_ranks import BLOCKS, DECODER_ROLE, KV, PROMPT_ROLE, Place, RankEngine, make_kv
+from support.producer_process import prefill, start_scheduler
+from support.standin import standin_variables
+
+from vllm_datadist_connector import _native
+from vllm_datadist_connector.config import parse_config
+from vllm_datadist_connector.metadata import PullJob, StepMetadata
+from vllm_datadist_connector.protocol.handshake import decode_geometry
+from vllm_datadist_connector.protocol.params import RemotePrefill, parse_remote_prefill
+from vllm_datadist_connector.worker.device import PASSED
+from vllm_datadist_connector.worker.janitor import Janitor
+from vllm_datadist_connector.worker.kv_layout import KVCaches, LayoutError
+from vllm_datadist_connector.worker.kv_spec import Shards, TokenKV
+from vllm_datadist_connector.worker.options import adapt_config
+from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
+
+MOST_LINKS = 512
+P_CLUSTER = 10_000
+PLACE = Place()
+AT_ONCE = 64
+"""Ps that are met side by side."""
+PATIENCE_S = 60.0
+
+Scenario = Callable[[Path], None]
+_processes = multiprocessing.get_context("forkserver")
+_processes.set_forkserver_preload(["vllm.sampling_params", "vllm.v1.request"])
+
+
+def _run(scenario: Scenario, trace: Path) -> None:
+    pd.WAIT_S = PATIENCE_S
+    os.environ.update(standin_variables(strict=1, trace=str(trace)))
+    scenario(trace)
+    # Each of the endpoints would wait for its own threads.
+    os._exit(0)
+
+
+@pytest.fixture
+def in_a_process(tmp_path: Path) -> Callable[[Scenario], None]:
+    def run(scenario: Scenario) -> None:
+        process = _processes.Process(target=_run, args=(scenario, tmp_path / "calls"))
+        process.start()
+        process.join()
+        assert process.exitcode == 0
+
+    return run
+
+
+def calls(trace: Path, name: str) -> list[str]:
+    return [line for line in trace.read_text().splitlines() if f" {name}" in line]
+
+
+class Told(logging.Handler):
+    """What the log says."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.INFO)
+        self.lines: list[str] = []
+        logger = logging.getLogger("vllm_datadist_connector.worker")
+        logger.addHandler(self)
+        logger.setLevel(logging.INFO)
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.lines.append(record.getMessage())
+
+
+class Gate:
+    def __init__(self) -> None:
+        self.is_open = False
+        self.asked = 0
+
+    def has_passed(self) -> bool:
+        self.asked += 1
+        return self.is_open
+
+
+class Producers:
+    """Ps of one rank each, whose memories differ and overlap: that of each begins a page after the one before."""
+
+    def __init__(self, count: int) -> None:
+        whole = make_kv(1, PLACE.block_size)
+        self._bytes = np.random.default_rng(2).integers(0, 256, whole.nbytes + 4096 * count, np.uint8)
+        self.memories: list[KV] = []
+        self._schedulers = []
+        self._engines = []
+        for index in range(count):
+            memory = self._bytes[4096 * index :][: whole.nbytes].reshape(whole.shape)
+            engine = RankEngine(P_CLUSTER + index, PROMPT_ROLE, PLACE, memory, "local", "cann")
+            scheduler = start_scheduler()
+            scheduler.set_geometries({(0, 0): msgspec.msgpack.encode(engine.geometry())})
+            self.memories.append(memory)
+            self._engines.append(engine)
+            self._schedulers.append(scheduler)
+
+    def prefill(self, index: int, request_id: str, block: int) -> RemotePrefill:
+        return parse_remote_prefill(prefill(self._schedulers[index], request_id, [block]))
+
+
+def pull_each(consumer: Consumer, producers: Producers, which: range, gate: Gate | None = None) -> None:
+    """One block from each of those Ps."""
+    for index in which:
+        block = 1 + index % (BLOCKS - 1)
+        name = f"{'held' if gate else 'pull'}-{index}-{len(consumer.received)}"
+        remote = producers.prefill(index, name, block)
+        consumer.expect(producers.memories[index], remote, [block])
+        consumer.pull(name, remote, [block], PATIENCE_S, fence=gate or PASSED)
+
+
+def d_has_all_its_links(trace: Path) -> None:
+    told, producers = Told(), Producers(MOST_LINKS + 1)
+    with closing(Consumer("local", provider="cann", handshake_timeout_s=30.0, link_timeout_s=30.0)) as consumer:
+        assert consumer.datadist.capabilities.max_links == MOST_LINKS
+        for first in (0, 1, *range(2, MOST_LINKS, AT_ONCE)):
+            which = range(first, first + 1 if first < 2 else min(first + AT_ONCE, MOST_LINKS))
+            pull_each(consumer, producers, which)
+            consumer.wait(len(consumer.received) + len(which))
+        pd.wait_until(lambda: consumer.linked() == MOST_LINKS, "all links")
+        assert calls(trace, "UnlinkLlmClusters") == []
+
+        # The first one is used again: the second is the one that makes room.
+        for index in (0, MOST_LINKS):
+            pull_each(consumer, producers, range(index, index + 1))
+            consumer.wait(len(consumer.received) + 1)
+        (unlink,) = calls(trace, "UnlinkLlmClusters")
+        assert f"UnlinkLlmClusters {P_CLUSTER + 1} ->" in unlink
+        pd.wait_until(lambda: consumer.linked() == MOST_LINKS, "all links")
+        assert consumer.failed == set()
+        consumer.check_bytes()
+
+        # Nobody can.
+        gate = Gate()
+        linked = [index for index in range(MOST_LINKS + 1) if index != 1]
+        for index in linked:
+            pull_each(consumer, producers, range(index, index + 1), gate)
+        pd.wait_until(lambda: gate.asked >= MOST_LINKS, "all pulls")
+        consumer.pull("one too many", producers.prefill(1, "one too many", 1), [1], deadline_s=0.5)
+        count = len(consumer.received) + 1
+        consumer.wait(count)
+        assert consumer.failed == {"one too many"}
+        assert any("one too many" in line and f"all of this rank's {MOST_LINKS} links" in line for line in told.lines)
+        gate.is_open = True
+        consumer.wait(count + MOST_LINKS)
+        pull_each(consumer, producers, range(1, 2))
+        consumer.wait(count + MOST_LINKS + 1)
+        assert consumer.failed == {"one too many"}
+        pd.wait_until(lambda: consumer.linked() == MOST_LINKS, "all links")
+        assert [line for line in calls(trace, "LinkLlmClusters") if not line.endswith("0x00000000")] == []
+        consumer.check_bytes()
+
+
+def test_a_d_has_512_links_and_the_idlest_makes_room(in_a_process: Callable[[Scenario], None]) -> None:
+    in_a_process(d_has_all_its_links)
+
+
+def p_has_all_its_links(_: Path) -> None:
+    memory = make_kv(1, PLACE.block_size)
+    engine = RankEngine(P_CLUSTER, PROMPT_ROLE, PLACE, memory, "local", "cann")
+    geometry = engine.geometry()
+    others = [Endpoint(1 + i, 1, 2, 64, provider="cann") for i in range(MOST_LINKS)]
+    link = [_native.ClusterInfo(P_CLUSTER, [(pd.LOOPBACK, geometry.port)], [(pd.LOOPBACK, 0)])]
+    for other in others:
+        check(other.datadist.link_clusters(link, 30_000)[0])
+    told = Told()
+    with (
+        closing(start_scheduler()) as scheduler,
+        closing(Janitor(engine.datadist)) as janitor,
+        closing(Consumer("local", provider="cann", link_timeout_s=30.0)) as consumer,
+    ):
+        scheduler.set_geometries({(0, 0): msgspec.msgpack.encode(geometry)})
+
+        def pull(name: str, deadline_s: float) -> None:
+            remote = parse_remote_prefill(prefill(scheduler, name, [3]))
+            consumer.pull(name, remote, [4], deadline_s)
+            if deadline_s == PATIENCE_S:
+                consumer.expect(memory, remote, [4])
+
+        pull("too late", 0.5)
+        consumer.wait(1)
+        assert consumer.failed == {"too late"}
+        assert any("too late" in line and "(512)" in line and "LLM_LINK_FAILED" in line for line in told.lines)
+        consumer.check_bytes()
+        # Who dies takes its own half along, and nothing else.
+        others[7].datadist.finalize()
+        pull("still too late", 0.5)
+        consumer.wait(2)
+        assert "still too late" in consumer.failed
+        pull("in time", PATIENCE_S)
+        janitor.unlink([others[7].cluster_id])
+        consumer.wait(3)
+        assert "in time" not in consumer.failed
+        consumer.check_bytes()
+
+
+def test_a_p_has_512_links_and_its_janitor_makes_room(in_a_process: Callable[[Scenario], None]) -> None:
+    in_a_process(p_has_all_its_links)
+
+
+# ---- registrations ----
+
+NUM_BLOCKS, TOKENS, TOKEN_BYTES = 4, 16, 256
+
+
+def model_of(layers: int, seed: int, sparse: bool = False) -> KVCaches:
+    """K and V of each layer; of a sparse one an index and its scales, too, which lie in one storage."""
+    random = torch.Generator().manual_seed(seed)
+
+    def tensors(*widths: int) -> list[torch.Tensor]:
+        """Behind one another."""
+        sizes = [NUM_BLOCKS * TOKENS * width for width in widths]
+        storage = torch.randint(0, 256, (sum(sizes),), dtype=torch.uint8, generator=random)
+        return [
+            part.view(NUM_BLOCKS, TOKENS, 1, width) for part, width in zip(storage.split(sizes), widths, strict=True)
+        ]
+
+    def layer() -> tuple[torch.Tensor, ...]:
+        return (*tensors(TOKEN_BYTES), *tensors(TOKEN_BYTES), *(tensors(2 * TOKEN_BYTES, 2) if sparse else ()))
+
+    return {f"layers.{index}": layer() for index in range(layers)}
+
+
+def start_rank(caches: KVCaches, is_producer: bool) -> ConnectorWorker:
+    datadist = _native.LlmDataDist(P_CLUSTER + is_producer, PROMPT_ROLE if is_producer else DECODER_ROLE, "cann")
+    one = Shards(1, 0, 1)
+    worker = ConnectorWorker(
+        adapt_config(parse_config({"huge_pages": False}), (), datadist.capabilities, {}),
+        datadist,
+        pd.make_contract(),
+        RankPlace(0, 0, 1, 1, 0),
+        dict.fromkeys(caches, TokenKV(0, TOKENS, one, one)),
+        (TOKENS,),
+        is_producer=is_producer,
+        is_consumer=not is_producer,
+    )
+    worker.register_kv_caches(caches, NUM_BLOCKS)
+    return worker
+
+
+def check_pull(p_memory: KVCaches, d_memory: KVCaches, addresses: list[int]) -> None:
+    """Block 1 of P into block 2 of D, of every layer.
+
+    Args:
+        addresses: of P's caches.
+    """
+    expected = {name: [tensor.clone() for tensor in tensors] for name, tensors in d_memory.items()}
+    for name, tensors in expected.items():
+        for ours, theirs in zip(tensors, p_memory[name], strict=True):
+            ours[2] = theirs[1]
+    with closing(start_scheduler()) as scheduler:
+        p, d = start_rank(p_memory, is_producer=True), start_rank(d_memory, is_producer=False)
+        encoded = p.handshake()
+        assert encoded is not None
+        assert [len(cache.layers) for cache in decode_geometry(encoded).caches] == addresses
+        scheduler.set_geometries({(0, 0): encoded})
+        remote = parse_remote_prefill(prefill(scheduler, "r", [1]))
+        job = PullJob("r", remote, ((2,),), 0, TOKENS, remote.ticket.prompt_digest, False, PATIENCE_S)
+        d.start_step(StepMetadata(pulls=(job,)))
+        finished = []
+        pd.wait_until(lambda: bool(finished.append(d.take_received()) or finished[-1].received), "the pull")
+    assert finished[-1].failed == set()
+    for name, tensors in d_memory.items():
+        assert all(map(torch.equal, tensors, expected[name])), name
+
+
+def every_region_is_used(_: Path) -> None:
+    check_pull(model_of(128, seed=1), model_of(128, seed=2), addresses=[240, 16])
+
+
+def an_index_and_its_scales_are_one(_: Path) -> None:
+    """320 regions by themselves, of which the library would refuse the last 64."""
+    check_pull(model_of(80, 1, sparse=True), model_of(80, 2, sparse=True), addresses=[160, 80, 80])
+
+
+def one_region_too_many(trace: Path) -> None:
+    for layers, sparse, told in (
+        (129, False, "258 KV cache tensors in 258 regions"),
+        (86, True, "344 KV cache tensors in 344 regions, 258 with neighbours"),
+    ):
+        with pytest.raises(LayoutError, match=f"^{told}.*at most 256: .*--pipeline-parallel-size"):
+            start_rank(model_of(layers, 1, sparse), is_producer=True)
+    assert calls(trace, "Initialize") == []
+
+
+@pytest.mark.parametrize("scenario", [every_region_is_used, an_index_and_its_scales_are_one, one_region_too_many])
+def test_registrations(in_a_process: Callable[[Scenario], None], scenario: Scenario) -> None:
+    in_a_process(scenario)
