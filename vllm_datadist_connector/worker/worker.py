@@ -17,7 +17,7 @@ from vllm_datadist_connector.protocol.contract import LayoutContract
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.caches import DEVICE, HOST, RegisteredCaches, check
-from vllm_datadist_connector.worker.device import Device, HostDevice, device_of
+from vllm_datadist_connector.worker.device import Device, HostDevice, device_of, wait_for
 from vllm_datadist_connector.worker.driver import PullDriver
 from vllm_datadist_connector.worker.huge_pages import log_when_done
 from vllm_datadist_connector.worker.janitor import Janitor
@@ -28,6 +28,9 @@ from vllm_datadist_connector.worker.registrations import plan_registrations
 from vllm_datadist_connector.worker.transfers import FinishedPulls
 
 logger = logging.getLogger(__name__)
+
+_DRAFTS_S = 10.0
+"""A device that has not done its work by then hangs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,12 +58,14 @@ class ConnectorWorker:
         block_sizes: tuple[int, ...],
         is_producer: bool,
         is_consumer: bool,
+        drafts_late: bool = False,
     ) -> None:
         """
         Args:
             datadist: made, not initialized.
             layers: what each layer's KV cache holds.
             block_sizes: tokens per block of each KV cache group; 0 for a group of states.
+            drafts_late: a drafter writes KV after the step's tokens are known.
         """
         self._config = config
         self._contract = contract
@@ -69,6 +74,7 @@ class ConnectorWorker:
         self._block_sizes = block_sizes
         self._is_producer = is_producer
         self._is_consumer = is_consumer
+        self._waits_for_drafts = is_producer and drafts_late
         self._datadist = datadist
         self._meter = WorkerMeter(f"pp{place.pp_rank}tp{place.tp_rank}")
         self._device: Device = HostDevice()
@@ -155,6 +161,12 @@ class ConnectorWorker:
                 self._driver.submit(job, fence)
         for request_id in step.cancels:
             self._driver.cancel(request_id)
+
+    def end_step(self) -> None:
+        """vLLM's last hook before it hands over a step's tokens, and with a request's first one its blocks to D: nothing
+        may be written there afterwards. vLLM would wait for the drafts a moment later by itself."""
+        if self._waits_for_drafts and not wait_for(self._device.fence(), _DRAFTS_S):
+            logger.error("the drafter's work has not ended within %g s: D may get KV of before it", _DRAFTS_S)
 
     def take_sent(self) -> set[str]:
         """P's requests whose blocks go back to vLLM; each once per rank."""
