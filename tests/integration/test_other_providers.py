@@ -150,7 +150,7 @@ class TestLateDrafts:
         """And vLLM is not held any longer: it notices by itself."""
         monkeypatch.setattr(worker_module, "_DRAFTS_S", 0.05)
         worker = make_worker(drafts_late=True)
-        worker._device = SimpleNamespace(fence=lambda: Gate())  # type: ignore[assignment]
+        worker._device = SimpleNamespace(fence=Gate)  # type: ignore[assignment]
         worker.end_step()
         assert "drafter's work has not ended within 0.05 s" in caplog.text
 

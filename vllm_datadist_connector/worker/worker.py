@@ -163,7 +163,7 @@ class ConnectorWorker:
             self._driver.cancel(request_id)
 
     def end_step(self) -> None:
-        """vLLM's last hook before it hands over a step's tokens, and with a request's first one its blocks to D: nothing
+        """vLLM's last hook before it hands over a step's tokens, and with a request's first its blocks to D: nothing
         may be written there afterwards. vLLM would wait for the drafts a moment later by itself."""
         if self._waits_for_drafts and not wait_for(self._device.fence(), _DRAFTS_S):
             logger.error("the drafter's work has not ended within %g s: D may get KV of before it", _DRAFTS_S)
