@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.connector import DataDistConnector
+from vllm_datadist_connector.metadata import StepMetadata
 from vllm_datadist_connector.protocol.params import parse_remote_prefill
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.scheduler import producer as producer_module
@@ -129,6 +130,7 @@ class TestLateDrafts:
         with closing(start_scheduler()) as scheduler:
             scheduler.set_geometries({(0, 0): msgspec.msgpack.encode(engine.geometry())})
             consumer = start_consumer(transport="local")
+            connector.bind_connector_metadata(StepMetadata())
             connector.wait_for_save()
             remote = parse_remote_prefill(prefill(scheduler, "r", [1]))
             consumer.expect(written, remote, [5])
@@ -141,7 +143,7 @@ class TestLateDrafts:
     def test_nobody_waits_without_one(self) -> None:
         worker = make_worker(drafts_late=False)
         drafter = worker._device = Drafter(make_kv(1, 16), 1)  # type: ignore[assignment]
-        worker.end_step()
+        worker.end_forward(StepMetadata())
         assert drafter.asked == 0
 
     def test_a_device_that_hangs_is_told_of(
@@ -151,7 +153,7 @@ class TestLateDrafts:
         monkeypatch.setattr(worker_module, "_DRAFTS_S", 0.05)
         worker = make_worker(drafts_late=True)
         worker._device = SimpleNamespace(fence=Gate)  # type: ignore[assignment]
-        worker.end_step()
+        worker.end_forward(StepMetadata())
         assert "drafter's work has not ended within 0.05 s" in caplog.text
 
 
