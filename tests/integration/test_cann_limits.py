@@ -5,10 +5,6 @@ Everything is in one process for each test, which a library that stays loaded en
 
 from __future__ import annotations
 
-import logging
-import multiprocessing
-import os
-from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 
@@ -17,71 +13,34 @@ import numpy as np
 import pytest
 import torch
 from support import pd
+from support.cann_ranks import (
+    P_CLUSTER,
+    PATIENCE_S,
+    TOKENS,
+    Scenario,
+    Told,
+    calls,
+    model_of,
+    run_in_process,
+    start_rank,
+)
 from support.consumer import Consumer
 from support.endpoints import Endpoint, check
-from support.kv_ranks import BLOCKS, DECODER_ROLE, KV, PROMPT_ROLE, Place, RankEngine, make_kv
+from support.kv_ranks import BLOCKS, KV, PROMPT_ROLE, Place, RankEngine, make_kv
 from support.producer_process import prefill, start_scheduler
-from support.standin import standin_variables
 
 from vllm_datadist_connector import _native
-from vllm_datadist_connector.config import parse_config
 from vllm_datadist_connector.metadata import PullJob, StepMetadata
 from vllm_datadist_connector.protocol.handshake import decode_geometry
 from vllm_datadist_connector.protocol.params import RemotePrefill, parse_remote_prefill
 from vllm_datadist_connector.worker.device import PASSED
 from vllm_datadist_connector.worker.janitor import Janitor
 from vllm_datadist_connector.worker.kv_layout import KVCaches, LayoutError
-from vllm_datadist_connector.worker.kv_spec import Shards, TokenKV
-from vllm_datadist_connector.worker.options import adapt_config
-from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
 
 MOST_LINKS = 512
-P_CLUSTER = 10_000
 PLACE = Place()
 AT_ONCE = 64
 """Ps that are met side by side."""
-PATIENCE_S = 60.0
-
-Scenario = Callable[[Path], None]
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["vllm.sampling_params", "vllm.v1.request"])
-
-
-def _run(scenario: Scenario, trace: Path) -> None:
-    pd.WAIT_S = PATIENCE_S
-    os.environ.update(standin_variables(strict=1, trace=str(trace)))
-    scenario(trace)
-    # Each of the endpoints would wait for its own threads.
-    os._exit(0)
-
-
-@pytest.fixture
-def in_a_process(tmp_path: Path) -> Callable[[Scenario], None]:
-    def run(scenario: Scenario) -> None:
-        process = _processes.Process(target=_run, args=(scenario, tmp_path / "calls"))
-        process.start()
-        process.join()
-        assert process.exitcode == 0
-
-    return run
-
-
-def calls(trace: Path, name: str) -> list[str]:
-    return [line for line in trace.read_text().splitlines() if f" {name}" in line]
-
-
-class Told(logging.Handler):
-    """What the log says."""
-
-    def __init__(self) -> None:
-        super().__init__(logging.INFO)
-        self.lines: list[str] = []
-        logger = logging.getLogger("vllm_datadist_connector.worker")
-        logger.addHandler(self)
-        logger.setLevel(logging.INFO)
-
-    def emit(self, record: logging.LogRecord) -> None:
-        self.lines.append(record.getMessage())
 
 
 class Gate:
@@ -168,8 +127,8 @@ def d_has_all_its_links(trace: Path) -> None:
         consumer.check_bytes()
 
 
-def test_a_d_has_512_links_and_the_idlest_makes_room(in_a_process: Callable[[Scenario], None]) -> None:
-    in_a_process(d_has_all_its_links)
+def test_a_d_has_512_links_and_the_idlest_makes_room(tmp_path: Path) -> None:
+    run_in_process(d_has_all_its_links, tmp_path)
 
 
 def p_has_all_its_links(_: Path) -> None:
@@ -211,48 +170,11 @@ def p_has_all_its_links(_: Path) -> None:
         consumer.check_bytes()
 
 
-def test_a_p_has_512_links_and_its_janitor_makes_room(in_a_process: Callable[[Scenario], None]) -> None:
-    in_a_process(p_has_all_its_links)
+def test_a_p_has_512_links_and_its_janitor_makes_room(tmp_path: Path) -> None:
+    run_in_process(p_has_all_its_links, tmp_path)
 
 
 # ---- registrations ----
-
-NUM_BLOCKS, TOKENS, TOKEN_BYTES = 4, 16, 256
-
-
-def model_of(layers: int, seed: int, sparse: bool = False) -> KVCaches:
-    """K and V of each layer; of a sparse one an index and its scales, too, which lie in one storage."""
-    random = torch.Generator().manual_seed(seed)
-
-    def tensors(*widths: int) -> list[torch.Tensor]:
-        """Behind one another."""
-        sizes = [NUM_BLOCKS * TOKENS * width for width in widths]
-        storage = torch.randint(0, 256, (sum(sizes),), dtype=torch.uint8, generator=random)
-        return [
-            part.view(NUM_BLOCKS, TOKENS, 1, width) for part, width in zip(storage.split(sizes), widths, strict=True)
-        ]
-
-    def layer() -> tuple[torch.Tensor, ...]:
-        return (*tensors(TOKEN_BYTES), *tensors(TOKEN_BYTES), *(tensors(2 * TOKEN_BYTES, 2) if sparse else ()))
-
-    return {f"layers.{index}": layer() for index in range(layers)}
-
-
-def start_rank(caches: KVCaches, is_producer: bool) -> ConnectorWorker:
-    datadist = _native.LlmDataDist(P_CLUSTER + is_producer, PROMPT_ROLE if is_producer else DECODER_ROLE, "cann")
-    one = Shards(1, 0, 1)
-    worker = ConnectorWorker(
-        adapt_config(parse_config({"huge_pages": False}), (), datadist.capabilities, {}),
-        datadist,
-        pd.make_contract(),
-        RankPlace(0, 0, 1, 1, 0),
-        dict.fromkeys(caches, TokenKV(0, TOKENS, one, one)),
-        (TOKENS,),
-        is_producer=is_producer,
-        is_consumer=not is_producer,
-    )
-    worker.register_kv_caches(caches, NUM_BLOCKS)
-    return worker
 
 
 def check_pull(p_memory: KVCaches, d_memory: KVCaches, addresses: list[int]) -> None:
@@ -301,5 +223,5 @@ def one_region_too_many(trace: Path) -> None:
 
 
 @pytest.mark.parametrize("scenario", [every_region_is_used, an_index_and_its_scales_are_one, one_region_too_many])
-def test_registrations(in_a_process: Callable[[Scenario], None], scenario: Scenario) -> None:
-    in_a_process(scenario)
+def test_registrations(tmp_path: Path, scenario: Scenario) -> None:
+    run_in_process(scenario, tmp_path)

@@ -26,7 +26,7 @@ from vllm_datadist_connector.protocol.params import parse_remote_prefill
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.scheduler import producer as producer_module
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
-from vllm_datadist_connector.side_channel.server import ChannelServer, LeaseTable
+from vllm_datadist_connector.side_channel.server import ChannelServer, HandoffTable, LeaseTable
 from vllm_datadist_connector.worker import build, quarantine
 from vllm_datadist_connector.worker import worker as worker_module
 from vllm_datadist_connector.worker.janitor import Janitor
@@ -40,11 +40,13 @@ WRITES_ON = {"writes_end_with_call": False, "reports_links": False}
 
 
 def serve_impatiently(
-    endpoint: Endpoint, engine_id: str, incarnation: str, leases: LeaseTable, trust: Trust
+    endpoint: Endpoint, engine_id: str, incarnation: str, leases: LeaseTable, trust: Trust, handoffs: HandoffTable
 ) -> ChannelServer:
     """Who has no connection has left at once."""
     trusted = (trust.auth, trust.insecure)
-    return ChannelServer(*endpoint, engine_id, incarnation, PROTOCOL_VERSION, leases, *trusted, grace_s=0.0)
+    return ChannelServer(
+        *endpoint, engine_id, incarnation, PROTOCOL_VERSION, leases, *trusted, grace_s=0.0, handoffs=handoffs
+    )
 
 
 class Gate:
@@ -262,7 +264,7 @@ class TestLateWrites:
                 return getattr(queue, name)
 
         queue = consumer.driver._queue
-        monkeypatch.setattr(consumer.driver._calls, "_queue", Queue())
+        monkeypatch.setattr(consumer.driver._pulls._calls, "_queue", Queue())
         with links_that_stay(consumer, monkeypatch):
             consumer.pull("r", remote, [5, 6])
             wait_until(lambda: consumer.driver._transfers.written_over(P_CLUSTER) != [], "the fault")

@@ -16,6 +16,7 @@ from vllm_datadist_connector.metrics import DataDistStats, WorkerMeter
 from vllm_datadist_connector.protocol.contract import LayoutContract
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
+from vllm_datadist_connector.worker import endings
 from vllm_datadist_connector.worker.caches import DEVICE, HOST, RegisteredCaches, check
 from vllm_datadist_connector.worker.device import Device, HostDevice, device_of, wait_for
 from vllm_datadist_connector.worker.driver import PullDriver
@@ -90,6 +91,8 @@ class ConnectorWorker:
         self._step: StepMetadata | None = None
         self._scheduler_has_stats = False
         self._huge_pages: threading.Thread | None = None
+        self._kv_caches: KVCaches = {}
+        """Held as long as calls may write into them."""
 
     def register_kv_caches(self, kv_caches: KVCaches, num_blocks: int) -> None:
         """Starts the engine and makes the KV cache transferable.
@@ -98,6 +101,7 @@ class ConnectorWorker:
             LayoutError: a tensor cannot be moved block by block.
             EngineError: the engine refused.
         """
+        self._kv_caches = kv_caches
         can = self._datadist.capabilities
         max_tensors = min(can.max_addrs_per_cache or MAX_TENSORS_PER_CACHE, MAX_TENSORS_PER_CACHE)
         memory = find_memory(kv_caches, self._layers, can.host_memory, can.device_memory)
@@ -210,15 +214,20 @@ class ConnectorWorker:
         return self._meter.take() or (DataDistStats() if self._scheduler_has_stats else None)
 
     def close(self) -> None:
+        ended = True
         if self._driver is not None:
-            self._driver.close()
+            ended = self._driver.close()
             self._driver = None
         if self._janitor is not None:
-            self._janitor.close()
+            ended = self._janitor.close() and ended
             self._janitor = None
         if self._giving is not None:
             self._giving.close()
             self._giving = None
+        if not ended:
+            endings.keep(self._kv_caches)
+            return
+        self._kv_caches = {}
         self._datadist.finalize()
         if self._huge_pages is not None:
             self._huge_pages.join()

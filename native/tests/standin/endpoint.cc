@@ -355,6 +355,12 @@ bool Endpoint::IsLate(const BlocksTransfer &transfer) {
 Code Endpoint::PullBlocks(BlocksTransfer transfer) {
   TakeOneSideForNone(transfer.ext);
   return Transferred("PullKvBlocks", transfer, [&]() -> Code {
+    if (rules_.hang) {
+      Trace("PullKvBlocks hangs", LLM_SUCCESS);
+    }
+    while (rules_.hang) {
+      std::this_thread::sleep_for(std::chrono::hours(1));
+    }
     return IsLate(transfer) ? Code{LLM_TIMEOUT} : engine_->PullKvBlocks(transfer).code();
   });
 }
