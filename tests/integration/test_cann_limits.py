@@ -11,15 +11,14 @@ from pathlib import Path
 import msgspec
 import numpy as np
 import pytest
-import torch
 from support import pd
 from support.cann_ranks import (
     P_CLUSTER,
     PATIENCE_S,
-    TOKENS,
     Scenario,
     Told,
     calls,
+    check_pull,
     model_of,
     run_in_process,
     start_rank,
@@ -30,12 +29,10 @@ from support.kv_ranks import BLOCKS, KV, PROMPT_ROLE, Place, RankEngine, make_kv
 from support.producer_process import prefill, start_scheduler
 
 from vllm_datadist_connector import _native
-from vllm_datadist_connector.metadata import PullJob, StepMetadata
-from vllm_datadist_connector.protocol.handshake import decode_geometry
 from vllm_datadist_connector.protocol.params import RemotePrefill, parse_remote_prefill
 from vllm_datadist_connector.worker.device import PASSED
 from vllm_datadist_connector.worker.janitor import Janitor
-from vllm_datadist_connector.worker.kv_layout import KVCaches, LayoutError
+from vllm_datadist_connector.worker.kv_layout import LayoutError
 
 MOST_LINKS = 512
 PLACE = Place()
@@ -175,32 +172,6 @@ def test_a_p_has_512_links_and_its_janitor_makes_room(tmp_path: Path) -> None:
 
 
 # ---- registrations ----
-
-
-def check_pull(p_memory: KVCaches, d_memory: KVCaches, addresses: list[int]) -> None:
-    """Block 1 of P into block 2 of D, of every layer.
-
-    Args:
-        addresses: of P's caches.
-    """
-    expected = {name: [tensor.clone() for tensor in tensors] for name, tensors in d_memory.items()}
-    for name, tensors in expected.items():
-        for ours, theirs in zip(tensors, p_memory[name], strict=True):
-            ours[2] = theirs[1]
-    with closing(start_scheduler()) as scheduler:
-        p, d = start_rank(p_memory, is_producer=True), start_rank(d_memory, is_producer=False)
-        encoded = p.handshake()
-        assert encoded is not None
-        assert [len(cache.layers) for cache in decode_geometry(encoded).caches] == addresses
-        scheduler.set_geometries({(0, 0): encoded})
-        remote = parse_remote_prefill(prefill(scheduler, "r", [1]))
-        job = PullJob("r", remote, ((2,),), 0, TOKENS, remote.ticket.prompt_digest, False, PATIENCE_S)
-        d.start_step(StepMetadata(pulls=(job,)))
-        finished = []
-        pd.wait_until(lambda: bool(finished.append(d.take_received()) or finished[-1].received), "the pull")
-    assert finished[-1].failed == set()
-    for name, tensors in d_memory.items():
-        assert all(map(torch.equal, tensors, expected[name])), name
 
 
 def every_region_is_used(_: Path) -> None:

@@ -7,6 +7,7 @@ import logging
 import multiprocessing
 import os
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,9 @@ import torch
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import parse_config
+from vllm_datadist_connector.metadata import PullJob, StepMetadata
+from vllm_datadist_connector.protocol.handshake import decode_geometry
+from vllm_datadist_connector.protocol.params import parse_remote_prefill
 from vllm_datadist_connector.worker.kv_layout import KVCaches
 from vllm_datadist_connector.worker.kv_spec import Shards, TokenKV
 from vllm_datadist_connector.worker.options import adapt_config
@@ -21,6 +25,7 @@ from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
 
 from . import pd
 from .kv_ranks import DECODER_ROLE, PROMPT_ROLE
+from .producer_process import prefill, start_scheduler
 from .standin import standin_variables
 
 P_CLUSTER = 10_000
@@ -111,3 +116,29 @@ def start_rank(caches: KVCaches, is_producer: bool, **extra: Any) -> ConnectorWo
     )
     worker.register_kv_caches(caches, NUM_BLOCKS)
     return worker
+
+
+def check_pull(p_memory: KVCaches, d_memory: KVCaches, addresses: list[int], **extra: Any) -> None:
+    """Block 1 of P into block 2 of D, of every layer.
+
+    Args:
+        addresses: of P's caches.
+    """
+    expected = {name: [tensor.clone() for tensor in tensors] for name, tensors in d_memory.items()}
+    for name, tensors in expected.items():
+        for ours, theirs in zip(tensors, p_memory[name], strict=True):
+            ours[2] = theirs[1]
+    with closing(start_scheduler()) as scheduler:
+        p, d = start_rank(p_memory, is_producer=True, **extra), start_rank(d_memory, is_producer=False, **extra)
+        encoded = p.handshake()
+        assert encoded is not None
+        assert [len(cache.layers) for cache in decode_geometry(encoded).caches] == addresses
+        scheduler.set_geometries({(0, 0): encoded})
+        remote = parse_remote_prefill(prefill(scheduler, "r", [1]))
+        job = PullJob("r", remote, ((2,),), 0, TOKENS, remote.ticket.prompt_digest, False, PATIENCE_S)
+        d.start_step(StepMetadata(pulls=(job,)))
+        finished = []
+        pd.wait_until(lambda: bool(finished.append(d.take_received()) or finished[-1].received), "the pull")
+    assert finished[-1].failed == set()
+    for name, tensors in d_memory.items():
+        assert all(map(torch.equal, tensors, expected[name])), name

@@ -24,7 +24,7 @@ from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.side_channel.client import open_client
-from vllm_datadist_connector.side_channel.endpoint import Trust
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 from vllm_datadist_connector.wakeup import Wakeup, wait_readable
 from vllm_datadist_connector.worker import endings
 from vllm_datadist_connector.worker.caches import RegisteredCaches
@@ -80,7 +80,7 @@ class PullDriver:
         self._copies = OwnCopies(caches, ended=self._wakeup.set)
         self._client = open_client(Trust(config.auth, config.insecure))
         self._links = Links(
-            ours.host,
+            Endpoint(ours.host, ours.port),
             self._queue,
             report=lambda cluster_id: datadist.query_link(cluster_id)[1],
             timeout_s=config.link_timeout_s,
