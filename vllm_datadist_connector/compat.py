@@ -304,6 +304,14 @@ def _has_amx() -> bool:
         return False
 
 
+def drafts_late(vllm_config: Any) -> bool:
+    """Whether a drafter with a KV cache may run when the step's tokens are known. Asynchronous scheduling hands tokens
+    over in the order of the device's stream, after it."""
+    speculative = vllm_config.speculative_config
+    has_model = speculative is not None and "ngram" not in str(speculative.method)
+    return has_model and not vllm_config.scheduler_config.async_scheduling
+
+
 def streams(device_type: str) -> Any:
     """The module of torch that has a device's Event and current_stream(), such as torch.npu."""
     import torch

@@ -64,6 +64,7 @@ class Consumer:
         place: Place | None = None,
         serves: bool = False,
         capabilities: dict[str, Any] | None = None,
+        provider: str = "engine",
         **config: Any,
     ) -> None:
         self.place = place or Place()
@@ -75,7 +76,7 @@ class Consumer:
         )
         timeout = {"llm.SyncKvCacheWaitTime": str(int(settings.pull_timeout_s * 1000))}
         role = MIX_ROLE if serves else DECODER_ROLE
-        engine = RankEngine(cluster_id, role, self.place, self.memory, transport, **timeout)
+        engine = RankEngine(cluster_id, role, self.place, self.memory, transport, provider, **timeout)
         self.datadist = engine.datadist
         geometry = engine.geometry()
         self.port = geometry.port

@@ -208,3 +208,15 @@ def test_an_npus_tiles_are_a_packing(
     config = SimpleNamespace(additional_config=additional)
     latent = MLAAttentionSpec(block_size=128, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
     assert compat.kv_packing(config, latent) == packing
+
+
+@pytest.mark.parametrize(
+    ("method", "is_async", "late"),
+    [(None, False, False), ("ngram", False, False), ("eagle3", False, True), ("mtp", True, False), ("mtp", None, True)],
+)
+def test_drafters_that_run_after_the_tokens_are_known(method: str | None, is_async: bool | None, late: bool) -> None:
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(method=method) if method else None,
+        scheduler_config=SimpleNamespace(async_scheduling=is_async),
+    )
+    assert compat.drafts_late(config) is late
