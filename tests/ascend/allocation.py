@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -127,5 +126,3 @@ def record(model: Model) -> dict[str, Any]:
         "storages": [size for _, size in storages.values()],
         "layers": layers,
     }
-
-

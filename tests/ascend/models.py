@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from allocation import Model
-from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec
+from vllm.v1.attention.backends.registry import MambaAttentionBackendEnum
+from vllm.v1.kv_cache_interface import FullAttentionSpec, MambaSpec, SlidingWindowSpec
 from vllm_ascend.core.kv_cache_interface import AscendMLAAttentionSpec
 
 NUM_BLOCKS = 4
@@ -37,9 +38,7 @@ def latent(head_size: int, **more: Any) -> AscendMLAAttentionSpec:
 
 
 def sparse(*head_dim: int, packed: bool = False, c8_index: bool = False) -> Model:
-    spec = latent(
-        sum(head_dim), sparse_head_dim=head_dim, cache_sparse_sfa_c8=packed, cache_sparse_li_c8=c8_index
-    )
+    spec = latent(sum(head_dim), sparse_head_dim=head_dim, cache_sparse_sfa_c8=packed, cache_sparse_li_c8=c8_index)
     return Model({attention(3): spec}, NUM_BLOCKS)
 
 
@@ -68,11 +67,41 @@ def deepseek_v4() -> Model:
     return Model({layers: latent(64), indices: index}, NUM_BLOCKS, shares_memory=True, model_type="deepseek_v4")
 
 
+def dense(num_blocks: int = 32) -> Model:
+    """As the tests' model is configured."""
+    return Model({attention(2): full(head_size=32)}, num_blocks)
+
+
+def windowed(num_blocks: int = 32) -> Model:
+    layers = attention(2)
+    window = SlidingWindowSpec(block_size=128, num_kv_heads=2, head_size=32, dtype=torch.bfloat16, sliding_window=128)
+    return Model({layers[:1]: full(head_size=32), layers[1:]: window}, num_blocks)
+
+
+def hybrid(num_blocks: int = 64) -> Model:
+    """One layer of states and one of tokens, in one memory."""
+    convolution, state = (3, 96), (4, 8, 16)
+    page = 2 * 3 * 96 + 2 * 128 * 2 * 32 * 2
+    states = MambaSpec(
+        block_size=128,
+        shapes=(convolution, state),
+        dtypes=(torch.bfloat16, torch.float32),
+        page_size_padded=page,
+        mamba_type=MambaAttentionBackendEnum.GDN_ATTN,
+        mamba_cache_mode="align",
+    )
+    tokens = full(head_size=32, page_size_padded=page)
+    return Model(
+        {("model.layers.0.linear_attn",): states, ("model.layers.1.self_attn.attn",): tokens},
+        num_blocks,
+        shares_memory=True,
+    )
+
+
 def recorded_models() -> dict[str, Model]:
-    dense = full(head_size=64)
     return {
         "dense": Model(
-            {attention(3): dense}, NUM_BLOCKS, aliases={"model.layers.7.self_attn.attn": attention(3)[2]}
+            {attention(3): full(head_size=64)}, NUM_BLOCKS, aliases={"model.layers.7.self_attn.attn": attention(3)[2]}
         ),
         "mla": Model({attention(3): latent(576)}, NUM_BLOCKS),
         "sparse": sparse(512, 64, 128),

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_datadist_connector import compat
-from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.config import ConfigError, ConnectorConfig
 from vllm_datadist_connector.kv_groups import describe_groups
 from vllm_datadist_connector.metadata import StepMetadata
 from vllm_datadist_connector.metrics import DataDistStats, SchedulerMeter
@@ -31,6 +31,10 @@ class ConnectorScheduler:
     """Gives each hook to the side whose request it is about."""
 
     def __init__(self, config: ConnectorConfig, vllm_config: VllmConfig, groups: Sequence[Any]) -> None:
+        """
+        Raises:
+            ConfigError: vLLM's scheduler would go on from wrong KV, whatever a connector brings.
+        """
         transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
         identity = InstanceIdentity(
             engine_id=transfer.engine_id,
@@ -39,6 +43,12 @@ class ConnectorScheduler:
             dcp_size=parallel.decode_context_parallel_size,
             groups=describe_groups(groups),
         )
+        if any(group.is_state for group in identity.groups) and compat.skips_states(vllm_config):
+            raise ConfigError(
+                "recompute_scheduler_enable: this scheduler takes a prompt in the prefix cache for one whose state"
+                " (Mamba, GDN) is there, too, and answers would be wrong; use --no-enable-prefix-caching, or leave it"
+                " out"
+            )
         self._lease_s, self._decoder_lease_s = config.lease_s, config.decoder_lease_s
         self._bidirectional = config.bidirectional
         self._prompt_tail = compat.prompt_tail(vllm_config, any(group.forgets for group in identity.groups))

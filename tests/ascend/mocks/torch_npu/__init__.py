@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from types import ModuleType
-from typing import Any
+from typing import Any, ClassVar
 from unittest.mock import MagicMock
 
 import torch
@@ -21,7 +21,7 @@ ABSENT = ("torch_npu", "acl", "torchvision", "triton")
 class _Module(ModuleType):
     """Has everything."""
 
-    __path__: list[str] = []
+    __path__: ClassVar[list[str]] = []
     __version__ = "0.25.0"
 
     def __getattr__(self, name: str) -> Any:
@@ -47,7 +47,7 @@ class _Absent(MetaPathFinder, Loader):
 sys.meta_path.append(_Absent())  # behind the finders of what is there
 sys.modules[__name__].__class__ = _Module
 torch.utils.rename_privateuse1_backend("npu")
-npu = MagicMock(name="torch.npu")
-npu.current_device.return_value = 0
-torch.npu = npu
+npu = _Module("torch.npu")
+npu.current_device = lambda: 0
+sys.modules["torch.npu"] = torch.npu = npu
 torch.distributed.is_hccl_available = lambda: True
