@@ -22,7 +22,11 @@ from steps import prefill_all, prompt, run
 from support.pd import LOOPBACK, TO_P
 from vllm.config import CUDAGraphMode
 from vllm.forward_context import BatchDescriptor, set_forward_context
-from vllm_ascend.attention.utils import maybe_save_kv_layer_to_connector, wait_for_kv_layer_from_connector
+from vllm_ascend.attention.utils import (
+    maybe_save_kv_layer_to_connector,
+    notify_kv_cache_written,
+    wait_for_kv_layer_from_connector,
+)
 from vllm_ascend.compilation.acl_graph import ACLGraphWrapper
 from vllm_ascend.worker.model_runner_v1 import NPUModelRunner
 
@@ -72,6 +76,7 @@ def capture_model(instance: Instance, meanwhile: Callable[[], object]) -> None:
     def forward() -> torch.Tensor:
         for layer, parts in instance.tensors.items():
             wait_for_kv_layer_from_connector(layer)
+            notify_kv_cache_written(layer)
             maybe_save_kv_layer_to_connector(layer, list(parts))
         meanwhile()
         return torch.zeros(1)
@@ -96,6 +101,8 @@ def capture_model(instance: Instance, meanwhile: Callable[[], object]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_model_runner, "graph_capture", lambda **_: nullcontext())
         patch.setattr(torch.npu, "mem_get_info", lambda: (0, 0))
+        for name in ("synchronize", "empty_cache"):
+            patch.setattr(torch.accelerator, name, lambda: None)
         runner.capture_model()
 
 
