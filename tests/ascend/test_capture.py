@@ -73,13 +73,13 @@ def trace(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, make_instance: MakeIn
 def capture_model(instance: Instance, meanwhile: Callable[[], object]) -> None:
     """vllm-ascend's own, of a model that consists of what its attention layers call."""
 
-    def forward() -> torch.Tensor:
+    def forward() -> list[torch.Tensor]:
         for layer, parts in instance.tensors.items():
             wait_for_kv_layer_from_connector(layer)
             notify_kv_cache_written(layer)
             maybe_save_kv_layer_to_connector(layer, list(parts))
         meanwhile()
-        return torch.zeros(1)
+        return []
 
     wrapper = ACLGraphWrapper(forward, instance.config, MODE)
     descriptor = BatchDescriptor(num_tokens=1)
@@ -100,6 +100,7 @@ def capture_model(instance: Instance, meanwhile: Callable[[], object]) -> None:
     )
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(gpu_model_runner, "graph_capture", lambda **_: nullcontext())
+        patch.setattr(gpu_model_runner, "lock_workspace", lambda: None)
         patch.setattr(torch.npu, "mem_get_info", lambda: (0, 0))
         for name in ("synchronize", "empty_cache"):
             patch.setattr(torch.accelerator, name, lambda: None)
