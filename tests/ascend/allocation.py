@@ -24,8 +24,8 @@ ALIGNMENT = 2 << 20
 class Model:
     """What the model runner is asked to allocate.
 
-    The layers of a group have a spec in common. Layers with the same number of their own (`layers.3`, `layers.7`) in
-    other groups do not share memory, those at the same place of their groups do if `shares_memory`.
+    The layers of a group have a spec in common. With `shares_memory`, those at the same place of their groups are one
+    allocation; otherwise each layer has its own.
     """
 
     groups: Mapping[tuple[str, ...], KVCacheSpec]

@@ -9,6 +9,8 @@ from instance import BLOCK_SIZE, Instance
 from support.party import wait_until
 from support.pd import TO_P
 
+PATIENCE_S = 60.0
+
 
 def prompt(number: int, blocks: float = 2.9) -> list[int]:
     return [(number * 37 + at * 11) % 900 for at in range(int(blocks * BLOCK_SIZE))]
@@ -23,7 +25,7 @@ def run(instance: Instance, until: Callable[[], bool] | None = None) -> dict[str
             outputs.setdefault(name, []).append(output)
         return until() if until is not None else not instance.scheduler.requests
 
-    wait_until(step, "the end of all requests")
+    wait_until(step, "the end of all requests", PATIENCE_S)
     return outputs
 
 
@@ -37,5 +39,5 @@ def prefill_all(p: Instance, prompts: dict[str, list[int]], sent: dict[str, Any]
         params.update({name: output.kv_transfer_params for name, output in p.step().items()})
         return len(params) == len(prompts)
 
-    wait_until(step, "the prefills")
+    wait_until(step, "the prefills", PATIENCE_S)
     return params
