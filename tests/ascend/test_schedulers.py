@@ -71,6 +71,28 @@ def test_requests_go_from_p_to_d(make_instance: MakeInstance, of_d: str) -> None
 
 
 @of_d
+def test_both_legs_at_once(make_instance: MakeInstance, of_d: str) -> None:
+    """D pulls from the first chunk on, while P computes the others."""
+    p = make_instance("kv_producer", dense(64), max_tokens=BLOCK_SIZE)
+    d = make_instance("kv_consumer", dense(64), **OF_D[of_d][1])
+    free = p.free_blocks(), d.free_blocks()
+    endpoint, named = p.connector._scheduler._producer.endpoint, {"datadist": {"handoff": "a" * 32}}
+    where = {"do_remote_prefill": True, "remote_host": endpoint.host, "remote_port": endpoint.port}
+    d.add("r", prompt(0, 5.5), {**where, **named}, max_tokens=3)
+    p.add("r", prompt(0, 5.5), {**TO_P, **named})
+    outputs: list[Any] = []
+
+    def step() -> bool:
+        p.step()
+        outputs.extend(d.step().values())
+        return not d.scheduler.requests
+
+    wait_until(step, "D's answer", PATIENCE_S)
+    assert outputs[0].prefill_stats.num_computed_tokens == 1
+    check_nothing_is_held(p, d, free)
+
+
+@of_d
 def test_hooks_come_as_documented(make_instance: MakeInstance, monkeypatch: pytest.MonkeyPatch, of_d: str) -> None:
     p, d = make_instance("kv_producer"), make_instance("kv_consumer", **OF_D[of_d][1])
     called: list[str] = []
