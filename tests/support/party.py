@@ -38,7 +38,7 @@ PATIENCE_MS = 20_000
 ENVIRONMENT = {**os.environ, "DATADIST_INSECURE": "1"}
 """Behind a wire the engines meet by TCP, where nobody vouches for anybody; these tests are not about who is let in."""
 _ANSWER_S = 60.0
-_EXIT_S = 5.0
+_EXIT_S = 15.0  # less than PATIENCE_MS, which what is in flight may wait
 _PAUSE_S = 0.002
 _TURN_S = 0.05
 """For which one thread may keep the others from reading their answers."""
@@ -60,7 +60,7 @@ def engine_options(
     }
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = _ANSWER_S) -> None:
     """For what other processes do and nobody tells."""
     end = time.monotonic() + timeout_s
     while not condition():

@@ -27,7 +27,7 @@ CHUNK = 16 * 1024
 DRIP_S = 0.02
 """Of one byte."""
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER that makes close() a reset
-_WAIT_S = 20.0
+_WAIT_S = 60.0
 
 Mode = Literal["pass", "swallow answers", "swallow both", "drip", "reset"]
 Direction = Literal["up", "down"]

@@ -110,7 +110,7 @@ def test_no_answer_fails_at_its_deadline() -> None:
         assert failed.response is None
         assert failed.error == f"{endpoint} did not answer in time"
         assert failed.timed_out
-        assert 0.2 <= time.monotonic() - started < 2
+        assert 0.2 <= time.monotonic() - started < WAIT_S
     client.close()
 
 
@@ -197,10 +197,10 @@ def test_waits_for_file_descriptors_and_for_time(endpoint: Endpoint, client: Cha
 def test_closes_twice_and_does_not_wait_for_what_is_outstanding(server: ChannelServer) -> None:
     client = open_client(Trust(insecure=True))
     with socket.create_server((LOOPBACK, 0)) as silent:
-        client.renew(Endpoint(LOOPBACK, silent.getsockname()[1]), (), 60.0)
+        client.renew(Endpoint(LOOPBACK, silent.getsockname()[1]), (), 10 * WAIT_S)
         started = time.monotonic()
         client.close()
         client.close()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < WAIT_S
     server.close()
     server.close()

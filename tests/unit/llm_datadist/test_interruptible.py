@@ -10,7 +10,7 @@ import pytest
 
 from vllm_datadist_connector.llm_datadist.v2.interruptible import interruptible
 
-LONG_S = 20.0
+LONG_S = 60.0
 
 
 def test_an_interrupt_that_wakes_nobody() -> None:
@@ -26,7 +26,7 @@ def test_an_interrupt_that_wakes_nobody() -> None:
     started = time.monotonic()
     with pytest.raises(KeyboardInterrupt):
         call()
-    assert time.monotonic() - started < LONG_S / 4
+    assert time.monotonic() - started < LONG_S / 2
     assert not ended.is_set()
     let_go.set()
     assert ended.wait(LONG_S)
