@@ -28,7 +28,7 @@ from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 FAULTY = Path(__file__).parents[1] / "support" / "faulty_party.py"
 COMMAND = (sys.executable, "-m", "vllm_datadist_connector.cli", "selftest")
-TIMEOUT_S = 180
+TIMEOUT_S = 600
 
 
 def selftest(*arguments: str) -> tuple[int, dict[str, Any]]:

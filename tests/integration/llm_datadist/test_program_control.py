@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-PATIENCE_S = 60
+PATIENCE_S = 300
 LINKING = """
 import sys
 from vllm_datadist_connector.llm_datadist import LLMClusterInfo, LLMConfig, LLMDataDist, LLMRole
