@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from support.consumer import Consumer
-from support.pd import LOOPBACK, WAIT_S, wait_until
+from support.pd import WAIT_S, wait_until
 from support.producer_process import ProducerProcess
 
 from vllm_datadist_connector.labels import Failure
@@ -105,7 +105,7 @@ def test_the_deadline_ends_the_greeting_of_a_stopped_p(
     consumer.wait(1)
     assert greeted_again.is_set()
     assert consumer.observer.failures == [Failure.DEADLINE]
-    assert f"not done within 2 s: {LOOPBACK}:{producer.port} was not met" in caplog.text
+    assert f"not done within 2 s: {producer.endpoint} was not met" in caplog.text
     wait_until(lambda: "did not answer in time" in caplog.text, "the end of the greetings")
 
 

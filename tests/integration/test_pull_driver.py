@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.consumer import Consumer, release
 from support.kv_ranks import BLOCKS
-from support.pd import LOOPBACK, WAIT_S, wait_until
+from support.pd import WAIT_S, wait_until
 from support.producer_process import ProducerProcess
 
 from vllm_datadist_connector import _native
@@ -133,7 +133,7 @@ def test_incompatible_models_name_the_field_and_fail_fast(
     assert consumer.failed == {"0", "1"}
     assert consumer.observer.failures == [Failure.HANDSHAKE] * 2
     assert consumer.observer.handshakes == 0
-    refusal = f"{LOOPBACK}:{producer.port} is not compatible: kv_cache_dtype: ours 'torch.bfloat16', theirs 'fp8'"
+    refusal = f"{producer.endpoint} is not compatible: kv_cache_dtype: ours 'torch.bfloat16', theirs 'fp8'"
     assert refusal in caplog.text
     consumer.check_bytes()
 

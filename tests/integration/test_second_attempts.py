@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from support.consumer import Consumer, release
 from support.kv_ranks import BLOCKS
-from support.pd import LOOPBACK, WAIT_S, wait_until
+from support.pd import WAIT_S, wait_until
 from support.producer_process import ProducerProcess
+from support.wire import OWN
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.labels import Failure
@@ -141,9 +142,9 @@ def test_links_that_are_never_to_be_had_are_given_up(
     start_producer: StartProducer, start_consumer: StartConsumer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """P lives, or its greeting would say so, but nobody listens where its engine is said to be."""
-    with socket.create_server((LOOPBACK, 0)) as closed:
-        port = closed.getsockname()[1]
-    producer, consumer = start_producer(lies={"0": {"port": port}}), start_consumer(peer_backoff_s=0.02)
+    with socket.create_server((OWN, 0)) as closed:
+        host, port = closed.getsockname()
+    producer, consumer = start_producer(lies={"0": {"host": host, "port": port}}), start_consumer(peer_backoff_s=0.02)
     consumer.pull("r", producer.prefill("r", [1]), [2], deadline_s=600.0)
     consumer.wait(1)
     assert consumer.observer.failures == [Failure.LINK]
@@ -353,7 +354,7 @@ class TestDeadP:
         assert took_s < IN_TIME_S
         assert consumer.failed == {f"r{i}" for i in range(self.LEGS)}
         assert set(consumer.observer.failures) == {Failure.HANDSHAKE}
-        assert f"{LOOPBACK}:{producer.port} does not let us connect" in caplog.text
+        assert f"{producer.endpoint} does not let us connect" in caplog.text
         assert "refused" in caplog.text
         assert "in time" not in caplog.text
 

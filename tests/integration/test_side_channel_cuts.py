@@ -29,12 +29,13 @@ IN_TIME_S = WAIT_S / 3
 
 @contextmanager
 def side_channel_wire(producer: ProducerProcess) -> Iterator[Wire]:
-    with Wire(socket.create_server((LOOPBACK, 0)), lambda: socket.create_connection((LOOPBACK, producer.port))) as wire:
+    with Wire(socket.create_server((LOOPBACK, 0)), lambda: socket.create_connection(producer.endpoint)) as wire:
         yield wire
 
 
 def through(wire: Wire, remote: RemotePrefill) -> RemotePrefill:
-    return msgspec.structs.replace(remote, remote_port=wire.address[1])
+    host, port = wire.address
+    return msgspec.structs.replace(remote, remote_host=host, remote_port=port)
 
 
 @pytest.mark.parametrize("turn", TURNS)

@@ -13,6 +13,7 @@ import pytest
 from support.channels import BareServer
 from support.frames import RELEASE, RELEASED, RENEW, RENEWED, Frame, pack_tokens, unpack_renewal, unpack_tokens
 from support.pd import LOOPBACK, OTHER_TOKEN, TOKEN, WAIT_S, wait_until
+from support.wire import OWN
 
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.scheduler.leases import Leases
@@ -182,8 +183,8 @@ class TestHolds:
     @pytest.mark.parametrize("listens", [True, False], ids=["silent", "dead"])
     def test_silence_ends_only_what_was_never_known(self, impatient: LeaseKeeper, listens: bool, is_news: bool) -> None:
         """A busy P may miss renewals of a lease that stands; for its answer D waits only so long."""
-        with socket.create_server((LOOPBACK, 0)) as server:
-            endpoint = Endpoint(LOOPBACK, server.getsockname()[1])
+        with socket.create_server((OWN, 0)) as server:
+            endpoint = Endpoint(*server.getsockname())
             if not listens:
                 server.close()
             impatient.hold(endpoint, TOKEN, LONG_S, is_news)

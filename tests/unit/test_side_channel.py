@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.channels import collect, wait_for
 from support.pd import LOOPBACK, OTHER_TOKEN, TOKEN, WAIT_S
+from support.wire import OWN
 
 from vllm_datadist_connector.side_channel.client import (
     MAX_LEASES_PER_MESSAGE,
@@ -115,8 +116,8 @@ def test_no_answer_fails_at_its_deadline() -> None:
 
 
 def test_where_nobody_listens_it_is_no_use_to_wait_or_to_ask_again(client: ChannelClient) -> None:
-    with socket.create_server((LOOPBACK, 0)) as closed:
-        endpoint = Endpoint(LOOPBACK, closed.getsockname()[1])
+    with socket.create_server((OWN, 0)) as closed:
+        endpoint = Endpoint(*closed.getsockname())
     failed = wait_for(client, client.renew(endpoint, (), 60.0))
     assert failed.error.startswith(f"{endpoint} does not let us connect: ")
     assert "refused" in failed.error
