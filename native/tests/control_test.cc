@@ -24,7 +24,7 @@ using llm_datadist::LLM_TIMEOUT;
 using ::testing::HasSubstr;
 using std::chrono::milliseconds;
 
-constexpr milliseconds kLong{10000};
+constexpr milliseconds kLong{30000};
 
 TEST(EventLoop, RunsTasksInOrderAndTimersWhenDue) {
   EventLoop loop;
