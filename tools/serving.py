@@ -299,6 +299,14 @@ def pd_router(
     return Program("router", command, port, logs / "router.log", env)
 
 
+def overlap_router(prefill: str, decode: str, bin_dir: Path, logs: Path, env: Mapping[str, str]) -> Program:
+    """The router that sends both legs of a request at once, ready to be started."""
+    port = free_port()
+    command = [str(bin_dir / "python"), str(Path(__file__).with_name("overlap_router.py")), "--port", str(port)]
+    command += ["--host", HOST, "--prefill", prefill, "--decode", decode]
+    return Program("overlap-router", command, port, logs / "overlap-router.log", env)
+
+
 def read_config(path: Path) -> dict[str, object]:
     """A kv-transfer configuration."""
     config = json.loads(path.read_text(encoding="utf-8"))
