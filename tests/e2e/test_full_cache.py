@@ -178,7 +178,7 @@ def test_a_pause_does_not_wait_for_a_lease(instances: tuple[Program, Program, Pr
         assert orphan.kv_transfer_params is not None
         assert orphan.kv_transfer_params["datadist"]
         seconds, _ = await post(prefill.url, pause)
-        assert seconds < 5.0
+        assert seconds < SOON_S
         await post(prefill.url, go_on)
         (again,) = await equality.send(prefill.url, Request(request.prompt, max_tokens=1))
         assert again.ok
