@@ -223,6 +223,19 @@ def is_npu() -> bool:
     return bool(current_platform.device_type == "npu")
 
 
+def skips_states(vllm_config: Any) -> bool:
+    """Whether the scheduler takes a prompt whose tokens are in the prefix cache for one whose state is there, too.
+
+    Symptom: vllm-ascend's recompute schedulers look up tokens alone, because a connector brings the state with what is
+    missing. Where nothing is missing, or nobody has it, they go on from no state: wrong answers. vLLM 0.32 looks again
+    then. Goes when vllm-ascend's do.
+    """
+    chosen = getattr(getattr(vllm_config, "scheduler_config", None), "scheduler_cls", None)
+    module = chosen if isinstance(chosen, str) else getattr(chosen, "__module__", "")
+    is_recompute = module.startswith("vllm_ascend.core.recompute_scheduler")
+    return is_recompute and bool(vllm_config.cache_config.enable_prefix_caching)
+
+
 def kv_packing(vllm_config: Any, kv_cache_spec: Any) -> str:
     """How a platform packs a head's K and V inside a block, beyond the layout's name.
 

@@ -11,6 +11,7 @@
 
 #include "channel/progress_reporter.h"
 #include "support/channel_ends.h"
+#include "support/eventually.h"
 
 namespace datadist::testing {
 namespace {
@@ -30,19 +31,6 @@ std::unique_ptr<ProgressReporter> Reporter(const ReporterLimits &limits = {}) {
 ProgressReporter::Endpoint At(uint16_t port) { return {"127.0.0.1", port}; }
 
 LeaseToken TokenOf(size_t number) { return {9, static_cast<uint8_t>(number), static_cast<uint8_t>(number >> 8U)}; }
-
-// Yields the core until it is so: for what another thread does.
-template <typename Condition>
-bool Eventually(const Condition &condition) {
-  const auto end = std::chrono::steady_clock::now() + kLong;
-  while (!condition()) {
-    if (std::chrono::steady_clock::now() > end) {
-      return false;
-    }
-    std::this_thread::yield();
-  }
-  return true;
-}
 
 std::string TextOf(const ProgressMark &mark) {
   std::string text = std::to_string(mark.epoch) + ": " + std::to_string(mark.base) + " " + std::to_string(mark.next);

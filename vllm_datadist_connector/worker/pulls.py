@@ -131,7 +131,10 @@ class Pulls:
             return
         transfer, cluster_id = taken
         transfer.queued_s = max(transfer.queued_s, completion.queued_s)
-        transfer.run_s = max(transfer.run_s, completion.run_s)
+        # Calls of a hand-off run one after another, others beside one another.
+        transfer.run_s = (
+            transfer.run_s + completion.run_s if transfer.followed else max(transfer.run_s, completion.run_s)
+        )
         reason = f"{_native.status_name(completion.status)}: {completion.error}"
         if completion.status == _native.LLM_SUCCESS:
             transfer.instance.faults = 0

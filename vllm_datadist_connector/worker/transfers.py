@@ -71,7 +71,7 @@ class Transfer:
     transport: Transport = Transport.OTHER
     queued_s: float = 0.0
     run_s: float = 0.0
-    """Of the slowest call: they run beside or after one another."""
+    """Of the slowest call, since they run beside or after one another; of a hand-off, of all of them."""
 
     @property
     def is_over(self) -> bool:

@@ -21,7 +21,7 @@ namespace {
 using Clock = EventLoop::Clock;
 
 // Layers that end so close to one another are told of together: a D reads them no sooner.
-constexpr std::chrono::microseconds kGather{200};
+constexpr std::chrono::microseconds kGatherLayers{200};
 
 }  // namespace
 
@@ -76,7 +76,7 @@ class ProgressReporter::State {
   const ReporterLimits limits_;
   const uint64_t epoch_ = ProcessEpoch();
   EventLoop loop_;
-  Doorbell doorbell_{loop_, kGather};
+  Doorbell doorbell_{loop_, kGatherLayers};
   std::mutex close_mutex_;
 
   mutable std::mutex mutex_;  // guards up to the next blank line
