@@ -32,6 +32,7 @@ IMPORTED = (
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.worker.cpu_worker",
+    str(Path(__file__).with_name("forked_vllm.py")),
 )
 # Not read before a server has its configuration.
 LATE_VARIABLES = ("VLLM_CPU_CI_ENV", "VLLM_PLUGINS", *STANDIN_VARIABLES)
@@ -43,7 +44,8 @@ fork = ForkServer(
     LOGS / "fork-server.log",
     LATE_VARIABLES,
 )
-"""Starts `vllm serve` in two seconds. The same code runs as in a spawned server, but for its imports."""
+"""Starts `vllm serve` in two seconds. The same code runs as in a spawned server, but for its imports and for what
+forked_vllm.py names."""
 
 
 def kv_transfer(config: str, fields: Mapping[str, object] | None = None, **extra: object) -> dict[str, object]:
