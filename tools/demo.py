@@ -2,7 +2,8 @@
 """Shows prefill on one `vllm serve` and decode on another, from a bare machine to an answer.
 
 Sets up .venv, makes a tiny model, starts a prefill instance (P), a decode instance (D) and vllm-router in front of
-them, sends a prompt, prints the answer and what moved, and stops everything.
+them, sends a prompt, prints the answer and what moved, does the same with a router that sends each prompt to both at
+once, and stops everything.
 """
 
 from __future__ import annotations
@@ -14,11 +15,12 @@ import time
 from contextlib import ExitStack
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
 from bootstrap import ROOT, Environment, ensure_environment
 from console import StepError, progress, run_step
 from scrape import Metrics, scrape
-from serving import Program, ServerSpec, ServingError, pd_router, post_json, read_config, vllm_server
+from serving import Program, ServerSpec, ServingError, overlap_router, pd_router, post_json, read_config, vllm_server
 
 LOGS = ROOT / "logs" / "demo"
 MODELS = ROOT / "models"
@@ -34,6 +36,8 @@ back and said that all of them were read: it needs a room to keep them in, and a
 ships never return. How long should it wait, and what should the second city do with half a letter?""",
 )
 MAX_TOKENS = 24
+# Prompts in a row, so that P computes for a while.
+LONG = 3
 REQUEST_TIMEOUT_S = 300.0
 METRICS_DEADLINE_S = 15.0
 
@@ -47,11 +51,15 @@ def main() -> int:
         model = arguments.model or make_model(environment)
         print("2. Servers", flush=True)
         with ExitStack() as stack:
-            prefill, decode, router = start_servers(environment, model, arguments.tensor_parallel, stack)
+            prefill, decode, router, overlapping = start_servers(environment, model, arguments.tensor_parallel, stack)
             prompts = PROMPTS if arguments.prompt is None else (arguments.prompt,)
             for number, prompt in enumerate(prompts, start=1):
                 print(f"3. Request {number} of {len(prompts)}, through the router", flush=True)
                 show_request(router, decode, prompt)
+            print("4. A request whose legs go to both at once, through a router that does so", flush=True)
+            # Of the first one it learns where P's side channel is.
+            ask(overlapping, PROMPTS[0], max_tokens=1)
+            show_request(overlapping, decode, " ".join(reversed(prompts)) * LONG)
             if arguments.model is None:
                 print("  (the tiny model's weights are random: its answers are noise, but not chance)", flush=True)
             if arguments.keep:
@@ -96,7 +104,7 @@ def make_model(environment: Environment) -> Path:
 
 def start_servers(
     environment: Environment, model: Path, tensor_parallel: int, stack: ExitStack
-) -> tuple[Program, Program, Program]:
+) -> tuple[Program, Program, Program, Program]:
     variables, bin_dir = environment.variables(), environment.directory / "bin"
 
     def server(name: str) -> Program:
@@ -106,7 +114,8 @@ def start_servers(
 
     prefill, decode = server("prefill"), server("decode")
     router = pd_router([prefill.url], [decode.url], bin_dir, LOGS, variables)
-    for programs in ((prefill, decode), (router,)):
+    overlapping = overlap_router(prefill.url, decode.url, bin_dir, LOGS, variables)
+    for programs in ((prefill, decode), (router, overlapping)):
         for program in programs:
             program.log.unlink(missing_ok=True)
             stack.callback(program.stop)
@@ -114,14 +123,13 @@ def start_servers(
         for program in programs:
             with progress(f"start {program.name} at {program.url}") as shown:
                 program.wait_ready(shown=shown)
-    return prefill, decode, router
+    return prefill, decode, router, overlapping
 
 
 def show_request(router: Program, decode: Program, prompt: str) -> None:
     before = scrape(decode.url)
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": MAX_TOKENS, "temperature": 0}
     start = time.monotonic()
-    answer = post_json(f"{router.url}/v1/completions", body, REQUEST_TIMEOUT_S)
+    answer = ask(router, prompt, MAX_TOKENS)
     seconds = time.monotonic() - start
     usage, choices = answer["usage"], answer["choices"]
     if not isinstance(usage, dict) or not isinstance(choices, list):
@@ -129,6 +137,11 @@ def show_request(router: Program, decode: Program, prompt: str) -> None:
     print(f"  prompt ({usage['prompt_tokens']} tokens): {shorten(prompt)!r}")
     print(f"  answer ({usage['completion_tokens']} tokens, {seconds:.2f} s): {choices[0]['text']!r}")
     show_transfer(before, wait_for_transfer(before, decode))
+
+
+def ask(router: Program, prompt: str, max_tokens: int) -> dict[str, Any]:
+    body = {"model": "tiny", "prompt": prompt, "max_tokens": max_tokens, "temperature": 0}
+    return post_json(f"{router.url}/v1/completions", body, REQUEST_TIMEOUT_S)
 
 
 def wait_for_transfer(before: Metrics, decode: Program) -> Metrics:
@@ -155,6 +168,9 @@ def show_transfer(before: Metrics, after: Metrics) -> None:
     print(f" {grown('external_prefix_cache_hits'):.0f} prompt tokens that D did not compute")
     print(f"  copy: {copying * 1e3:.2f} ms ({num_bytes / 2**20 / max(copying, 1e-9):.0f} MiB/s);", end="")
     print(f" with everything up to P's confirmation: {grown('datadist_transfer_seconds_sum') * 1e3:.2f} ms", flush=True)
+    early = grown("datadist_early_bytes")
+    if early:
+        print(f"  of that while P was still computing: {early / 2**20:.1f} MiB", flush=True)
     meeting = grown("datadist_handshake_seconds_sum")
     if meeting:
         print(f"  first contact of the two instances, part of that: {meeting * 1e3:.2f} ms", flush=True)

@@ -111,9 +111,17 @@ class Program:
     """One program and all processes it makes. Not for use by several threads."""
 
     def __init__(
-        self, name: str, command: Sequence[str], port: int, log: Path, env: Mapping[str, str], launch: Launch = spawn
+        self,
+        name: str,
+        command: Sequence[str],
+        port: int,
+        log: Path,
+        env: Mapping[str, str],
+        launch: Launch = spawn,
+        host: str = HOST,
     ) -> None:
         self.name = name
+        self.host = host
         self.port = port
         self.log = log
         self._command = list(command)
@@ -123,7 +131,7 @@ class Program:
 
     @property
     def url(self) -> str:
-        return f"http://{HOST}:{self.port}"
+        return f"http://{self.host}:{self.port}"
 
     @property
     def pid(self) -> int:
@@ -257,12 +265,14 @@ class ServerSpec:
     block_size: int | None = None
     arguments: tuple[str, ...] = ()
     variables: Mapping[str, str] = field(default_factory=dict)
+    host: str = HOST
+    """Of its API."""
 
 
 def vllm_server(spec: ServerSpec, bin_dir: Path, logs: Path, env: Mapping[str, str], launch: Launch = spawn) -> Program:
     """A `vllm serve` that is ready to be started."""
     port = free_port()
-    command = [str(bin_dir / "vllm"), "serve", str(spec.model), "--host", HOST, "--port", str(port)]
+    command = [str(bin_dir / "vllm"), "serve", str(spec.model), "--host", spec.host, "--port", str(port)]
     command += ["--served-model-name", "tiny", "--dtype", spec.dtype, "--seed", "0"]
     command += ["--max-model-len", str(spec.max_model_len), "--max-num-seqs", str(spec.max_num_seqs)]
     command += ["--max-num-batched-tokens", str(spec.max_num_batched_tokens)]
@@ -277,7 +287,7 @@ def vllm_server(spec: ServerSpec, bin_dir: Path, logs: Path, env: Mapping[str, s
         command += ["--kv-transfer-config", json.dumps(spec.kv_transfer)]
     command += spec.arguments
     variables = {**env, **SERVER_VARIABLES, **(WARM_UP if spec.pipeline_parallel > 1 else {}), **spec.variables}
-    return Program(spec.name, command, port, logs / f"{spec.name}.log", variables, launch)
+    return Program(spec.name, command, port, logs / f"{spec.name}.log", variables, launch, spec.host)
 
 
 def _pipeline(spec: ServerSpec) -> list[str]:
@@ -297,6 +307,14 @@ def pd_router(
     for url in decode:
         command += ["--decode", url]
     return Program("router", command, port, logs / "router.log", env)
+
+
+def overlap_router(prefill: str, decode: str, bin_dir: Path, logs: Path, env: Mapping[str, str]) -> Program:
+    """The router that sends both legs of a request at once, ready to be started."""
+    port = free_port()
+    command = [str(bin_dir / "python"), str(Path(__file__).with_name("overlap_router.py")), "--port", str(port)]
+    command += ["--host", HOST, "--prefill", prefill, "--decode", decode]
+    return Program("overlap-router", command, port, logs / "overlap-router.log", env)
 
 
 def read_config(path: Path) -> dict[str, object]:

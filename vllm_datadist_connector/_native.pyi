@@ -499,8 +499,13 @@ class LeaseTable:
         num_blocks: int,
         claim_s: float,
         lease_s: float,
+        token: str = "",
     ) -> tuple[str, int]:
-        """Keeps a request's blocks for `claim_s`, and for `lease_s` from each renewal: (token, generation)."""
+        """Keeps a request's blocks for `claim_s`, and for `lease_s` from each renewal: (token, generation).
+
+        Args:
+            token: the one of its hand-off, if it had one. ValueError if a lease of that token is held.
+        """
 
     def confirm(self, token: str, generation: int, prompt_digest: str, blocks_digest: str, by: str = "") -> str:
         """Empty if the lease stands, for this prompt and these blocks; otherwise why the read does not count."""
@@ -539,6 +544,79 @@ class LeaseTable:
     def oldest_s(self) -> float:
         """Seconds since the first grant that is still held; 0 without one."""
 
+class HandoffTable:
+    """P's requests whose KV a D reads while P still prefills them, each by the token that its lease will have.
+
+    promise ──> promised ── begin ──> begun ──┬── seal ──> sealed ── forget ──> (remembered as ended)
+                              └─ again ─┘     └── end ───> (remembered as ended)
+
+    The scheduler says what becomes of each; how far the workers are comes from their ProgressReporters, and D asks for
+    both by ChannelClient.await_handoff(). A lease is granted under the token before seal(), so that a D that renews it
+    always finds one or the other.
+    """
+
+    key: str
+    """32 hex digits, for the workers of this very instance: only who has it can report."""
+    def __init__(self, max_handoffs: int = 65536) -> None: ...
+    def promise(self, token: str, request_id: str) -> bool:
+        """False if the token is known, also as one that has ended, or there are too many."""
+
+    def begin(self, token: str, epoch: int, blob: bytes) -> None:
+        """The blocks so far, from the first chunk on and whenever there are more, or, of a larger epoch, others.
+
+        Changes nothing of a token that is neither promised nor begun. ValueError for a blob that no message has room
+        for: one of nearly 1 MiB fits.
+        """
+
+    def seal(self, token: str, epoch: int, blob: bytes) -> bool:
+        """Its lease has been granted. False: no D waits for it any more, or it has ended: the lease is of no use."""
+
+    def end(self, token: str, reason: str) -> None: ...
+    def forget(self, tokens: Sequence[str]) -> None:
+        """Those whose leases have ended; changes nothing of tokens that are not sealed."""
+
+    def is_withdrawn(self, token: str) -> bool:
+        """D has released it before it was sealed."""
+
+    def is_awaited(self, token: str) -> bool:
+        """A D has asked for it, or renewed it."""
+
+    def __len__(self) -> int:
+        """Those that are promised, begun or sealed."""
+
+class ProgressReporter:
+    """A worker of P tells its instance how far it is with requests that are handed off, from a native thread.
+
+    begin_step ── layer, layer, … ── end_step: what each says must be true of the device's memory, because a D reads it.
+    No method but close() waits for anything.
+    """
+
+    def __init__(
+        self, content_version: int, pp_rank: int, tp_rank: int, auth: str = "", insecure: bool = False
+    ) -> None: ...
+    def begin_step(self, endpoint: tuple[str, int], key: str, entries: Sequence[tuple[str, int, int, int]]) -> None:
+        """A step computes the tokens [before, after) of each entry: (token, epoch, before, after).
+
+        A step before it that was not ended is not taken as done. ValueError for one that goes backwards.
+
+        Args:
+            endpoint: of the instance's ChannelServer.
+            key: of its HandoffTable.
+        """
+
+    def layer(self, index: int) -> None:
+        """Of every entry of the step that layer has been written."""
+
+    def end_step(self) -> None:
+        """All layers have."""
+
+    def forget(self, tokens: Sequence[str]) -> None: ...
+    def __len__(self) -> int:
+        """Entries of the step, and those that have not been told."""
+
+    def close(self) -> None:
+        """What was not told stays so. Idempotent."""
+
 MAX_LEASES_PER_MESSAGE: Final[int]
 
 class RankDescription(NamedTuple):
@@ -555,6 +633,30 @@ class Confirmed(NamedTuple):
 
 class Released(NamedTuple): ...
 
+class HandoffNews(NamedTuple):
+    state: str
+    """unknown, promised, begun, sealed or ended"""
+    epoch: int
+    """Of the blocks: another after a preemption, and marks of an earlier one are void."""
+    version: int
+    """Of state, epoch and blob."""
+    stamp: int
+    """Of all that whoever asks can see."""
+    blob: bytes | None
+    """As P gave it; None: as seen."""
+    mark_epoch: int
+    """This and all below but the reason: of the rank that was asked for; zeros if there is nothing of it."""
+    base: int
+    """Tokens [0, base) are final in all layers."""
+    next: int
+    """And [0, next) in those that `layers` has."""
+    layers: bytes
+    """Layer i: bit i % 8 of byte i // 8."""
+    reason: str
+    """Why it ended."""
+
+class Reported(NamedTuple): ...
+
 class Refused(NamedTuple):
     """P has no such rank, or is another one."""
 
@@ -564,7 +666,7 @@ class ChannelAnswer(NamedTuple):
     """`response` or, if it is None, why there is none."""
 
     id: int
-    response: RankDescription | Renewed | Confirmed | Released | Refused | None
+    response: RankDescription | Renewed | Confirmed | Released | HandoffNews | Reported | Refused | None
     error: str
     timed_out: bool
     """The server said nothing, but somebody listens there, or nothing is known of it: to ask again may help."""
@@ -584,9 +686,10 @@ class ChannelServer:
         auth: str = "",
         insecure: bool = False,
         grace_s: float = 30.0,
+        handoffs: HandoffTable | None = None,
     ) -> None:
         """Listens at once; port 0 lets the system choose. `auth` is the path of a key file. An asker without a
-        connection has left after `grace_s`.
+        connection has left after `grace_s`. Without `handoffs` it knows of none.
 
         Raises:
             OSError: the address cannot be bound.
@@ -645,6 +748,23 @@ class ChannelClient:
         timeout_s: float,
     ) -> int:
         """Answered by Confirmed."""
+
+    def await_handoff(
+        self,
+        endpoint: tuple[str, int],
+        token: str,
+        rank: tuple[int, int] | None,
+        seen_version: int,
+        seen_stamp: int,
+        patience_s: float,
+        timeout_s: float,
+    ) -> int:
+        """Answered by HandoffNews: once there is any after what was seen, or as it stands when patience is over.
+
+        Args:
+            rank: (pp, tp) of the one whose progress is news, too.
+            patience_s: at most 30; `timeout_s` begins when it is over.
+        """
 
     def take(self) -> list[ChannelAnswer]:
         """What has come back, oldest first; never blocks. Resets fileno()."""

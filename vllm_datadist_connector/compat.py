@@ -24,6 +24,11 @@ LOADS_MAY_PRECEDE_ZEROING = hasattr(_base.KVConnectorBase_V1, "get_loaded_kv_cac
 handle_preemptions and start_load_kv. Goes when the oldest supported version has the hook."""
 
 
+def splits_batches(parallel_config: Any) -> bool:
+    """Whether a layer runs several times in a step, each time for some of the step's requests."""
+    return bool(getattr(parallel_config, "use_ubatching", False) or getattr(parallel_config, "enable_dbo", False))
+
+
 def guard_failed_loads() -> None:
     """Keeps the engine core alive when a load of a model with several KV cache groups fails. Idempotent; never raises.
 

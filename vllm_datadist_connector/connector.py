@@ -71,7 +71,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
             compat.watch_pauses()
             from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
 
-            self._scheduler = ConnectorScheduler(config, vllm_config, groups)
+            self._scheduler = ConnectorScheduler(config, vllm_config, groups, self._group_ids)
         else:
             from vllm_datadist_connector.worker.build import build_worker
 
@@ -129,7 +129,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         self._scheduling.after_alloc(request, tables, num_external_tokens)
 
     def build_connector_meta(self, scheduler_output: SchedulerOutput) -> StepMetadata:
-        return self._scheduling.build_step(scheduler_output.total_num_scheduled_tokens)
+        return self._scheduling.build_step(scheduler_output)
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self._scheduling.finished(connector_output.finished_recving or (), connector_output.finished_sending or ())
@@ -182,8 +182,10 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
         # Nothing is to be saved: a request that waits for its pull cannot be preempted, and one whose pull is done
         # prefills again. But of all hooks with the step's metadata it is the first; vLLM 0.32 calls start_load_kv only
         # after the forward pass, which on the CPU has ended by then.
-        if compat.LOADS_MAY_PRECEDE_ZEROING and isinstance(kv_connector_metadata, StepMetadata):
-            self._working.start_step(kv_connector_metadata)
+        if isinstance(kv_connector_metadata, StepMetadata):
+            self._working.begin_forward(kv_connector_metadata)
+            if compat.LOADS_MAY_PRECEDE_ZEROING:
+                self._working.start_step(kv_connector_metadata)
 
     def start_load_kv(self, forward_context: Any, **kwargs: Any) -> None:
         step = self._get_connector_metadata()
@@ -196,10 +198,15 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
     def save_kv_layer(
         self, layer_name: str, kv_layer: torch.Tensor, attn_metadata: AttentionMetadata, **kwargs: Any
     ) -> None:
-        return
+        step = self._connector_metadata
+        if isinstance(step, StepMetadata):
+            self._working.layer_written(step, layer_name)
 
     def wait_for_save(self) -> None:
-        return
+        # The end of the step, on which nothing waits: D pulls what is final whenever it likes.
+        step = self._connector_metadata
+        if isinstance(step, StepMetadata):
+            self._working.end_forward(step)
 
     def get_finished(self, finished_req_ids: set[str]) -> tuple[set[str] | None, set[str] | None]:
         sent, pulls = self._poll()

@@ -39,6 +39,7 @@ class Reason(enum.Enum):
     ADAPTER = "adapter"
     NOTHING_HELD = "nothing_held"
     LEASE_GONE = "lease_gone"
+    NO_PREFILL = "no_prefill"
     TOO_MANY = "too_many"
 
 

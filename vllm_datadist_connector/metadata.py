@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
@@ -25,11 +26,35 @@ class PullJob:
     from_ourselves: bool
     """P is this very engine core: each rank copies inside its own memory."""
     deadline_s: float
-    """Remaining time; rebased by the receiver, because clocks of different processes are never compared."""
+    """Remaining time, of a hand-off until P makes progress; rebased by the receiver, because clocks of different
+    processes are never compared."""
+    is_handoff: bool = False
+    """P's prefill goes on, or did when the request was scheduled: the blocks are learnt from P's side channel."""
 
     def __str__(self) -> str:
         """The request as the logs of both ends know it."""
         return f"request {self.request_id} ({self.remote})"
+
+
+class Chunk(NamedTuple):
+    """What a step computes of one P request for which a D waits."""
+
+    handoff: str
+    epoch: int
+    """Grows when the request was preempted, and what was final is so no more."""
+    before: int
+    after: int
+    """Tokens whose KV is final before and after the step."""
+
+
+@dataclass(frozen=True, slots=True)
+class GivingStep:
+    """What P's ranks report progress of, and where: the instance's own side channel."""
+
+    endpoint: tuple[str, int]
+    key: str
+    """Proof that a report is of a rank of this instance."""
+    chunks: tuple[Chunk, ...]
 
 
 @dataclass(slots=True)
@@ -43,6 +68,7 @@ class StepMetadata(KVConnectorMetadata):
     """Requests whose blocks nobody needs any more: report them sent."""
     left_clusters: tuple[int, ...] = ()
     """Ranks of Ds that were linked with ours and are gone: their links may have stayed."""
+    giving: GivingStep | None = None
     has_stats: bool = False
     """The scheduler has measured something. vLLM 0.23 asks it only in steps for which a worker has."""
 

@@ -75,6 +75,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "handshake_seconds": Family("histogram", "Time to meet and link a new peer.", None, _SECONDS),
     "bytes_transferred": Family("histogram", "Bytes of a pull on one D rank.", _TRANSPORT, _BYTES),
     "blocks_transferred": Family("histogram", "Blocks of a pull on one D rank.", _TRANSPORT, _BLOCKS),
+    "early_bytes": Family("counter", "Bytes that a D rank pulled while P's prefill still went on."),
     "failed_transfers": Family("counter", "Pulls that failed on a D rank, by reason.", _FAILURES),
     "served_requests": Family("counter", "Requests of P whose KV cache a D has read and P has confirmed."),
     "served_blocks": Family("counter", "Blocks of these requests."),
@@ -190,11 +191,11 @@ class WorkerMeter:
             bytes_transferred=float(transfer.num_bytes),
             blocks_transferred=float(transfer.num_blocks),
         )
+        if transfer.early_bytes:
+            self._count("early_bytes", transfer.early_bytes)
 
     def failed(self, reason: Failure) -> None:
-        key = f"failed_transfers:{reason.value}"
-        with self._lock:
-            self._stats.data["counts"][key] = self._stats.data["counts"].get(key, 0) + 1
+        self._count(f"failed_transfers:{reason.value}", 1)
 
     def handshake(self, seconds: float) -> None:
         self._observe("", handshake_seconds=seconds)
@@ -207,6 +208,10 @@ class WorkerMeter:
         links = {f"linked_peers:{transport.value}": count for transport, count in linked_peers.items()}
         with self._lock:
             self._stats.data["ranks"][self._rank] = links | {"quarantined_blocks": quarantined_blocks}
+
+    def _count(self, key: str, amount: int) -> None:
+        with self._lock:
+            self._stats.data["counts"][key] = self._stats.data["counts"].get(key, 0) + amount
 
     def _observe(self, label: str, **values: float) -> None:
         with self._lock:

@@ -1,8 +1,10 @@
 #include <pybind11/stl.h>
 
+#include <algorithm>
 #include <chrono>
 #include <map>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -24,7 +26,8 @@ using std::chrono::milliseconds;
 std::shared_ptr<ChannelServer> ConstructServer(const std::string &host, uint16_t port, const py::str &engine_id,
                                                const std::string &incarnation, uint16_t content_version,
                                                std::shared_ptr<LeaseTable> leases, const std::string &auth,
-                                               bool insecure, double grace_s) {
+                                               bool insecure, double grace_s,
+                                               std::shared_ptr<HandoffTable> handoffs) {
   const Result<SocketAddress> address = SocketAddress::FromIp(host, port);
   if (!address.ok()) {
     Raise(address.status());
@@ -32,7 +35,7 @@ std::shared_ptr<ChannelServer> ConstructServer(const std::string &host, uint16_t
   ChannelLimits limits;
   limits.grace = std::chrono::ceil<milliseconds>(FromSeconds(grace_s));
   return Made(ChannelServer::Create(address.value(), {ToBytes(engine_id), FromHex(incarnation), content_version},
-                                    ToTrust(auth, insecure), std::move(leases), limits));
+                                    ToTrust(auth, insecure), std::move(leases), limits, std::move(handoffs)));
 }
 
 void SetGeometries(ChannelServer &self, const std::map<std::pair<uint16_t, uint16_t>, py::bytes> &geometries) {
@@ -53,6 +56,38 @@ uint64_t Send(ChannelClient &self, const std::pair<py::str, uint16_t> &endpoint,
   return Usable(self).Send(ToBytes(endpoint.first), endpoint.second, request, timeout);
 }
 
+py::bytes ToPython(const std::vector<uint8_t> &bytes) {
+  return py::bytes(reinterpret_cast<const char *>(bytes.data()), bytes.size());
+}
+
+const char *NameOf(HandoffState state) {
+  switch (state) {
+    case HandoffState::kUnknown:
+      return "unknown";
+    case HandoffState::kPromised:
+      return "promised";
+    case HandoffState::kBegun:
+      return "begun";
+    case HandoffState::kSealed:
+      return "sealed";
+    case HandoffState::kEnded:
+      return "ended";
+  }
+  return "?";
+}
+
+// More patience than a message may have is that.
+Await ToAwait(const std::string &token, const std::optional<std::pair<uint16_t, uint16_t>> &rank, uint32_t seen_version,
+              uint64_t seen_stamp, double patience_s) {
+  const auto patience = std::chrono::ceil<milliseconds>(FromSeconds(patience_s));
+  Await await{FromHex(token), {}, seen_version, seen_stamp, 0};
+  if (rank.has_value()) {
+    await.rank = RankId{rank->first, rank->second};
+  }
+  await.patience_ms = static_cast<uint32_t>(std::min(patience, milliseconds(kMaxPatienceMs)).count());
+  return await;
+}
+
 // The Python class of each answer.
 struct AnswerTypes {
   py::object answer;
@@ -60,6 +95,8 @@ struct AnswerTypes {
   py::object renewed;
   py::object confirmed;
   py::object released;
+  py::object news;
+  py::object reported;
   py::object refused;
 };
 
@@ -70,13 +107,20 @@ struct ToResponse {
     if (!answer.status.ok()) {
       return types.refused(answer.status.text());
     }
-    return types.rank(py::bytes(reinterpret_cast<const char *>(answer.geometry.data()), answer.geometry.size()));
+    return types.rank(ToPython(answer.geometry));
   }
   py::object operator()(const Renewed &answer) const { return types.renewed(FromTokens(answer.gone)); }
   py::object operator()(const Confirmed &answer) const {
     return types.confirmed(answer.verdict == LeaseVerdict::kHeld, ReasonOf(answer.verdict));
   }
   py::object operator()(const Released &) const { return types.released(); }
+  py::object operator()(const HandoffNews &news) const {
+    const ProgressMark &mark = news.mark;
+    return types.news(NameOf(news.state), news.epoch, news.version, news.stamp,
+                      news.blob.has_value() ? py::object(ToPython(*news.blob)) : py::none(), mark.epoch, mark.base,
+                      mark.next, ToPython(mark.layers), news.reason);
+  }
+  py::object operator()(const Reported &) const { return types.reported(); }
 };
 
 py::list Take(ChannelClient &self, const AnswerTypes &types) {
@@ -94,7 +138,8 @@ void RegisterServer(py::module_ &module) {
                                                             py::release_gil_before_calling_cpp_dtor())
       .def(py::init(&ConstructServer), py::arg("host"), py::arg("port"), py::arg("engine_id"), py::arg("incarnation"),
            py::arg("content_version"), py::arg("leases"), py::arg("auth") = "", py::arg("insecure") = false,
-           py::arg("grace_s") = std::chrono::duration<double>(ChannelLimits().grace).count())
+           py::arg("grace_s") = std::chrono::duration<double>(ChannelLimits().grace).count(),
+           py::arg("handoffs") = nullptr)
       .def_property_readonly("port", &ChannelServer::port)
       .def("set_geometries", &SetGeometries, py::arg("geometries"))
       .def("take_left_askers", [](ChannelServer &self) { return Usable(self).TakeLeftAskers(); })
@@ -144,6 +189,15 @@ void RegisterClient(py::module_ &module, const AnswerTypes &types) {
           },
           endpoint, py::arg("token"), py::arg("generation"), py::arg("prompt_digest"), py::arg("blocks_digest"),
           timeout)
+      .def(
+          "await_handoff",
+          [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::string &token,
+             const std::optional<std::pair<uint16_t, uint16_t>> &rank, uint32_t seen_version, uint64_t seen_stamp,
+             double patience_s, double timeout_s) {
+            return Send(self, server, ToAwait(token, rank, seen_version, seen_stamp, patience_s), timeout_s);
+          },
+          endpoint, py::arg("token"), py::arg("rank"), py::arg("seen_version"), py::arg("seen_stamp"),
+          py::arg("patience_s"), timeout)
       .def("take", [types](ChannelClient &self) { return Take(self, types); })
       .def("fileno", [](ChannelClient &self) { return Usable(self).event_fd(); })
       .def("close", &Close<ChannelClient>);
@@ -159,6 +213,18 @@ void RegisterChannel(py::module_ &module) {
       DefineNamedTuple(module, "Renewed", {{"gone", "tuple"}}),
       DefineNamedTuple(module, "Confirmed", {{"held", "bool"}, {"reason", "str"}}),
       DefineNamedTuple(module, "Released", {}),
+      DefineNamedTuple(module, "HandoffNews",
+                       {{"state", "str"},
+                        {"epoch", "int"},
+                        {"version", "int"},
+                        {"stamp", "int"},
+                        {"blob", "object"},
+                        {"mark_epoch", "int"},
+                        {"base", "int"},
+                        {"next", "int"},
+                        {"layers", "bytes"},
+                        {"reason", "str"}}),
+      DefineNamedTuple(module, "Reported", {}),
       DefineNamedTuple(module, "Refused", {{"reason", "str"}}),
   };
   module.attr("MAX_LEASES_PER_MESSAGE") = kMaxLeasesPerMessage;

@@ -2,6 +2,7 @@
 
 #include <atomic>
 #include <memory>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
@@ -34,9 +35,10 @@ std::shared_ptr<LeaseTable> Construct(double limit_s, const std::shared_ptr<Manu
 }
 
 py::tuple Grant(LeaseTable &self, const py::str &request_id, const std::string &prompt, const std::string &blocks,
-                uint64_t num_blocks, double claim_s, double lease_s) {
+                uint64_t num_blocks, double claim_s, double lease_s, const std::string &token) {
   const auto ticket = self.Grant(ToBytes(request_id), {FromHex(prompt), FromHex(blocks)}, num_blocks,
-                                 {FromSeconds(claim_s), FromSeconds(lease_s)});
+                                 {FromSeconds(claim_s), FromSeconds(lease_s)},
+                                 token.empty() ? std::nullopt : std::optional<LeaseToken>(FromHex(token)));
   if (!ticket.ok()) {
     Raise(ticket.status());
   }
@@ -102,7 +104,7 @@ void RegisterLeases(py::module_ &module) {
   py::class_<LeaseTable, std::shared_ptr<LeaseTable>>(module, "LeaseTable")
       .def(py::init(&Construct), py::arg("limit_s"), py::arg("clock") = nullptr)
       .def("grant", &Grant, py::arg("request_id"), py::arg("prompt_digest"), py::arg("blocks_digest"),
-           py::arg("num_blocks"), py::arg("claim_s"), py::arg("lease_s"))
+           py::arg("num_blocks"), py::arg("claim_s"), py::arg("lease_s"), py::arg("token") = "")
       .def(
           "confirm",
           [](LeaseTable &self, const std::string &token, uint64_t generation, const std::string &prompt,

@@ -41,6 +41,7 @@ constexpr void (*kMessages[])(const Bytes &) = {
     WithText<Consumed>,     Exact<UnlinkRequest>, Range,               Empty,
     Exact<DigestRequest>,   WithText<Digests>,   Exact<ChannelGreeting>, Exact<DescribeRank>, WithText<RankAnswer>,
     Exact<Renew>,           Exact<Renewed>,      Exact<Confirm>,       Exact<Confirmed>,   Exact<Release>,
+    Exact<Await>,           WithText<HandoffNews>, Exact<ReportProgress>,
 };
 
 }  // namespace

@@ -87,6 +87,9 @@ std::vector<Bytes> Messages() {
       Encode(Confirm{LeaseToken{1}, 5, {}}),
       Encode(Confirmed{LeaseVerdict::kHeld}),
       Encode(Release{{LeaseToken{1}}}),
+      Encode(Await{LeaseToken{1}, RankId{2, 3}, 4, 5, 6}),
+      Encode(HandoffNews{HandoffState::kBegun, 2, 3, 4, Bytes{5, 6}, {7, 8, 9, {10}}, "why \xC3\xA4"}),
+      Encode(ReportProgress{{1}, {2, 3}, {{LeaseToken{4}, {5, 6, 7, {8}}}, {LeaseToken{9}, {10, 11, 11, {}}}}}),
   };
 }
 

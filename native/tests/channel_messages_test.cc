@@ -19,6 +19,14 @@ bool Decodes(const Body &body) {
   return Decode<Message>(body).ok();
 }
 
+HandoffNews SomeNews() {
+  return {HandoffState::kBegun, 2, 3, 4, Body{5, 6}, {7, 8, 9, {10, 11}}, "why"};
+}
+
+ReportProgress SomeReport() {
+  return {{1}, {2, 3}, {{LeaseToken{4}, {5, 6, 7, {8}}}, {LeaseToken{9}, {10, 11, 11, {}}}}};
+}
+
 // Each message, and its decoder.
 struct Sample {
   const char *name;
@@ -36,6 +44,11 @@ std::vector<Sample> Samples() {
       {"CONFIRM", Encode(Confirm{{1}, 2, {{3}, {4}}}), &Decodes<Confirm>},
       {"CONFIRMED", Encode(Confirmed{LeaseVerdict::kOtherBlocks}), &Decodes<Confirmed>},
       {"RELEASE", Encode(Release{{LeaseToken{1}}}), &Decodes<Release>},
+      {"AWAIT", Encode(Await{{1}, {}, 2, 3, 4}), &Decodes<Await>},
+      {"AWAIT of a rank", Encode(Await{{1}, RankId{2, kMaxRank}, 3, 4, kMaxPatienceMs}), &Decodes<Await>},
+      {"HANDOFF", Encode(SomeNews()), &Decodes<HandoffNews>},
+      {"HANDOFF of nothing", Encode(HandoffNews{}), &Decodes<HandoffNews>},
+      {"REPORT", Encode(SomeReport()), &Decodes<ReportProgress>},
   };
 }
 
@@ -66,6 +79,39 @@ TEST(ChannelMessages, AreReadBack) {
   EXPECT_EQ(refusal.value().status.text(), "no");
 }
 
+TEST(ChannelMessages, OfHandoffsAreReadBack) {
+  const auto await = Decode<Await>(Encode(Await{{1}, RankId{2, 3}, 4, 1ULL << 63U, 5}));
+  ASSERT_TRUE(await.ok());
+  EXPECT_EQ(await.value().token, LeaseToken{1});
+  EXPECT_EQ(await.value().rank->pp_rank, 2);
+  EXPECT_EQ(await.value().rank->tp_rank, 3);
+  EXPECT_EQ(await.value().seen_version, 4U);
+  EXPECT_EQ(await.value().seen_stamp, 1ULL << 63U);
+  EXPECT_EQ(await.value().patience_ms, 5U);
+  EXPECT_FALSE(Decode<Await>(Encode(Await{})).value().rank.has_value());
+  const auto news = Decode<HandoffNews>(Encode(SomeNews()));
+  ASSERT_TRUE(news.ok());
+  EXPECT_EQ(news.value().state, HandoffState::kBegun);
+  EXPECT_EQ(news.value().epoch, 2U);
+  EXPECT_EQ(news.value().version, 3U);
+  EXPECT_EQ(news.value().stamp, 4U);
+  EXPECT_EQ(news.value().blob, (Body{5, 6}));
+  EXPECT_EQ(news.value().mark.epoch, 7U);
+  EXPECT_EQ(news.value().mark.base, 8U);
+  EXPECT_EQ(news.value().mark.next, 9U);
+  EXPECT_EQ(news.value().mark.layers, (Body{10, 11}));
+  EXPECT_EQ(news.value().reason, "why");
+  EXPECT_FALSE(Decode<HandoffNews>(Encode(HandoffNews{})).value().blob.has_value());
+  const auto report = Decode<ReportProgress>(Encode(SomeReport()));
+  ASSERT_TRUE(report.ok());
+  EXPECT_EQ(report.value().key, HandoffKey{1});
+  EXPECT_EQ(report.value().rank.pp_rank, 2);
+  ASSERT_EQ(report.value().marks.size(), 2U);
+  EXPECT_EQ(report.value().marks[1].first, LeaseToken{9});
+  EXPECT_EQ(report.value().marks[0].second.layers, Body{8});
+  EXPECT_EQ(report.value().marks[1].second.next, 11U);
+}
+
 // The largest of each that may be sent fits its frame.
 TEST(ChannelMessages, FitTheirFrames) {
   const std::vector<LeaseToken> most(kMaxLeasesPerMessage);
@@ -74,6 +120,13 @@ TEST(ChannelMessages, FitTheirFrames) {
   EXPECT_EQ(Encode(Release{most}).size(), BodyCap(MessageType::kRelease));
   EXPECT_TRUE(Decodes<Renew>(Encode(Renew{most})));
   EXPECT_LE(Encode(RankAnswer{Status::Ok(), Body(kMaxGeometry)}).size(), BodyCap(MessageType::kRank));
+  const Body layers(kMaxLayerBytes);
+  const HandoffNews news{HandoffState::kEnded, 1, 1, 1, Body(kMaxHandoffBlob), {1, 1, 1, layers}, std::string(5000, 'x')};
+  EXPECT_LE(Encode(news).size(), BodyCap(MessageType::kHandoff));
+  ReportProgress report;
+  report.marks.assign(kMaxMarksPerReport, {LeaseToken{}, {1, 1, 1, layers}});
+  EXPECT_EQ(Encode(report).size(), BodyCap(MessageType::kReport));
+  EXPECT_TRUE(Decodes<ReportProgress>(Encode(report)));
   EXPECT_LE(Encode(DescribeRank{std::string(2 * kMaxEngineId, 'x'), {}, {}, 1}).size(),
             BodyCap(MessageType::kDescribeRank));
 }
@@ -101,6 +154,21 @@ TEST(ChannelMessages, ValuesOutOfTheirRangeAreRefused) {
   Body renew = Encode(Renew{{LeaseToken{1}}, true});
   renew.back() = 2;
   EXPECT_FALSE(Decodes<Renew>(renew));
+  EXPECT_FALSE(Decodes<Await>(Encode(Await{{1}, {}, 0, 0, kMaxPatienceMs + 1})));
+  EXPECT_FALSE(Decodes<Await>(Encode(Await{{1}, RankId{kMaxRank + 1, 0}, 0, 0, 0})));
+  EXPECT_FALSE(Decodes<HandoffNews>(Encode(HandoffNews{static_cast<HandoffState>(kHandoffStates), 0, 0, 0, {}, {}, ""})));
+  EXPECT_FALSE(Decodes<HandoffNews>(Encode(HandoffNews{{}, 0, 0, 0, {}, {0, 2, 1, {}}, ""}))) << "backwards";
+  EXPECT_FALSE(Decodes<ReportProgress>(Encode(ReportProgress{{}, {}, {{LeaseToken{}, {0, 2, 1, {}}}}})));
+  EXPECT_FALSE(Decodes<ReportProgress>(Encode(ReportProgress{{}, {0, kMaxRank + 1}, {}})));
+  // A mark of more layers than one has room for, and one mark more than a message has.
+  Body report = Encode(ReportProgress{{}, {}, {{LeaseToken{}, {0, 0, 0, Body(kMaxLayerBytes)}}}});
+  report[sizeof(HandoffKey) + 8 + sizeof(LeaseToken) + 12] = 1;
+  report.push_back(0);
+  EXPECT_FALSE(Decodes<ReportProgress>(report));
+  Body many = Encode(ReportProgress{});
+  many[sizeof(HandoffKey) + 4] = kMaxMarksPerReport + 1;
+  many.resize(many.size() + (kMaxMarksPerReport + 1) * (sizeof(LeaseToken) + 14));
+  EXPECT_FALSE(Decodes<ReportProgress>(many));
   // As many tokens as were announced, and more than a message may have.
   const uint32_t count = kMaxLeasesPerMessage + 1;
   Body tokens = {static_cast<uint8_t>(count), static_cast<uint8_t>(count >> 8), 0, 0};

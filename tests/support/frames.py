@@ -6,7 +6,7 @@ import socket
 import struct
 from typing import NamedTuple
 
-VERSION = 7
+VERSION = 8
 CHANNEL, CHANNEL_READY = 23, 24
 RENEW, RENEWED, RELEASE, RELEASED = 27, 28, 31, 32
 

@@ -16,6 +16,7 @@ SETTLE_DEADLINE_S = 15.0
 EXTERNAL_HITS = "vllm:external_prefix_cache_hits"
 KV_USAGE = "vllm:kv_cache_usage_perc"
 BYTES = "vllm:datadist_bytes_transferred_sum"
+EARLY_BYTES = "vllm:datadist_early_bytes"
 LINKED_PEERS = "vllm:datadist_linked_peers"
 PULLING = "vllm:datadist_pulling_requests"
 HELD_LEASES = "vllm:datadist_held_leases"

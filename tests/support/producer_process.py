@@ -28,8 +28,8 @@ LEASE_S, LIMIT_S = 30.0, 600.0
 _RANKS_APART = 1000
 """Cluster ids of an instance's ranks: the first one's, plus multiples of it."""
 
-_processes = multiprocessing.get_context("forkserver")
-_processes.set_forkserver_preload(["vllm.sampling_params", "vllm.v1.request"])
+PROCESSES = multiprocessing.get_context("forkserver")
+PROCESSES.set_forkserver_preload(["vllm.sampling_params", "vllm.v1.request"])
 
 
 def start_scheduler(
@@ -74,7 +74,7 @@ class ProducerProcess:
             insecure: its side channel lets in whoever comes over TCP, as from a wire of the tests.
         """
         self.kv = make_kv(cluster_id, block_size)
-        self._pipe, theirs = _processes.Pipe()
+        self._pipe, theirs = PROCESSES.Pipe()
         values = {
             "cluster_id": cluster_id,
             "transport": transport,
@@ -86,7 +86,7 @@ class ProducerProcess:
             "silent_layers": silent_layers,
             "insecure": insecure,
         }
-        self._process = _processes.Process(target=_run, args=(theirs, json.dumps(values)), daemon=True)
+        self._process = PROCESSES.Process(target=_run, args=(theirs, json.dumps(values)), daemon=True)
         self._process.start()
         theirs.close()
         self.port: int = self._answer()

@@ -20,6 +20,7 @@ from support.pd import (
     make_request,
     make_ticket,
 )
+from support.steps import NO_STEP
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector import _native
@@ -209,7 +210,7 @@ class TestGrant:
         request = d_request()
         scheduler.on_new_request(request)
         scheduler.after_alloc(request, (TABLE,), len(FIRST_TURN))
-        scheduler.build_step(0)
+        scheduler.build_step(NO_STEP)
         scheduler.finished([request.request_id], ())
         held, params = scheduler.request_finished(decode(request, ANSWER), (TABLE,))
         assert held
@@ -233,7 +234,7 @@ class TestGrant:
         assert p.matched_tokens(next_turn, BLOCK_SIZE) == 0, "fewer than recompute_threshold"
         assert p.matched_tokens(next_turn, 0) == HELD
         p.after_alloc(next_turn, (TABLE,), HELD)
-        assert [job.end_token for job in p.build_step(0).pulls] == [HELD]
+        assert [job.end_token for job in p.build_step(NO_STEP).pulls] == [HELD]
         p.finished([next_turn.request_id], ())
         held, onward = p.request_finished(finish(next_turn), (TABLE,))
         assert held
@@ -319,16 +320,16 @@ class TestStatistics:
     def test_the_worker_is_told_of_the_schedulers(self, make_scheduler: MakeScheduler) -> None:
         """vLLM 0.23 asks the scheduler only where a worker has some, and the workers of a pure P have none."""
         scheduler = make_scheduler("kv_producer")
-        assert not scheduler.build_step(0).has_stats
+        assert not scheduler.build_step(NO_STEP).has_stats
         request = make_request(FIRST_TURN, {"do_remote_decode": True})
         scheduler.on_new_request(request)
         assert scheduler.request_finished(finish(request), (TABLE,))[0]
-        assert scheduler.build_step(0).has_stats
+        assert scheduler.build_step(NO_STEP).has_stats
         stats = scheduler.take_stats()
         assert stats is not None
         (state,) = stats.data["gauges"].values()
         assert state["values"]["held_leases"] == 1
-        assert not scheduler.build_step(0).has_stats
+        assert not scheduler.build_step(NO_STEP).has_stats
 
     def test_a_worker_hands_on_that_there_are_some(self) -> None:
         place = RankPlace(tp_rank=0, pp_rank=0, tp_size=1, pp_size=1, index=0)

@@ -64,7 +64,8 @@ class LeaseTicket(msgspec.Struct, frozen=True, kw_only=True):
     """The life of P's engine core that granted the lease; a restarted P has another."""
     token: Token
     """Random; whoever holds it may renew, confirm and release the lease."""
-    generation: Annotated[int, msgspec.Meta(ge=1, le=2**62)]
+    generation: Annotated[int, msgspec.Meta(ge=0, le=2**62)]
+    """0: of a hand-off whose prefill goes on, not yet a lease that could be confirmed."""
     lease_s: Annotated[float, msgspec.Meta(ge=MIN_LEASE_S, le=3600)]
     prompt_digest: Token
     """Of the tokens whose KV P holds, see digest.py: D pulls only for a prompt that begins with them."""
@@ -91,6 +92,21 @@ class RemotePrefill(msgspec.Struct, frozen=True, kw_only=True):
         return f"P's request {self.remote_request_id:.80} at {host}:{self.remote_port}"
 
 
+class Expected(msgspec.Struct, frozen=True, kw_only=True):
+    """A prefill that P has still to do, or is doing: whom a D asks for the hand-off that both requests name."""
+
+    remote_host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
+    remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
+    handoff: Token
+
+    def __str__(self) -> str:
+        host = f"[{self.remote_host}]" if ":" in self.remote_host else self.remote_host
+        return f"hand-off {self.handoff} at {host}:{self.remote_port}"
+
+
+_PREFILL: Final = msgspec.msgpack.Decoder(RemotePrefill)
+
+
 def wants_remote_prefill(params: object) -> bool:
     """Whether a request asks to be a D request: its prompt was prefilled elsewhere."""
     return isinstance(params, dict) and params.get("do_remote_prefill") is True
@@ -99,6 +115,57 @@ def wants_remote_prefill(params: object) -> bool:
 def wants_remote_decode(params: object) -> bool:
     """Whether a request asks to be a P request: its blocks shall be kept for a D."""
     return isinstance(params, dict) and params.get("do_remote_decode") is True
+
+
+def names_handoff(params: object) -> bool:
+    """Whether a request comes with the name of a hand-off in place of a lease: its two legs are under way at once."""
+    extra = params.get(EXTRA_KEY) if isinstance(params, dict) else None
+    return isinstance(extra, dict) and "handoff" in extra and "token" not in extra
+
+
+def parse_handoff(params: dict[str, Any]) -> str:
+    """The hand-off that a P request names.
+
+    Raises:
+        ParamsError: it is no token.
+    """
+    try:
+        return msgspec.convert(params[EXTRA_KEY]["handoff"], Token)
+    except msgspec.ValidationError:
+        value = params[EXTRA_KEY]["handoff"]
+        raise ParamsError(f"{EXTRA_KEY}.handoff: {value!r:.80}, allowed: 32 hex digits in lower case") from None
+
+
+def parse_expected(params: dict[str, Any]) -> Expected:
+    """Parses the params of a D request that names a hand-off.
+
+    Raises:
+        ParamsError: a field is missing or malformed.
+    """
+    handoff = parse_handoff(params)
+    try:
+        return msgspec.convert({**params, "handoff": handoff}, Expected, strict=False)
+    except (msgspec.ValidationError, RecursionError) as error:
+        raise ParamsError(str(error)[-_MAX_ERROR_CHARS:]) from None
+
+
+def encode_prefill(remote: RemotePrefill) -> bytes:
+    """As it crosses the side channel of a hand-off."""
+    return msgspec.msgpack.encode(remote)
+
+
+def decode_prefill(data: bytes, host: str, port: int) -> RemotePrefill:
+    """What P says of a hand-off, at the address at which it was asked.
+
+    Raises:
+        ParamsError: it is malformed.
+    """
+    try:
+        remote = _PREFILL.decode(data)
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise ParamsError(f"hand-off: {error!s:.200}") from None
+    # Where P says that it is was not checked; where we asked was.
+    return msgspec.structs.replace(remote, remote_host=host, remote_port=port)
 
 
 def names_earlier_turn(params: object) -> bool:

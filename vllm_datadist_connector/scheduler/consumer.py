@@ -2,13 +2,14 @@
 
 "P" is whoever holds the blocks and "D" we who pull them: the D of an earlier turn is the P of the next one's prefill.
 
+    EXPECTED ──P has begun──> NEW
     NEW ──alloc, tokens to load──> PULLING ──finished_recving──> (gone; lease released)
      │ lease renewed at once          └──request_finished (abort)──> worker drains ──finished_recving──> (gone)
      ├──alloc, nothing to load or refused──> (gone; lease released)
      └──request_finished before any alloc──> (gone; lease released)
 
 A request that is not in the table is an ordinary local one: that is how invalid params, a failed pull that is
-recomputed, and a preempted request end up prefilling here.
+recomputed, and a preempted request end up prefilling here. EXPECTED ones are in expected.py.
 """
 
 from __future__ import annotations
@@ -26,11 +27,14 @@ from vllm_datadist_connector.protocol.params import (
     RemotePrefill,
     Unusable,
     names_earlier_turn,
+    names_handoff,
+    parse_expected,
     parse_remote_prefill,
     wants_remote_prefill,
 )
 from vllm_datadist_connector.scheduler.adapters import is_same
 from vllm_datadist_connector.scheduler.digests import PromptDigests
+from vllm_datadist_connector.scheduler.expected import Expectations
 from vllm_datadist_connector.scheduler.identity import adapter_of, is_token_prompt
 from vllm_datadist_connector.scheduler.local_prefills import REASON_OF, LocalPrefills
 from vllm_datadist_connector.side_channel.client import open_keeper
@@ -77,6 +81,7 @@ class ConsumerScheduler:
         prompt_tail: int = 1,
         ourselves: tuple[Endpoint, str] | None = None,
         local: LocalPrefills | None = None,
+        handoff_wait_s: float = 10.0,
     ) -> None:
         """
         Args:
@@ -96,6 +101,9 @@ class ConsumerScheduler:
         self._recv_deadline_s = recv_deadline_s
         self._local = local if local is not None else LocalPrefills()
         self._keeper = open_keeper(trust, answer_timeout_s)
+        # Blocks that wait for a prefill elsewhere while a prefill here waits for blocks: of instances that are both,
+        # such waits can close to a circle, and vLLM preempts no request that waits for its KV cache.
+        self._expected = Expectations(trust, handoff_wait_s, answer_timeout_s, until_sealed=ourselves is not None)
         self._requests: dict[str, _Tracked] = {}
         self._pulls: list[PullJob] = []
         self._cancels: list[str] = []
@@ -106,16 +114,30 @@ class ConsumerScheduler:
     def on_new_request(self, request: Request) -> None:
         params = request.kv_transfer_params
         earlier_turn = self._recompute_threshold is not None and names_earlier_turn(params)
-        if not (wants_remote_prefill(params) or earlier_turn) or request.request_id in self._requests:
+        if not (wants_remote_prefill(params) or earlier_turn) or self._is_known(request.request_id):
             return
         try:
-            tracked = self._track(request)
-            if earlier_turn and self._recompute_threshold is not None:
-                tracked.least_tokens = max(tracked.least_tokens, self._recompute_threshold)
+            if names_handoff(params) and not earlier_turn:
+                self._expect(request)
+            else:
+                self._admit(request, parse_remote_prefill(params if params is not None else {}), earlier_turn)
         except ParamsError as error:
             self._local.note(request.request_id, REASON_OF[error.why], f"kv_transfer_params: {error}")
-            return
-        remote = tracked.remote
+
+    def _is_known(self, request_id: str) -> bool:
+        return request_id in self._requests or request_id in self._expected
+
+    def _expect(self, request: Request) -> None:
+        expected = parse_expected(request.kv_transfer_params or {})
+        self._check_host(expected.remote_host)
+        if not self._expected.expect(request.request_id, expected):
+            self._local.note(request.request_id, Reason.TOO_MANY, "as many prefills are waited for as can be")
+
+    def _admit(self, request: Request, remote: RemotePrefill, earlier_turn: bool = False) -> None:
+        """One of which it is known what P holds, or will."""
+        tracked = self._track(request, remote)
+        if earlier_turn and self._recompute_threshold is not None:
+            tracked.least_tokens = max(tracked.least_tokens, self._recompute_threshold)
         self._digests.begin(request, remote.remote_num_tokens)
         if self._digests.is_ready(request.request_id):
             self._compare(request, tracked)
@@ -126,11 +148,27 @@ class ConsumerScheduler:
             self._digests.forget(request.request_id)
             self._local.note(request.request_id, Reason.TOO_MANY, "as many leases are kept alive as can be")
 
+    def _hear_of(self, request: Request) -> bool:
+        """Whether it is known by now what P has begun for the request, or that it will not."""
+        heard = self._expected.take(request.request_id)
+        if heard is None:
+            return False
+        if isinstance(heard, str):
+            self._local.note(request.request_id, Reason.NO_PREFILL, heard)
+            return True
+        try:
+            self._admit(request, heard)
+        except ParamsError as error:
+            self._local.note(request.request_id, REASON_OF[error.why], f"hand-off: {error}")
+        return True
+
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         """Tokens that P can give beyond those computed here; None: not known yet, vLLM asks again in its next step.
 
         vLLM may ask many times: the last answer counts.
         """
+        if request.request_id in self._expected and not self._hear_of(request):
+            return None
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.state is not _State.NEW:
             return 0
@@ -162,6 +200,7 @@ class ConsumerScheduler:
         Args:
             tables: if there are external tokens, the request's whole block table of every KV cache group.
         """
+        self._expected.give_up(request.request_id)
         tracked = self._requests.get(request.request_id)
         if tracked is None or tracked.state is not _State.NEW:
             return
@@ -192,10 +231,12 @@ class ConsumerScheduler:
                 prompt_digest=tracked.prompt_digest,
                 from_ourselves=tracked.from_ourselves,
                 deadline_s=self._recv_deadline_s,
+                is_handoff=tracked.remote.ticket.generation == 0,
             )
         )
 
     def request_finished(self, request_id: str) -> None:
+        self._expected.give_up(request_id)
         tracked = self._requests.get(request_id)
         if tracked is None:
             return
@@ -225,13 +266,15 @@ class ConsumerScheduler:
 
     def close(self) -> None:
         self._keeper.close()
+        self._expected.close()
         self._digests.close()
 
-    def _track(self, request: Request) -> _Tracked:
-        params = request.kv_transfer_params
-        remote = parse_remote_prefill(params if params is not None else {})
-        if not self._allows_peer(remote.remote_host):
-            raise ParamsError(f"remote_host: {remote.remote_host!r:.80} is not among allowed_peers", Unusable.HOST)
+    def _check_host(self, host: str) -> None:
+        if not self._allows_peer(host):
+            raise ParamsError(f"remote_host: {host!r:.80} is not among allowed_peers", Unusable.HOST)
+
+    def _track(self, request: Request, remote: RemotePrefill) -> _Tracked:
+        self._check_host(remote.remote_host)
         loadable = self._loadable(request, remote)
         refusal = self._refusal(request, remote, loadable)
         tracked = _Tracked(remote, remote.ticket.prompt_digest, 0 if refusal else loadable, refusal=refusal)
@@ -262,6 +305,9 @@ class ConsumerScheduler:
         """
         tables = zip(remote.remote_block_ids, remote.ticket.block_sizes, strict=False)
         covered = min((len(table) * size for table, size in tables if size), default=remote.remote_num_tokens)
+        if remote.ticket.generation == 0:
+            # P allocates them as it goes on.
+            covered = remote.remote_num_tokens
         return min(len(request.prompt_token_ids or ()) - self._prompt_tail, remote.remote_num_tokens, covered)
 
     def _refusal(self, request: Request, remote: RemotePrefill, loadable: int) -> tuple[Reason, str] | None:

@@ -41,18 +41,27 @@ class Leases:
         lease_s: float,
         adapter: str = "",
         is_renewed: bool = True,
+        token: str = "",
     ) -> LeaseTicket:
         """Keeps a request's blocks until `lease_s` pass without a renewal.
 
         Args:
+            token: the lease's name, of a hand-off; empty: one is made.
             is_renewed: somebody will come for it soon. Many answers carry their params to nobody (streams, the children
                 of n > 1, lists of prompts, batches), and vLLM tells a connector of none of them.
         """
         num_blocks = sum(len(group) - group.count(NULL_BLOCK) for group in blocks)
         claim_s = min(lease_s, self._claim_s) if is_renewed else lease_s
         token, generation = self.table.grant(
-            request_id, prompt_digest, blocks_digest(blocks), num_blocks, claim_s, lease_s
+            request_id, prompt_digest, blocks_digest(blocks), num_blocks, claim_s, lease_s, token
         )
+        return self.ticket(token, generation, prompt_digest, lease_s, adapter)
+
+    def ticket(self, token: str, generation: int, prompt_digest: str, lease_s: float, adapter: str) -> LeaseTicket:
+        """
+        Args:
+            generation: 0 of a lease that will be granted when the prefill is done.
+        """
         return LeaseTicket(
             version=PROTOCOL_VERSION,
             incarnation=self._incarnation,

@@ -44,6 +44,7 @@ _ADVICE: Final = {
     Reason.PROMPT: "a router must send P and D the same prompt",
     Reason.ADAPTER: "load the same adapter on both ends",
     Reason.LEASE_GONE: "raise P's claim_s and lease_s if D may come so late; P's log tells if its KV cache was full",
+    Reason.NO_PREFILL: "a router that sends P and D at once must cancel D's request when P's fails",
     Reason.TOO_MANY: "spread the requests over more instances",
 }
 """None for what is as it should be: P held nothing."""

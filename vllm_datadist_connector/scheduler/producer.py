@@ -11,14 +11,25 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector.log_filter import OthersWords
-from vllm_datadist_connector.protocol.params import build_params
+from vllm_datadist_connector.metadata import GivingStep
+from vllm_datadist_connector.protocol.params import (
+    BlockIds,
+    LeaseTicket,
+    ParamsError,
+    RemotePrefill,
+    build_params,
+    names_handoff,
+    parse_handoff,
+)
 from vllm_datadist_connector.scheduler.digests import PromptDigests
+from vllm_datadist_connector.scheduler.handoffs import Handoffs
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity, adapter_of, is_token_prompt
 from vllm_datadist_connector.scheduler.leases import Leases
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
-from vllm_datadist_connector.side_channel.server import LeaseTable, serve
+from vllm_datadist_connector.side_channel.server import HandoffTable, LeaseTable, serve
 
 if TYPE_CHECKING:
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
@@ -49,7 +60,14 @@ class ProducerScheduler:
         limit_s: float,
         trust: Trust,
         claim_s: float = float("inf"),
+        group_ids: Sequence[int] | None = None,
+        lease_s: float = 30.0,
     ) -> None:
+        """
+        Args:
+            group_ids: which of vLLM's KV cache groups those of the identity are; None: all, in their order.
+            lease_s: of hand-offs.
+        """
         self._identity = identity
         self._forgets = any(group.forgets for group in identity.groups)
         block_sizes = tuple(group.block_size for group in identity.groups)
@@ -59,7 +77,13 @@ class ProducerScheduler:
         self._returning = 0
         self._paused_at: float | None = None
         self._refused_confirms = 0
-        self._server = serve(endpoint, identity.engine_id, identity.incarnation, self._leases.table, trust)
+        self._lease_s = lease_s
+        self._taken: dict[str, tuple[int, str]] = {}
+        """Digests of the first so many tokens of requests with a hand-off that has begun."""
+        handoffs = HandoffTable()
+        group_ids = range(len(identity.groups)) if group_ids is None else group_ids
+        self._handoffs = Handoffs(handoffs, identity.groups, group_ids, self._describe)
+        self._server = serve(endpoint, identity.engine_id, identity.incarnation, self._leases.table, trust, handoffs)
         self.endpoint = Endpoint(endpoint.host, self._server.port)
 
     def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
@@ -69,6 +93,21 @@ class ProducerScheduler:
     def on_new_request(self, request: Request) -> None:
         """One whose blocks we may have to hold."""
         self._digests.begin(request, request.num_prompt_tokens)
+        if not names_handoff(request.kv_transfer_params):
+            return
+        try:
+            token = parse_handoff(request.kv_transfer_params or {})
+        except ParamsError as error:
+            logger.warning("request %s: kv_transfer_params: %s", request.request_id, error)
+            return
+        if not self._handoffs.promise(request, token, request.num_prompt_tokens):
+            logger.warning("request %s: hand-off %s is another request's already", request.request_id, token)
+        elif not is_token_prompt(request):
+            self._handoffs.end(request.request_id, "a prompt of embeddings cannot be compared with P's")
+
+    def step(self, output: SchedulerOutput) -> GivingStep | None:
+        """What our ranks are to report progress of."""
+        return self._handoffs.step(output, self.endpoint)
 
     def request_finished(
         self, request: Request, tables: Sequence[Sequence[int]], lease_s: float, for_next_turn: bool = False
@@ -81,15 +120,15 @@ class ProducerScheduler:
                 next prompt; otherwise it was prefilled here for a D.
         """
         num_tokens = self._held_tokens(request, for_next_turn)
-        if not num_tokens:
-            self._digests.forget(request.request_id)
         groups = self._identity.groups
         held = tuple([group.holding(table, num_tokens) for group, table in zip(groups, tables, strict=True)])
         ticket = None
         if num_tokens and any(any(group) for group in held):
-            adapter = adapter_of(request)
-            digest = self._digests.take(request, num_tokens, adapter)
-            ticket = self._leases.grant(request.request_id, held, digest, lease_s, adapter, not for_next_turn)
+            ticket = self._grant(request, held, num_tokens, lease_s, for_next_turn)
+        else:
+            self._handoffs.end(request.request_id, f"P holds nothing of its request, which ended {request.status.name}")
+        self._digests.forget(request.request_id)
+        self._taken.pop(request.request_id, None)
         return ticket is not None, build_params(
             engine_id=self._identity.engine_id,
             request_id=request.request_id,
@@ -102,6 +141,48 @@ class ProducerScheduler:
             dcp_size=self._identity.dcp_size,
             ticket=ticket,
             for_next_turn=for_next_turn,
+        )
+
+    def _grant(
+        self, request: Request, held: BlockIds, num_tokens: int, lease_s: float, for_next_turn: bool
+    ) -> LeaseTicket | None:
+        """None if the D of its hand-off has given it up."""
+        token = self._handoffs.token_of(request.request_id)
+        if token and self._handoffs.is_withdrawn(token):
+            self._handoffs.end(request.request_id, "its D has given it up")
+            return None
+        # Whoever waits for a hand-off renews its lease from the start.
+        is_renewed = not for_next_turn and not (token and self._handoffs.is_awaited(token))
+        adapter, digest = adapter_of(request), self._digest_of(request, num_tokens)
+        ticket = self._leases.grant(request.request_id, held, digest, lease_s, adapter, is_renewed, token)
+        if token and not self._handoffs.seal(request.request_id, self._prefill(request, num_tokens, held, ticket)):
+            self._leases.table.release([token])
+        return ticket
+
+    def _describe(self, request: Request, num_tokens: int, held: BlockIds) -> RemotePrefill | None:
+        """What a hand-off's D is told while the prefill goes on; None while the digest is being computed."""
+        if request.request_id not in self._taken and not self._digests.is_ready(request.request_id):
+            return None
+        digest, token = self._digest_of(request, num_tokens), self._handoffs.token_of(request.request_id)
+        ticket = self._leases.ticket(token, 0, digest, self._lease_s, adapter_of(request))
+        return self._prefill(request, num_tokens, held, ticket)
+
+    def _digest_of(self, request: Request, num_tokens: int) -> str:
+        known_tokens, digest = self._taken.get(request.request_id, (0, ""))
+        if known_tokens != num_tokens:
+            digest = self._digests.take(request, num_tokens, adapter_of(request))
+            self._taken[request.request_id] = num_tokens, digest
+        return digest
+
+    def _prefill(self, request: Request, num_tokens: int, held: BlockIds, ticket: LeaseTicket) -> RemotePrefill:
+        return RemotePrefill(
+            remote_engine_id=self._identity.engine_id,
+            remote_request_id=request.request_id,
+            remote_host=self.endpoint.host,
+            remote_port=self.endpoint.port,
+            remote_block_ids=held,
+            remote_num_tokens=num_tokens,
+            ticket=ticket,
         )
 
     def take_ended(self) -> tuple[str, ...]:
@@ -118,6 +199,7 @@ class ProducerScheduler:
                 # As it should be for answers that carry no params; whose D did not find us, that D says.
                 logger.info("request %s: nobody asked for its blocks in time", lease.request_id)
         self._returning += len(ended)
+        self._handoffs.forget(lease.request_id for lease in ended)
         return tuple(lease.request_id for lease in ended)
 
     def take_left_askers(self) -> tuple[int, ...]:

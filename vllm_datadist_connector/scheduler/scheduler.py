@@ -22,6 +22,7 @@ from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 if TYPE_CHECKING:
     from vllm.config import VllmConfig
     from vllm.distributed.kv_transfer.kv_connector.v1.metrics import KVConnectorStats
+    from vllm.v1.core.sched.output import SchedulerOutput
     from vllm.v1.request import Request
 
 logger = logging.getLogger(__name__)
@@ -30,7 +31,18 @@ logger = logging.getLogger(__name__)
 class ConnectorScheduler:
     """Gives each hook to the side whose request it is about."""
 
-    def __init__(self, config: ConnectorConfig, vllm_config: VllmConfig, groups: Sequence[Any]) -> None:
+    def __init__(
+        self,
+        config: ConnectorConfig,
+        vllm_config: VllmConfig,
+        groups: Sequence[Any],
+        group_ids: Sequence[int] | None = None,
+    ) -> None:
+        """
+        Args:
+            groups: the KV cache groups that cross instances.
+            group_ids: their numbers in vLLM; None: they are all that there are.
+        """
         transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
         identity = InstanceIdentity(
             engine_id=transfer.engine_id,
@@ -53,7 +65,9 @@ class ConnectorScheduler:
             port = config.side_channel_port
             port += compat.data_parallel_index(parallel) if port else 0
             endpoint = Endpoint(config.host, port)
-            self._producer = ProducerScheduler(identity, endpoint, config.lease_limit_s, trust, config.claim_s)
+            self._producer = ProducerScheduler(
+                identity, endpoint, config.lease_limit_s, trust, config.claim_s, group_ids, config.lease_s
+            )
         if transfer.is_kv_consumer or config.bidirectional:
             self._consumer = ConsumerScheduler(
                 identity.groups,
@@ -65,6 +79,7 @@ class ConnectorScheduler:
                 self._prompt_tail,
                 (self._producer.endpoint, identity.incarnation) if self._producer is not None else None,
                 self._local,
+                config.handoff_wait_s,
             )
         self._relief = Relief(self._producer, self._consumer) if self._producer is not None else None
 
@@ -129,14 +144,15 @@ class ConnectorScheduler:
         """What the workers have measured in the step."""
         self._meter.absorb(stats)
 
-    def build_step(self, num_scheduled_tokens: int) -> StepMetadata:
+    def build_step(self, output: SchedulerOutput) -> StepMetadata:
         if self._relief is not None:
-            self._relief.step(num_scheduled_tokens)
+            self._relief.step(output.total_num_scheduled_tokens)
+        giving = self._producer.step(output) if self._producer is not None else None
         ended = self._producer.take_ended() if self._producer is not None else ()
         left = self._producer.take_left_askers() if self._producer is not None else ()
         pulls, cancels = self._consumer.take_jobs() if self._consumer is not None else ((), ())
         self._measure()
-        return StepMetadata(pulls, cancels, ended, left, has_stats=self._meter.has_some())
+        return StepMetadata(pulls, cancels, ended, left, giving, has_stats=self._meter.has_some())
 
     def take_stats(self) -> DataDistStats | None:
         self._measure()

@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
-from vllm_datadist_connector._native import ChannelServer, EndedLease, LeaseTable, ManualClock, Refusal
+from vllm_datadist_connector._native import ChannelServer, EndedLease, HandoffTable, LeaseTable, ManualClock, Refusal
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
-__all__ = ["ChannelServer", "EndedLease", "LeaseTable", "ManualClock", "Refusal", "serve"]
+__all__ = ["ChannelServer", "EndedLease", "HandoffTable", "LeaseTable", "ManualClock", "Refusal", "serve"]
 
 
-def serve(endpoint: Endpoint, engine_id: str, incarnation: str, leases: LeaseTable, trust: Trust) -> ChannelServer:
+def serve(
+    endpoint: Endpoint,
+    engine_id: str,
+    incarnation: str,
+    leases: LeaseTable,
+    trust: Trust,
+    handoffs: HandoffTable | None = None,
+) -> ChannelServer:
     """Listens on `endpoint` at once; port 0 lets the system choose.
 
     Raises:
@@ -17,7 +24,15 @@ def serve(endpoint: Endpoint, engine_id: str, incarnation: str, leases: LeaseTab
     """
     try:
         return ChannelServer(
-            endpoint.host, endpoint.port, engine_id, incarnation, PROTOCOL_VERSION, leases, trust.auth, trust.insecure
+            endpoint.host,
+            endpoint.port,
+            engine_id,
+            incarnation,
+            PROTOCOL_VERSION,
+            leases,
+            trust.auth,
+            trust.insecure,
+            handoffs=handoffs,
         )
     except OSError as error:
         raise OSError(f"side channel: cannot listen on {endpoint}: {error}") from error

@@ -57,6 +57,7 @@ def build_worker(config: ConnectorConfig, vllm_config: VllmConfig, groups: Seque
         block_sizes=tuple(group.block_size for group in describe_groups(groups)),
         is_producer=is_producer,
         is_consumer=is_consumer,
+        announces_layers=not compat.splits_batches(parallel),
     )
 
 

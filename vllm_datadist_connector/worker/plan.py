@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 
@@ -23,12 +24,11 @@ class PlanError(ValueError):
     """Block ids that do not fit the geometries; says which."""
 
 
-@dataclass(frozen=True, slots=True)
-class TokenRange:
+class TokenRange(NamedTuple):
     """Tokens [first, end) of a request, and the blocks that hold them on either side, per KV cache group.
 
-    `remote` counts from the request's first token, `local` from the block with token `first`. A group of states has
-    one block on either side.
+    `remote` counts from the request's first token, `local` from the block with token `local_first`, or `first`. A group
+    of states has one block on either side.
     """
 
     first: int
@@ -37,6 +37,7 @@ class TokenRange:
     local: BlockIds
     held: int
     """Tokens whose KV the remote blocks hold: a state is that after the last of them."""
+    local_first: int | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -69,32 +70,42 @@ def plan_pull(
     Raises:
         PlanError: a block table is missing, too short, or names a block outside its cache.
     """
-    pulls = []
-    for pairing in pairings:
-        for side, groups, group in (
-            ("remote", tokens.remote, pairing.src.group),
-            ("local", tokens.local, pairing.dst.group),
-        ):
-            if group >= len(groups):
-                raise PlanError(f"no {side} blocks for KV cache group {group}: there are {len(groups)} groups")
-        if pairing.chunk_tokens:
-            src, dst = _token_chunks(ours, theirs, pairing, tokens)
-        else:
-            src, dst = _states(pairing, tokens)
-        if not len(src):
-            continue
-        pulls.append(
-            BlockPull(
-                src_cache_id=pairing.src_cache_id,
-                dst_index=pairing.dst_index,
-                granule=pairing.granule,
-                src_blocks=src,
-                dst_blocks=dst,
-                src_layers=(pairing.src_first, pairing.src_first + pairing.num_layers - 1),
-                dst_layers=(pairing.dst_first, pairing.dst_first + pairing.num_layers - 1),
-            )
-        )
-    return pulls
+    planned = (plan_layers(ours, theirs, pairing, tokens, range(pairing.num_layers)) for pairing in pairings)
+    return [pull for pull in planned if pull is not None]
+
+
+def plan_layers(
+    ours: RankGeometry, theirs: RankGeometry, pairing: Pairing, tokens: TokenRange, layers: range
+) -> BlockPull | None:
+    """The call that fetches a range of tokens of some of a pairing's layers; None if it would move nothing.
+
+    Args:
+        layers: adjacent ones, counted from the pairing's first.
+
+    Raises:
+        PlanError: a block table is missing, too short, or names a block outside its cache.
+    """
+    for side, groups, group in (
+        ("remote", tokens.remote, pairing.src.group),
+        ("local", tokens.local, pairing.dst.group),
+    ):
+        if group >= len(groups):
+            raise PlanError(f"no {side} blocks for KV cache group {group}: there are {len(groups)} groups")
+    if pairing.chunk_tokens:
+        src, dst = _token_chunks(ours, theirs, pairing, tokens)
+    else:
+        src, dst = _states(pairing, tokens)
+    if not len(src):
+        return None
+    return BlockPull(
+        src_cache_id=pairing.src_cache_id,
+        dst_index=pairing.dst_index,
+        granule=pairing.granule,
+        src_blocks=src,
+        dst_blocks=dst,
+        src_layers=(pairing.src_first + layers[0], pairing.src_first + layers[-1]),
+        dst_layers=(pairing.dst_first + layers[0], pairing.dst_first + layers[-1]),
+    )
 
 
 def _states(pairing: Pairing, tokens: TokenRange) -> tuple[Int64s, Int64s]:
@@ -115,22 +126,23 @@ def _token_chunks(
     src, dst, chunk = pairing.src, pairing.dst, pairing.chunk_tokens
     src_table, dst_table = tokens.remote[src.group], tokens.local[dst.group]
     src_size, dst_size = theirs.block_sizes[src.group], ours.block_sizes[dst.group]
-    start = tokens.first // dst_size * dst_size
-    end = min(start + len(dst_table) * dst_size, len(src_table) * src_size)
-    if end < tokens.end:
+    local_first = tokens.first if tokens.local_first is None else tokens.local_first
+    local_start = local_first // dst_size * dst_size
+    if min(local_start + len(dst_table) * dst_size, len(src_table) * src_size) < tokens.end:
         raise PlanError(
             f"group {dst.group}: {len(src_table)} remote blocks of {src_size} tokens and {len(dst_table)} local ones of"
-            f" {dst_size}, from token {start}, do not reach token {tokens.end}"
+            f" {dst_size}, from token {local_start}, do not reach token {tokens.end}"
         )
     src_ids = _checked("remote", src_table, src, src_size // src.block_tokens)
     dst_ids = _checked("local", dst_table, dst, dst_size // dst.block_tokens)
-    at = np.arange(start, end, chunk, dtype=np.int64)
-    dst_id, src_id = dst_ids[(at - start) // dst_size], src_ids[at // src_size]
+    at = np.arange(tokens.first // dst_size * dst_size, tokens.end, chunk, dtype=np.int64)
+    dst_id, src_id = dst_ids[(at - local_start) // dst_size], src_ids[at // src_size]
     wanted = dst_id != NULL_BLOCK
     gone = at[wanted & (src_id == NULL_BLOCK)]
     if gone.size:
         # A window may begin inside our first block: of it P's smaller blocks have only what the window reaches.
-        last = at[wanted][0] // dst_size * dst_size + dst_size - src_size
+        first_wanted = int(np.flatnonzero(dst_ids != NULL_BLOCK)[0])
+        last = local_start + (first_wanted + 1) * dst_size - src_size
         if gone[-1] >= last:
             raise PlanError(f"group {dst.group}: P no longer has token {int(gone[-1])}")
         wanted &= src_id != NULL_BLOCK

@@ -5,6 +5,7 @@
         │  └─────┼── fault ┘ │                              │
         └────────┴───────────┴── failure, cancel, deadline ─┴──> failed or cancelled
 
+A pull of a hand-off makes calls as long as P tells of more (following.py), and is confirmed once, at the end.
 It waits for its instance, and then for the device to have done what may still write into its blocks. A transfer ends,
 or begins anew, only when nothing writes there any more: no call of it is queued or running, and where a call that
 failed may go on writing, the links over which it ran are gone. Nobody reads what it wrote before all is confirmed.
@@ -22,7 +23,9 @@ from typing import NamedTuple, Protocol
 from vllm_datadist_connector.labels import Failure, Transport
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.handshake import RankGeometry
+from vllm_datadist_connector.protocol.params import RemotePrefill
 from vllm_datadist_connector.worker.device import PASSED, Fence
+from vllm_datadist_connector.worker.following import Followed
 from vllm_datadist_connector.worker.instances import Instance
 from vllm_datadist_connector.worker.plan import NULL_BLOCK, BlockPull
 
@@ -37,6 +40,8 @@ class Phase(enum.Enum):
 @dataclass(slots=True)
 class Transfer:
     job: PullJob
+    remote: RemotePrefill
+    """What P holds of it; of a hand-off that is not sealed, so far."""
     instance: Instance
     fence: Fence
     accepted_at: float
@@ -46,6 +51,8 @@ class Transfer:
     """Calls that the queue has had no room for yet, and whom each is from."""
     calls: dict[int, int] = field(default_factory=dict)
     """Native calls, or copies, that are queued or running, each with the cluster that it pulls from."""
+    followed: list[Followed] = field(default_factory=list)
+    """Of a hand-off: the ranks of P whose progress it follows."""
     writers: set[int] = field(default_factory=set)
     """Clusters over whose links a call that failed may still write into the blocks."""
     meeting: int = 0
@@ -59,10 +66,12 @@ class Transfer:
     told: bool = False
     """An operator has been told that its blocks are kept back."""
     num_bytes: int = 0
+    early_bytes: int = 0
+    """Of these, what was pulled before P's prefill was done."""
     transport: Transport = Transport.OTHER
     queued_s: float = 0.0
     run_s: float = 0.0
-    """Of the slowest call: they run beside or after one another."""
+    """Of the slowest call, since they run beside or after one another; of a hand-off, of all of them."""
 
     @property
     def is_over(self) -> bool:
@@ -73,6 +82,16 @@ class Transfer:
     def is_written(self) -> bool:
         """Whether something may still write into the blocks."""
         return bool(self.calls or self.writers)
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether more of it may become final."""
+        return not all(each.is_sealed for each in self.followed)
+
+    def calls_to(self, cluster_id: int) -> int:
+        """Of its calls, queued and running ones, those that pull from that cluster."""
+        queued = sum(theirs.cluster_id == cluster_id for theirs, _ in self.unsubmitted)
+        return queued + sum(each == cluster_id for each in self.calls.values())
 
     @property
     def num_blocks(self) -> int:
@@ -132,7 +151,7 @@ class TransferTable:
         return len(self._by_request)
 
     def add(self, job: PullJob, instance: Instance, deadline: float, fence: Fence = PASSED) -> Transfer:
-        transfer = Transfer(job, instance, fence, accepted_at=time.monotonic(), deadline=deadline)
+        transfer = Transfer(job, job.remote, instance, fence, accepted_at=time.monotonic(), deadline=deadline)
         self._by_request[job.request_id] = transfer
         return transfer
 

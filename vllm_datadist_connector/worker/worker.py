@@ -15,10 +15,11 @@ from vllm_datadist_connector.metadata import StepMetadata
 from vllm_datadist_connector.metrics import DataDistStats, WorkerMeter
 from vllm_datadist_connector.protocol.contract import LayoutContract
 from vllm_datadist_connector.protocol.handshake import RankGeometry
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 from vllm_datadist_connector.worker.caches import DEVICE, HOST, RegisteredCaches, check
 from vllm_datadist_connector.worker.device import Device, HostDevice, device_of
 from vllm_datadist_connector.worker.driver import PullDriver
+from vllm_datadist_connector.worker.giving import Giving
 from vllm_datadist_connector.worker.huge_pages import log_when_done
 from vllm_datadist_connector.worker.janitor import Janitor
 from vllm_datadist_connector.worker.kv_layout import MAX_TENSORS_PER_CACHE, KVCaches, describe_caches, find_memory
@@ -55,10 +56,12 @@ class ConnectorWorker:
         block_sizes: tuple[int, ...],
         is_producer: bool,
         is_consumer: bool,
+        announces_layers: bool = True,
     ) -> None:
         """
         Args:
             datadist: made, not initialized.
+            announces_layers: vLLM calls save_kv_layer() once in a step for each layer that has it called.
             layers: what each layer's KV cache holds.
             block_sizes: tokens per block of each KV cache group; 0 for a group of states.
         """
@@ -69,11 +72,13 @@ class ConnectorWorker:
         self._block_sizes = block_sizes
         self._is_producer = is_producer
         self._is_consumer = is_consumer
+        self._announces_layers = announces_layers
         self._datadist = datadist
         self._meter = WorkerMeter(f"pp{place.pp_rank}tp{place.tp_rank}")
         self._device: Device = HostDevice()
         self._driver: PullDriver | None = None
         self._janitor: Janitor | None = None
+        self._giving: Giving | None = None
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
         self._step: StepMetadata | None = None
@@ -116,6 +121,10 @@ class ConnectorWorker:
             self._huge_pages = log_when_done(self._datadist)
         if self._is_consumer:
             self._driver = PullDriver(self._datadist, self._geometry, caches, self._config, self._meter, can)
+        if self._is_producer:
+            trust = Trust(self._config.auth, self._config.insecure)
+            is_announced = self._announces_layers and memory.is_host
+            self._giving = Giving(self._geometry, trust, self._device, is_announced)
         if self._is_producer and not can.peer_drops_half:
             self._janitor = Janitor(self._datadist)
         logger.info(
@@ -156,8 +165,27 @@ class ConnectorWorker:
         for request_id in step.cancels:
             self._driver.cancel(request_id)
 
+    def begin_forward(self, step: StepMetadata) -> None:
+        """Before anything of the step is computed; again for the same step is nothing."""
+        if self._giving is not None:
+            self._giving.begin(step.giving)
+
+    def layer_written(self, step: StepMetadata, layer_name: str) -> None:
+        """In every layer of every step of the model."""
+        if self._giving is not None and step.giving is not None:
+            self._giving.begin(step.giving)
+            self._giving.layer(layer_name)
+
+    def end_forward(self, step: StepMetadata) -> None:
+        """All that the step writes was given to the device."""
+        if self._giving is not None:
+            self._giving.begin(step.giving)
+            self._giving.end()
+
     def take_sent(self) -> set[str]:
         """P's requests whose blocks go back to vLLM; each once per rank."""
+        if self._giving is not None:
+            self._giving.poll()
         sent, self._sent = self._sent, set()
         return sent
 
@@ -178,6 +206,9 @@ class ConnectorWorker:
         if self._janitor is not None:
             self._janitor.close()
             self._janitor = None
+        if self._giving is not None:
+            self._giving.close()
+            self._giving = None
         self._datadist.finalize()
         if self._huge_pages is not None:
             self._huge_pages.join()

@@ -34,7 +34,18 @@ struct ToOutgoing {
   OutgoingRequest operator()(const Release &request) const {
     return {id, MessageType::kRelease, MessageType::kReleased, Encode(request)};
   }
+  OutgoingRequest operator()(const Await &request) const {
+    return {id, MessageType::kAwait, MessageType::kHandoff, Encode(request)};
+  }
+  OutgoingRequest operator()(const ReportProgress &request) const {
+    return {id, MessageType::kReport, MessageType::kReported, Encode(request)};
+  }
 };
+
+std::chrono::milliseconds PatienceOf(const ChannelRequest &request) {
+  const auto *const await = std::get_if<Await>(&request);
+  return std::chrono::milliseconds(await != nullptr ? await->patience_ms : 0);
+}
 
 }  // namespace
 
@@ -89,7 +100,7 @@ uint64_t ChannelClient::State::Send(const std::string &ip, uint16_t port, const 
   }
   // So far ahead that the request means "no deadline", so near that the clock can reach it.
   constexpr std::chrono::milliseconds kLongestWait = std::chrono::hours(24 * 365);
-  const auto deadline = EventLoop::Clock::now() + std::min(timeout, kLongestWait);
+  const auto deadline = EventLoop::Clock::now() + PatienceOf(request) + std::min(timeout, kLongestWait);
   const bool posted = loop_.Post([this, address = address.value(), deadline,
                                   outgoing = std::visit(ToOutgoing{id}, request)]() mutable {
     SendOnLoop(address, std::move(outgoing), deadline);

@@ -35,13 +35,14 @@ struct NoAnswer {
   bool timed_out = false;  // somebody listens there, or nothing is known of it: to ask again may help
 };
 struct Released {};
+struct Reported {};
 
 struct ChannelAnswer {
   uint64_t id = 0;
-  std::variant<NoAnswer, RankAnswer, Renewed, Confirmed, Released> answer;
+  std::variant<NoAnswer, RankAnswer, Renewed, Confirmed, Released, HandoffNews, Reported> answer;
 };
 
-using ChannelRequest = std::variant<DescribeRank, Renew, Confirm, Release>;
+using ChannelRequest = std::variant<DescribeRank, Renew, Confirm, Release, Await, ReportProgress>;
 
 struct ChannelClientLimits {
   size_t servers = 256;                     // so that forged addresses cannot make us pile up connections
@@ -58,6 +59,7 @@ class ChannelClient {
   ChannelClient &operator=(const ChannelClient &) = delete;
 
   // `ip` is a literal. Returns the request's id, which counts from 1. What cannot be sent comes back by Take as well.
+  // The time of an Await begins when its patience is over.
   uint64_t Send(const std::string &ip, uint16_t port, const ChannelRequest &request, std::chrono::milliseconds timeout);
   std::vector<ChannelAnswer> Take();
   int event_fd() const;

@@ -22,13 +22,17 @@ const char *ReasonOf(LeaseVerdict verdict) {
 }
 
 Result<LeaseTable::Ticket> LeaseTable::Grant(std::string request_id, const LeaseContent &content, uint64_t num_blocks,
-                                             Durations durations) {
-  const Result<LeaseToken> token = RandomBytes();
+                                             Durations durations, const std::optional<LeaseToken> &promised) {
+  const Result<LeaseToken> token = promised.has_value() ? Result<LeaseToken>(*promised) : RandomBytes();
   if (!token.ok()) {
     return token.status();
   }
   const Clock::time_point now = now_();
   const std::lock_guard<std::mutex> lock(mutex_);
+  ExpireLocked(now);
+  if (leases_.count(token.value()) > 0) {
+    return Invalid("a lease of that token is held");
+  }
   const Ticket ticket{token.value(), ++last_generation_};
   leases_.emplace(ticket.token,
                   Lease{std::move(request_id), ticket.generation, content, num_blocks, durations.renewed, now,

@@ -20,6 +20,7 @@
 #include <functional>
 #include <map>
 #include <mutex>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -87,8 +88,10 @@ class LeaseTable {
   // `limit` is how long renewals can keep a lease that was not granted for longer.
   explicit LeaseTable(Clock::duration limit, Now now = &Clock::now) : limit_(limit), now_(std::move(now)) {}
 
-  // Keeps `num_blocks` blocks. LLM_FAILED without random bytes.
-  Result<Ticket> Grant(std::string request_id, const LeaseContent &content, uint64_t num_blocks, Durations durations);
+  // Keeps `num_blocks` blocks; under `token`, if one was promised. LLM_FAILED without random bytes, LLM_PARAM_INVALID for a
+  // token that is held.
+  Result<Ticket> Grant(std::string request_id, const LeaseContent &content, uint64_t num_blocks, Durations durations,
+                       const std::optional<LeaseToken> &token = std::nullopt);
 
   // `by`, here and below: who asks, for those who look for him.
   // Whether the lease stands, is that one, and is for this.

@@ -1,7 +1,9 @@
 #include "channel/messages.h"
 
+#include <algorithm>
 #include <utility>
 
+#include "base/text.h"
 #include "control/message_fields.h"
 
 namespace datadist {
@@ -52,6 +54,41 @@ void Get(Reader &reader, LeaseContent &content) {
   Get(reader, content.blocks);
 }
 
+void Put(Writer &writer, const RankId &rank) {
+  writer.U16(rank.pp_rank);
+  writer.U16(rank.tp_rank);
+}
+
+// False for a rank that no instance has.
+bool Get(Reader &reader, RankId &rank) {
+  rank.pp_rank = reader.U16();
+  rank.tp_rank = reader.U16();
+  return rank.pp_rank <= kMaxRank && rank.tp_rank <= kMaxRank;
+}
+
+void Put(Writer &writer, const ProgressMark &mark) {
+  const size_t size = std::min(mark.layers.size(), kMaxLayerBytes);
+  writer.U32(mark.epoch);
+  writer.U32(mark.base);
+  writer.U32(mark.next);
+  writer.U16(static_cast<uint16_t>(size));
+  writer.Bytes(mark.layers.data(), size);
+}
+
+// False for one that goes backwards or has too many layers, before there is memory for them.
+bool Get(Reader &reader, ProgressMark &mark) {
+  mark.epoch = reader.U32();
+  mark.base = reader.U32();
+  mark.next = reader.U32();
+  const uint16_t size = reader.U16();
+  if (!reader.ok() || mark.base > mark.next || size > std::min(kMaxLayerBytes, reader.remaining())) {
+    return false;
+  }
+  mark.layers.resize(size);
+  reader.Bytes(mark.layers.data(), size);
+  return true;
+}
+
 }  // namespace
 
 // As in HELLO the versions stand first, where a peer of any version finds them.
@@ -80,8 +117,7 @@ std::vector<uint8_t> Encode(const DescribeRank &message) {
   Writer writer;
   writer.Text(message.engine_id, kMaxEngineId);
   Put(writer, message.incarnation);
-  writer.U16(message.rank.pp_rank);
-  writer.U16(message.rank.tp_rank);
+  Put(writer, message.rank);
   writer.U64(message.asker);
   return writer.Take();
 }
@@ -92,10 +128,9 @@ Result<DescribeRank> Decode(const std::vector<uint8_t> &body) {
   DescribeRank message;
   message.engine_id = reader.Text(kMaxEngineId);
   Get(reader, message.incarnation);
-  message.rank.pp_rank = reader.U16();
-  message.rank.tp_rank = reader.U16();
+  const bool is_rank = Get(reader, message.rank);
   message.asker = reader.U64();
-  if (!reader.Finished() || message.rank.pp_rank > kMaxRank || message.rank.tp_rank > kMaxRank) {
+  if (!reader.Finished() || !is_rank) {
     return Malformed("DESCRIBE_RANK");
   }
   return message;
@@ -195,6 +230,111 @@ Result<Confirmed> Decode(const std::vector<uint8_t> &body) {
     return Malformed("CONFIRMED");
   }
   return Confirmed{static_cast<LeaseVerdict>(verdict)};
+}
+
+std::vector<uint8_t> Encode(const Await &message) {
+  Writer writer;
+  Put(writer, message.token);
+  writer.U8(message.rank.has_value() ? 1 : 0);
+  if (message.rank.has_value()) {
+    Put(writer, *message.rank);
+  }
+  writer.U32(message.seen_version);
+  writer.U64(message.seen_stamp);
+  writer.U32(message.patience_ms);
+  return writer.Take();
+}
+
+template <>
+Result<Await> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  Await message;
+  Get(reader, message.token);
+  const uint8_t has_rank = reader.U8();
+  bool is_rank = has_rank <= 1;
+  if (has_rank == 1) {
+    is_rank = Get(reader, message.rank.emplace());
+  }
+  message.seen_version = reader.U32();
+  message.seen_stamp = reader.U64();
+  message.patience_ms = reader.U32();
+  if (!reader.Finished() || !is_rank || message.patience_ms > kMaxPatienceMs) {
+    return Malformed("AWAIT");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const HandoffNews &message) {
+  Writer writer;
+  writer.Reserve(4096 + (message.blob.has_value() ? message.blob->size() : 0));
+  writer.U8(static_cast<uint8_t>(message.state));
+  writer.U32(message.epoch);
+  writer.U32(message.version);
+  writer.U64(message.stamp);
+  Put(writer, message.mark);
+  writer.Text(message.reason, kMaxText);
+  writer.U8(message.blob.has_value() ? 1 : 0);
+  if (message.blob.has_value()) {
+    writer.U32(static_cast<uint32_t>(message.blob->size()));
+    writer.Bytes(message.blob->data(), message.blob->size());
+  }
+  return writer.Take();
+}
+
+template <>
+Result<HandoffNews> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  HandoffNews message;
+  const uint8_t state = reader.U8();
+  message.epoch = reader.U32();
+  message.version = reader.U32();
+  message.stamp = reader.U64();
+  const bool is_mark = Get(reader, message.mark);
+  message.reason = OneLine(reader.Text(kMaxText));
+  const uint8_t has_blob = reader.U8();
+  const uint32_t size = has_blob == 1 ? reader.U32() : 0;
+  if (!reader.ok() || state >= kHandoffStates || !is_mark || has_blob > 1 || size != reader.remaining()) {
+    return Malformed("HANDOFF");
+  }
+  message.state = static_cast<HandoffState>(state);
+  if (has_blob == 1) {
+    message.blob.emplace(size);
+    reader.Bytes(message.blob->data(), size);
+  }
+  return message;
+}
+
+// Writes at most as many as a message may have: its sender sees to it that there are no more.
+std::vector<uint8_t> Encode(const ReportProgress &message) {
+  const size_t count = std::min(message.marks.size(), kMaxMarksPerReport);
+  Writer writer;
+  Put(writer, message.key);
+  Put(writer, message.rank);
+  writer.U32(static_cast<uint32_t>(count));
+  for (size_t i = 0; i < count; ++i) {
+    Put(writer, message.marks[i].first);
+    Put(writer, message.marks[i].second);
+  }
+  return writer.Take();
+}
+
+template <>
+Result<ReportProgress> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  ReportProgress message;
+  Get(reader, message.key);
+  const bool is_rank = Get(reader, message.rank);
+  const uint32_t count = reader.U32();
+  bool are_marks = is_rank && count <= kMaxMarksPerReport;
+  for (uint32_t i = 0; are_marks && i < count; ++i) {
+    auto &[token, mark] = message.marks.emplace_back();
+    Get(reader, token);
+    are_marks = Get(reader, mark);
+  }
+  if (!reader.Finished() || !are_marks) {
+    return Malformed("REPORT");
+  }
+  return message;
 }
 
 }  // namespace datadist

@@ -12,20 +12,29 @@
 //         <────────────────────────── CONFIRMED
 //   RELEASE ─────────────────────────────────>  I need these leases no more
 //         <─────────────────────────── RELEASED
+//   AWAIT ───────────────────────────────────>  what is new of this hand-off since I asked?
+//         <──────────────────────────── HANDOFF  once there is something, or my patience is over
 //
-// Answers have the seq of their request. Every request is idempotent: one whose answer was lost is sent again. Whoever may
-// enter can ask for a geometry; only the holder of a lease's random token can renew, confirm or release it. CONFIRM changes
+//   a worker of P                            P
+//   REPORT ──────────────────────────────────>  my rank is so far with these hand-offs
+//         <─────────────────────────── REPORTED
+//
+// Answers have the seq of their request, and come in any order. Every request is idempotent: one whose answer was lost is
+// sent again. Whoever may enter can ask for a geometry; only the holder of a lease's random token can renew, confirm or
+// release it, or await the hand-off that becomes it; only who has the instance's own key can report. CONFIRM changes
 // nothing.
 #ifndef DATADIST_CHANNEL_MESSAGES_H_
 #define DATADIST_CHANNEL_MESSAGES_H_
 
 #include <array>
 #include <cstdint>
+#include <optional>
 #include <string>
 #include <utility>
 #include <vector>
 
 #include "base/status.h"
+#include "channel/handoff.h"
 #include "channel/lease_table.h"
 #include "control/frame.h"
 #include "control/messages.h"
@@ -38,18 +47,12 @@ using GrantorIncarnation = std::array<uint8_t, 16>;
 constexpr size_t kMaxLeasesPerMessage = 4096;
 constexpr size_t kMaxEngineId = 2048;
 constexpr uint16_t kMaxRank = 4095;
+constexpr uint32_t kMaxPatienceMs = 30'000;  // shorter than anything that lies on the way forgets a silent connection
+constexpr size_t kMaxMarksPerReport = 128;
 
 struct ChannelGreeting {
   VersionRange versions;
   uint16_t content_version = 0;  // of what the engine does not look into: geometries, and what digests are of
-};
-
-struct RankId {
-  uint16_t pp_rank = 0;
-  uint16_t tp_rank = 0;
-  bool operator<(const RankId &other) const {
-    return std::make_pair(pp_rank, tp_rank) < std::make_pair(other.pp_rank, other.tp_rank);
-  }
 };
 
 struct DescribeRank {
@@ -87,6 +90,21 @@ struct Release {
   std::vector<LeaseToken> tokens;
 };
 
+// Answered by HandoffNews.
+struct Await {
+  LeaseToken token{};
+  std::optional<RankId> rank;  // whose progress is news, too
+  uint32_t seen_version = 0;
+  uint64_t seen_stamp = 0;
+  uint32_t patience_ms = 0;
+};
+
+struct ReportProgress {
+  HandoffKey key{};
+  RankId rank;
+  std::vector<std::pair<LeaseToken, ProgressMark>> marks;
+};
+
 std::vector<uint8_t> Encode(const ChannelGreeting &message);
 std::vector<uint8_t> Encode(const DescribeRank &message);
 std::vector<uint8_t> Encode(const RankAnswer &message);
@@ -95,6 +113,9 @@ std::vector<uint8_t> Encode(const Renewed &message);
 std::vector<uint8_t> Encode(const Confirm &message);
 std::vector<uint8_t> Encode(const Confirmed &message);
 std::vector<uint8_t> Encode(const Release &message);
+std::vector<uint8_t> Encode(const Await &message);
+std::vector<uint8_t> Encode(const HandoffNews &message);
+std::vector<uint8_t> Encode(const ReportProgress &message);
 
 // The largest geometry that fits into a RANK.
 constexpr size_t kMaxGeometry = kMaxFrameBody - 4096;

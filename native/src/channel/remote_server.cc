@@ -33,11 +33,15 @@ Result<ChannelAnswer> DecodeAnswer(uint64_t id, const Frame &frame) {
       return Decoded<Renewed>(id, frame);
     case MessageType::kConfirmed:
       return Decoded<Confirmed>(id, frame);
+    case MessageType::kHandoff:
+      return Decoded<HandoffNews>(id, frame);
     default:
       break;
   }
-  const Status empty = DecodeEmpty(frame.body);
-  return empty.ok() ? Result<ChannelAnswer>(ChannelAnswer{id, Released{}}) : empty;
+  if (const Status empty = DecodeEmpty(frame.body); !empty.ok()) {
+    return empty;
+  }
+  return frame.type == MessageType::kReported ? ChannelAnswer{id, Reported{}} : ChannelAnswer{id, Released{}};
 }
 
 }  // namespace

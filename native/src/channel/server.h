@@ -1,11 +1,12 @@
 // P's end of the channel: answers what a D asks, from a thread of its own. What it answers from (the leases, the
 // geometries) is here, so that an answer waits for nobody: not for the steps of a model, nor for the GIL.
 //
-//   FrontDoor (who may enter) ──CHANNEL──> Guest ── DESCRIBE_RANK ──> geometries
-//                                                └─ RENEW, CONFIRM, RELEASE ──> LeaseTable
+//   FrontDoor (who may enter) ──CHANNEL──> Guests ── DESCRIBE_RANK ──> geometries
+//                                                ├─ RENEW, CONFIRM, RELEASE ──> LeaseTable
+//                                                └─ AWAIT, REPORT ──> HandoffTable; RENEW and RELEASE ask it first
 //
 // What guests can make grow has a limit: their number (of whoever has the most, the one that was silent longest leaves),
-// what they begin and do not end, what they do not read, how long they may say nothing.
+// what they begin and do not end, what they do not read, how much they wait for, how long they may say nothing.
 #ifndef DATADIST_CHANNEL_SERVER_H_
 #define DATADIST_CHANNEL_SERVER_H_
 
@@ -18,6 +19,8 @@
 #include <vector>
 
 #include "base/status.h"
+#include "channel/guests.h"
+#include "channel/handoff_table.h"
 #include "channel/lease_table.h"
 #include "channel/messages.h"
 #include "control/address.h"
@@ -34,23 +37,16 @@ struct Grantor {
   uint16_t content_version = 0;
 };
 
-struct ChannelLimits {
-  size_t guests = 1024;
-  size_t unsent = 64U << 20;  // bytes that all guests together have not read
-  std::chrono::milliseconds stuck{10'000};  // for a frame to end, and for what was sent to be read
-  std::chrono::milliseconds idle{600'000};  // longer than a client of ours keeps a connection that it does not use
-  std::chrono::milliseconds grace{30'000};  // for who dials again
-};
-
 class ChannelServer {
  public:
   using Geometries = std::map<RankId, std::vector<uint8_t>>;
 
   // Listens at once. LLM_PARAM_INVALID for an address that other hosts can reach where `trust` says neither whom to let
-  // in nor that anybody may come, LLM_FAILED for one that cannot be bound.
+  // in nor that anybody may come, LLM_FAILED for one that cannot be bound. Without `handoffs` it knows of none.
   static Result<std::unique_ptr<ChannelServer>> Create(const SocketAddress &address, Grantor grantor, const Trust &trust,
                                                        std::shared_ptr<LeaseTable> leases,
-                                                       const ChannelLimits &limits = {});
+                                                       const ChannelLimits &limits = {},
+                                                       std::shared_ptr<HandoffTable> handoffs = nullptr);
   ~ChannelServer();  // Close
   ChannelServer(const ChannelServer &) = delete;
   ChannelServer &operator=(const ChannelServer &) = delete;

@@ -18,6 +18,8 @@ constexpr size_t kCrcOffset = kFrameHeaderSize - sizeof(uint32_t);
 constexpr uint32_t kSmallBody = 4096;
 constexpr uint32_t kLeaseListBody = 4 + 4096 * 16;  // a count and so many tokens
 constexpr uint32_t kRenewBody = kLeaseListBody + 1;  // and whether they are being pulled
+// Who says it, a count, and so many tokens with their marks.
+constexpr uint32_t kReportBody = 16 + 4 + 4 + 128 * (16 + 12 + 2 + 512);
 
 uint32_t FrameCrc(const uint8_t *header, const std::vector<uint8_t> &body) {
   constexpr uint8_t kNoCrc[sizeof(uint32_t)] = {};
@@ -26,7 +28,7 @@ uint32_t FrameCrc(const uint8_t *header, const std::vector<uint8_t> &body) {
 }
 
 bool IsKnown(uint16_t type) {
-  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kReleased);
+  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kReported);
 }
 
 // A peer of another version is told so in a REJECT, so these keep their place in every version.
@@ -103,6 +105,14 @@ const char *MessageName(MessageType type) {
       return "RELEASE";
     case MessageType::kReleased:
       return "RELEASED";
+    case MessageType::kAwait:
+      return "AWAIT";
+    case MessageType::kHandoff:
+      return "HANDOFF";
+    case MessageType::kReport:
+      return "REPORT";
+    case MessageType::kReported:
+      return "REPORTED";
   }
   return "?";
 }
@@ -114,12 +124,15 @@ uint32_t BodyCap(MessageType type) {
     case MessageType::kDigest:
     case MessageType::kDigests:
     case MessageType::kRank:
+    case MessageType::kHandoff:
       return kMaxFrameBody;
     case MessageType::kRenew:
       return kRenewBody;
     case MessageType::kRenewed:
     case MessageType::kRelease:
       return kLeaseListBody;
+    case MessageType::kReport:
+      return kReportBody;
     default:
       return kSmallBody;
   }

@@ -25,7 +25,7 @@
 namespace datadist {
 
 constexpr uint32_t kFrameMagic = 0x4B444444;  // "DDDK"
-constexpr uint16_t kProtocolVersion = 7;
+constexpr uint16_t kProtocolVersion = 8;
 constexpr size_t kFrameHeaderSize = 20;
 constexpr uint32_t kMaxFrameBody = 1U << 20;
 // What is allocated for a body before any of it has come; then twice what has. An announcement costs its sender nothing.
@@ -64,11 +64,15 @@ enum class MessageType : uint16_t {
   kConfirmed = 30,
   kRelease = 31,
   kReleased = 32,
+  kAwait = 33,
+  kHandoff = 34,
+  kReport = 35,
+  kReported = 36,
 };
 const char *MessageName(MessageType type);
 
-// Largest body of a type: 4 KiB for all but those that list something per tensor, block or lease, and RANK, which has a
-// geometry.
+// Largest body of a type: 4 KiB for all but those that list something per tensor, block or lease, and RANK and HANDOFF,
+// which have a blob.
 uint32_t BodyCap(MessageType type);
 
 // The messages that are legal in one state of a connection.

@@ -36,13 +36,15 @@ inline DescribeRank AskRank(uint16_t tp_rank, uint64_t asker = 0) {
 struct ServerEnd {
   explicit ServerEnd(const ChannelLimits &limits = {}, uint16_t port = 0, const Trust &trust = Anybody())
       : leases(std::make_shared<LeaseTable>(std::chrono::minutes(10))),
-        server(std::move(ChannelServer::Create(Loopback(port), TheGrantor(), trust, leases, limits)).value()) {}
+        handoffs(std::move(HandoffTable::Create()).value()),
+        server(std::move(ChannelServer::Create(Loopback(port), TheGrantor(), trust, leases, limits, handoffs)).value()) {}
   uint16_t port() const { return server->port(); }
   LeaseTable::Ticket Grant(const std::string &request_id = "r") const {
     const LeaseTable::Durations durations{std::chrono::minutes(5), std::chrono::minutes(5)};
     return leases->Grant(request_id, LeaseContent{{1}, {2}}, 3, durations).value();
   }
   const std::shared_ptr<LeaseTable> leases;
+  const std::shared_ptr<HandoffTable> handoffs;
   const std::unique_ptr<ChannelServer> server;
 };
 
@@ -87,7 +89,8 @@ class ClientEnd {
 };
 
 constexpr TypeSet kAnyAnswer(MessageType::kChannelReady, MessageType::kReject, MessageType::kRank,
-                             MessageType::kRenewed, MessageType::kConfirmed, MessageType::kReleased);
+                             MessageType::kRenewed, MessageType::kConfirmed, MessageType::kReleased,
+                             MessageType::kHandoff, MessageType::kReported);
 
 // A client of no code of ours. Over TCP, so that its source is another than that of a client in this process.
 class BareClient {
@@ -146,7 +149,7 @@ class BareServer {
 inline Result<Frame> ReceiveRequest(const Fd &fd) {
   return RecvFrame(fd.get(),
                    TypeSet(MessageType::kDescribeRank, MessageType::kRenew, MessageType::kConfirm,
-                           MessageType::kRelease),
+                           MessageType::kRelease, MessageType::kAwait, MessageType::kReport),
                    Soon());
 }
 

@@ -1,0 +1,357 @@
+"""Hand-offs: a D rank that pulls what a P computes while it computes it, byte for byte, and every event on the way."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, closing
+from typing import Any
+
+import pytest
+from support.channels import wait_for
+from support.consumer import Consumer
+from support.giver_process import GiverProcess
+from support.kv_ranks import LAYERS, Place
+from support.pd import BLOCK_SIZE, OTHER_TOKEN, TOKEN, WAIT_S, wait_until
+
+from vllm_datadist_connector.labels import Failure
+from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.protocol.params import RemotePrefill, decode_prefill
+from vllm_datadist_connector.side_channel.client import HandoffNews, open_client
+from vllm_datadist_connector.side_channel.endpoint import Trust
+
+P_CLUSTER = 100
+BLOCKS = [5, 63, 511, 17]
+LOCAL = [9, 2, 60, 3]
+TOKENS = len(BLOCKS) * BLOCK_SIZE
+HALF = TOKENS // 2
+
+StartGiver = Callable[..., GiverProcess]
+
+
+@pytest.fixture
+def start_giver(resources: ExitStack) -> StartGiver:
+    def start(cluster_id: int = P_CLUSTER, **settings: Any) -> GiverProcess:
+        giver = GiverProcess(cluster_id, **settings)
+        resources.callback(giver.kill)
+        return giver
+
+    return start
+
+
+@pytest.fixture
+def giver(start_giver: StartGiver) -> GiverProcess:
+    return start_giver()
+
+
+@pytest.fixture
+def ask(giver: GiverProcess) -> Iterator[Callable[..., HandoffNews]]:
+    """What the side channel tells of a hand-off that differs from what was seen."""
+    with closing(open_client(Trust())) as client:
+
+        def about(token: str = TOKEN, rank: tuple[int, int] | None = None, version: int = 0) -> HandoffNews:
+            answer = wait_for(client, client.await_handoff(giver.endpoint, token, rank, version, 0, 1.0, WAIT_S))
+            assert isinstance(answer.response, HandoffNews), answer.error
+            return answer.response
+
+        yield about
+
+
+def begun(giver: GiverProcess, token: str = TOKEN) -> RemotePrefill:
+    """What D's scheduler knows once P has begun."""
+    with closing(open_client(Trust())) as client:
+        sent = client.await_handoff(giver.endpoint, token, None, 0, 0, 1.0, WAIT_S)
+        news = wait_for(client, sent).response
+    assert isinstance(news, HandoffNews)
+    assert (news.state, news.blob is not None) == ("begun", True)
+    return decode_prefill(news.blob or b"", *giver.endpoint)
+
+
+def follow(
+    consumer: Consumer,
+    remote: RemotePrefill,
+    local: Sequence[int] = LOCAL,
+    request_id: str = "r",
+    first_token: int = 0,
+    deadline_s: float = WAIT_S,
+) -> None:
+    digest = remote.ticket.prompt_digest
+    end = remote.remote_num_tokens
+    job = PullJob(request_id, remote, (tuple(local),), first_token, end, digest, False, deadline_s, is_handoff=True)
+    consumer.driver.submit(job)
+
+
+def wait_early(consumer: Consumer, num_bytes: int) -> None:
+    """Until the pull under way has so many bytes of a prefill that goes on, and nothing more is under way."""
+
+    def arrived() -> bool:
+        transfers = list(consumer.driver._transfers._by_request.values())
+        return any(each.early_bytes == num_bytes and not each.calls for each in transfers)
+
+    wait_until(arrived, f"{num_bytes} bytes of a prefill that goes on")
+
+
+def bytes_of(consumer: Consumer, blocks: int, layers: int = LAYERS) -> int:
+    return blocks * layers * int(consumer.memory[0, 0].nbytes)
+
+
+def begin(giver: GiverProcess, scheduled: int = HALF) -> RemotePrefill:
+    giver.promise("r", TOKEN, TOKENS)
+    giver.step("r", BLOCKS[: -(-scheduled // BLOCK_SIZE)], 0, scheduled, "first")
+    return begun(giver)
+
+
+def finish(giver: GiverProcess) -> None:
+    """The second half, from its step to the end of the request."""
+    giver.step("r", BLOCKS[2:], HALF, TOKENS - HALF)
+    giver.write(BLOCKS[2:])
+    giver.end()
+    giver.finish("r", BLOCKS)
+
+
+def check(giver: GiverProcess, consumer: Consumer, local: Sequence[int] = LOCAL) -> None:
+    consumer.wait(1)
+    assert consumer.failed == set(), consumer.observer.failures
+    consumer.expect(giver.kv, held_in(BLOCKS), local)
+    consumer.check_bytes()
+
+
+def held_in(blocks: Sequence[int]) -> Any:
+    class Held:
+        remote_block_ids = (tuple(blocks),)
+
+    return Held
+
+
+@pytest.mark.parametrize("transport", ["cma", "tcp"])
+def test_layers_and_chunks_come_as_they_are_written(
+    start_giver: StartGiver, start_consumer: Callable[..., Consumer], transport: str
+) -> None:
+    giver, consumer = start_giver(transport=transport), start_consumer(transport=transport)
+    follow(consumer, begin(giver))
+    for layer in range(LAYERS):
+        giver.write(BLOCKS[:2], [layer])
+        wait_early(consumer, bytes_of(consumer, 2, layer + 1))
+    giver.end()
+    giver.step("r", BLOCKS[2:], HALF, TOKENS - HALF)
+    giver.write(BLOCKS[2:], [0])
+    wait_early(consumer, bytes_of(consumer, 2) + bytes_of(consumer, 2, 1))
+    giver.write(BLOCKS[2:], range(1, LAYERS))
+    giver.end()
+    giver.finish("r", BLOCKS)
+    check(giver, consumer)
+    (transfer,) = consumer.observer.pulls
+    assert transfer.num_bytes == bytes_of(consumer, 4)
+
+
+def test_without_hooks_the_end_of_a_step_tells(
+    start_giver: StartGiver, start_consumer: Callable[..., Consumer]
+) -> None:
+    giver, consumer = start_giver(announces_layers=False), start_consumer()
+    follow(consumer, begin(giver))
+    giver.write(BLOCKS[:2])
+    giver.end()
+    wait_early(consumer, bytes_of(consumer, 2))
+    finish(giver)
+    check(giver, consumer)
+
+
+def test_half_a_block_waits_for_its_other_half(giver: GiverProcess, consumer: Consumer) -> None:
+    follow(consumer, begin(giver, BLOCK_SIZE + BLOCK_SIZE // 2))
+    giver.write(BLOCKS[:1])
+    giver.end()
+    wait_early(consumer, bytes_of(consumer, 1))
+    giver.step("r", BLOCKS[2:], BLOCK_SIZE + BLOCK_SIZE // 2, TOKENS - BLOCK_SIZE - BLOCK_SIZE // 2)
+    giver.write(BLOCKS[1:])
+    giver.end()
+    giver.finish("r", BLOCKS)
+    check(giver, consumer)
+
+
+def test_d_that_comes_after_the_prefill_pulls_all_at_once(giver: GiverProcess, consumer: Consumer) -> None:
+    remote = begin(giver)
+    giver.write(BLOCKS[:2])
+    giver.end()
+    finish(giver)
+    follow(consumer, remote)
+    check(giver, consumer)
+    assert consumer.observer.pulls[0].early_bytes == 0
+
+
+def test_what_d_has_itself_is_not_moved(giver: GiverProcess, consumer: Consumer) -> None:
+    follow(consumer, begin(giver), LOCAL[1:], first_token=BLOCK_SIZE)
+    giver.write(BLOCKS[:2])
+    giver.end()
+    wait_early(consumer, bytes_of(consumer, 1))
+    finish(giver)
+    consumer.wait(1)
+    consumer.expect(giver.kv, held_in(BLOCKS), LOCAL[1:], first_token=BLOCK_SIZE)
+    consumer.check_bytes()
+    assert consumer.failed == set()
+
+
+@pytest.mark.parametrize(("p", "d"), [((2, 1, 16), (1, 1, 16)), ((1, 2, 16), (1, 1, 8)), ((1, 1, 8), (1, 1, 16))])
+def test_unequal_sides(
+    start_giver: StartGiver, start_consumer: Callable[..., Consumer], p: Sequence[int], d: Sequence[int]
+) -> None:
+    giver = start_giver(tp_size=p[0], pp_size=p[1], block_size=p[2])
+    consumer = start_consumer(place=Place(0, 0, d[0], d[1], d[2]))
+    blocks = [7 + 3 * at for at in range(TOKENS // p[2])]
+    local = [5 + 2 * at for at in range(TOKENS // d[2])]
+    half = len(blocks) // 2
+    giver.promise("r", TOKEN, TOKENS)
+    giver.step("r", blocks[:half], 0, HALF, "first")
+    follow(consumer, begun(giver), local)
+    giver.write(blocks[:half])
+    giver.end()
+    wait_early(consumer, int(consumer.memory[:, 0].nbytes) * len(local) // 2)
+    giver.step("r", blocks[half:], HALF, HALF)
+    giver.write(blocks[half:])
+    giver.end()
+    giver.finish("r", blocks)
+    consumer.wait(1)
+    assert consumer.failed == set()
+    consumer.expect(giver.kv, held_in(blocks), local)
+    consumer.check_bytes()
+
+
+def test_a_preempted_prefill_is_pulled_again_from_other_blocks(giver: GiverProcess, consumer: Consumer) -> None:
+    follow(consumer, begin(giver))
+    giver.write(BLOCKS[:2])
+    giver.end()
+    wait_early(consumer, bytes_of(consumer, 2))
+    giver.spoil(BLOCKS[:2])
+    others = [70, 71, 72, 73]
+    giver.step("r", others[:2], 0, HALF, "resumed")
+    giver.write(others[:2])
+    giver.end()
+    wait_early(consumer, bytes_of(consumer, 2))
+    giver.step("r", others[2:], HALF, HALF)
+    giver.write(others[2:])
+    giver.end()
+    giver.finish("r", others)
+    consumer.wait(1)
+    assert consumer.failed == set()
+    consumer.expect(giver.kv, held_in(others), LOCAL)
+    consumer.check_bytes()
+
+
+def test_a_prefill_preempted_behind_our_back_is_pulled_again(giver: GiverProcess, consumer: Consumer) -> None:
+    """What D has seen last is of the first attempt; the same blocks were rubbish for a while."""
+    follow(consumer, begin(giver))
+    giver.spoil(BLOCKS[:2])
+    giver.write(BLOCKS[:2], [])
+    giver.end()
+    wait_early(consumer, bytes_of(consumer, 2))
+    giver.step("r", BLOCKS, 0, TOKENS, "resumed")
+    giver.write(BLOCKS)
+    giver.end()
+    giver.finish("r", BLOCKS)
+    check(giver, consumer)
+
+
+def test_blocks_that_move_without_a_word_are_not_trusted(giver: GiverProcess, consumer: Consumer) -> None:
+    """No vLLM does that: the sealed table decides, whatever was told before."""
+    follow(consumer, begin(giver))
+    giver.write(BLOCKS[:2])
+    giver.end()
+    wait_early(consumer, bytes_of(consumer, 2))
+    giver.spoil(BLOCKS[:2])
+    others = [70, 71, *BLOCKS[2:]]
+    giver.step("r", BLOCKS[2:], HALF, HALF)
+    giver.write(others)
+    giver.end()
+    giver.finish("r", others)
+    consumer.wait(1)
+    assert consumer.failed == set()
+    consumer.expect(giver.kv, held_in(others), LOCAL)
+    consumer.check_bytes()
+
+
+def test_an_aborted_prefill_fails_the_pull_at_once(giver: GiverProcess, consumer: Consumer) -> None:
+    follow(consumer, begin(giver), deadline_s=3600.0)
+    giver.write(BLOCKS[:2])
+    giver.end()
+    wait_early(consumer, bytes_of(consumer, 2))
+    giver.abort("r")
+    consumer.wait(1)
+    assert (consumer.failed, consumer.invalid) == ({"r"}, set(LOCAL))
+    assert consumer.observer.failures == [Failure.LEASE]
+
+
+def test_a_killed_p_fails_the_pull(giver: GiverProcess, consumer: Consumer) -> None:
+    follow(consumer, begin(giver), deadline_s=3600.0)
+    giver.write(BLOCKS[:2])
+    giver.end()
+    wait_early(consumer, bytes_of(consumer, 2))
+    giver.kill()
+    consumer.wait(1)
+    assert (consumer.failed, consumer.invalid) == ({"r"}, set(LOCAL))
+
+
+def test_a_stopped_p_fails_the_pull_at_the_deadline_and_no_sooner(giver: GiverProcess, consumer: Consumer) -> None:
+    follow(consumer, begin(giver), deadline_s=2.0)
+    giver.write(BLOCKS[:2])
+    giver.end()
+    wait_early(consumer, bytes_of(consumer, 2))
+    giver.stop()
+    since = time.monotonic()
+    consumer.wait(1)
+    assert time.monotonic() - since > 1.0
+    assert consumer.observer.failures == [Failure.DEADLINE]
+    giver.resume()
+
+
+def test_progress_puts_the_deadline_off(giver: GiverProcess, consumer: Consumer) -> None:
+    follow(consumer, begin(giver, BLOCK_SIZE), deadline_s=2.0)
+    for at in range(len(BLOCKS)):
+        if at:
+            giver.step("r", BLOCKS[at : at + 1], at * BLOCK_SIZE, BLOCK_SIZE)
+        until = time.monotonic() + 1.2
+        wait_until(lambda until=until: time.monotonic() > until, "a slow chunk")  # type: ignore[misc]
+        giver.write(BLOCKS[at : at + 1])
+        giver.end()
+        wait_early(consumer, bytes_of(consumer, at + 1))
+    giver.finish("r", BLOCKS)
+    check(giver, consumer)
+
+
+def test_a_cancelled_pull_gives_its_blocks_back_and_p_hears_of_it(giver: GiverProcess, consumer: Consumer) -> None:
+    remote = begin(giver)
+    follow(consumer, remote, deadline_s=3600.0)
+    giver.write(BLOCKS[:2])
+    giver.end()
+    wait_early(consumer, bytes_of(consumer, 2))
+    consumer.driver.cancel("r")
+    consumer.wait(1)
+    assert consumer.failed == set()
+    with closing(open_client(Trust())) as client:
+        wait_for(client, client.release(giver.endpoint, [TOKEN], WAIT_S))
+    assert giver.is_withdrawn(TOKEN)
+    before = consumer.memory.copy()
+    finish(giver)
+    assert giver.held() == 0
+    assert (consumer.memory == before).all()
+
+
+def test_a_name_that_is_taken_is_given_once(giver: GiverProcess, ask: Callable[..., HandoffNews]) -> None:
+    giver.promise("r", TOKEN, TOKENS)
+    giver.promise("other", TOKEN, TOKENS)
+    giver.step("other", BLOCKS, 0, TOKENS, "first")
+    assert ask().state == "promised"
+    params = giver.finish("other", BLOCKS)
+    assert params["datadist"]["token"] != TOKEN
+    assert ask().state == "promised"
+    assert ask(OTHER_TOKEN).state == "unknown"
+
+
+def test_a_lease_of_an_awaited_hand_off_lasts(giver: GiverProcess, consumer: Consumer) -> None:
+    """D knows of it from the start: it need not claim it anew."""
+    follow(consumer, begin(giver))
+    finish_tokens = bytes_of(consumer, 2)
+    giver.write(BLOCKS[:2])
+    giver.end()
+    wait_early(consumer, finish_tokens)
+    finish(giver)
+    check(giver, consumer)
+    assert giver.held() == 1
