@@ -197,10 +197,10 @@ def ensure_googletest() -> None:
 
 
 def run_parts(environment: Environment, parts: list[str], pytest_arguments: list[str]) -> list[Outcome]:
-    lanes = []
-    for lane in LANES:
-        steps = [step for part in lane if part in parts for step in steps_of(part, environment, pytest_arguments)]
-        lanes.append(Lane(environment, deque(steps)))
+    def steps_of_all(lane: tuple[str, ...]) -> deque[Step]:
+        return deque(step for part in lane if part in parts for step in steps_of(part, environment, pytest_arguments))
+
+    lanes = [Lane(environment, steps_of_all(lane)) for lane in LANES]
     try:
         while [lane for lane in lanes if lane.advance()]:
             time.sleep(POLL_S)
