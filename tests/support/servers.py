@@ -34,8 +34,14 @@ IMPORTED = (
     "vllm.v1.worker.cpu_worker",
     str(Path(__file__).with_name("forked_vllm.py")),
 )
-# Not read before a server has its configuration.
-LATE_VARIABLES = ("VLLM_CPU_CI_ENV", "VLLM_PLUGINS", *STANDIN_VARIABLES)
+# Not read before a server has its configuration, but for how the developers' mode logs errors.
+LATE_VARIABLES = (
+    "VLLM_CPU_CI_ENV",
+    "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
+    "VLLM_PLUGINS",
+    "VLLM_SERVER_DEV_MODE",
+    *STANDIN_VARIABLES,
+)
 fork = ForkServer(
     ENVIRONMENT.python,
     "vllm.entrypoints.cli.main:main",
