@@ -120,7 +120,7 @@ def test_a_busy_p_is_asked_again_to_confirm(
     consumer.expect(producer, warm, [1])
     consumer.pull("warm", warm, [1])
     consumer.wait(1)
-    asked_again = on_second_call(monkeypatch, consumer.driver, "_confirm")
+    asked_again = on_second_call(monkeypatch, consumer.driver._pulls, "_confirm")
     producer.stop()
     consumer.expect(producer, remote, [2])
     consumer.pull("r", remote, [2])

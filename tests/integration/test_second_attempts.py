@@ -115,18 +115,18 @@ def test_what_fails_over_every_link_is_given_up(
     consumer = start_consumer(peer_backoff_s=0.01)
     warmed(producer, consumer)
     good, bad = producer.prefill("good", [2]), producer.prefill("bad", [3])
-    submit, attempts = consumer.driver._calls._submit, []
+    submit, attempts = consumer.driver._pulls._calls._submit, []
 
     def into_no_cache(transfer: Transfer, *arguments: Any) -> int:
         attempts.append(transfer)
         if others_succeed:
             transfer.instance.faults = 0
         with monkeypatch.context() as patch:
-            patch.setattr(consumer.driver._caches, "view", lambda *_: 1 << 40)
+            patch.setattr(consumer.driver._pulls._calls._caches, "view", lambda *_: 1 << 40)
             return submit(transfer, *arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(consumer.driver._calls, "_submit", into_no_cache)
+        patch.setattr(consumer.driver._pulls._calls, "_submit", into_no_cache)
         consumer.pull("bad", bad, [5], deadline_s=60.0)
         consumer.wait(2)
     assert consumer.observer.failures == [Failure.TRANSFER]
@@ -307,14 +307,14 @@ class TestDeadline:
     def test_ends_a_copy_of_our_own(self, start_consumer: StartConsumer, monkeypatch: pytest.MonkeyPatch) -> None:
         consumer = start_consumer(serves=True)
         held, runs = threading.Event(), threading.Event()
-        copy = consumer.driver._caches.copy
+        copy = consumer.driver._copies._caches.copy
 
         def slow(*arguments: object) -> bool:
             runs.set()
             held.wait(WAIT_S)
             return copy(*arguments)
 
-        monkeypatch.setattr(consumer.driver._caches, "copy", slow)
+        monkeypatch.setattr(consumer.driver._copies._caches, "copy", slow)
         first, second = consumer.prefill("first", [5]), consumer.prefill("second", [6])
         deadline_s = 2.0  # by then the first one runs
         consumer.pull("first", first, [20], deadline_s=deadline_s)
@@ -380,13 +380,13 @@ def test_a_copy_of_our_own_stops_nobody_else(
 ) -> None:
     consumer = start_consumer(serves=True)
     held = threading.Event()
-    copy = consumer.driver._caches.copy
+    copy = consumer.driver._copies._caches.copy
 
     def slow(*arguments: object) -> bool:
         held.wait(WAIT_S)
         return copy(*arguments)
 
-    monkeypatch.setattr(consumer.driver._caches, "copy", slow)
+    monkeypatch.setattr(consumer.driver._copies._caches, "copy", slow)
     ours, theirs = consumer.prefill("ours", [5]), producer.prefill("theirs", [6])
     consumer.pull("ours", ours, [20])
     consumer.expect(producer, theirs, [21])
