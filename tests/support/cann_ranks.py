@@ -147,5 +147,5 @@ def check_pull(p_memory: KVCaches, d_memory: KVCaches, addresses: list[int], **e
 
         pd.wait_until(is_pulled, "the pull")
     assert finished.failed == set()
-    for name, tensors in d_memory.items():
-        assert all(map(torch.equal, tensors, expected[name])), name
+    for name, written in d_memory.items():
+        assert all(map(torch.equal, written, expected[name])), name
