@@ -52,7 +52,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def make_instance(model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Instance]]:
     """Instance(...) over the library that stands in for CANN's, at its strictest; closed after the test."""
     from instance import Instance
-    from models import dense
+    from shapes import dense
 
     for name, value in standin_variables(strict=1).items():
         monkeypatch.setenv(name, value)

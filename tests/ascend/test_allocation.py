@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import vllm_ascend.utils
 from allocation import record
-from models import recorded_models
+from shapes import recorded_models
 from vllm_ascend.utils import AscendDeviceType
 
 FILE = Path(__file__).parents[1] / "data" / "ascend_layouts.json"

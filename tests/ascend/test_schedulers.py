@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from instance import BLOCK_SIZE, SAMPLED, Instance, make_config, scheduler_class_of
-from models import dense, hybrid, windowed
+from shapes import dense, hybrid, windowed
 from steps import PATIENCE_S, prefill_all, prompt, run
 from support.party import wait_until
 from support.pd import TO_P

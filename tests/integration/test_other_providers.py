@@ -86,7 +86,7 @@ class TestFence:
     @pytest.mark.parametrize("cancelled", [True, False])
     def test_never_passed(self, producer: ProducerProcess, consumer: Consumer, cancelled: bool) -> None:
         remote, gate = producer.prefill("r", [1]), Gate()
-        consumer.pull("r", remote, [5], fence=gate, deadline_s=30.0 if cancelled else 0.5)
+        consumer.pull("r", remote, [5], fence=gate, deadline_s=30.0 if cancelled else 2.0)
         wait_until(gate.asked.is_set, "the link")
         if cancelled:
             consumer.driver.cancel("r")
@@ -201,7 +201,7 @@ class TestLateWrites:
     ) -> None:
         monkeypatch.setattr(quarantine, "LONG_S", 0.2)
         stopped, healthy = start_producer(P_CLUSTER), start_producer(P_CLUSTER + 1)
-        consumer = start_consumer(capabilities=WRITES_ON, pull_timeout_s=0.5)
+        consumer = start_consumer(capabilities=WRITES_ON)
         first = stopped.prefill("first", [1])
         consumer.expect(stopped, first, [1])
         consumer.pull("first", first, [1])
@@ -209,7 +209,7 @@ class TestLateWrites:
         late = stopped.prefill("late", [2, 3])
         with caplog.at_level(logging.CRITICAL), links_that_stay(consumer, monkeypatch):
             stopped.kill()
-            consumer.pull("late", late, [2, 3], deadline_s=1.0)
+            consumer.pull("late", late, [2, 3], deadline_s=3.0)
             wait_until(lambda: consumer.driver.quarantined_blocks() == 2, "the failure")
             wait_until(lambda: bool(caplog.records), "a line for the operator")
             remote = healthy.prefill("healthy", [4])
@@ -227,7 +227,7 @@ class TestLateWrites:
     def test_a_cancelled_one_keeps_its_blocks_too(
         self, producer: ProducerProcess, start_consumer: StartConsumer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        consumer = start_consumer(capabilities=WRITES_ON, pull_timeout_s=0.5)
+        consumer = start_consumer(capabilities=WRITES_ON)
         first = producer.prefill("first", [1])
         consumer.expect(producer, first, [1])
         consumer.pull("first", first, [1])

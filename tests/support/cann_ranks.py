@@ -21,6 +21,7 @@ from vllm_datadist_connector.protocol.params import parse_remote_prefill
 from vllm_datadist_connector.worker.kv_layout import KVCaches
 from vllm_datadist_connector.worker.kv_spec import Shards, TokenKV
 from vllm_datadist_connector.worker.options import adapt_config
+from vllm_datadist_connector.worker.transfers import FinishedPulls
 from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
 
 from . import pd
@@ -137,8 +138,14 @@ def check_pull(p_memory: KVCaches, d_memory: KVCaches, addresses: list[int], **e
         remote = parse_remote_prefill(prefill(scheduler, "r", [1]))
         job = PullJob("r", remote, ((2,),), 0, TOKENS, remote.ticket.prompt_digest, False, PATIENCE_S)
         d.start_step(StepMetadata(pulls=(job,)))
-        finished = []
-        pd.wait_until(lambda: bool(finished.append(d.take_received()) or finished[-1].received), "the pull")
-    assert finished[-1].failed == set()
-    for name, tensors in d_memory.items():
-        assert all(map(torch.equal, tensors, expected[name])), name
+        finished = FinishedPulls(set(), set(), set())
+
+        def is_pulled() -> bool:
+            nonlocal finished
+            finished = d.take_received()
+            return bool(finished.received)
+
+        pd.wait_until(is_pulled, "the pull")
+    assert finished.failed == set()
+    for name, written in d_memory.items():
+        assert all(map(torch.equal, written, expected[name])), name

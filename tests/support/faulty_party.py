@@ -32,8 +32,9 @@ class LateWriter(Party):
 
     def unlink(self, *args: Any, **kwargs: Any) -> Outcome:
         def write() -> None:
-            time.sleep(0.1)
-            self._memories["kv"].write(12345, b"late")
+            while True:  # what comes before the watch begins is written over
+                time.sleep(0.05)
+                self._memories["kv"].write(12345, b"late")
 
         threading.Thread(target=write, daemon=True).start()
         return super().unlink(*args, **kwargs)

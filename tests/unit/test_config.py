@@ -28,7 +28,7 @@ DEFAULTS = {
     "decoder_lease_s": 480.0,
     "recompute_threshold": 64,
     "recv_deadline_s": 60.0,
-    "handoff_wait_s": 10.0,
+    "handoff_wait_s": 30.0,
     "pull_timeout_s": 20.0,
     "handshake_timeout_s": 5.0,
     "link_timeout_s": 5.0,
