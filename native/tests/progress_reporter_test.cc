@@ -125,6 +125,23 @@ TEST(ProgressReporter, HasOneReportUnanswered) {
   EXPECT_FALSE(instance.HasMore());
 }
 
+// A step that failed, say: D must not read what it has not written.
+TEST(ProgressReporter, AStepThatWasNotEndedIsNotDone) {
+  SlowInstance instance;
+  const auto reporter = Reporter();
+  ASSERT_TRUE(reporter->BeginStep(At(instance.port()), kKey, {{kToken, 1, 0, 16}}).ok());
+  instance.Welcome();
+  (void)instance.Receive();
+  reporter->Layer(0);
+  ASSERT_TRUE(reporter->BeginStep(At(instance.port()), kKey, {{kOther, 1, 0, 4}}).ok());
+  reporter->Layer(1);
+  instance.Answer();
+  const ReportProgress report = instance.Receive();
+  ASSERT_EQ(report.marks.size(), 2U);
+  EXPECT_EQ(TextOf(report.marks[0].second), "1: 0 4 2");
+  EXPECT_EQ(TextOf(report.marks[1].second), "1: 0 16 1");
+}
+
 TEST(ProgressReporter, TellsAgainWhatWasNotAnswered) {
   SlowInstance instance;
   const auto reporter = Reporter({16, milliseconds(200), milliseconds(10), kLong * 10});
