@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include <chrono>
+#include <limits>
 #include <memory>
 #include <set>
 #include <string>
@@ -79,7 +80,7 @@ TEST(ProgressReporter, TellsWhatAStepHasWritten) {
   reporter->Layer(0);
   reporter->Layer(9);
   EXPECT_TRUE(is(kToken, "1: 0 16 1 2"));
-  reporter->Layer(8 * kMaxLayerBytes);
+  reporter->Layer(std::numeric_limits<size_t>::max());
   EXPECT_EQ(reporter->size(), 1U);
   reporter->EndStep();
   EXPECT_TRUE(is(kToken, "1: 16 16"));
