@@ -11,16 +11,15 @@ pytest, before our selection: `-k sleep`, say, or `-x`.
 from __future__ import annotations
 
 import os
-import shutil
 import sys
-import zipfile
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
 from bootstrap import Environment, Runtime, ensure_environment  # noqa: E402
-from console import exit_status_of, run_shown, run_step  # noqa: E402
+from console import exit_status_of, run_shown  # noqa: E402
+from overlay import ensure_overlay, site_packages  # noqa: E402
 
 NEWEST_SOURCES = Runtime(".venv-newest", "0.33.0")
 
@@ -45,43 +44,16 @@ SELECTION = (
 )
 
 
-def site_packages(environment: Environment) -> Path:
-    (folder,) = environment.directory.glob("lib/python*/site-packages")
-    return folder
-
-
-def ensure_overlay(base: Environment) -> Environment:
-    """.venv-newest, made anew unless it is whole: what tells vLLM's version is written last."""
-    runtime = NEWEST_SOURCES
-    overlay = Environment(runtime.directory)
-    metadata = Path(f"vllm-{runtime.vllm}+cpu.dist-info") / "METADATA"  # "cpu" is how vLLM knows its platform
+def link_compiled_parts(base: Environment, ours: Path) -> None:
     theirs = site_packages(base)
-    ours = runtime.directory / theirs.relative_to(base.directory)
-    if (ours / metadata).is_file():
-        print(f"  environment {runtime.name}: up to date", flush=True)
-        return overlay
-    wheels = runtime.directory / "wheels"
-    make = [str(base.python), "-m", "venv", "--clear", "--without-pip", str(runtime.directory)]
-    run_step("make the virtual environment", make, runtime.logs / "venv.log")
-    download = [str(base.python), "-m", "pip", "download", "--no-deps", "--only-binary=:all:", "--dest", str(wheels)]
-    title = f"download vLLM {runtime.vllm}"
-    run_step(title, [*download, f"vllm=={runtime.vllm}"], runtime.logs / "vllm.log", env=base.variables())
-    (wheel,) = wheels.iterdir()
-    with zipfile.ZipFile(wheel) as archive:
-        python = [name for name in archive.namelist() if name.startswith("vllm/") and not name.endswith(".so")]
-        archive.extractall(ours, python)
     for library in theirs.glob("vllm/**/*.so"):
         os.symlink(library, ours / library.relative_to(theirs))
-    (ours / "base.pth").write_text(f"import site; site.addsitedir({str(theirs)!r})\n", encoding="utf-8")
-    shutil.rmtree(wheels)
-    (ours / metadata).parent.mkdir()
-    (ours / metadata).write_text(f"Metadata-Version: 2.1\nName: vllm\nVersion: {runtime.vllm}+cpu\n", encoding="utf-8")
-    return overlay
 
 
 def run_selection() -> int:
     print("== set-up", flush=True)
-    overlay = ensure_overlay(ensure_environment())
+    base = ensure_environment()
+    overlay = ensure_overlay(NEWEST_SOURCES, base, "vllm", lambda _, ours: link_compiled_parts(base, ours))
     print(f"\n== tests, vLLM {NEWEST_SOURCES.vllm}", flush=True)
     command = [str(overlay.python), "-m", "pytest", *sys.argv[1:], *SELECTION]
     return run_shown(command, overlay.variables(), ROOT)

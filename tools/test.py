@@ -3,9 +3,8 @@
 
     tools/test.py [--only PART,PART] [-- PYTEST_ARGUMENTS]
 
-Paths among the arguments of pytest select: `-- tests/unit/test_config.py` runs that file and nothing else. Parts that
-leave cores idle run beside one another. Ends with 0 only if every selected part ran and passed; a part that finds
-nothing to run has failed.
+Paths among the arguments of pytest select: `-- tests/unit/test_config.py` runs that file and nothing else. Parts run
+beside one another. Ends with 0 only if every selected part ran and passed; a part that finds nothing to run has failed.
 """
 
 from __future__ import annotations
@@ -32,10 +31,9 @@ PYTEST_PARTS = ("unit", "integration", "faults", "soak", "e2e")
 # What a part runs besides tests/PART.
 MORE_FOLDERS = {"unit": ("tests/security",)}
 PARTS = ("lint", "native", *PYTEST_PARTS)
-# Each tuple's lanes run side by side, then the next tuple's: compilers fill the core that the Python tests leave idle.
-# Servers have the machine to themselves: their tests wait for what needs all cores.
-# Faults and soak wait most of the time: for deadlines to pass, and for peers to fall silent.
-STAGES = ((("lint", "unit", "integration"), ("native",), ("faults", "soak")), (("e2e",),))
+# They run side by side, each its parts in turn. Every lane leaves cores idle at some time: servers and their tests wait
+# for one another, faults and soak for deadlines to pass, and compilers fill what is left.
+LANES = (("lint", "unit", "integration"), ("native",), ("e2e",), ("faults", "soak"))
 NO_TESTS_COLLECTED = 5  # pytest's exit status
 POLL_S = 0.1
 
@@ -198,7 +196,11 @@ def ensure_googletest() -> None:
     run_step("install GoogleTest", ["apt-get", "install", "-y", *packages], LOGS / "apt-install.log")
 
 
-def run_stage(lanes: list[Lane]) -> list[Outcome]:
+def run_parts(environment: Environment, parts: list[str], pytest_arguments: list[str]) -> list[Outcome]:
+    def steps_of_all(lane: tuple[str, ...]) -> deque[Step]:
+        return deque(step for part in lane if part in parts for step in steps_of(part, environment, pytest_arguments))
+
+    lanes = [Lane(environment, steps_of_all(lane)) for lane in LANES]
     try:
         while [lane for lane in lanes if lane.advance()]:
             time.sleep(POLL_S)
@@ -208,20 +210,8 @@ def run_stage(lanes: list[Lane]) -> list[Outcome]:
     return [outcome for lane in lanes for outcome in lane.outcomes]
 
 
-def run_parts(environment: Environment, parts: list[str], pytest_arguments: list[str]) -> list[Outcome]:
-    outcomes: list[Outcome] = []
-    for stage in STAGES:
-        lanes = []
-        for lane in stage:
-            steps = [step for part in lane if part in parts for step in steps_of(part, environment, pytest_arguments)]
-            if steps:
-                lanes.append(Lane(environment, deque(steps)))
-        outcomes += run_stage(lanes)
-    return outcomes
-
-
 def show_summary(outcomes: list[Outcome], seconds: float) -> int:
-    print("\n== summary (lanes of a stage run side by side: their seconds overlap)")
+    print("\n== summary (lanes run side by side: their seconds overlap)")
     for outcome in outcomes:
         verdict = f"FAILED: {outcome.problem}" if outcome.problem else "passed"
         print(f"  {outcome.name:<16} {outcome.seconds:7.1f} s  {verdict}")

@@ -223,6 +223,19 @@ def is_npu() -> bool:
     return bool(current_platform.device_type == "npu")
 
 
+def skips_states(vllm_config: Any) -> bool:
+    """Whether the scheduler takes a prompt whose tokens are in the prefix cache for one whose state is there, too.
+
+    Symptom: vllm-ascend's recompute schedulers look up tokens alone, because a connector brings the state with what is
+    missing. Where nothing is missing, or nobody has it, they go on from no state: wrong answers. vLLM 0.32 looks again
+    then. Goes when vllm-ascend's do.
+    """
+    chosen = getattr(getattr(vllm_config, "scheduler_config", None), "scheduler_cls", None)
+    module = chosen if isinstance(chosen, str) else getattr(chosen, "__module__", "")
+    is_recompute = module.startswith("vllm_ascend.core.recompute_scheduler")
+    return is_recompute and bool(vllm_config.cache_config.enable_prefix_caching)
+
+
 def kv_packing(vllm_config: Any, kv_cache_spec: Any) -> str:
     """How a platform packs a head's K and V inside a block, beyond the layout's name.
 
@@ -302,6 +315,14 @@ def _has_amx() -> bool:
             return any("amx_tile" in line for line in info if line.startswith("flags"))
     except OSError:
         return False
+
+
+def drafts_late(vllm_config: Any) -> bool:
+    """Whether a drafter with a KV cache may run when the step's tokens are known. Asynchronous scheduling hands tokens
+    over in the order of the device's stream, after it."""
+    speculative = vllm_config.speculative_config
+    has_model = speculative is not None and "ngram" not in str(speculative.method)
+    return has_model and not vllm_config.scheduler_config.async_scheduling
 
 
 def streams(device_type: str) -> Any:

@@ -97,7 +97,7 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     recv_deadline_s: Seconds = 60.0
     """D gives a pull so long, from the scheduling of the request to its confirmation; no other limit outlasts it."""
 
-    handoff_wait_s: Seconds = 10.0
+    handoff_wait_s: Seconds = 30.0
     """D gives a request that names a hand-off so long until P has heard of it, too; then it prefills it itself."""
 
     pull_timeout_s: Annotated[float, msgspec.Meta(ge=0.1, le=3600)] = 20.0

@@ -203,7 +203,7 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
             self._working.layer_written(step, layer_name)
 
     def wait_for_save(self) -> None:
-        # The end of the step, on which nothing waits: D pulls what is final whenever it likes.
+        # The end of the step, on which D does not wait: it pulls what is final whenever it likes.
         step = self._connector_metadata
         if isinstance(step, StepMetadata):
             self._working.end_forward(step)

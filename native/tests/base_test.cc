@@ -144,7 +144,7 @@ TEST(SocketIo, DeadlinesHold) {
   EXPECT_EQ(SendAll(pair.a.get(), much.data(), much.size(), Deadline::In(milliseconds(50))).code(), LLM_TIMEOUT);
   const auto took = Deadline::Clock::now() - begin;
   EXPECT_GE(took, milliseconds(150));
-  EXPECT_LT(took, seconds(5));
+  EXPECT_LT(took, seconds(30));
 }
 
 // Bytes that keep trickling in must not stretch the deadline.

@@ -192,6 +192,33 @@ TEST(CannCallGate, ClosesWhenTheLastCallHasEnded) {
   caller.join();
 }
 
+// It may still write, and into the endpoint itself: neither is finalized, nor freed.
+TEST_F(CannProvider, ACallThatNeverReturnsIsLeftAlone) {
+  TraceCalls();
+  Rule("HANG", "1");
+  const std::string told = InChild([&] {
+    std::string text;
+    {
+      ProviderNode node("cann", kA);
+      Start(node, ClientOptions({{OPTION_SYNC_CACHE_WAIT_TIME, "100"}}));
+      Provider &provider = node.provider();
+      const int64_t cache = node.AddCache(kShape, 1);
+      std::thread([&] {
+        [[maybe_unused]] const Status entered = provider.EnterThread();
+        [[maybe_unused]] const Status never = node.Pull(kB, 1, cache, {1}, {1});
+      }).detach();
+      EXPECT_TRUE(Eventually([&] { return ::testing::Value(Calls(), Contains(HasSubstr(" PullKvBlocks hangs "))); }));
+      const auto began = steady_clock::now();
+      provider.Finalize();
+      text = steady_clock::now() - began < std::chrono::seconds(20) ? "in time; " : "late; ";
+      text += provider.Initialize(ClientOptions()).text() + "; " + provider.UnregisterKvCache(cache).text();
+    }
+    return text;
+  });
+  EXPECT_EQ(told, "in time; Initialize: a call of before Finalize still runs; UnregisterKvCache: not initialized");
+  EXPECT_THAT(Calls().back(), HasSubstr(" PullKvBlocks hangs ")) << "the library is called no more";
+}
+
 // ---- links ----
 
 class TwoCannProviders : public CannProvider {

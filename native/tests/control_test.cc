@@ -24,7 +24,7 @@ using llm_datadist::LLM_TIMEOUT;
 using ::testing::HasSubstr;
 using std::chrono::milliseconds;
 
-constexpr milliseconds kLong{10000};
+constexpr milliseconds kLong{30000};
 
 TEST(EventLoop, RunsTasksInOrderAndTimersWhenDue) {
   EventLoop loop;
@@ -307,9 +307,14 @@ TEST_F(SilentPeer, IsLostAfterThreePings) {
   EXPECT_FALSE(RecvFrame(peer_.get(), TypeSet(MessageType::kPing), Deadline::In(kLong)).ok());
 }
 
-TEST_F(SilentPeer, ThatAnswersPingsIsNotLost) {
+class AnsweringPeer : public SessionTest {
+ protected:
+  AnsweringPeer() { heartbeat_ = milliseconds(400); }  // three of them are enough for an answer on a busy machine
+};
+
+TEST_F(AnsweringPeer, IsNotLost) {
   session_->Start(handler_);
-  for (int i = 0; i < 10; ++i) {
+  for (int i = 0; i < 5; ++i) {
     const Result<Frame> ping = RecvFrame(peer_.get(), TypeSet(MessageType::kPing), Deadline::In(kLong));
     ASSERT_TRUE(ping.ok()) << ping.status().text();
     Send(MessageType::kPong, ping.value().seq);

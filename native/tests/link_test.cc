@@ -132,14 +132,20 @@ TEST_P(TwoProcesses, UnlinkDropsBothHalves) {
 
 TEST_P(TwoProcesses, StoppedPeerEndsTheCallAtItsDeadline) {
   const uint16_t port = server_.port();
+  Node hasty(10);
+  ASSERT_EQ(hasty.Start(ClientOptions({{OPTION_TRANSPORT, GetParam()}, {OPTION_SYNC_CACHE_WAIT_TIME, "500"}})),
+            LLM_SUCCESS);
+  const int64_t into = hasty.AddCache(kShape, 7);
+  ASSERT_EQ(hasty.Link(kServer, port), LLM_SUCCESS) << GetLastErrorText();
   server_.Signal(SIGSTOP);
   // A cache not described yet: the call needs an answer of the stopped process, whatever the transport.
-  EXPECT_EQ(client_.Pull(kServer, theirs_, mine_, {0}, {0}), LLM_TIMEOUT);
-  EXPECT_EQ(client_.Pull(kServer, theirs_, mine_, {0}, {0}), LLM_FAILED) << "a timeout leaves the link lost";
-  EXPECT_EQ(client_.Unlink(kServer, port, 300), LLM_UNLINK_FAILED);
+  EXPECT_EQ(hasty.Pull(kServer, theirs_, into, {0}, {0}), LLM_TIMEOUT);
+  EXPECT_EQ(hasty.Pull(kServer, theirs_, into, {0}, {0}), LLM_FAILED) << "a timeout leaves the link lost";
+  EXPECT_EQ(hasty.Unlink(kServer, port, 300), LLM_UNLINK_FAILED);
   Node other(9);
   ASSERT_EQ(other.Start(ClientOptions()), LLM_SUCCESS);
   EXPECT_EQ(other.Link(kServer, port, 300), LLM_LINK_FAILED) << GetLastErrorText();
+  EXPECT_EQ(hasty.Unlink(kServer, port, 300, true), LLM_SUCCESS);
   EXPECT_EQ(client_.Unlink(kServer, port, 300, true), LLM_SUCCESS);
   server_.Signal(SIGCONT);
   ASSERT_EQ(client_.Link(kServer, server_.port()), LLM_SUCCESS) << GetLastErrorText();

@@ -145,7 +145,7 @@ TEST(ProgressReporter, AStepThatWasNotEndedIsNotDone) {
 
 TEST(ProgressReporter, TellsAgainWhatWasNotAnswered) {
   SlowInstance instance;
-  const auto reporter = Reporter({16, milliseconds(200), milliseconds(10), kLong * 10});
+  const auto reporter = Reporter({16, milliseconds(1000), milliseconds(10), kLong * 10});
   ASSERT_TRUE(reporter->BeginStep(At(instance.port()), kKey, {{kToken, 1, 0, 16}, {kOther, 1, 0, 4}}).ok());
   reporter->EndStep();
   for (int round = 0; round < 3; ++round) {

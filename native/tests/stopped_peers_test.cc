@@ -46,7 +46,7 @@ class StoppedPeers : public ::testing::TestWithParam<const char *> {
       ASSERT_EQ(peer.Start(id, ServerOptions(options)), llm_datadist::LLM_SUCCESS);
       remote_.push_back(peer.AddCache(kShape, static_cast<uint32_t>(id)));
       std::vector<llm_datadist::Status> rets;
-      const Status linked = provider_->Link({Cluster(id, peer.port())}, rets, 5000);
+      const Status linked = provider_->Link({Cluster(id, peer.port())}, rets, kPatienceMs);
       ASSERT_TRUE(linked.ok()) << linked.text();
     }
     queue_ = std::move(TransferQueue::Create(provider_, 4, 256).value());
@@ -111,7 +111,7 @@ TEST_P(StoppedPeers, DelayNobodyElse) {
 
 // Their options would let them wait for a minute.
 TEST_P(StoppedPeers, HoldAPullNoLongerThanItsDeadline) {
-  constexpr milliseconds kSoon{300};
+  constexpr milliseconds kSoon{2000};  // by then it runs, however busy the machine is
   peers_[0].Signal(SIGSTOP);
   const uint64_t id = SubmitPull(1, kSoon);
   const std::vector<Completion> completions = NextCompletions();
@@ -119,7 +119,7 @@ TEST_P(StoppedPeers, HoldAPullNoLongerThanItsDeadline) {
   EXPECT_EQ(completions[0].id, id);
   EXPECT_EQ(completions[0].status, llm_datadist::LLM_TIMEOUT) << completions[0].error;
   EXPECT_FALSE(completions[0].cancelled);
-  EXPECT_LT(completions[0].run, std::chrono::seconds(10));
+  EXPECT_LT(completions[0].run, std::chrono::seconds(30));
 }
 
 INSTANTIATE_TEST_SUITE_P(Transports, StoppedPeers, ::testing::Values("cma", "tcp"),

@@ -167,17 +167,18 @@ TEST_F(TcpOwner, Cve2026_103764AddressesAreNoNames) {
 TEST_F(TcpOwner, StalledPushIsCutAndLetsGoOfTheCache) {
   for (const bool peer_sets_limit : {true, false}) {
     const RemoteCache cache = owner_.AddCache(kShape, 2);
-    const Fd stream = Connect(peer_sets_limit ? milliseconds(30'000) : milliseconds(300));
+    constexpr milliseconds kLimit{1000};
+    const Fd stream = Connect(peer_sets_limit ? milliseconds(30'000) : kLimit);
     RequestHeader header = GoodHeader(cache);
     header.op = DataOp::kPush;
-    header.remaining_ms = peer_sets_limit ? 300 : 30'000;
+    header.remaining_ms = peer_sets_limit ? static_cast<uint32_t>(kLimit.count()) : 30'000;
+    const auto begin = Deadline::Clock::now();
     ASSERT_TRUE(Send(stream, Encoded(header, {{0, 64}})).ok());
     ASSERT_TRUE(Response(stream).ok());  // the pin is held now
     ASSERT_TRUE(Send(stream, std::vector<uint8_t>(10)).ok());
-    const auto begin = Deadline::Clock::now();
     owner_.UnregisterAndReuse(cache.cache_id);
-    EXPECT_GT(Deadline::Clock::now() - begin, milliseconds(50)) << "Unregister must wait for the pin";
-    EXPECT_LT(Deadline::Clock::now() - begin, seconds(5));
+    EXPECT_GE(Deadline::Clock::now() - begin, kLimit) << "Unregister must wait for the pin";
+    EXPECT_LT(Deadline::Clock::now() - begin, seconds(20));
     EXPECT_TRUE(EndsWithoutAnswer(stream));
   }
 }

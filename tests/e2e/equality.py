@@ -73,6 +73,6 @@ async def check_repeat(url: str, pair: Pair, reference: Reference) -> None:
         raise AssertionError(f"bytes moved: first {first}, again {again}, extended {extended}")
 
 
-async def check_nothing_held(pair: Pair, deadline_s: float = 20.0) -> None:
+async def check_nothing_held(pair: Pair, deadline_s: float = 60.0) -> None:
     for server in pair.both:
         await wait_empty(server.url, deadline_s)

@@ -27,7 +27,7 @@ from support.wire import LOOPBACK, Wire
 LEASE_S = 8.0
 RECV_DEADLINE_S = 6.0
 # From the end of a pull to the end of its request: computing 16 tokens, or the whole prompt, on a busy machine.
-COMPUTE_S = 20.0
+COMPUTE_S = 60.0
 DECODE_OPTIONS = {
     "recv_deadline_s": RECV_DEADLINE_S,
     "pull_timeout_s": 4,
@@ -38,7 +38,7 @@ DECODE_OPTIONS = {
 # D takes shorter requests than P: what P has prefilled may be refused by D's API server.
 PREFILL_MAX_LEN, DECODE_MAX_LEN = 4096, 2048
 # After a fault: the pause before the next try, a new link, and one request on a busy machine.
-RECOVERY_S = 20.0
+RECOVERY_S = 60.0
 KV_BYTES = 40 << 20  # 40 blocks of 128 tokens
 
 
@@ -60,7 +60,7 @@ class Trio:
 
     async def check_nothing_held(self) -> None:
         for server in (self.prefill, self.failing, self.recomputing):
-            await wait_empty(server.url, LEASE_S + 20)
+            await wait_empty(server.url, LEASE_S + 60)
 
 
 def make_trio(model: Path, side_channel_port: int, engine_port: int) -> Trio:
@@ -218,7 +218,7 @@ def run_out(change: Change) -> float:
 
 
 async def leases_run_out(change: Change, least: int) -> None:
-    await wait_for("leases that ran out", lambda: run_out(change), lambda count: count >= least, LEASE_S + 15)
+    await wait_for("leases that ran out", lambda: run_out(change), lambda count: count >= least, LEASE_S + 60)
 
 
 def too_late(change: Change) -> float:

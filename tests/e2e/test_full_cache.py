@@ -9,12 +9,12 @@ from typing import Any
 
 import equality
 import pytest
-from serving import Launch, Program, spawn
+from serving import Program
 from support.client import MODEL, Request, new_salt, new_session, prompt_tokens
 from support.metrics import BYTES, LEASES_ENDED, Change, wait_empty
 from support.proxy import ASK_PREFILL, PDProxy
 from support.reference import Reference
-from support.servers import fork, kv_transfer, make_server, running, spec_of
+from support.servers import kv_transfer, make_server, running, spec_of
 
 BLOCKS = 24
 """One of which is vLLM's own."""
@@ -26,12 +26,12 @@ SOON_S = 20.0
 TEMPLATE = "{% for message in messages %}{{ message.content }}{% endfor %}"
 
 
-def make_small(name: str, config: str, launch: Launch = fork, **more: Any) -> Program:
+def make_small(name: str, config: str, **more: Any) -> Program:
     arguments = ("--num-gpu-blocks-override", str(BLOCKS), "--chat-template", TEMPLATE)
     # As shipped for an instance that is both: a peer that is stuck may give up what we are about to read.
     policy = {} if config == "both" else {"kv_load_failure_policy": "fail"}
     small: dict[str, Any] = {"block_size": 32, "max_model_len": 700, "arguments": arguments}
-    return make_server(spec_of(name, "qwen3", kv_transfer(config, policy), **small, **more), launch)
+    return make_server(spec_of(name, "qwen3", kv_transfer(config, policy), **small, **more))
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +39,7 @@ def instances() -> Iterator[tuple[Program, Program, Program]]:
     """(P and D, another, P alone)"""
     # Requests then have the names that a client gives them, and those of a list differ only in a number.
     variables = {"VLLM_SERVER_DEV_MODE": "1", "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION": "1"}
-    prefill = make_small("full-prefill", "prefill", spawn, variables=variables)
+    prefill = make_small("full-prefill", "prefill", variables=variables)
     started = make_small("full-both", "both"), make_small("full-other", "both"), prefill
     with running(*started):
         yield started
@@ -178,7 +178,7 @@ def test_a_pause_does_not_wait_for_a_lease(instances: tuple[Program, Program, Pr
         assert orphan.kv_transfer_params is not None
         assert orphan.kv_transfer_params["datadist"]
         seconds, _ = await post(prefill.url, pause)
-        assert seconds < 5.0
+        assert seconds < SOON_S
         await post(prefill.url, go_on)
         (again,) = await equality.send(prefill.url, Request(request.prompt, max_tokens=1))
         assert again.ok

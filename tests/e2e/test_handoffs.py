@@ -25,7 +25,7 @@ from support.proxy import ASK_PREFILL, PDProxy
 from support.reference import Reference
 from support.servers import Pair, kv_transfer, make_server, running, spec_of
 
-SOON_S = 20.0
+SOON_S = 40.0
 CHUNK = 128
 
 
@@ -42,7 +42,7 @@ def small() -> Iterator[Pair]:
         arguments=("--num-gpu-blocks-override", "64", "--no-scheduler-reserve-full-isl"),
         **config,
     )
-    decode = spec_of("handoff-decode", "qwen3", kv_transfer("decode", recv_deadline_s=20, handoff_wait_s=2), **config)
+    decode = spec_of("handoff-decode", "qwen3", kv_transfer("decode", recv_deadline_s=30, handoff_wait_s=10), **config)
     started = Pair(make_server(prefill), make_server(decode))
     with running(*started.both):
         yield started

@@ -66,7 +66,7 @@ def fleet() -> Iterator[Fleet]:
 def nothing_held(fleet: Fleet) -> Iterator[None]:
     yield
     for program in fleet.values():
-        asyncio.run(wait_empty(program.url, 20.0))
+        asyncio.run(wait_empty(program.url, 60.0))
 
 
 def new_request(length: int, seed: int, stream: bool = False) -> Request:

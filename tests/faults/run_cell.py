@@ -10,10 +10,10 @@ from support.party import PATIENCE_MS, wait_for_baseline, wait_until
 from table import RESTARTS, Cell, is_patient
 from trio import OWNER, Trio
 
-SLACK_S = 1.0
-"""What a call may take beyond its timeout."""
+SLACK_S = 10.0
+"""What a call may take beyond its timeout on a busy machine: less than the patient wait."""
 
-HEARD_S = 5.0
+HEARD_S = 10.0
 """Within which the caller hears of a fault that the kernel tells of."""
 
 OK, FAILED, TIMEOUT = "LLM_SUCCESS", "LLM_FAILED", "LLM_TIMEOUT"

@@ -13,7 +13,7 @@ from support.wire import Mode, Place, Wire
 from table import Cell, is_patient
 from trio import CONSUMED, FAULT_MS, OWNER, Trio
 
-LINK_MS = 500
+LINK_MS = 1500
 """Timeout of links and unlinks that wait in vain."""
 FEW = list(range(100, 116))
 MANY = list(range(256, 512))

@@ -14,7 +14,7 @@ from table import Cell, is_patient
 CALLER, OWNER, HEALTHY = 1, 2, 3
 FAULT_MS = 1500
 """Timeout of transfers that wait in vain."""
-QUICK_HEARTBEAT_MS = 200
+QUICK_HEARTBEAT_MS = 500
 NO_HEARTBEAT_MS = 60_000
 """Of engines whose turns on the wire are counted."""
 CONSUMED: list[Key] = [("request", row + 1) for row in range(BLOCKS)]

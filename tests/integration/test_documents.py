@@ -27,7 +27,7 @@ from support.cpp import ROOT, tool
 
 from vllm_datadist_connector import plugin
 
-TIMEOUT_S = 300
+TIMEOUT_S = 900
 DOCUMENTS = sorted(
     [*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/**/*.md"), *ROOT.glob("tools/**/*.md")]
 )

@@ -17,9 +17,11 @@ from support.endpoints import Endpoint, PeerProcess, copy_blocks
 
 from vllm_datadist_connector import _native
 
-WAIT_MS = 1000
+WAIT_MS = 2000
 # Whatever a call takes beyond its own timeout on a busy machine.
 SLACK_S = 10.0
+# Within which a program ends, though its calls could wait for twice as long.
+EXIT_S = 30.0
 REMOTE = pytest.mark.parametrize("transport", ["cma", "tcp"])
 
 
@@ -93,15 +95,12 @@ def test_a_silent_peer_ends_the_call_at_its_timeout(stopped_peer: tuple[Endpoint
 def test_other_threads_run_while_a_call_waits(stopped_peer: tuple[Endpoint, PeerProcess]) -> None:
     mine, peer = stopped_peer
     thread = threading.Thread(target=lambda: mine.pull(peer, [0], [0]))
-    longest = 0.0
+    turns = 0
     thread.start()
-    last = time.monotonic()
     while thread.is_alive():
         thread.join(0.001)
-        now = time.monotonic()
-        longest = max(longest, now - last)
-        last = now
-    assert longest < WAIT_MS / 1000 * 0.9  # with the GIL held it would be all of the timeout
+        turns += 1
+    assert turns > 10  # with the GIL held for all of the timeout there would be one or two
 
 
 def test_a_dropped_queue_and_endpoint_wait_for_what_runs(stopped_peer: tuple[Endpoint, PeerProcess]) -> None:
@@ -175,7 +174,7 @@ def _run(program: str) -> tuple[int, float, str]:
     peer = process.stdout.readline()
     started = time.monotonic()
     try:
-        process.wait(timeout=30)
+        process.wait(timeout=EXIT_S)
         seconds = time.monotonic() - started
     finally:
         process.kill()
@@ -190,7 +189,7 @@ def _run(program: str) -> tuple[int, float, str]:
 def test_the_interpreter_exits_with_operations_in_flight(name: str) -> None:
     status, seconds, errors = _run(f"peer.stop()\n{LEAVE}\n{EXITS[name]}")
     assert status == (7 if name == "exception" else 0), errors
-    assert seconds < 5.0, errors
+    assert seconds < EXIT_S, errors
 
 
 def test_a_forked_child_is_refused_and_ends_cleanly() -> None:
@@ -254,13 +253,17 @@ def test_the_program_that_serves_no_more_can_be_interrupted(stopped_peer: tuple[
     main_thread = threading.main_thread().ident
     assert main_thread is not None
     timer = threading.Timer(0.1, signal.pthread_kill, (main_thread, signal.SIGINT))
+
+    def pull_and_be_interrupted() -> None:
+        timer.start()
+        mine.pull(peer, [0], [0])
+
     # Python leaves SIGINT ignored where it found it so: in a background job of a shell.
     previous = signal.signal(signal.SIGINT, signal.default_int_handler)
     try:
         started = time.monotonic()
-        timer.start()
         with pytest.raises(KeyboardInterrupt):
-            mine.pull(peer, [0], [0])
+            pull_and_be_interrupted()
         timer.join()
     finally:
         signal.signal(signal.SIGINT, previous)

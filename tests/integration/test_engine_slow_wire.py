@@ -14,10 +14,10 @@ from support.slow_relay import SlowRelay
 
 from vllm_datadist_connector import _native
 
-LAYERS = 4
+LAYERS = 8
 SIZES = {"tensors": 2 * LAYERS, "blocks": 1, "block_bytes": 128 * 1024}
 LAYER_BYTES = 2 * SIZES["block_bytes"]
-LAYER_S = 0.6
+LAYER_S = 0.4
 PATIENCE_MS = 30_000
 
 SlowLink = Callable[[int], tuple[Endpoint, PeerProcess, SlowRelay]]
@@ -49,7 +49,7 @@ def slow_link(
 
 
 def test_the_timeout_is_that_of_each_layer_of_a_push_and_of_a_whole_pull(slow_link: SlowLink) -> None:
-    wait_ms = 2000
+    wait_ms = 2500  # six times what a layer takes, and less than all of them
     mine, peer, _ = slow_link(wait_ms)
     started = time.monotonic()
     assert mine.push(peer, [0], [0]) == _native.LLM_SUCCESS, _native.last_error()

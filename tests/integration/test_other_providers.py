@@ -6,23 +6,32 @@ import logging
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from types import SimpleNamespace
+from typing import Any
 
 import msgspec
 import pytest
 from support.consumer import D_CLUSTER, Consumer
-from support.kv_ranks import PROMPT_ROLE, Place, RankEngine, make_kv
-from support.pd import wait_until
+from support.engine_config import vllm_config
+from support.kv_ranks import KV, PROMPT_ROLE, Place, RankEngine, make_kv
+from support.pd import make_contract, wait_until
 from support.producer_process import ProducerProcess, prefill, start_scheduler
+from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.connector import DataDistConnector
+from vllm_datadist_connector.metadata import StepMetadata
 from vllm_datadist_connector.protocol.params import parse_remote_prefill
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.scheduler import producer as producer_module
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
-from vllm_datadist_connector.side_channel.server import ChannelServer, LeaseTable
-from vllm_datadist_connector.worker import quarantine
+from vllm_datadist_connector.side_channel.server import ChannelServer, HandoffTable, LeaseTable
+from vllm_datadist_connector.worker import build, quarantine
+from vllm_datadist_connector.worker import worker as worker_module
 from vllm_datadist_connector.worker.janitor import Janitor
 from vllm_datadist_connector.worker.transfers import Failure
+from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
 
 StartProducer = Callable[..., ProducerProcess]
 StartConsumer = Callable[..., Consumer]
@@ -31,11 +40,13 @@ WRITES_ON = {"writes_end_with_call": False, "reports_links": False}
 
 
 def serve_impatiently(
-    endpoint: Endpoint, engine_id: str, incarnation: str, leases: LeaseTable, trust: Trust
+    endpoint: Endpoint, engine_id: str, incarnation: str, leases: LeaseTable, trust: Trust, handoffs: HandoffTable
 ) -> ChannelServer:
     """Who has no connection has left at once."""
     trusted = (trust.auth, trust.insecure)
-    return ChannelServer(*endpoint, engine_id, incarnation, PROTOCOL_VERSION, leases, *trusted, grace_s=0.0)
+    return ChannelServer(
+        *endpoint, engine_id, incarnation, PROTOCOL_VERSION, leases, *trusted, grace_s=0.0, handoffs=handoffs
+    )
 
 
 class Gate:
@@ -75,7 +86,7 @@ class TestFence:
     @pytest.mark.parametrize("cancelled", [True, False])
     def test_never_passed(self, producer: ProducerProcess, consumer: Consumer, cancelled: bool) -> None:
         remote, gate = producer.prefill("r", [1]), Gate()
-        consumer.pull("r", remote, [5], fence=gate, deadline_s=30.0 if cancelled else 0.5)
+        consumer.pull("r", remote, [5], fence=gate, deadline_s=30.0 if cancelled else 2.0)
         wait_until(gate.asked.is_set, "the link")
         if cancelled:
             consumer.driver.cancel("r")
@@ -83,6 +94,83 @@ class TestFence:
         assert consumer.failed == (set() if cancelled else {"r"})
         assert consumer.observer.failures == ([] if cancelled else [Failure.DEADLINE])
         consumer.check_bytes()
+
+
+class Drafter:
+    """P's device: what its drafter writes is there when it has been asked for a second time."""
+
+    def __init__(self, kv: KV, block: int) -> None:
+        self._kv, self._block = kv, block
+        self.asked = 0
+
+    def fence(self) -> Drafter:
+        return self
+
+    def has_passed(self) -> bool:
+        self.asked += 1
+        if self.asked == 2:
+            self._kv[:, self._block] = ~self._kv[:, self._block]
+        return self.asked > 1
+
+
+class TestLateDrafts:
+    """The first token of a prompt is known before its drafter has run, and sends D on its way."""
+
+    def test_d_gets_what_the_drafter_wrote(
+        self, start_consumer: StartConsumer, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        memory = make_kv(P_CLUSTER, Place().block_size)
+        engine = RankEngine(P_CLUSTER, PROMPT_ROLE, Place(), memory, "local")
+        written = memory.copy()
+        written[:, 1] = ~written[:, 1]
+        worker = make_worker(drafts_late=True)
+        drafter = worker._device = Drafter(memory, 1)  # type: ignore[assignment]
+        monkeypatch.setattr(build, "build_worker", lambda *_: worker)
+        connector: Any = DataDistConnector(
+            vllm_config("kv_producer"), KVConnectorRole.WORKER, SimpleNamespace(kv_cache_groups=())
+        )
+        with closing(start_scheduler()) as scheduler:
+            scheduler.set_geometries({(0, 0): msgspec.msgpack.encode(engine.geometry())})
+            consumer = start_consumer(transport="local")
+            connector.bind_connector_metadata(StepMetadata())
+            connector.wait_for_save()
+            remote = parse_remote_prefill(prefill(scheduler, "r", [1]))
+            consumer.expect(written, remote, [5])
+            consumer.pull("r", remote, [5])
+            consumer.wait(1)
+            consumer.check_bytes()
+        assert drafter.asked == 2
+        engine.datadist.finalize()
+
+    def test_nobody_waits_without_one(self) -> None:
+        worker = make_worker(drafts_late=False)
+        drafter = worker._device = Drafter(make_kv(1, 16), 1)  # type: ignore[assignment]
+        worker.end_forward(StepMetadata())
+        assert drafter.asked == 0
+
+    def test_a_device_that_hangs_is_told_of(
+        self, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+    ) -> None:
+        """And vLLM is not held any longer: it notices by itself."""
+        monkeypatch.setattr(worker_module, "_DRAFTS_S", 0.05)
+        worker = make_worker(drafts_late=True)
+        worker._device = SimpleNamespace(fence=Gate)  # type: ignore[assignment]
+        worker.end_forward(StepMetadata())
+        assert "drafter's work has not ended within 0.05 s" in caplog.text
+
+
+def make_worker(drafts_late: bool) -> ConnectorWorker:
+    return ConnectorWorker(
+        ConnectorConfig(),
+        _native.LlmDataDist(1, PROMPT_ROLE),
+        make_contract(),
+        RankPlace(0, 0, 1, 1, 0),
+        {},
+        (16,),
+        is_producer=True,
+        is_consumer=False,
+        drafts_late=drafts_late,
+    )
 
 
 @contextmanager
@@ -113,7 +201,7 @@ class TestLateWrites:
     ) -> None:
         monkeypatch.setattr(quarantine, "LONG_S", 0.2)
         stopped, healthy = start_producer(P_CLUSTER), start_producer(P_CLUSTER + 1)
-        consumer = start_consumer(capabilities=WRITES_ON, pull_timeout_s=0.5)
+        consumer = start_consumer(capabilities=WRITES_ON)
         first = stopped.prefill("first", [1])
         consumer.expect(stopped, first, [1])
         consumer.pull("first", first, [1])
@@ -121,7 +209,7 @@ class TestLateWrites:
         late = stopped.prefill("late", [2, 3])
         with caplog.at_level(logging.CRITICAL), links_that_stay(consumer, monkeypatch):
             stopped.kill()
-            consumer.pull("late", late, [2, 3], deadline_s=1.0)
+            consumer.pull("late", late, [2, 3], deadline_s=3.0)
             wait_until(lambda: consumer.driver.quarantined_blocks() == 2, "the failure")
             wait_until(lambda: bool(caplog.records), "a line for the operator")
             remote = healthy.prefill("healthy", [4])
@@ -139,7 +227,7 @@ class TestLateWrites:
     def test_a_cancelled_one_keeps_its_blocks_too(
         self, producer: ProducerProcess, start_consumer: StartConsumer, monkeypatch: pytest.MonkeyPatch
     ) -> None:
-        consumer = start_consumer(capabilities=WRITES_ON, pull_timeout_s=0.5)
+        consumer = start_consumer(capabilities=WRITES_ON)
         first = producer.prefill("first", [1])
         consumer.expect(producer, first, [1])
         consumer.pull("first", first, [1])
@@ -176,7 +264,7 @@ class TestLateWrites:
                 return getattr(queue, name)
 
         queue = consumer.driver._queue
-        monkeypatch.setattr(consumer.driver._calls, "_queue", Queue())
+        monkeypatch.setattr(consumer.driver._pulls._calls, "_queue", Queue())
         with links_that_stay(consumer, monkeypatch):
             consumer.pull("r", remote, [5, 6])
             wait_until(lambda: consumer.driver._transfers.written_over(P_CLUSTER) != [], "the fault")

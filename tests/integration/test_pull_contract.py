@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 from support.consumer import Consumer
-from support.pd import LOOPBACK
 from support.producer_process import ProducerProcess
 
 from vllm_datadist_connector.labels import Failure
@@ -49,7 +48,7 @@ def test_another_model_is_refused_with_what_differs(
     consumer.wait(1)
     assert consumer.failed == {"r"}
     assert consumer.observer.failures == [Failure.HANDSHAKE]
-    assert f"{LOOPBACK}:{producer.port} is not compatible: {told}" in caplog.text
+    assert f"{producer.endpoint} is not compatible: {told}" in caplog.text
     assert f"request r ({remote}): pull failed (handshake)" in caplog.text
     consumer.check_bytes()
 

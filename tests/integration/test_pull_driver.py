@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from support.consumer import Consumer, release
 from support.kv_ranks import BLOCKS
-from support.pd import LOOPBACK, WAIT_S, wait_until
+from support.pd import WAIT_S, wait_until
 from support.producer_process import ProducerProcess
 
 from vllm_datadist_connector import _native
@@ -133,7 +133,7 @@ def test_incompatible_models_name_the_field_and_fail_fast(
     assert consumer.failed == {"0", "1"}
     assert consumer.observer.failures == [Failure.HANDSHAKE] * 2
     assert consumer.observer.handshakes == 0
-    refusal = f"{LOOPBACK}:{producer.port} is not compatible: kv_cache_dtype: ours 'torch.bfloat16', theirs 'fp8'"
+    refusal = f"{producer.endpoint} is not compatible: kv_cache_dtype: ours 'torch.bfloat16', theirs 'fp8'"
     assert refusal in caplog.text
     consumer.check_bytes()
 
@@ -184,7 +184,7 @@ def test_cancelled_while_a_pull_runs(
     consumer.pull("r", remote, [2])
     consumer.driver.cancel("r")
     consumer.wait(2)
-    assert time.monotonic() - started < 0.7 + 1.0
+    assert time.monotonic() - started < WAIT_S / 2, "its deadline is later"
     assert consumer.failed == set()
     producer.resume()
     consumer.check_bytes()
@@ -199,7 +199,7 @@ def test_the_deadline_ends_a_pull_from_a_stopped_p(
     started = time.monotonic()
     consumer.pull("r", remote, [1], deadline_s=0.3)
     consumer.wait(1)
-    assert 0.3 <= time.monotonic() - started < 1.3
+    assert 0.3 <= time.monotonic() - started < WAIT_S
     assert consumer.failed == {"r"}
     assert consumer.observer.failures == [Failure.DEADLINE]
 
@@ -271,4 +271,4 @@ def test_close_ends_with_pulls_under_way(producer: ProducerProcess, start_consum
     consumer.pull("r", remote, [1], deadline_s=60.0)
     started = time.monotonic()
     consumer.driver.close()
-    assert time.monotonic() - started < 3
+    assert time.monotonic() - started < WAIT_S

@@ -54,14 +54,15 @@ def test_an_instance_that_somebody_waits_for_is_not_idle(
     start_producer: StartProducer, start_consumer: StartConsumer
 ) -> None:
     producer = start_producer(transport="cma")
-    consumer = start_consumer(transport="cma", peer_ttl_s=0.3, handshake_timeout_s=60.0)
-    pull(consumer, producer, "warm", [1], [1])
+    ttl_s = 1.0
+    consumer = start_consumer(transport="cma", peer_ttl_s=ttl_s, handshake_timeout_s=60.0)
     remote = producer.prefill("r", [2])
+    pull(consumer, producer, "warm", [1], [1])
     consumer.expect(producer, remote, [2])
     # The bytes come without P's help; the confirmation takes several times the instance's time to live.
     producer.stop()
     consumer.pull("r", remote, [2])
-    resume_at = time.monotonic() + 1.2
+    resume_at = time.monotonic() + 3 * ttl_s
     wait_until(lambda: time.monotonic() >= resume_at, "several times the time to live")
     assert consumer.linked() == 1
     producer.resume()
@@ -73,7 +74,7 @@ def test_an_instance_that_somebody_waits_for_is_not_idle(
 
 def test_idle_instances_leave_one_by_one(start_producer: StartProducer, start_consumer: StartConsumer) -> None:
     idle, busy = start_producer(100), start_producer(101)
-    consumer = start_consumer(peer_ttl_s=1.0)
+    consumer = start_consumer(peer_ttl_s=2.0)
     pull(consumer, idle, "idle", [1], [1])
     pull(consumer, busy, "busy", [1], [2])
     count = 0

@@ -9,7 +9,7 @@ from typing import Any, cast
 import pytest
 from support.consumer import Consumer
 from support.kv_ranks import LAYERS, TOKEN_BYTES, Place
-from support.pd import BLOCK_SIZE, LOOPBACK, wait_until
+from support.pd import BLOCK_SIZE, wait_until
 from support.producer_process import ProducerProcess
 
 from vllm_datadist_connector import _native
@@ -221,7 +221,7 @@ def test_a_p_that_is_not_whole_is_refused_by_name(
     assert consumer.failed == {"0", "1"}
     assert consumer.observer.failures == [Failure.HANDSHAKE] * 2
     assert consumer.observer.handshakes == 0
-    assert f"{LOOPBACK}:{producer.port}" in caplog.text
+    assert f"{producer.endpoint}" in caplog.text
     assert reason in caplog.text
     wait_until(lambda: consumer.linked() == 0, "the end of the links with the ranks that were there")
     consumer.check_bytes()

@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from support.consumer import Consumer, release
 from support.kv_ranks import BLOCKS
-from support.pd import LOOPBACK, WAIT_S, wait_until
+from support.pd import WAIT_S, wait_until
 from support.producer_process import ProducerProcess
+from support.wire import OWN
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.labels import Failure
@@ -26,8 +27,8 @@ StartProducer = Callable[..., ProducerProcess]
 StartConsumer = Callable[..., Consumer]
 
 P_CLUSTER = 100
-IN_TIME_S = 1.0
-"""How much later than its deadline a pull may end."""
+IN_TIME_S = WAIT_S / 3
+"""How much later than its deadline a pull may end: on a busy machine, and before any other limit."""
 
 
 def warmed(producer: ProducerProcess, consumer: Consumer) -> None:
@@ -48,7 +49,8 @@ def test_pulls_from_a_p_that_was_stopped_are_made_again(
 ) -> None:
     """The first one's time-out interrupts those behind it, too: each would wait for its own."""
     producer = start_producer(transport="tcp")
-    consumer = start_consumer(transport="tcp", pull_timeout_s=0.7, handshake_timeout_s=0.3)
+    timeout_s = 2.0
+    consumer = start_consumer(transport="tcp", pull_timeout_s=timeout_s, handshake_timeout_s=0.3)
     warmed(producer, consumer)
     remotes = [producer.prefill(f"r{i}", [1 + i]) for i in range(8)]
     producer.stop()
@@ -59,7 +61,7 @@ def test_pulls_from_a_p_that_was_stopped_are_made_again(
     producer.resume()
     started = time.monotonic()
     consumer.wait(9)
-    assert time.monotonic() - started < 4 * 0.7
+    assert time.monotonic() - started < 5 * timeout_s
     assert consumer.failed == set()
     assert consumer.observer.failures == []
     assert consumer.observer.handshakes == 2
@@ -140,9 +142,9 @@ def test_links_that_are_never_to_be_had_are_given_up(
     start_producer: StartProducer, start_consumer: StartConsumer, caplog: pytest.LogCaptureFixture
 ) -> None:
     """P lives, or its greeting would say so, but nobody listens where its engine is said to be."""
-    with socket.create_server((LOOPBACK, 0)) as closed:
-        port = closed.getsockname()[1]
-    producer, consumer = start_producer(lies={"0": {"port": port}}), start_consumer(peer_backoff_s=0.02)
+    with socket.create_server((OWN, 0)) as closed:
+        host, port = closed.getsockname()
+    producer, consumer = start_producer(lies={"0": {"host": host, "port": port}}), start_consumer(peer_backoff_s=0.02)
     consumer.pull("r", producer.prefill("r", [1]), [2], deadline_s=600.0)
     consumer.wait(1)
     assert consumer.observer.failures == [Failure.LINK]
@@ -188,7 +190,7 @@ class TestFullQueue:
     ) -> None:
         """Cancelled, or to begin anew: its other call would be for nobody, or over links that are gone."""
         producer = start_producer(tp_size=2, transport="tcp")
-        consumer = start_consumer(transport="tcp", pull_timeout_s=0.3 if again else WAIT_S)
+        consumer = start_consumer(transport="tcp", pull_timeout_s=2.0 if again else WAIT_S)
         warmed(producer, consumer)
         remote = producer.prefill("r", [2])
         producer.stop()
@@ -253,7 +255,7 @@ class TestDeadline:
         consumer.check_bytes()
 
     def test_ends_a_pull_that_runs(self, start_producer: StartProducer, start_consumer: StartConsumer) -> None:
-        producer, consumer = start_producer(transport="tcp"), start_consumer(transport="tcp", pull_timeout_s=3.0)
+        producer, consumer = start_producer(transport="tcp"), start_consumer(transport="tcp")
         warmed(producer, consumer)
         remote = producer.prefill("r", [2])
         producer.stop()
@@ -261,7 +263,7 @@ class TestDeadline:
         consumer.pull("r", remote, [3], deadline_s=0.5)
         consumer.wait(2)
         took_s = time.monotonic() - started
-        print(f"deadline 0.5 s, pull time-out 3 s: ended after {took_s:.2f} s")
+        print(f"deadline 0.5 s, pull time-out {WAIT_S:g} s: ended after {took_s:.2f} s")
         assert 0.5 <= took_s < 0.5 + IN_TIME_S
         assert consumer.observer.failures == [Failure.DEADLINE]
 
@@ -274,7 +276,7 @@ class TestDeadline:
         stopped: bool,
     ) -> None:
         """And the time that a native call may take is bounded by it: nobody is left to wait for the link."""
-        consumer = start_consumer(handshake_timeout_s=30.0, link_timeout_s=30.0)
+        consumer = start_consumer(link_timeout_s=WAIT_S)
         instances, links, limits = consumer.driver._instances, consumer.driver._links, []
         submit = links._queue.submit_link
 
@@ -293,12 +295,13 @@ class TestDeadline:
         else:
             link = instances._link
             monkeypatch.setattr(instances, "_link", lambda linking: (producer.stop(), link(linking)))
+        deadline_s = 2.0  # by then a P that goes on has been greeted
         started = time.monotonic()
-        consumer.pull("r", remote, [1], deadline_s=0.5)
+        consumer.pull("r", remote, [1], deadline_s=deadline_s)
         consumer.wait(1)
-        assert 0.5 <= time.monotonic() - started < 0.5 + IN_TIME_S
+        assert deadline_s <= time.monotonic() - started < deadline_s + IN_TIME_S
         assert consumer.observer.failures == [Failure.DEADLINE]
-        assert all(limit <= 600 for limit in limits)
+        assert all(limit <= 1000 * deadline_s + 100 for limit in limits)
         assert stopped or limits
 
     def test_ends_a_copy_of_our_own(self, start_consumer: StartConsumer, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -313,9 +316,10 @@ class TestDeadline:
 
         monkeypatch.setattr(consumer.driver._caches, "copy", slow)
         first, second = consumer.prefill("first", [5]), consumer.prefill("second", [6])
-        consumer.pull("first", first, [20], deadline_s=0.2)
+        deadline_s = 2.0  # by then the first one runs
+        consumer.pull("first", first, [20], deadline_s=deadline_s)
         assert runs.wait(WAIT_S)
-        consumer.pull("second", second, [21], deadline_s=0.2)
+        consumer.pull("second", second, [21], deadline_s=deadline_s)
         consumer.wait(1)
         assert consumer.received == ["second"], "nothing of it ran, so nothing of it is waited for"
         held.set()
@@ -335,7 +339,7 @@ class TestDeadP:
         caplog: pytest.LogCaptureFixture,
         linked: bool,
     ) -> None:
-        consumer = start_consumer(handshake_timeout_s=WAIT_S, link_timeout_s=WAIT_S, pull_timeout_s=WAIT_S)
+        consumer = start_consumer(link_timeout_s=WAIT_S)
         remotes = [producer.prefill(f"r{i}", [1 + i]) for i in range(self.LEGS)]
         if linked:
             warmed(producer, consumer)
@@ -347,10 +351,10 @@ class TestDeadP:
         consumer.wait(before + self.LEGS)
         took_s = time.monotonic() - started
         print(f"{self.LEGS} legs to a dead P{' that was linked' if linked else ''}: {took_s:.3f} s")
-        assert took_s < 1.0
+        assert took_s < IN_TIME_S
         assert consumer.failed == {f"r{i}" for i in range(self.LEGS)}
         assert set(consumer.observer.failures) == {Failure.HANDSHAKE}
-        assert f"{LOOPBACK}:{producer.port} does not let us connect" in caplog.text
+        assert f"{producer.endpoint} does not let us connect" in caplog.text
         assert "refused" in caplog.text
         assert "in time" not in caplog.text
 

@@ -42,7 +42,7 @@ def instance(host: str) -> Iterator[tuple[int, set[Address]]]:
     ) as process:
         assert process.stdout is not None
         yield process.pid, {(host, port) for port in json.loads(process.stdout.readline())}
-        process.communicate("", timeout=60)
+        process.communicate("", timeout=300)
     assert process.returncode == 0
 
 

@@ -63,7 +63,7 @@ def test_cve_2026_41523_checks_hold_without_asserts() -> None:
         capture_output=True,
         text=True,
         check=False,
-        timeout=120,
+        timeout=300,
     )
     assert (done.returncode, done.stdout.split()[-1:]) == (0, ["4"]), done.stderr
 

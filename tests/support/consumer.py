@@ -55,6 +55,8 @@ class Observer:
 class Consumer:
     """As configured; `transport` is that of its engine. `serves`: it is a P, too, and may pull from itself.
 
+    Unless told otherwise it is patient: who counts its handshakes or its failures must not count a busy machine's.
+
     `capabilities`: those that the driver is to take its engine's for.
     """
 
@@ -64,6 +66,7 @@ class Consumer:
         place: Place | None = None,
         serves: bool = False,
         capabilities: dict[str, Any] | None = None,
+        provider: str = "engine",
         **config: Any,
     ) -> None:
         self.place = place or Place()
@@ -71,11 +74,11 @@ class Consumer:
         self.memory = self.place.part_of(make_kv(cluster_id, self.place.block_size))
         self.expected = self.memory.copy()
         settings = ConnectorConfig(
-            **({"pull_timeout_s": 1.0, "handshake_timeout_s": 1.0, "peer_backoff_s": 0.3} | config)
+            **({"pull_timeout_s": WAIT_S, "handshake_timeout_s": WAIT_S, "peer_backoff_s": 0.3} | config)
         )
         timeout = {"llm.SyncKvCacheWaitTime": str(int(settings.pull_timeout_s * 1000))}
         role = MIX_ROLE if serves else DECODER_ROLE
-        engine = RankEngine(cluster_id, role, self.place, self.memory, transport, **timeout)
+        engine = RankEngine(cluster_id, role, self.place, self.memory, transport, provider, **timeout)
         self.datadist = engine.datadist
         geometry = engine.geometry()
         self.port = geometry.port

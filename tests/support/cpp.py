@@ -14,7 +14,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 EXAMPLES = ROOT / "docs" / "examples" / "cpp"
 COMPILER = shlex.split(os.environ.get("CXX", "c++"))
-PAIR_TIMEOUT_S = 60
+PAIR_TIMEOUT_S = 300
 
 
 def tool(*names: str) -> str:

@@ -15,6 +15,7 @@ from typing import Any
 
 import msgspec
 
+from vllm_datadist_connector.selftest.memory import SegmentedMemory
 from vllm_datadist_connector.selftest.party import Link, Outcome, Party, serve
 
 
@@ -31,8 +32,9 @@ class LateWriter(Party):
 
     def unlink(self, *args: Any, **kwargs: Any) -> Outcome:
         def write() -> None:
-            time.sleep(0.1)
-            self._memories["kv"].write(12345, b"late")
+            while True:  # what comes before the watch begins is written over
+                time.sleep(0.05)
+                self._memories["kv"].write(12345, b"late")
 
         threading.Thread(target=write, daemon=True).start()
         return super().unlink(*args, **kwargs)
@@ -68,6 +70,31 @@ class Crashing(Party):
     def link(self, *args: Any, **kwargs: Any) -> Outcome:
         os.kill(os.getpid(), signal.SIGSEGV)
         return super().link(*args, **kwargs)
+
+
+class Fenceless(Party):
+    def pull_beside_work(self, *args: Any, **kwargs: Any) -> int:
+        return super().pull_beside_work(*args, **kwargs | {"fenced": False})
+
+
+class InOrder(Party):
+    """Its transfers wait for the device by themselves."""
+
+    def pull_beside_work(self, *args: Any, **kwargs: Any) -> int:
+        return super().pull_beside_work(*args, **kwargs | {"fenced": True})
+
+
+class WholeSegments(Party):
+    """Loses what it has registered when the memory grows."""
+
+    def grow(self, name: str) -> int:
+        if isinstance(self._memories[name], SegmentedMemory):
+            self.lost_ = True
+        return super().grow(name)
+
+    def pull(self, *args: Any, **kwargs: Any) -> Outcome:
+        lost = getattr(self, "lost_", False)
+        return Outcome(status="LLM_FAILED", why="gone") if lost else super().pull(*args, **kwargs)
 
 
 class OneThread(Party):

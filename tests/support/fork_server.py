@@ -2,8 +2,9 @@
 
     python -P fork_server.py CONTROL_FD PROGRAM [MODULE...]
 
-PROGRAM is `module:function`, each MODULE is imported in advance. `vllm serve` imports vLLM in every process that it is
-made of, some ten seconds of a core each; here all are forked, those that the program starts by multiprocessing too.
+PROGRAM is `module:function`; each MODULE is imported in advance, or run if it is the path of a .py file. `vllm serve`
+imports vLLM in every process that it is made of, some ten seconds of a core each; here all are forked, those that the
+program starts by multiprocessing too.
 
 Spoken over CONTROL_FD, a SOCK_SEQPACKET socket (support/fork_client.py is the other end): the server says READY; each
 request is a JSON object with the descriptors of a log and of a socket, over which the new process's id comes back, or
@@ -17,6 +18,7 @@ import importlib
 import json
 import multiprocessing
 import os
+import runpy
 import selectors
 import signal
 import socket
@@ -157,7 +159,10 @@ def main() -> None:
     fork_everything()
     program: Callable[[], Any] = getattr(importlib.import_module(module), function)
     for name in sys.argv[3:]:
-        importlib.import_module(name)
+        if name.endswith(".py"):
+            runpy.run_path(name)
+        else:
+            importlib.import_module(name)
     check_alone()
     gc.collect()
     gc.freeze()  # what is never looked at by a collector stays shared

@@ -62,9 +62,18 @@ class Place:
 class RankEngine:
     """An engine endpoint that has registered a rank's memory as the connector's worker does."""
 
-    def __init__(self, cluster_id: int, role: int, place: Place, memory: KV, transport: str, **options: str) -> None:
+    def __init__(
+        self,
+        cluster_id: int,
+        role: int,
+        place: Place,
+        memory: KV,
+        transport: str,
+        provider: str = "engine",
+        **options: str,
+    ) -> None:
         self._cluster_id, self._place, self._role = cluster_id, place, role
-        self.datadist = _native.LlmDataDist(cluster_id, role)
+        self.datadist = _native.LlmDataDist(cluster_id, role, provider)
         if role != DECODER_ROLE:
             options["llm.ListenIpInfo"] = f"{pd.LOOPBACK}:0"
         check(self.datadist.initialize({"llm.DeviceId": "0", "datadist.Transport": transport, **options}))

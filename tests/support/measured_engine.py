@@ -18,7 +18,12 @@ class MeasuredEngine:
 
     def pull(self, rank: int, seconds: float, num_bytes: int, transport: Transport = Transport.CMA) -> None:
         transfer: Any = SimpleNamespace(
-            queued_s=0.0, run_s=seconds / 2, num_bytes=num_bytes, num_blocks=2, transport=transport
+            queued_s=0.0,
+            run_s=seconds / 2,
+            num_bytes=num_bytes,
+            early_bytes=num_bytes // 4,
+            num_blocks=2,
+            transport=transport,
         )
         self.ranks[rank].pulled(transfer, seconds)
 

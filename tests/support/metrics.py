@@ -11,7 +11,7 @@ from scrape import Metrics, scrape
 
 POLL_S = 0.1
 # What a reading needs from the last engine step to the API server's registry, on a busy machine.
-SETTLE_DEADLINE_S = 15.0
+SETTLE_DEADLINE_S = 60.0
 
 EXTERNAL_HITS = "vllm:external_prefix_cache_hits"
 KV_USAGE = "vllm:kv_cache_usage_perc"

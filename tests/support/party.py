@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from support.wire import LOOPBACK, Wire
+from support.wire import OWN, Wire
 
 Bytes = npt.NDArray[np.uint8]
 Key = tuple[str, int]
@@ -38,7 +38,7 @@ PATIENCE_MS = 20_000
 ENVIRONMENT = {**os.environ, "DATADIST_INSECURE": "1"}
 """Behind a wire the engines meet by TCP, where nobody vouches for anybody; these tests are not about who is let in."""
 _ANSWER_S = 60.0
-_EXIT_S = 5.0
+_EXIT_S = 15.0  # less than PATIENCE_MS, which what is in flight may wait
 _PAUSE_S = 0.002
 _TURN_S = 0.05
 """For which one thread may keep the others from reading their answers."""
@@ -50,7 +50,7 @@ def engine_options(
     """The one place that says with what options the engines of fault tests and soaks are made."""
     return {
         "llm.DeviceId": "0",
-        "llm.ListenIpInfo": f"{LOOPBACK}:{port}",
+        "llm.ListenIpInfo": f"{OWN}:{port}",
         "llm.SyncKvCacheWaitTime": str(transfer_ms),
         "llm.EnableRemoteCacheAccessible": "0" if two_sided else "1",
         "datadist.Transport": transport,
@@ -60,7 +60,7 @@ def engine_options(
     }
 
 
-def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = 10.0) -> None:
+def wait_until(condition: Callable[[], bool], what: str, timeout_s: float = _ANSWER_S) -> None:
     """For what other processes do and nobody tells."""
     end = time.monotonic() + timeout_s
     while not condition():
@@ -104,6 +104,7 @@ class Party:
         self._socket = ours
         settings = {
             "cluster_id": cluster_id,
+            "host": OWN,
             "options": options,
             "blocks": BLOCKS,
             "block_bytes": BLOCK_BYTES,
@@ -313,13 +314,13 @@ def wait_for_baseline(party: Party, baseline: tuple[int, int]) -> None:
 def wire_between(transport: str, client: Party, server: Party) -> tuple[Wire, int]:
     """(the wire, the port at which the client finds the server behind it)."""
     if transport == "tcp":
-        listener = socket.create_server((LOOPBACK, 0))
+        listener = socket.create_server((OWN, 0))
         port: int = listener.getsockname()[1]
-        return Wire(listener, lambda: socket.create_connection((LOOPBACK, server.port))), port
+        return Wire(listener, lambda: socket.create_connection((OWN, server.port))), port
     # Within a host both ask the kernel who is there, and it must name the ends, not the wire: the server makes the
     # listener and the client the connections.
     with socket.socket() as unused:
-        unused.bind((LOOPBACK, 0))
+        unused.bind((OWN, 0))
         port = unused.getsockname()[1]
-    listener = server.ask_socket("listen", f"datadist/{LOOPBACK}:{port}")
-    return Wire(listener, lambda: client.ask_socket("connect", f"datadist/{LOOPBACK}:{server.port}")), port
+    listener = server.ask_socket("listen", f"datadist/{OWN}:{port}")
+    return Wire(listener, lambda: client.ask_socket("connect", f"datadist/{OWN}:{server.port}")), port

@@ -21,13 +21,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from vllm_datadist_connector import _native
 
-LOOPBACK = "127.0.0.1"
 MIX, UINT8, DEVICE = 3, 4, 1
 _PR_SET_PDEATHSIG = 1
-
-
-def _cluster(cluster_id: int, port: int) -> _native.ClusterInfo:
-    return _native.ClusterInfo(cluster_id, [(LOOPBACK, port)], [(LOOPBACK, 0)])
 
 
 def _key(kind: str, name: int) -> _native.Key:
@@ -45,6 +40,10 @@ class Party:
             raise RuntimeError(f"{_native.status_name(status)}: {_native.last_error()}")
         self._cache = -1
         self._idle = threading.Event()
+
+    def _cluster(self, cluster_id: int, port: int) -> _native.ClusterInfo:
+        host = self._settings["host"]
+        return _native.ClusterInfo(cluster_id, [(host, port)], [(host, 0)])
 
     def port(self) -> tuple[int, int]:
         return self._engine.listen_port()
@@ -66,11 +65,11 @@ class Party:
         return status, self._cache
 
     def link(self, cluster_id: int, port: int, timeout_ms: int) -> int:
-        status, (result,) = self._engine.link_clusters([_cluster(cluster_id, port)], timeout_ms)
+        status, (result,) = self._engine.link_clusters([self._cluster(cluster_id, port)], timeout_ms)
         return result or status
 
     def unlink(self, cluster_id: int, port: int, timeout_ms: int, force: bool = False) -> int:
-        status, (result,) = self._engine.unlink_clusters([_cluster(cluster_id, port)], timeout_ms, force)
+        status, (result,) = self._engine.unlink_clusters([self._cluster(cluster_id, port)], timeout_ms, force)
         return result or status
 
     def pull(self, cluster_id: int, cache_id: int, src: list[int], dst: list[int]) -> int:

@@ -28,7 +28,7 @@ OTHER_TOKEN = "f" * 32
 TO_P = {"do_remote_decode": True, "do_remote_prefill": False, "remote_engine_id": None, "remote_block_ids": None}
 """What a router sends with a request to P."""
 
-WAIT_S = 10.0
+WAIT_S = 30.0
 """Longest wait of a test for what another thread or process does."""
 
 

@@ -23,6 +23,7 @@ from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 from . import pd
 from .kv_ranks import PROMPT_ROLE, Place, RankEngine, make_kv
+from .wire import OWN
 
 LEASE_S, LIMIT_S = 30.0, 600.0
 _RANKS_APART = 1000
@@ -33,11 +34,16 @@ PROCESSES.set_forkserver_preload(["vllm.sampling_params", "vllm.v1.request"])
 
 
 def start_scheduler(
-    port: int = 0, tp_size: int = 1, pp_size: int = 1, block_size: int = pd.BLOCK_SIZE, insecure: bool = False
+    port: int = 0,
+    tp_size: int = 1,
+    pp_size: int = 1,
+    block_size: int = pd.BLOCK_SIZE,
+    insecure: bool = False,
+    host: str = pd.LOOPBACK,
 ) -> ProducerScheduler:
     """P's scheduler side."""
     identity = InstanceIdentity("engine-p", tp_size, pp_size, dcp_size=1, groups=(KVGroup(block_size),))
-    return ProducerScheduler(identity, Endpoint(pd.LOOPBACK, port), LIMIT_S, Trust(insecure=insecure))
+    return ProducerScheduler(identity, Endpoint(host, port), LIMIT_S, Trust(insecure=insecure))
 
 
 def prefill(
@@ -85,11 +91,14 @@ class ProducerProcess:
             "lies": lies or {},
             "silent_layers": silent_layers,
             "insecure": insecure,
+            "host": OWN,
         }
         self._process = PROCESSES.Process(target=_run, args=(theirs, json.dumps(values)), daemon=True)
         self._process.start()
         theirs.close()
         self.port: int = self._answer()
+        self.endpoint = Endpoint(OWN, self.port)
+        """Of its side channel."""
 
     def prefill(self, request_id: str, blocks: list[int]) -> RemotePrefill:
         """Grants a lease on `blocks` as for a finished prefill of the same number of blocks."""
@@ -137,7 +146,7 @@ class ProducerProcess:
 def _run(pipe: Connection, settings: str) -> None:
     values = json.loads(settings)
     tp_size, pp_size, block_size = values["tp_size"], values["pp_size"], values["block_size"]
-    producer = start_scheduler(values["port"], tp_size, pp_size, block_size, values["insecure"])
+    producer = start_scheduler(values["port"], tp_size, pp_size, block_size, values["insecure"], values["host"])
     kv = make_kv(values["cluster_id"], block_size)
     places = [Place(tp, pp, tp_size, pp_size, block_size) for pp in range(pp_size) for tp in range(tp_size)]
     memories = [place.part_of(kv) for place in places]

@@ -32,9 +32,16 @@ IMPORTED = (
     "vllm.v1.engine.core",
     "vllm.v1.executor.multiproc_executor",
     "vllm.v1.worker.cpu_worker",
+    str(Path(__file__).with_name("forked_vllm.py")),
 )
-# Not read before a server has its configuration.
-LATE_VARIABLES = ("VLLM_CPU_CI_ENV", "VLLM_PLUGINS", *STANDIN_VARIABLES)
+# Not read before a server has its configuration, but for how the developers' mode logs errors.
+LATE_VARIABLES = (
+    "VLLM_CPU_CI_ENV",
+    "VLLM_DISABLE_REQUEST_ID_RANDOMIZATION",
+    "VLLM_PLUGINS",
+    "VLLM_SERVER_DEV_MODE",
+    *STANDIN_VARIABLES,
+)
 fork = ForkServer(
     ENVIRONMENT.python,
     "vllm.entrypoints.cli.main:main",
@@ -43,7 +50,8 @@ fork = ForkServer(
     LOGS / "fork-server.log",
     LATE_VARIABLES,
 )
-"""Starts `vllm serve` in two seconds. The same code runs as in a spawned server, but for its imports."""
+"""Starts `vllm serve` in two seconds. The same code runs as in a spawned server, but for its imports and for what
+forked_vllm.py names."""
 
 
 def kv_transfer(config: str, fields: Mapping[str, object] | None = None, **extra: object) -> dict[str, object]:

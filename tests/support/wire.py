@@ -13,6 +13,7 @@ first, and what a client says in one go is a turn. Heartbeats are turns, too: gi
 from __future__ import annotations
 
 import contextlib
+import random
 import select
 import socket
 import struct
@@ -23,11 +24,13 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 LOOPBACK = "127.0.0.1"
+OWN = ".".join(["127", *(str(random.randint(1, 254)) for _ in range(3))])
+"""A loopback address of our own: whoever comes back on a port there finds that nobody has taken it meanwhile."""
 CHUNK = 16 * 1024
 DRIP_S = 0.02
 """Of one byte."""
 _RESET = struct.pack("ii", 1, 0)  # SO_LINGER that makes close() a reset
-_WAIT_S = 20.0
+_WAIT_S = 60.0
 
 Mode = Literal["pass", "swallow answers", "swallow both", "drip", "reset"]
 Direction = Literal["up", "down"]

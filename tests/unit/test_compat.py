@@ -8,18 +8,19 @@ from typing import Any
 
 import pytest
 import torch
-from support.engine_config import FULL, group_of, vllm_config
+from support.engine_config import FULL, STATE, group_of, vllm_config
 from vllm.config import KVTransferConfig, VllmConfig
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorBase_V1, KVConnectorRole
 from vllm.engine.arg_utils import EngineArgs
 from vllm.v1.core.sched.interface import PauseState
 from vllm.v1.core.sched.scheduler import Scheduler
-from vllm.v1.kv_cache_interface import MLAAttentionSpec
+from vllm.v1.kv_cache_interface import KVCacheSpec, MLAAttentionSpec
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector import compat, plugin
-from vllm_datadist_connector.config import ConfigError
+from vllm_datadist_connector.config import ConfigError, parse_config
 from vllm_datadist_connector.connector import DataDistConnector
+from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
 from vllm_datadist_connector.worker import build
 
 NULL_BLOCK = 0
@@ -208,3 +209,40 @@ def test_an_npus_tiles_are_a_packing(
     config = SimpleNamespace(additional_config=additional)
     latent = MLAAttentionSpec(block_size=128, num_kv_heads=1, head_size=576, dtype=torch.bfloat16)
     assert compat.kv_packing(config, latent) == packing
+
+
+@pytest.mark.parametrize(
+    ("method", "is_async", "late"),
+    [(None, False, False), ("ngram", False, False), ("eagle3", False, True), ("mtp", True, False), ("mtp", None, True)],
+)
+def test_drafters_that_run_after_the_tokens_are_known(method: str | None, is_async: bool | None, late: bool) -> None:
+    config = SimpleNamespace(
+        speculative_config=SimpleNamespace(method=method) if method else None,
+        scheduler_config=SimpleNamespace(async_scheduling=is_async),
+    )
+    assert compat.drafts_late(config) is late
+
+
+@pytest.mark.parametrize(
+    ("chosen", "caching", "skips"),
+    [
+        ("vllm_ascend.core.recompute_scheduler.RecomputeScheduler", True, True),
+        ("vllm_ascend.core.recompute_scheduler.AsyncRecomputeScheduler", False, False),
+        (type("Theirs", (), {"__module__": "vllm_ascend.core.recompute_scheduler"}), True, True),
+        (Scheduler, True, False),
+        (None, True, False),
+    ],
+)
+@pytest.mark.parametrize("spec", [STATE, FULL], ids=["states", "tokens"])
+def test_a_scheduler_that_forgets_states_is_refused_where_there_are_some(
+    chosen: Any, caching: bool, skips: bool, spec: KVCacheSpec
+) -> None:
+    config = vllm_config("kv_consumer")
+    config.scheduler_config = SimpleNamespace(scheduler_cls=chosen)
+    config.cache_config = SimpleNamespace(enable_prefix_caching=caching)
+    groups = [group_of(spec, "layer")]
+    if skips and spec is STATE:
+        with pytest.raises(ConfigError, match="recompute_scheduler_enable: this scheduler takes a prompt"):
+            ConnectorScheduler(parse_config({}), config, groups)
+    else:
+        ConnectorScheduler(parse_config({}), config, groups).close()

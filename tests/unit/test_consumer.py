@@ -238,6 +238,19 @@ def test_aborted_while_it_is_pulled(consumer: ConsumerScheduler, keeper: Countin
     assert not +keeper.users
 
 
+def test_a_request_whose_pull_is_done_may_end_without_a_word(
+    consumer: ConsumerScheduler, keeper: CountingKeeper
+) -> None:
+    """As with vllm-ascend's RecomputeScheduler, which frees a running request and has it computed elsewhere."""
+    request = d_request()
+    consumer.on_new_request(request)
+    consumer.after_alloc(request, (LOCAL,), LOADED)
+    consumer.take_jobs()
+    consumer.received([request.request_id])
+    assert not consumer._requests
+    assert not +keeper.users
+
+
 def test_a_failed_pull_is_recomputed_here(consumer: ConsumerScheduler) -> None:
     request = d_request()
     consumer.on_new_request(request)

@@ -46,12 +46,15 @@ def main():
         say("parent", IMPORTED_BY)
     time.sleep(600)
 """
+# A file that is run rather than imported, and what it changes in a module.
+CHANGE = "import forked_program\nforked_program.IMPORTED_BY = 'changed'\n"
 THREADED = "import threading, time\nthreading.Thread(target=time.sleep, args=(600,), daemon=True).start()\n"
 
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
     (tmp_path / "forked_program.py").write_text(PROGRAM)
+    (tmp_path / "change.py").write_text(CHANGE)
     (tmp_path / "threaded.py").write_text(THREADED)
     return tmp_path
 
@@ -143,6 +146,14 @@ def test_its_children_are_forked_and_all_of_them_ended(make_program: Callable[..
     program.pause()
     program.kill()
     assert serving.members_of(leader) == {}
+
+
+def test_a_file_is_run_before_all_forks(folder: Path, resources: ExitStack) -> None:
+    fork = make_fork(folder, str(folder / "change.py"))
+    resources.callback(fork.close)
+    with (folder / "log").open("wb") as log:
+        assert fork(["program", "show", "0"], environment(folder), folder, log).wait(WAIT_S) == 0
+    assert "imported by changed" in (folder / "log").read_text()
 
 
 def test_what_an_import_may_have_read_cannot_be_changed(make_program: Callable[..., serving.Program]) -> None:

@@ -196,3 +196,10 @@ def test_an_embedded_prompt_has_no_hand_off(producer: ProducerScheduler) -> None
     request.prompt_embeds = object()  # type: ignore[assignment]
     producer.on_new_request(request)
     assert look(producer).state == "ended"
+
+
+def test_the_hand_off_that_a_d_takes_is_not_given_on(producer: ProducerScheduler) -> None:
+    """Where a D keeps an answer's blocks for the next turn."""
+    params = {"do_remote_prefill": True, "remote_host": LOOPBACK, "remote_port": 1, "datadist": {"handoff": TOKEN}}
+    producer.on_new_request(make_request(range(PROMPT), params, "r"))
+    assert look(producer).state == "unknown"

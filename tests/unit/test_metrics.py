@@ -237,6 +237,7 @@ class TestPrometheus:
             ("bytes_transferred_sum", {"transport": "cma"}, 2.0**21),
             ("blocks_transferred_sum", {"transport": "cma"}, 4.0),
             ("failed_transfers_total", {"reason": "link"}, 1.0),
+            ("early_bytes_total", {}, 2.0**19),
             ("leases_ended_total", {"reason": "released"}, 2.0),
             ("leases_ended_total", {"reason": "expired"}, 1.0),
             ("served_requests_total", {}, 2.0),

@@ -176,6 +176,15 @@ def test_sleep_mode_where_a_device_holds_the_cache(monkeypatch: pytest.MonkeyPat
     assert refusal({"verify": "fail"}, "kv_producer", enable_sleep_mode=False).startswith("verify: ")
 
 
+@pytest.mark.parametrize("name", ["decode_context_parallel_size", "prefill_context_parallel_size"])
+def test_context_parallelism_is_refused(name: str) -> None:
+    """Each rank would hold other tokens than its blocks say."""
+    config = vllm_config({})
+    setattr(config.parallel_config, name, 2)
+    with pytest.raises(ConfigError, match=f"^{name}: 2; DataDistConnector supports 1$"):
+        build.build_worker(parse_config({}), config, ())
+
+
 @pytest.mark.parametrize("role", ["kv_both", "kv_producer"])
 def test_links_that_cross_where_they_would_hang(monkeypatch: pytest.MonkeyPatch, role: str) -> None:
     monkeypatch.setattr(_native, "LlmDataDist", lambda *_: SimpleNamespace(capabilities=HARDWARE))

@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from support.channels import collect, wait_for
 from support.pd import LOOPBACK, OTHER_TOKEN, TOKEN, WAIT_S
+from support.wire import OWN
 
 from vllm_datadist_connector.side_channel.client import (
     MAX_LEASES_PER_MESSAGE,
@@ -110,13 +111,13 @@ def test_no_answer_fails_at_its_deadline() -> None:
         assert failed.response is None
         assert failed.error == f"{endpoint} did not answer in time"
         assert failed.timed_out
-        assert 0.2 <= time.monotonic() - started < 2
+        assert 0.2 <= time.monotonic() - started < WAIT_S
     client.close()
 
 
 def test_where_nobody_listens_it_is_no_use_to_wait_or_to_ask_again(client: ChannelClient) -> None:
-    with socket.create_server((LOOPBACK, 0)) as closed:
-        endpoint = Endpoint(LOOPBACK, closed.getsockname()[1])
+    with socket.create_server((OWN, 0)) as closed:
+        endpoint = Endpoint(*closed.getsockname())
     failed = wait_for(client, client.renew(endpoint, (), 60.0))
     assert failed.error.startswith(f"{endpoint} does not let us connect: ")
     assert "refused" in failed.error
@@ -177,7 +178,7 @@ client.renew(("{LOOPBACK}", server.port), (), 600.0)
 
 
 def test_a_process_ends_with_its_ends_open() -> None:
-    subprocess.run([sys.executable, "-c", EXITS], check=True, timeout=60)
+    subprocess.run([sys.executable, "-c", EXITS], check=True, timeout=300)
 
 
 def test_waits_for_file_descriptors_and_for_time(endpoint: Endpoint, client: ChannelClient) -> None:
@@ -197,10 +198,10 @@ def test_waits_for_file_descriptors_and_for_time(endpoint: Endpoint, client: Cha
 def test_closes_twice_and_does_not_wait_for_what_is_outstanding(server: ChannelServer) -> None:
     client = open_client(Trust(insecure=True))
     with socket.create_server((LOOPBACK, 0)) as silent:
-        client.renew(Endpoint(LOOPBACK, silent.getsockname()[1]), (), 60.0)
+        client.renew(Endpoint(LOOPBACK, silent.getsockname()[1]), (), 10 * WAIT_S)
         started = time.monotonic()
         client.close()
         client.close()
-        assert time.monotonic() - started < 2
+        assert time.monotonic() - started < WAIT_S
     server.close()
     server.close()

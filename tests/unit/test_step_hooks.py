@@ -119,3 +119,17 @@ def test_ds_that_have_left_are_unlinked_where_their_links_would_stay(connector: 
     connector.handle_preemptions(StepMetadata(left_clusters=(8, 9)))
     connector.handle_preemptions(StepMetadata())
     assert (told, driver.events) == ([8, 9], [])
+
+
+def test_what_layers_call_reaches_neither_driver_nor_provider(connector: Any) -> None:
+    """vLLM captures graphs of a forward pass, these calls included: a link or a registration would end the capture."""
+
+    class Untouchable:
+        def __getattribute__(self, name: str) -> Any:
+            raise AssertionError(f"{name}, while a graph may be captured")
+
+    connector._worker = Untouchable()
+    for layer in ("model.layers.0.self_attn.attn", "model.layers.1.self_attn.attn"):
+        connector.wait_for_layer_load(layer)
+        connector.save_kv_layer(layer, None, None)
+    connector.wait_for_save()

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 from typing import Any, cast
 
+import numpy as np
 import pytest
+import torch
 from support.ascend_layouts import NUM_BLOCKS, Memory
 from support.pd import make_contract
 from support.providers import ENGINE
@@ -13,7 +15,9 @@ from support.providers import HARDWARE as NPU
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import parse_config
 from vllm_datadist_connector.protocol.handshake import RankGeometry, decode_geometry
-from vllm_datadist_connector.worker.kv_layout import LayoutError
+from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
+from vllm_datadist_connector.worker.kv_layout import LayoutError, describe_caches
+from vllm_datadist_connector.worker.plan import BlockPull
 from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
 
 HARDWARE = NPU._replace(peer_drops_half=True)
@@ -107,3 +111,16 @@ def test_no_more_tensors_in_a_cache_than_the_provider_takes() -> None:
 def test_a_port_that_the_provider_does_not_tell_is_the_one_it_was_given() -> None:
     _, geometry = start(HARDWARE._replace(reports_port=False), engine_port=9000)
     assert geometry.port == 9001
+
+
+def test_own_blocks_on_a_device_are_not_copied_by_the_host() -> None:
+    """Their addresses are none of its own: it would end the process."""
+    memory = Memory("mla", seed=1)
+    specs = describe_caches(memory.tensors, memory.layers(), NUM_BLOCKS)
+    caches = RegisteredCaches(cast("_native.LlmDataDist", Provider(HARDWARE)), specs, memory_is_host=False)
+    blocks = np.array([1], np.int64)
+    pull = BlockPull(1, 0, 64, blocks, blocks + 1, (0, 0), (0, 0))
+    before = [storage.clone() for storage in memory.storages]
+    with pytest.raises(EngineError, match="which are on a device, is not supported"):
+        caches.copy(pull, deadline=float("inf"))
+    assert all(map(torch.equal, memory.storages, before))

@@ -225,10 +225,13 @@ def parse_remote_prefill(params: dict[str, Any]) -> RemotePrefill:
         versions = f"P speaks {extra.get('version')!r:.40}, we speak {PROTOCOL_VERSION}"
         raise ParamsError(f"{EXTRA_KEY}.version: {versions}", Unusable.VERSION)
     try:
-        return msgspec.convert(params, RemotePrefill, strict=False)
+        remote = msgspec.convert(params, RemotePrefill, strict=False)
     except (msgspec.ValidationError, RecursionError) as error:
         # msgspec repeats a number that it cannot take, however long.
         raise ParamsError(str(error)[-_MAX_ERROR_CHARS:]) from None
+    if not remote.ticket.generation:
+        raise ParamsError(f"{EXTRA_KEY}.generation: 0 is of no lease; only a hand-off that goes on has it")
+    return remote
 
 
 def build_params(

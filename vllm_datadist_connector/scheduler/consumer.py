@@ -81,7 +81,7 @@ class ConsumerScheduler:
         prompt_tail: int = 1,
         ourselves: tuple[Endpoint, str] | None = None,
         local: LocalPrefills | None = None,
-        handoff_wait_s: float = 10.0,
+        handoff_wait_s: float = 30.0,
     ) -> None:
         """
         Args:

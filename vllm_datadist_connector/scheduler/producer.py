@@ -20,6 +20,7 @@ from vllm_datadist_connector.protocol.params import (
     build_params,
     names_handoff,
     parse_handoff,
+    wants_remote_decode,
 )
 from vllm_datadist_connector.scheduler.digests import PromptDigests
 from vllm_datadist_connector.scheduler.handoffs import Handoffs
@@ -93,10 +94,12 @@ class ProducerScheduler:
     def on_new_request(self, request: Request) -> None:
         """One whose blocks we may have to hold."""
         self._digests.begin(request, request.num_prompt_tokens)
-        if not names_handoff(request.kv_transfer_params):
+        params = request.kv_transfer_params
+        # A D's request names the hand-off that it takes, also where its blocks are kept for the next turn.
+        if params is None or not (wants_remote_decode(params) and names_handoff(params)):
             return
         try:
-            token = parse_handoff(request.kv_transfer_params or {})
+            token = parse_handoff(params)
         except ParamsError as error:
             logger.warning("request %s: kv_transfer_params: %s", request.request_id, error)
             return

@@ -7,7 +7,7 @@ from collections.abc import Collection, Iterable, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_datadist_connector import compat
-from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.config import ConfigError, ConnectorConfig
 from vllm_datadist_connector.kv_groups import describe_groups
 from vllm_datadist_connector.metadata import StepMetadata
 from vllm_datadist_connector.metrics import DataDistStats, SchedulerMeter
@@ -42,6 +42,9 @@ class ConnectorScheduler:
         Args:
             groups: the KV cache groups that cross instances.
             group_ids: their numbers in vLLM; None: they are all that there are.
+
+        Raises:
+            ConfigError: vLLM's scheduler would go on from wrong KV, whatever a connector brings.
         """
         transfer, parallel = vllm_config.kv_transfer_config, vllm_config.parallel_config
         identity = InstanceIdentity(
@@ -51,6 +54,12 @@ class ConnectorScheduler:
             dcp_size=parallel.decode_context_parallel_size,
             groups=describe_groups(groups),
         )
+        if any(group.is_state for group in identity.groups) and compat.skips_states(vllm_config):
+            raise ConfigError(
+                "recompute_scheduler_enable: this scheduler takes a prompt in the prefix cache for one whose state"
+                " (Mamba, GDN) is there, too, and answers would be wrong; use --no-enable-prefix-caching, or leave it"
+                " out"
+            )
         self._lease_s, self._decoder_lease_s = config.lease_s, config.decoder_lease_s
         self._bidirectional = config.bidirectional
         self._prompt_tail = compat.prompt_tail(vllm_config, any(group.forgets for group in identity.groups))

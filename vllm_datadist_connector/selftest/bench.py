@@ -83,9 +83,13 @@ class End:
         self.address = Address(cluster_id=cluster_id, host=place.host, port=0)
         self.capabilities: dict[str, int] = {}
 
-    def begin_open(self) -> None:
+    def begin_open(self, expandable: bool | None) -> None:
         self.remote.begin(
-            "open", provider=self._settings.provider, memory=self.place.memory, cluster_id=self.cluster_id
+            "open",
+            provider=self._settings.provider,
+            memory=self.place.memory,
+            cluster_id=self.cluster_id,
+            expandable=expandable,
         )
 
     def end_open(self, listen: bool) -> None:
@@ -189,18 +193,22 @@ class Bench:
     _ids: Iterator[int] = field(default_factory=lambda: itertools.count(secrets.randbits(40) << 20))
 
     @contextlib.contextmanager
-    def pair(self) -> Iterator[tuple[End, End]]:
-        with self.ends(self.a, self.b) as (first, second):
+    def pair(self, expandable: bool | None = None) -> Iterator[tuple[End, End]]:
+        with self.ends(self.a, self.b, expandable=expandable) as (first, second):
             yield first, second
 
     @contextlib.contextmanager
-    def ends(self, *places: Place) -> Iterator[list[End]]:
-        """One end at each place, all of which listen; their processes start together, and are gone afterwards."""
+    def ends(self, *places: Place, expandable: bool | None = None) -> Iterator[list[End]]:
+        """One end at each place, all of which listen; their processes start together, and are gone afterwards.
+
+        Args:
+            expandable: whether their memory comes in segments that grow; None: as the environment has it.
+        """
         ends: list[End] = []
         try:
             for place in places:
                 ends.append(End(place, self.settings, next(self._ids) + 1))
-                ends[-1].begin_open()
+                ends[-1].begin_open(expandable)
             for end in ends:
                 end.end_open(listen=True)
             yield ends

@@ -14,7 +14,7 @@ from typing import Final
 
 import vllm_datadist_connector
 from vllm_datadist_connector.arguments import address, endpoint
-from vllm_datadist_connector.selftest import items_failures, items_links, items_memory, items_rate
+from vllm_datadist_connector.selftest import items_failures, items_fence, items_links, items_memory, items_rate
 from vllm_datadist_connector.selftest.bench import (
     Bench,
     Numbers,
@@ -38,6 +38,7 @@ ITEMS: Final[tuple[Callable[[Bench], Numbers], ...]] = (
     items_memory.registrations,
     items_memory.unaligned_start,
     items_memory.region_over_4_gb,
+    items_memory.expandable_segments,
     items_memory.second_thread,
     items_memory.register_after_link,
     items_links.link_time,
@@ -45,6 +46,7 @@ ITEMS: Final[tuple[Callable[[Bench], Numbers], ...]] = (
     items_links.crossing_links,
     items_links.peers_half,
     items_rate.bandwidth,
+    items_fence.fence,
     items_failures.late_write,
     items_failures.peer_death,
 )

@@ -11,7 +11,7 @@ from vllm_datadist_connector.selftest.bench import (
     moves_of,
     must,
 )
-from vllm_datadist_connector.selftest.party import Outcome
+from vllm_datadist_connector.selftest.party import ALLOCATOR, Outcome
 
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 OURS, THEIRS = 1, 2
@@ -129,6 +129,35 @@ def region_over_4_gb(bench: Bench) -> Numbers:
     numbers: Numbers = {"bytes": LARGE, "pull_ms": round(outcome.seconds * 1e3, 3)}
     if right != block:
         raise WrongError(f"{block - right} bytes beyond 4 GiB are wrong", numbers)
+    return numbers
+
+
+def expandable_segments(bench: Bench) -> Numbers:
+    """Pulls into and out of memory whose pages came one after another behind reserved addresses, as those of torch's
+    allocator do, and which grows while it is registered; and of memory that was there at once."""
+    size, block = 32 * MIB, 64 * KIB
+    blocks = list(range(0, size // block, 7))
+    numbers: Numbers = {}
+    for expandable, name in ((False, "off"), (True, "on")):
+        with bench.pair(expandable) as (a, b):
+            for end, seed in ((a, OURS), (b, THEIRS)):
+                end.allocate("kv", size, seed)
+            ours, theirs = (end.try_register("kv", block, size // block) for end in (a, b))
+            failed = next((each for each in (ours, theirs, a.link(b)) if not each.ok), None)
+            moves: list[tuple[int, int, int]] = []
+            for to_blocks in (blocks, blocks[::-1]):
+                failed = failed or a.pull(b, theirs.value, ours.value, blocks, to_blocks)
+                if not failed.ok:
+                    break
+                moves += moves_of(blocks, to_blocks, block)
+                _check(a, moves, f"expandable segments {name}", numbers)
+                failed = None
+                for end in (a, b):
+                    end.call("grow", int, name="kv")
+            numbers[name] = f"{failed.status}: {failed.why}" if failed else "LLM_SUCCESS"
+        if failed:
+            do = f": set {ALLOCATOR}=expandable_segments:False" if expandable else ""
+            raise WrongError(f"memory with expandable segments {name} is not taken{do}", numbers)
     return numbers
 
 

@@ -8,10 +8,14 @@ import mmap
 import random
 from typing import Any, Protocol
 
+from vllm_datadist_connector.selftest.work import HostWork, StreamWork, Work
+
 _PERIOD = 65521
 """A prime: two blocks of equal bytes are as many bytes apart, which no two of a test are."""
 _PIECE = 1 << 24
 """Bytes that are read or written at once."""
+_SEGMENT = 2 << 20
+_PROT_NONE = 0
 
 
 @functools.lru_cache(maxsize=8)
@@ -32,6 +36,11 @@ class Memory(Protocol):
 
     def read(self, offset: int, length: int) -> bytes: ...
     def write(self, offset: int, data: bytes) -> None: ...
+    def begin_work(self, offset: int, length: int, value: int) -> Work:
+        """A step in flight that ends with such bytes there."""
+
+    def grow(self) -> None:
+        """As much again is allocated and used: where its allocator can, behind this."""
 
 
 class HostMemory:
@@ -47,6 +56,49 @@ class HostMemory:
 
     def write(self, offset: int, data: bytes) -> None:
         self._mapped[offset : offset + len(data)] = data
+
+    def begin_work(self, offset: int, length: int, value: int) -> Work:
+        return HostWork(self, offset, bytes([value]) * length)
+
+    def grow(self) -> None:
+        self._more = mmap.mmap(-1, self.size)
+        self._more[:] = b"\1" * self.size
+
+
+class SegmentedMemory:
+    """Host memory as an allocator with expandable segments has it: addresses are reserved, and pages come piece by
+    piece. Freed with the process."""
+
+    def __init__(self, size: int) -> None:
+        self.size = size
+        self._libc = ctypes.CDLL(None, use_errno=True)
+        self._libc.mmap.restype = ctypes.c_void_p
+        self._libc.mmap.argtypes = (ctypes.c_void_p, ctypes.c_size_t, *(ctypes.c_int,) * 3, ctypes.c_long)
+        self._libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+        reserved = self._libc.mmap(None, 2 * size, _PROT_NONE, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS, -1, 0)
+        if reserved in (None, ctypes.c_void_p(-1).value):
+            raise OSError(ctypes.get_errno(), "mmap")
+        self.address = int(reserved)
+        self._commit(0)
+
+    def _commit(self, start: int) -> None:
+        for offset in range(start, start + self.size, _SEGMENT):
+            length = min(_SEGMENT, start + self.size - offset)
+            if self._libc.mprotect(self.address + offset, length, mmap.PROT_READ | mmap.PROT_WRITE):
+                raise OSError(ctypes.get_errno(), "mprotect")
+            ctypes.memset(self.address + offset, 1, length)
+
+    def read(self, offset: int, length: int) -> bytes:
+        return ctypes.string_at(self.address + offset, length)
+
+    def write(self, offset: int, data: bytes) -> None:
+        ctypes.memmove(self.address + offset, data, len(data))
+
+    def begin_work(self, offset: int, length: int, value: int) -> Work:
+        return HostWork(self, offset, bytes([value]) * length)
+
+    def grow(self) -> None:
+        self._commit(self.size)
 
 
 class DeviceMemory:
@@ -69,6 +121,14 @@ class DeviceMemory:
         if self._tensor.device.type != "cpu":
             # The provider's transfers are not ordered with torch's stream.
             getattr(self._torch, self._tensor.device.type).synchronize()
+
+    def begin_work(self, offset: int, length: int, value: int) -> Work:
+        if self._tensor.device.type == "cpu":
+            return HostWork(self, offset, bytes([value]) * length)
+        return StreamWork(self._torch, self._tensor[offset : offset + length], value)
+
+    def grow(self) -> None:
+        self._more = self._torch.ones(self.size, dtype=self._torch.uint8, device=self._tensor.device)
 
 
 def fill(memory: Memory, seed: int) -> None:

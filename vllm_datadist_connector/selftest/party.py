@@ -26,11 +26,14 @@ from vllm_datadist_connector.selftest import memory as memories
 HOST = "host"
 MEMORY = re.compile(r"host|(?:cpu|npu)(?::\d{1,3})?")
 """Host memory, or a device of torch's."""
+ALLOCATOR = "PYTORCH_NPU_ALLOC_CONF"
 _MIX = 3
 _UINT8 = 4
 _BUSY_PORTS = 8
 """Ports that are tried where the provider cannot say which one the system chose."""
 _POLL_S = 0.0005
+_STEPS_BYTE = 0x3C
+"""What a step in flight writes."""
 
 
 class Outcome(msgspec.Struct, frozen=True, kw_only=True):
@@ -73,14 +76,18 @@ class Address(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Party:
-    def __init__(self, provider: str, memory: str, cluster_id: int) -> None:
+    def __init__(self, provider: str, memory: str, cluster_id: int, expandable: bool | None = None) -> None:
         """
         Args:
             memory: MEMORY.
+            expandable: whether memory comes in segments that grow; None: as the environment has it.
         """
         if not MEMORY.fullmatch(memory):
             raise ValueError(f"{memory!r} is no memory of a party's")
         self._device = None if memory == HOST else memory
+        self._host_memory = memories.SegmentedMemory if expandable else memories.HostMemory
+        if expandable is not None:
+            os.environ[ALLOCATOR] = f"expandable_segments:{expandable}"  # read when torch_npu is imported
         if self._device:
             # Before the provider, as in a vLLM worker: torch brings libraries along that it may find or stumble over.
             _enter_device(self._device)
@@ -127,7 +134,7 @@ class Party:
 
     def allocate(self, name: str, size: int, seed: int | None) -> int:
         """Address of new memory that holds a pattern, or zeros."""
-        new = memories.DeviceMemory(size, self._device) if self._device else memories.HostMemory(size)
+        new = memories.DeviceMemory(size, self._device) if self._device else self._host_memory(size)
         if seed is not None:
             memories.fill(new, seed)
         self._memories[name] = new
@@ -167,6 +174,28 @@ class Party:
         thread.start()
         thread.join()
         return outcomes[0]
+
+    def pull_beside_work(self, at: tuple[int, int, int], fenced: bool, times: int, **pull: Any) -> int:
+        """After how many of so many pulls that each fill one block the memory `kv` does not hold what was pulled. Each
+        time a step in flight begins to write to that block before.
+
+        Args:
+            at: seed of the source's pattern, offset there, length.
+            fenced: the pull waits until that step has ended.
+        """
+        seed, source, length = at
+        memory, (block,) = self._memories["kv"], pull["to_blocks"]
+        expected, wrong = memories.pattern(seed, source, length), 0
+        for _ in range(times):
+            work = memory.begin_work(block * length, length, _STEPS_BYTE)
+            while fenced and not work.has_ended():
+                time.sleep(_POLL_S)
+            outcome = self.pull(**pull)
+            work.wait()
+            if not outcome.ok:
+                raise RuntimeError(f"PullKvBlocks: {outcome.status}: {outcome.why}")
+            wrong += memory.read(block * length, length) != expected
+        return wrong
 
     def begin_pulls(self, **pull: Any) -> int:
         """Repeats a pull in a thread until it fails; returns once it has been made for the first time."""
@@ -209,6 +238,10 @@ class Party:
                 return time.monotonic()
             time.sleep(_POLL_S)
         return None
+
+    def grow(self, name: str) -> int:
+        self._memories[name].grow()
+        return 0
 
     def fill(self, name: str, value: int) -> int:
         memories.fill_with(self._memories[name], value)

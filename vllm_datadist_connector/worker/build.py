@@ -58,6 +58,7 @@ def build_worker(config: ConnectorConfig, vllm_config: VllmConfig, groups: Seque
         is_producer=is_producer,
         is_consumer=is_consumer,
         announces_layers=not compat.splits_batches(parallel),
+        drafts_late=compat.drafts_late(vllm_config),
     )
 
 

@@ -2,13 +2,18 @@
 
 vLLM's steps run behind its scheduler: when a pull is ordered, kernels of earlier steps may still write into the very
 blocks that it fills. A fence, taken on vLLM's thread when the order comes, passes when all of them have ended.
+
+On P, too: a drafter may still write a prompt's KV when the first token, which ends the prefill, is known.
 """
 
 from __future__ import annotations
 
+import time
 from typing import Any, Protocol
 
 from vllm_datadist_connector import compat
+
+_POLL_S = 0.0001
 
 
 class Fence(Protocol):
@@ -69,3 +74,13 @@ def device_of(device_type: str) -> Device:
     if device_type == "cpu":
         return HostDevice()
     return StreamDevice(compat.streams(device_type))
+
+
+def wait_for(fence: Fence, most_s: float) -> bool:
+    """On vLLM's thread, where it has nothing else to do; False if the fence had not passed by then."""
+    until = time.monotonic() + most_s
+    while not fence.has_passed():
+        if time.monotonic() >= until:
+            return False
+        time.sleep(_POLL_S)
+    return True

@@ -24,8 +24,9 @@ from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.side_channel.client import open_client
-from vllm_datadist_connector.side_channel.endpoint import Trust
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 from vllm_datadist_connector.wakeup import Wakeup, wait_readable
+from vllm_datadist_connector.worker import endings
 from vllm_datadist_connector.worker.caches import RegisteredCaches
 from vllm_datadist_connector.worker.calls import Calls
 from vllm_datadist_connector.worker.copies import OwnCopies
@@ -75,10 +76,11 @@ class PullDriver:
         self._transfers = TransferTable()
         self._quarantine = Quarantine(self._transfers)
         self._queue = _native.TransferQueue(datadist, threads=config.queue_threads)
+        self._longest_call_s = max(config.pull_timeout_s, config.link_timeout_s)
         self._copies = OwnCopies(caches, ended=self._wakeup.set)
         self._client = open_client(Trust(config.auth, config.insecure))
         self._links = Links(
-            ours.host,
+            Endpoint(ours.host, ours.port),
             self._queue,
             report=lambda cluster_id: datadist.query_link(cluster_id)[1],
             timeout_s=config.link_timeout_s,
@@ -133,12 +135,14 @@ class PullDriver:
         """As of the driver thread's last round: its tables must not be looked into from another thread."""
         return self._linked
 
-    def close(self) -> None:
+    def close(self) -> bool:
+        """False if a native call never came back: what it uses must stay."""
         self._stopping = True
         self._wakeup.set()
         self._thread.join()
-        self._queue.close()
+        ended = endings.end(self._queue, self._longest_call_s)
         self._copies.close()
+        return ended
 
     def quarantined_blocks(self) -> int:
         """Blocks of pulls that are over, and into which something may still write; as of the driver's last round."""

@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterable
 
 from vllm_datadist_connector import _native
+from vllm_datadist_connector.worker import endings
 
 logger = logging.getLogger(__name__)
 
@@ -35,5 +36,6 @@ class Janitor:
                 cluster = _native.ClusterInfo(remote_cluster_id=cluster_id)
                 self._queue.submit_unlink(cluster, _TIMEOUT_MS, _QUEUED_MS, True)
 
-    def close(self) -> None:
-        self._queue.close()
+    def close(self) -> bool:
+        """False if a native call never came back: what it uses must stay."""
+        return endings.end(self._queue, _TIMEOUT_MS / 1000)

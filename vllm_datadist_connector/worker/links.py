@@ -19,6 +19,7 @@ from vllm_datadist_connector import _native
 from vllm_datadist_connector.labels import Transport
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.protocol.handshake import RankGeometry
+from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.wakeup import wait_readable
 from vllm_datadist_connector.worker.instances import Instance, Peer
 from vllm_datadist_connector.worker.unlinking import Unlinkings
@@ -50,7 +51,7 @@ class Linking(NamedTuple):
 class Links:
     def __init__(
         self,
-        our_host: str,
+        ours: Endpoint,
         queue: _native.TransferQueue,
         report: Callable[[int], _native.LinkReport | None],
         timeout_s: float,
@@ -58,9 +59,10 @@ class Links:
     ) -> None:
         """
         Args:
+            ours: where this rank's provider listens; port 0: it does not.
             report: of the link with a cluster, where the provider tells.
         """
-        self._our_host = our_host
+        self._ours = ours
         self._queue = queue
         self._report = report if capabilities.reports_links else None
         self._timeout_s = timeout_s
@@ -119,10 +121,14 @@ class Links:
     def is_unlinking(self, instance: Instance) -> bool:
         return any(self._unlinkings.is_pending(geometry.cluster_id) for _, geometry in instance.givers)
 
+    @property
+    def most(self) -> int:
+        """Links that there can be at a time; 0: any number."""
+        return self._capabilities.max_links
+
     def is_room(self, linked: int) -> bool:
         """For one more than those, and than those that are being made or given up."""
-        most = self._capabilities.max_links
-        return not most or linked + len(self._calls) + len(self._unlinkings) < most
+        return not self.most or linked + len(self._calls) + len(self._unlinkings) < self.most
 
     def is_fault(self, status: int) -> bool:
         """Whether after a pull that ended so the link must be made anew before anything else is pulled over it."""
@@ -166,5 +172,5 @@ class Links:
         return _native.ClusterInfo(
             remote_cluster_id=geometry.cluster_id,
             remote_ip_infos=[(geometry.host, geometry.port)],
-            local_ip_infos=[(self._our_host, 0)],
+            local_ip_infos=[(self._ours.host, self._ours.port)],
         )

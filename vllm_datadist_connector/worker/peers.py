@@ -344,7 +344,11 @@ class InstanceTable:
             if self._links.are_unlinking() or self._drop_idlest():
                 self._links.link_soon(linking)
             else:
-                self.rest(instance, f"link with {instance.key.endpoint}: there are as many links as can be")
+                self.rest(
+                    instance,
+                    f"link with {instance.key.endpoint}: all of this rank's {self._links.most} links, as many as the"
+                    " provider can have, are in use; more instances of D would share them",
+                )
             return
         try:
             self._links.link(linking)

@@ -128,14 +128,16 @@ def _token_chunks(
     src_size, dst_size = theirs.block_sizes[src.group], ours.block_sizes[dst.group]
     local_first = tokens.first if tokens.local_first is None else tokens.local_first
     local_start = local_first // dst_size * dst_size
-    if min(local_start + len(dst_table) * dst_size, len(src_table) * src_size) < tokens.end:
+    covered = min(local_start + len(dst_table) * dst_size, len(src_table) * src_size)
+    if covered < tokens.end:
         raise PlanError(
             f"group {dst.group}: {len(src_table)} remote blocks of {src_size} tokens and {len(dst_table)} local ones of"
             f" {dst_size}, from token {local_start}, do not reach token {tokens.end}"
         )
     src_ids = _checked("remote", src_table, src, src_size // src.block_tokens)
     dst_ids = _checked("local", dst_table, dst, dst_size // dst.block_tokens)
-    at = np.arange(tokens.first // dst_size * dst_size, tokens.end, chunk, dtype=np.int64)
+    end = min(-(-tokens.end // max(src_size, dst_size)) * max(src_size, dst_size), covered)
+    at = np.arange(tokens.first // dst_size * dst_size, end, chunk, dtype=np.int64)
     dst_id, src_id = dst_ids[(at - local_start) // dst_size], src_ids[at // src_size]
     wanted = dst_id != NULL_BLOCK
     gone = at[wanted & (src_id == NULL_BLOCK)]

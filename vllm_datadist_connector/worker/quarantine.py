@@ -1,7 +1,7 @@
-"""Quarantine: blocks of pulls that are over, into which a call that failed may still write.
+"""Quarantine: blocks of pulls that are over, into which a call that has failed, or does not end, may still write.
 
-They are kept from vLLM until the links over which it ran are gone. Where that takes long, an operator has to know: the
-KV cache is smaller by so much.
+They are kept from vLLM until it has ended, and the links over which it failed are gone. Where that takes long, an
+operator has to know: the KV cache is smaller by so much.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class Quarantine:
             if request_id not in self._told and now >= self._since[request_id] + LONG_S:
                 self._told.add(request_id)
                 logger.critical(
-                    "%s: %d blocks are kept back: the link with %s, over which its pull failed, does not end, and bytes"
-                    " may still arrive; restart this instance if that does not pass",
+                    "%s: %d blocks are kept back: its pull from %s, or the link over which that failed, does not end,"
+                    " and bytes may still arrive; restart this instance if that does not pass",
                     transfer.job,
                     transfer.num_blocks,
                     transfer.instance.key.endpoint,

@@ -192,7 +192,7 @@ class TransferTable:
 
     def quarantined(self) -> list[Transfer]:
         """Those that are over, with blocks that cannot be handed back yet."""
-        return [t for t in self._by_request.values() if t.is_over and t.writers]
+        return [t for t in self._by_request.values() if t.is_over and t.is_written]
 
     def unsubmitted(self) -> list[Transfer]:
         return [t for t in self._by_request.values() if t.unsubmitted]

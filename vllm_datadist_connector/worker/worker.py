@@ -16,8 +16,9 @@ from vllm_datadist_connector.metrics import DataDistStats, WorkerMeter
 from vllm_datadist_connector.protocol.contract import LayoutContract
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
+from vllm_datadist_connector.worker import endings
 from vllm_datadist_connector.worker.caches import DEVICE, HOST, RegisteredCaches, check
-from vllm_datadist_connector.worker.device import Device, HostDevice, device_of
+from vllm_datadist_connector.worker.device import Device, HostDevice, device_of, wait_for
 from vllm_datadist_connector.worker.driver import PullDriver
 from vllm_datadist_connector.worker.giving import Giving
 from vllm_datadist_connector.worker.huge_pages import log_when_done
@@ -29,6 +30,9 @@ from vllm_datadist_connector.worker.registrations import plan_registrations
 from vllm_datadist_connector.worker.transfers import FinishedPulls
 
 logger = logging.getLogger(__name__)
+
+_DRAFTS_S = 10.0
+"""A device that has not done its work by then hangs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +61,7 @@ class ConnectorWorker:
         is_producer: bool,
         is_consumer: bool,
         announces_layers: bool = True,
+        drafts_late: bool = False,
     ) -> None:
         """
         Args:
@@ -64,6 +69,7 @@ class ConnectorWorker:
             announces_layers: vLLM calls save_kv_layer() once in a step for each layer that has it called.
             layers: what each layer's KV cache holds.
             block_sizes: tokens per block of each KV cache group; 0 for a group of states.
+            drafts_late: a drafter writes KV after the step's tokens are known.
         """
         self._config = config
         self._contract = contract
@@ -73,6 +79,7 @@ class ConnectorWorker:
         self._is_producer = is_producer
         self._is_consumer = is_consumer
         self._announces_layers = announces_layers
+        self._waits_for_drafts = is_producer and drafts_late
         self._datadist = datadist
         self._meter = WorkerMeter(f"pp{place.pp_rank}tp{place.tp_rank}")
         self._device: Device = HostDevice()
@@ -84,6 +91,8 @@ class ConnectorWorker:
         self._step: StepMetadata | None = None
         self._scheduler_has_stats = False
         self._huge_pages: threading.Thread | None = None
+        self._kv_caches: KVCaches = {}
+        """Held as long as calls may write into them."""
 
     def register_kv_caches(self, kv_caches: KVCaches, num_blocks: int) -> None:
         """Starts the engine and makes the KV cache transferable.
@@ -92,6 +101,7 @@ class ConnectorWorker:
             LayoutError: a tensor cannot be moved block by block.
             EngineError: the engine refused.
         """
+        self._kv_caches = kv_caches
         can = self._datadist.capabilities
         max_tensors = min(can.max_addrs_per_cache or MAX_TENSORS_PER_CACHE, MAX_TENSORS_PER_CACHE)
         memory = find_memory(kv_caches, self._layers, can.host_memory, can.device_memory)
@@ -181,6 +191,10 @@ class ConnectorWorker:
         if self._giving is not None:
             self._giving.begin(step.giving)
             self._giving.end()
+        # vLLM hands over the step's tokens next, and with a request's first one its blocks to D: nothing may be written
+        # there afterwards. It would wait for the drafts a moment later by itself.
+        if self._waits_for_drafts and not wait_for(self._device.fence(), _DRAFTS_S):
+            logger.error("the drafter's work has not ended within %g s: D may get KV of before it", _DRAFTS_S)
 
     def take_sent(self) -> set[str]:
         """P's requests whose blocks go back to vLLM; each once per rank."""
@@ -200,15 +214,20 @@ class ConnectorWorker:
         return self._meter.take() or (DataDistStats() if self._scheduler_has_stats else None)
 
     def close(self) -> None:
+        ended = True
         if self._driver is not None:
-            self._driver.close()
+            ended = self._driver.close()
             self._driver = None
         if self._janitor is not None:
-            self._janitor.close()
+            ended = self._janitor.close() and ended
             self._janitor = None
         if self._giving is not None:
             self._giving.close()
             self._giving = None
+        if not ended:
+            endings.keep(self._kv_caches)
+            return
+        self._kv_caches = {}
         self._datadist.finalize()
         if self._huge_pages is not None:
             self._huge_pages.join()

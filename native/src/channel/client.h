@@ -45,7 +45,9 @@ struct ChannelAnswer {
 using ChannelRequest = std::variant<DescribeRank, Renew, Confirm, Release, Await, ReportProgress>;
 
 struct ChannelClientLimits {
-  size_t servers = 256;                     // so that forged addresses cannot make us pile up connections
+  // So that forged addresses cannot make us pile up connections; above the instances that a rank may know, or the links
+  // of a provider could not all be used: 1024, and 256 that have not shown who they are.
+  size_t servers = 1280;
   std::chrono::milliseconds idle{300'000};  // longer than the renewals of a lease are apart, or each would dial anew
 };
 

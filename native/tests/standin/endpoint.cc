@@ -47,6 +47,12 @@ bool HasIpv6(const Clusters &clusters) {
   });
 }
 
+bool LacksLocalPort(const Clusters &clusters) {
+  return std::any_of(clusters.begin(), clusters.end(), [](const ClusterInfo &cluster) {
+    return cluster.local_ip_infos.size() != 1 || cluster.local_ip_infos.front().port == 0;
+  });
+}
+
 // A pull's ranges count only if both are given.
 void TakeOneSideForNone(KvCacheExtParam &ext) {
   if (ext.src_layer_range.first < 0 || ext.dst_layer_range.first < 0) {
@@ -154,7 +160,7 @@ Code Endpoint::SetRole(LlmRole role, const datadist::Options &options) {
 Code Endpoint::Link(const Clusters &clusters, std::vector<Code> &codes, int32_t timeout_ms) {
   const auto deadline = steady_clock::now() + milliseconds(timeout_ms);
   return Call("LinkLlmClusters" + Names(clusters), [&]() -> Code {
-    if (HasIpv6(clusters)) {
+    if (HasIpv6(clusters) || (rules_.local_port && LacksLocalPort(clusters))) {
       return LLM_PARAM_INVALID;
     }
     std::vector<Code> made;
@@ -355,6 +361,12 @@ bool Endpoint::IsLate(const BlocksTransfer &transfer) {
 Code Endpoint::PullBlocks(BlocksTransfer transfer) {
   TakeOneSideForNone(transfer.ext);
   return Transferred("PullKvBlocks", transfer, [&]() -> Code {
+    if (rules_.hang) {
+      Trace("PullKvBlocks hangs", LLM_SUCCESS);
+    }
+    while (rules_.hang) {
+      std::this_thread::sleep_for(std::chrono::hours(1));
+    }
     return IsLate(transfer) ? Code{LLM_TIMEOUT} : engine_->PullKvBlocks(transfer).code();
   });
 }

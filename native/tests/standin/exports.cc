@@ -88,7 +88,10 @@ STANDIN_EXPORT void LlmDataDist_Constructor(abi::Object *object, uint64_t cluste
   object->impl = new Endpoint(cluster_id, static_cast<llm_datadist::LlmRole>(role));
 }
 
-STANDIN_EXPORT void LlmDataDist_Destructor(abi::Object *object) { delete &Behind(object); }
+STANDIN_EXPORT void LlmDataDist_Destructor(abi::Object *object) {
+  standin::Trace("Destructor", 0);
+  delete &Behind(object);
+}
 
 STANDIN_EXPORT Code LlmDataDist_Initialize(abi::Object *object, const abi::OptionMap &options) {
   return LlmDataDist_ImplInitialize(object, options);

@@ -23,6 +23,8 @@ Rules Rules::FromEnvironment() {
   rules.late = std::chrono::milliseconds(Number("CANN_STANDIN_LATE_MS", static_cast<uint64_t>(rules.late.count())));
   rules.max_links = Number("CANN_STANDIN_MAX_LINKS", rules.max_links);
   rules.max_regions = Number("CANN_STANDIN_MAX_REGIONS", rules.max_regions);
+  rules.hang = Number("CANN_STANDIN_HANG", 0) != 0;
+  rules.local_port = Number("CANN_STANDIN_LOCAL_PORT", 0) != 0;
   rules.steal_ports = Number("CANN_STANDIN_STEAL_PORTS", rules.steal_ports);
   return rules;
 }

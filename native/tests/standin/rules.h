@@ -17,6 +17,8 @@ struct Rules {
   uint64_t max_links = 512;
   uint64_t max_regions = 256;
   uint64_t steal_ports = 0;
+  bool hang = false;
+  bool local_port = false;
 };
 
 // One line per call into the file of CANN_STANDIN_TRACE, if there is one.

@@ -21,7 +21,7 @@
 
 namespace datadist::testing {
 
-constexpr std::chrono::seconds kLong{20};
+constexpr std::chrono::seconds kLong{60};
 constexpr uint16_t kContentVersion = 3;
 inline SocketAddress Loopback(uint16_t port = 0) { return SocketAddress::FromIp("127.0.0.1", port).value(); }
 inline Deadline Soon() { return Deadline::In(kLong); }

@@ -7,7 +7,7 @@
 
 namespace datadist::testing {
 
-constexpr std::chrono::seconds kPatience{20};
+constexpr std::chrono::seconds kPatience{60};
 
 // Waits, within kPatience, until `holds` says so.
 bool Eventually(const std::function<bool()> &holds);

@@ -16,6 +16,7 @@ TextOptions ServerOptions(const TextOptions &more) {
 TextOptions ClientOptions(const TextOptions &more) {
   TextOptions options = more;
   options.emplace(llm_datadist::OPTION_DEVICE_ID, "0");
+  options.emplace(llm_datadist::OPTION_SYNC_CACHE_WAIT_TIME, std::to_string(kPatienceMs));
   return options;
 }
 

@@ -17,10 +17,12 @@ using Blocks = std::vector<uint64_t>;
 using TextOptions = std::map<std::string, std::string>;
 
 constexpr char kLoopback[] = "127.0.0.1";
+// Of calls that must succeed, however busy the machine is.
+constexpr int32_t kPatienceMs = 20'000;
 
 // DeviceId and a listener on a port of the system's choice, then `more` on top.
 TextOptions ServerOptions(const TextOptions &more = {});
-// DeviceId and a heartbeat, no listener.
+// DeviceId and patience, no listener.
 TextOptions ClientOptions(const TextOptions &more = {});
 
 // What byte `offset` of a tensor holds after registration: the same in every process.
@@ -49,8 +51,8 @@ class Node {
   Bytes Contents(int64_t cache_id);
   llm_datadist::Cache Handle(int64_t cache_id) const;
 
-  llm_datadist::Status Link(uint64_t remote_id, uint16_t port, int32_t timeout_ms = 2000);
-  llm_datadist::Status Unlink(uint64_t remote_id, uint16_t port, int32_t timeout_ms = 2000, bool force = false);
+  llm_datadist::Status Link(uint64_t remote_id, uint16_t port, int32_t timeout_ms = kPatienceMs);
+  llm_datadist::Status Unlink(uint64_t remote_id, uint16_t port, int32_t timeout_ms = kPatienceMs, bool force = false);
   llm_datadist::Status Pull(uint64_t cluster, int64_t src_cache, int64_t dst_cache, const Blocks &src,
                             const Blocks &dst, const llm_datadist::KvCacheExtParam &ext = {});
   llm_datadist::Status Push(int64_t src_cache, uint64_t cluster, int64_t dst_cache, const Blocks &src,

@@ -28,8 +28,8 @@ class ProviderNode {
   // The tensors of a cache, one after the other.
   Bytes Contents(int64_t cache_id);
 
-  Status Link(ProviderNode &server, int32_t timeout_ms = 2000);
-  Status Unlink(ProviderNode &server, bool force, int32_t timeout_ms = 2000);
+  Status Link(ProviderNode &server, int32_t timeout_ms = kPatienceMs);
+  Status Unlink(ProviderNode &server, bool force, int32_t timeout_ms = kPatienceMs);
   BlocksTransfer Blocks(uint64_t cluster, int64_t remote, int64_t local, const testing::Blocks &src,
                         const testing::Blocks &dst) const;
   Status Pull(uint64_t cluster, int64_t src_cache, int64_t dst_cache, const testing::Blocks &src,

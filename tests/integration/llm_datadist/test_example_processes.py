@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[3] / "docs" / "examples" / "python"
-PAIR_TIMEOUT_S = 90
+PAIR_TIMEOUT_S = 300
 
 # How many checks of memory and codes the two processes of a pair make.
 CHECKS = {

@@ -208,7 +208,7 @@ def test_the_interpreter_waits_for_a_task_and_then_finalizes(tmp_path: Path) -> 
         assert process.stdout is not None
         assert process.stdout.readline() == "main thread ends\n"
         try:
-            out, err = process.communicate("layer 0\nlayer 1\n", timeout=60)
+            out, err = process.communicate("layer 0\nlayer 1\n", timeout=300)
         finally:
             process.kill()
     assert (process.returncode, out, err) == (0, "copied\n", "")

@@ -15,7 +15,7 @@ RUNNER = [sys.executable, "-m", "vllm_datadist_connector.llm_datadist"]
 
 def run(*arguments: object, cwd: Path, runner: list[str] = RUNNER) -> subprocess.CompletedProcess[str]:
     return subprocess.run(
-        [*runner, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, timeout=60
+        [*runner, *map(str, arguments)], cwd=cwd, capture_output=True, text=True, check=False, timeout=300
     )
 
 
@@ -133,7 +133,7 @@ def test_an_interrupt_ends_it_as_one(tmp_path: Path) -> None:
         assert process.stdout.readline() == "ready\n"
         process.send_signal(signal.SIGINT)
         try:
-            _, stderr = process.communicate(timeout=60)
+            _, stderr = process.communicate(timeout=300)
         finally:
             process.kill()
     assert process.returncode == -signal.SIGINT
@@ -195,7 +195,7 @@ def test_a_program_that_is_running_gets_the_name() -> None:
         "from llm_datadist.v2.cache_manager import CacheManager\n"
         "print(llm_datadist is ours, CacheManager.__name__)\n"
     )
-    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=60)
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=False, timeout=300)
     assert (done.returncode, done.stdout) == (0, "True CacheManager\n"), done.stderr
 
 
