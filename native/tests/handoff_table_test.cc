@@ -146,6 +146,7 @@ TEST(HandoffTable, MarksDoNotGoBack) {
   EXPECT_EQ(report({7, 16, 32, {}}), "7: 16 32");
   EXPECT_EQ(report({7, 16, 16, {}}), "7: 16 32") << "late";
   EXPECT_EQ(report({7, 16, 32, {4}}), "7: 16 32 4");
+  EXPECT_EQ(report({7, 16, 24, {8}}), "7: 16 32 4") << "late, and of fewer tokens";
   EXPECT_EQ(report({7, 20, 40, {}}), "7: 20 40") << "layers are those of its own tokens";
   EXPECT_EQ(report({6, 50, 60, {1}}), "7: 20 40") << "of blocks that are others' by now";
   EXPECT_EQ(report({8, 0, 8, {}}), "8: 0 8");

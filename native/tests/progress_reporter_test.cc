@@ -3,6 +3,7 @@
 #include <stdlib.h>
 
 #include <chrono>
+#include <limits>
 #include <memory>
 #include <set>
 #include <string>
@@ -79,7 +80,7 @@ TEST(ProgressReporter, TellsWhatAStepHasWritten) {
   reporter->Layer(0);
   reporter->Layer(9);
   EXPECT_TRUE(is(kToken, "1: 0 16 1 2"));
-  reporter->Layer(8 * kMaxLayerBytes);
+  reporter->Layer(std::numeric_limits<size_t>::max());
   EXPECT_EQ(reporter->size(), 1U);
   reporter->EndStep();
   EXPECT_TRUE(is(kToken, "1: 16 16"));
@@ -123,6 +124,23 @@ TEST(ProgressReporter, HasOneReportUnanswered) {
   instance.Answer();
   EXPECT_TRUE(Eventually([&] { return reporter->size() == 0; }));
   EXPECT_FALSE(instance.HasMore());
+}
+
+// A step that failed, say: D must not read what it has not written.
+TEST(ProgressReporter, AStepThatWasNotEndedIsNotDone) {
+  SlowInstance instance;
+  const auto reporter = Reporter();
+  ASSERT_TRUE(reporter->BeginStep(At(instance.port()), kKey, {{kToken, 1, 0, 16}}).ok());
+  instance.Welcome();
+  (void)instance.Receive();
+  reporter->Layer(0);
+  ASSERT_TRUE(reporter->BeginStep(At(instance.port()), kKey, {{kOther, 1, 0, 4}}).ok());
+  reporter->Layer(1);
+  instance.Answer();
+  const ReportProgress report = instance.Receive();
+  ASSERT_EQ(report.marks.size(), 2U);
+  EXPECT_EQ(TextOf(report.marks[0].second), "1: 0 4 2");
+  EXPECT_EQ(TextOf(report.marks[1].second), "1: 0 16 1");
 }
 
 TEST(ProgressReporter, TellsAgainWhatWasNotAnswered) {
