@@ -172,5 +172,5 @@ class Links:
         return _native.ClusterInfo(
             remote_cluster_id=geometry.cluster_id,
             remote_ip_infos=[(geometry.host, geometry.port)],
-            local_ip_infos=[tuple(self._ours)],
+            local_ip_infos=[(self._ours.host, self._ours.port)],
         )
