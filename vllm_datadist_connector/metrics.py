@@ -93,7 +93,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "pulling_requests": Family("gauge", "Requests of D that wait for their KV cache."),
     "linked_peers": Family("gauge", "Worker ranks of P that D's ranks are linked with.", _LINKS),
     "quarantined_blocks": Family(
-        "gauge", "Blocks of pulls that failed on D's ranks, kept back while bytes may still arrive in them."
+        "gauge", "Blocks of pulls that are over on D's ranks, kept back while bytes may still arrive in them."
     ),
 }
 _NO_STATE: Final = {key: 0 for name, family in FAMILIES.items() if family.kind == "gauge" for key in family.keys(name)}
