@@ -32,8 +32,9 @@ PYTEST_PARTS = ("unit", "integration", "faults", "soak", "e2e")
 MORE_FOLDERS = {"unit": ("tests/security",)}
 PARTS = ("lint", "native", *PYTEST_PARTS)
 # They run side by side, each its parts in turn. Every lane leaves cores idle at some time: servers and their tests wait
-# for one another, faults and soak for deadlines to pass, and compilers fill what is left.
-LANES = (("lint", "unit", "integration"), ("native",), ("e2e",), ("faults", "soak"))
+# for one another, faults and soak for deadlines to pass, and compilers fill what is left. Faults stop processes in the
+# middle of a copy, which servers beside them would make a matter of luck.
+LANES = (("lint", "unit", "integration"), ("native",), ("faults", "soak", "e2e"))
 NO_TESTS_COLLECTED = 5  # pytest's exit status
 POLL_S = 0.1
 

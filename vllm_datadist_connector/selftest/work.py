@@ -6,8 +6,8 @@ import threading
 import time
 from typing import Any, Protocol
 
-_WORK_S = 0.005
-"""On the host: many times what a pull of a block takes."""
+_WORK_S, _PAUSE_S = 0.02, 0.0002
+"""On the host: many times what a pull of a block takes. Between two writes the interpreter is the puller's."""
 _SIDE, _PRODUCTS = 4096, 32
 """On a device: so many products of matrices of that size come before the write, some ten milliseconds."""
 
@@ -32,6 +32,7 @@ class HostWork:
                 last = time.monotonic() >= until
                 memory.write(offset, data)
                 begun.set()
+                time.sleep(_PAUSE_S)
 
         self._thread = threading.Thread(target=run)
         self._thread.start()
