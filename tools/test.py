@@ -197,11 +197,7 @@ def ensure_googletest() -> None:
     run_step("install GoogleTest", ["apt-get", "install", "-y", *packages], LOGS / "apt-install.log")
 
 
-def run_parts(environment: Environment, parts: list[str], pytest_arguments: list[str]) -> list[Outcome]:
-    def steps_of_all(lane: tuple[str, ...]) -> deque[Step]:
-        return deque(step for part in lane if part in parts for step in steps_of(part, environment, pytest_arguments))
-
-    lanes = [Lane(environment, steps_of_all(lane)) for lane in LANES]
+def run_lanes(lanes: list[Lane]) -> list[Outcome]:
     try:
         while [lane for lane in lanes if lane.advance()]:
             time.sleep(POLL_S)
@@ -209,6 +205,13 @@ def run_parts(environment: Environment, parts: list[str], pytest_arguments: list
         for lane in lanes:
             lane.stop()
     return [outcome for lane in lanes for outcome in lane.outcomes]
+
+
+def run_parts(environment: Environment, parts: list[str], pytest_arguments: list[str]) -> list[Outcome]:
+    def steps_of_all(lane: tuple[str, ...]) -> deque[Step]:
+        return deque(step for part in lane if part in parts for step in steps_of(part, environment, pytest_arguments))
+
+    return run_lanes([Lane(environment, steps_of_all(lane)) for lane in LANES])
 
 
 def show_summary(outcomes: list[Outcome], seconds: float) -> int:

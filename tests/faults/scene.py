@@ -13,8 +13,8 @@ from support.wire import Mode, Place, Wire
 from table import Cell, is_patient
 from trio import CONSUMED, FAULT_MS, OWNER, Trio
 
-LINK_MS = 1500
-"""Timeout of links and unlinks that wait in vain."""
+LINK_MS, UNLINK_MS = 1500, 500
+"""Timeouts of links and unlinks that wait in vain. A wire that drips needs longer for what an unlink says."""
 FEW = list(range(100, 116))
 MANY = list(range(256, 512))
 SCATTERED = np.random.default_rng(0).permutation(960).tolist()
@@ -42,7 +42,9 @@ class Scene:
         """Of the call."""
         if is_patient(self.cell):
             return PATIENCE_MS
-        return LINK_MS if self.cell.phase in ("dial", "handshake", "unlink") else FAULT_MS
+        if self.cell.phase == "unlink":
+            return UNLINK_MS
+        return LINK_MS if self.cell.phase in ("dial", "handshake") else FAULT_MS
 
     def enter(self) -> None:
         {

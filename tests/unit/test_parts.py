@@ -50,8 +50,7 @@ def test_a_path_stands_in_for_the_folder() -> None:
 
 
 def test_every_part_is_in_one_lane() -> None:
-    lanes = [part for stage in runner.STAGES for lane in stage for part in lane]
-    assert sorted(lanes) == sorted(runner.PARTS)
+    assert sorted(part for lane in runner.LANES for part in lane) == sorted(runner.PARTS)
 
 
 def lane(*steps: runner.Step) -> runner.Lane:
@@ -65,7 +64,7 @@ def python(name: str, code: str, log: Path | None = None) -> runner.Step:
 def test_a_step_that_fails_ends_neither_its_lane_nor_the_other(tmp_path: Path) -> None:
     first = lane(python("bad", "raise SystemExit(3)"), python("good", ""), python("unit", "raise SystemExit(5)"))
     second = lane(python("logged", "print('100% tests passed, 0 failed')", tmp_path / "log"))
-    outcomes = {outcome.name: outcome.problem for outcome in runner.run_stage([first, second])}
+    outcomes = {outcome.name: outcome.problem for outcome in runner.run_lanes([first, second])}
     assert outcomes == {"bad": "exit status 3", "good": "", "unit": "no test ran", "logged": ""}
 
 
@@ -82,10 +81,10 @@ while not other.exists():
 """
     a, b = str(tmp_path / "a"), str(tmp_path / "b")
     steps = [runner.Step(name, (sys.executable, "-c", meet, *names)) for name, names in (("a", (a, b)), ("b", (b, a)))]
-    assert [outcome.problem for outcome in runner.run_stage([lane(step) for step in steps])] == ["", ""]
+    assert [outcome.problem for outcome in runner.run_lanes([lane(step) for step in steps])] == ["", ""]
 
 
-def test_an_interrupted_stage_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_run_leaves_no_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     started = tmp_path / "started"
     endless = lane(python("endless", f"import pathlib, time\npathlib.Path({str(started)!r}).touch()\ntime.sleep(600)"))
     advance = runner.Lane.advance
@@ -97,6 +96,6 @@ def test_an_interrupted_stage_leaves_no_process(tmp_path: Path, monkeypatch: pyt
 
     monkeypatch.setattr(runner.Lane, "advance", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        runner.run_stage([endless])
+        runner.run_lanes([endless])
     assert endless._process is not None
     assert endless._process.poll() is not None
