@@ -27,10 +27,11 @@ import random
 import statistics
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
@@ -41,9 +42,11 @@ from link import Link, throttled  # noqa: E402
 from scrape import Metrics, scrape  # noqa: E402
 from serving import (  # noqa: E402
     HOST,
+    Launch,
     Program,
     ServerSpec,
     ServingError,
+    Started,
     free_port,
     members_of,
     overlap_router,
@@ -121,6 +124,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--chunk", type=int, default=1024, help="tokens of a prompt that are computed in one step")
     parser.add_argument("--link-rate", default="", help="of the link between P and D, such as 1gbit")
+    parser.add_argument("--pin", action="store_true", help="P on one core and D on another, as if on two machines")
     parser.add_argument("--systems", type=names, default=["single", "datadist", "overlapped", "nixl"])
     arguments = parser.parse_args()
     if not (arguments.model / "config.json").is_file():
@@ -143,20 +147,22 @@ def names(text: str) -> list[str]:
 def measure_system(
     system: str, arguments: argparse.Namespace, source: random.Random, link: Link | None
 ) -> list[Timing]:
-    with running(system, arguments.model.resolve(), arguments.chunk, link) as (entry, servers):
+    with running(system, arguments.model.resolve(), arguments.chunk, link, arguments.pin) as (entry, servers):
         if system == "nixl":
             unpin(servers)
         return measure(system, entry, servers[-1], arguments, source)
 
 
 @contextmanager
-def running(system: str, model: Path, chunk: int, link: Link | None) -> Iterator[tuple[Program, list[Program]]]:
+def running(
+    system: str, model: Path, chunk: int, link: Link | None, pin: bool
+) -> Iterator[tuple[Program, list[Program]]]:
     """(what requests go to, the instances behind it, D the last)."""
     bin_dir, variables = ENVIRONMENT.directory / "bin", ENVIRONMENT.variables()
     servers = []
-    for spec in specs(system, model, chunk, link):
+    for core, spec in enumerate(specs(system, model, chunk, link)):
         launch = link.launch if link is not None and spec.host == link.far else spawn
-        servers.append(vllm_server(spec, bin_dir, LOGS, variables, launch))
+        servers.append(vllm_server(spec, bin_dir, LOGS, variables, on_core(core, launch) if pin else launch))
     programs = list(servers)
     if system == "overlapped":
         programs.append(overlap_router(servers[0].url, servers[1].url, bin_dir, LOGS, variables))
@@ -174,6 +180,13 @@ def running(system: str, model: Path, chunk: int, link: Link | None) -> Iterator
         yield programs[-1], servers
     finally:
         stop(*programs)
+
+
+def on_core(core: int, launch: Launch) -> Launch:
+    def start(command: Sequence[str], env: Mapping[str, str], cwd: Path, output: BinaryIO) -> Started:
+        return launch(["taskset", "-c", str(core), *command], env, cwd, output)
+
+    return start
 
 
 def specs(system: str, model: Path, chunk: int, link: Link | None) -> list[ServerSpec]:
