@@ -14,6 +14,7 @@ from support.giver_process import GiverProcess
 from support.kv_ranks import LAYERS, Place
 from support.pd import BLOCK_SIZE, OTHER_TOKEN, TOKEN, WAIT_S, wait_until
 
+from vllm_datadist_connector import _native
 from vllm_datadist_connector.labels import Failure
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.params import RemotePrefill, decode_prefill
@@ -268,6 +269,22 @@ def test_blocks_that_move_without_a_word_are_not_trusted(giver: GiverProcess, co
     assert consumer.failed == set()
     consumer.expect(giver.kv, held_in(others), LOCAL)
     consumer.check_bytes()
+
+
+@pytest.mark.parametrize("transport", ["cma", "tcp"])
+def test_a_link_that_is_lost_half_way_costs_what_was_pulled(
+    start_giver: StartGiver, start_consumer: Callable[..., Consumer], transport: str
+) -> None:
+    giver, consumer = start_giver(transport=transport), start_consumer(transport=transport, peer_backoff_s=0.05)
+    follow(consumer, begin(giver))
+    giver.write(BLOCKS[:2])
+    giver.end()
+    wait_early(consumer, bytes_of(consumer, 2))
+    consumer.datadist.unlink_clusters([_native.ClusterInfo(P_CLUSTER)], 1000, True)
+    finish(giver)
+    check(giver, consumer)
+    assert consumer.observer.handshakes == 2
+    assert consumer.observer.pulls[0].num_bytes == bytes_of(consumer, 4)
 
 
 def test_an_aborted_prefill_fails_the_pull_at_once(giver: GiverProcess, consumer: Consumer) -> None:
