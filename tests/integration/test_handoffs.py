@@ -104,6 +104,14 @@ def begin(giver: GiverProcess, scheduled: int = HALF) -> RemotePrefill:
     return begun(giver)
 
 
+def pull_first_half(giver: GiverProcess, consumer: Consumer, **more: Any) -> None:
+    """Returns when it is here and the second half has not begun."""
+    follow(consumer, begin(giver), **more)
+    giver.write(BLOCKS[:2])
+    giver.end()
+    wait_early(consumer, bytes_of(consumer, 2))
+
+
 def finish(giver: GiverProcess) -> None:
     """The second half, from its step to the end of the request."""
     giver.step("r", BLOCKS[2:], HALF, TOKENS - HALF)
@@ -151,10 +159,7 @@ def test_without_hooks_the_end_of_a_step_tells(
     start_giver: StartGiver, start_consumer: Callable[..., Consumer]
 ) -> None:
     giver, consumer = start_giver(announces_layers=False), start_consumer()
-    follow(consumer, begin(giver))
-    giver.write(BLOCKS[:2])
-    giver.end()
-    wait_early(consumer, bytes_of(consumer, 2))
+    pull_first_half(giver, consumer)
     finish(giver)
     check(giver, consumer)
 
@@ -219,10 +224,7 @@ def test_unequal_sides(
 
 
 def test_a_preempted_prefill_is_pulled_again_from_other_blocks(giver: GiverProcess, consumer: Consumer) -> None:
-    follow(consumer, begin(giver))
-    giver.write(BLOCKS[:2])
-    giver.end()
-    wait_early(consumer, bytes_of(consumer, 2))
+    pull_first_half(giver, consumer)
     giver.spoil(BLOCKS[:2])
     others = [70, 71, 72, 73]
     giver.step("r", others[:2], 0, HALF, "resumed")
@@ -255,10 +257,7 @@ def test_a_prefill_preempted_behind_our_back_is_pulled_again(giver: GiverProcess
 
 def test_blocks_that_move_without_a_word_are_not_trusted(giver: GiverProcess, consumer: Consumer) -> None:
     """No vLLM does that: the sealed table decides, whatever was told before."""
-    follow(consumer, begin(giver))
-    giver.write(BLOCKS[:2])
-    giver.end()
-    wait_early(consumer, bytes_of(consumer, 2))
+    pull_first_half(giver, consumer)
     giver.spoil(BLOCKS[:2])
     others = [70, 71, *BLOCKS[2:]]
     giver.step("r", BLOCKS[2:], HALF, HALF)
@@ -276,10 +275,7 @@ def test_a_link_that_is_lost_half_way_costs_what_was_pulled(
     start_giver: StartGiver, start_consumer: Callable[..., Consumer], transport: str
 ) -> None:
     giver, consumer = start_giver(transport=transport), start_consumer(transport=transport, peer_backoff_s=0.05)
-    follow(consumer, begin(giver))
-    giver.write(BLOCKS[:2])
-    giver.end()
-    wait_early(consumer, bytes_of(consumer, 2))
+    pull_first_half(giver, consumer)
     consumer.datadist.unlink_clusters([_native.ClusterInfo(P_CLUSTER)], 1000, True)
     finish(giver)
     check(giver, consumer)
@@ -288,10 +284,7 @@ def test_a_link_that_is_lost_half_way_costs_what_was_pulled(
 
 
 def test_an_aborted_prefill_fails_the_pull_at_once(giver: GiverProcess, consumer: Consumer) -> None:
-    follow(consumer, begin(giver), deadline_s=3600.0)
-    giver.write(BLOCKS[:2])
-    giver.end()
-    wait_early(consumer, bytes_of(consumer, 2))
+    pull_first_half(giver, consumer, deadline_s=3600.0)
     giver.abort("r")
     consumer.wait(1)
     assert (consumer.failed, consumer.invalid) == ({"r"}, set(LOCAL))
@@ -299,10 +292,7 @@ def test_an_aborted_prefill_fails_the_pull_at_once(giver: GiverProcess, consumer
 
 
 def test_a_killed_p_fails_the_pull(giver: GiverProcess, consumer: Consumer) -> None:
-    follow(consumer, begin(giver), deadline_s=3600.0)
-    giver.write(BLOCKS[:2])
-    giver.end()
-    wait_early(consumer, bytes_of(consumer, 2))
+    pull_first_half(giver, consumer, deadline_s=3600.0)
     giver.kill()
     consumer.wait(1)
     assert (consumer.failed, consumer.invalid) == ({"r"}, set(LOCAL))

@@ -19,7 +19,7 @@ LOADED = len(PROMPT) - 1
 
 
 def make_consumer(
-    ourselves: tuple[Endpoint, str] | None = None, local: LocalPrefills | None = None
+    ourselves: tuple[Endpoint, str] | None = None, local: LocalPrefills | None = None, handoff_wait_s: float = 30.0
 ) -> ConsumerScheduler:
     return ConsumerScheduler(
         (KVGroup(BLOCK_SIZE),),
@@ -30,6 +30,7 @@ def make_consumer(
         recompute_threshold=None,
         ourselves=ourselves,
         local=local,
+        handoff_wait_s=handoff_wait_s,
     )
 
 

@@ -8,6 +8,7 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
+from support.d_requests import LOCAL, PROMPT, REMOTE, make_consumer
 from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TO_P, TOKEN, finish, make_request, wait_until
 from support.steps import first_step
 from vllm.v1.request import Request
@@ -15,15 +16,11 @@ from vllm.v1.request import Request
 from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.scheduler import expected
-from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity
 from vllm_datadist_connector.scheduler.local_prefills import LocalPrefills
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
-PROMPT = list(range(100, 100 + 5 * BLOCK_SIZE - 3))
-BLOCKS = (11, 4, 9, 2, 30)
-LOCAL = [50, 51, 52, 53, 54]
 LONG_S = 3600.0
 
 
@@ -42,17 +39,7 @@ def unused_port() -> int:
 class D:
     def __init__(self, wait_s: float, ourselves: tuple[Endpoint, str] | None) -> None:
         self.local = LocalPrefills()
-        self.scheduler = ConsumerScheduler(
-            (KVGroup(BLOCK_SIZE),),
-            allows_peer=lambda host: host == LOOPBACK,
-            recv_deadline_s=60.0,
-            answer_timeout_s=5.0,
-            trust=Trust(),
-            recompute_threshold=None,
-            ourselves=ourselves,
-            local=self.local,
-            handoff_wait_s=wait_s,
-        )
+        self.scheduler = make_consumer(ourselves, self.local, wait_s)
 
     def matched(self, request: Request) -> int:
         """What vLLM is told in the end."""
@@ -103,7 +90,7 @@ def to_d(endpoint: Endpoint, request_id: str = "d", **changes: Any) -> Request:
 
 
 def begin(producer: ProducerScheduler) -> None:
-    producer.step(first_step("p", (BLOCKS[:1],), 0, BLOCK_SIZE))
+    producer.step(first_step("p", (REMOTE[:1],), 0, BLOCK_SIZE))
 
 
 def test_d_waits_without_blocks_until_p_has_begun(producer: ProducerScheduler, d: D) -> None:
@@ -124,13 +111,13 @@ def test_d_waits_without_blocks_until_p_has_begun(producer: ProducerScheduler, d
 
 
 def test_a_finished_prefill_is_pulled_as_ever(producer: ProducerScheduler, d: D) -> None:
-    producer.request_finished(finish(to_p(producer)), (list(BLOCKS),), 30.0)
+    producer.request_finished(finish(to_p(producer)), (list(REMOTE),), 30.0)
     request = to_d(producer.endpoint)
     d.scheduler.on_new_request(request)
     assert d.matched(request) == len(PROMPT) - 1
     d.scheduler.after_alloc(request, (LOCAL,), len(PROMPT) - 1)
     ((job,), _) = d.scheduler.take_jobs()
-    assert (job.is_handoff, job.remote.remote_block_ids) == (False, (BLOCKS,))
+    assert (job.is_handoff, job.remote.remote_block_ids) == (False, (REMOTE,))
 
 
 def test_an_instance_that_is_both_waits_for_the_end(producer: ProducerScheduler, make_d: Callable[..., D]) -> None:
@@ -141,7 +128,7 @@ def test_an_instance_that_is_both_waits_for_the_end(producer: ProducerScheduler,
     begin(producer)
     wait_until(lambda: d.scheduler._expected._requests["d"].known_until > 0, "the first question")
     assert [d.scheduler.matched_tokens(request, 0) for _ in range(50)] == [None] * 50
-    producer.request_finished(finish(of_p), (list(BLOCKS),), 30.0)
+    producer.request_finished(finish(of_p), (list(REMOTE),), 30.0)
     assert d.matched(request) == len(PROMPT) - 1
     d.scheduler.after_alloc(request, (LOCAL,), len(PROMPT) - 1)
     assert not d.scheduler.take_jobs()[0][0].is_handoff
@@ -180,7 +167,7 @@ def test_a_prefill_that_p_ends(producer: ProducerScheduler, d: D) -> None:
     request, of_p = to_d(producer.endpoint), to_p(producer)
     d.scheduler.on_new_request(request)
     producer.set_paused(True)
-    producer.request_finished(finish(of_p), (list(BLOCKS),), 30.0)
+    producer.request_finished(finish(of_p), (list(REMOTE),), 30.0)
     assert d.matched(request) == 0
     assert d.notes() == {"no_prefill": 1}
 
@@ -199,7 +186,7 @@ def test_a_request_that_ends_while_it_waits(producer: ProducerScheduler, d: D) -
     d.scheduler.request_finished("d")
     assert "d" not in d.scheduler._expected
     wait_until(lambda: producer._handoffs.is_withdrawn(TOKEN), "the news")
-    assert producer.request_finished(finish(of_p), (list(BLOCKS),), 30.0)[0] is False
+    assert producer.request_finished(finish(of_p), (list(REMOTE),), 30.0)[0] is False
 
 
 def test_another_prompt_than_ps(producer: ProducerScheduler, d: D) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 
 import pytest
@@ -147,7 +146,6 @@ def test_a_step_that_goes_backwards_is_refused(ends: Ends) -> None:
     assert len(ends.reporter) == 0
 
 
-@pytest.mark.skipif(sys.platform != "linux", reason="fork")
 def test_a_forked_child_has_no_reporter(ends: Ends) -> None:
     child = os.fork()
     if child == 0:

@@ -91,13 +91,6 @@ def test_blocks_that_p_has_not_told_of_wait() -> None:
         progress.take(None, tokens(64, known=32))
 
 
-def test_after_a_restart_all_is_due_again() -> None:
-    progress = progress_of(THREE, THREE)
-    assert len(progress.take(None, tokens(64))) == 1
-    progress.restart()
-    assert shown(progress.take(None, tokens(64))) == [((0, 2), [33, 34, 35, 36])]
-
-
 def test_a_mark_that_goes_back_takes_nothing_twice() -> None:
     progress = progress_of(THREE, THREE)
     progress.take(Mark(32), tokens(64))

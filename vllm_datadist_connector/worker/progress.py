@@ -52,10 +52,6 @@ class Progress:
         self._bits = [first_bit[id(pairing.src)] + pairing.src_first for pairing in pairings]
         self._pulled = [[0] * pairing.num_layers for pairing in pairings]
 
-    def restart(self) -> None:
-        """What was pulled does not count any more."""
-        self._pulled = [[0] * pairing.num_layers for pairing in self._pairings]
-
     def take(self, mark: Mark | None, tokens: TokenRange) -> list[BlockPull]:
         """Calls for whatever is final and was not taken yet.
 

@@ -264,8 +264,6 @@ class Pulls:
             # P makes progress: its deadline is of a P that makes none.
             transfer.deadline = time.monotonic() + transfer.job.deadline_s
             transfer.instance.wanted_until = max(transfer.instance.wanted_until, transfer.deadline)
-        if transfer.interrupted:
-            return
         self._follow(transfer, [followed])
         self._end_if_done(transfer)
 
