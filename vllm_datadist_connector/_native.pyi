@@ -700,7 +700,9 @@ class ChannelAnswer(NamedTuple):
     """`response` or, if it is None, why there is none."""
 
     id: int
-    response: RankDescription | Renewed | Confirmed | Released | HandoffNews | Reported | Offered | Watched | Refused | None
+    response: (
+        RankDescription | Renewed | Confirmed | Released | HandoffNews | Reported | Offered | Watched | Refused | None
+    )
     error: str
     timed_out: bool
     """The server said nothing, but somebody listens there, or nothing is known of it: to ask again may help."""
@@ -821,7 +823,7 @@ class ChannelClient:
         patience_s: float,
         timeout_s: float,
     ) -> int:
-        """For P's own ranks. Answered by Watched: the first offer after number `seen`, or none when patience is over."""
+        """For P's own ranks. Answered by Watched: the first offer after number `seen`, or none when patience ends."""
 
     def deliver(
         self,
