@@ -195,12 +195,12 @@ class LlmDataDist:
     ) -> int: ...
     def grant_writes(self, cluster_id: int, blocks: Sequence[tuple[int, BlockIds]]) -> tuple[int, int]:
         """(status, id of the grant). That cluster may write into those blocks of those caches (cache id, blocks), under
-        whatever cache id their memory is registered, until revoke_writes(); `datadist.PeerAccess` must say that peers write
-        by grant."""
+        whatever cache id their memory is registered, until revoke_writes(). `datadist.PeerAccess` must say that peers
+        write by grant."""
 
     def revoke_writes(self, grant_id: int) -> int:
-        """From this call on no write begins under the grant. LLM_SUCCESS: none is running any more; LLM_LINK_BUSY: one is,
-        ask again. Never waits."""
+        """From this call on no write begins under the grant. LLM_SUCCESS: none is running any more; LLM_LINK_BUSY: one
+        is, ask again. Never waits."""
 
     def listen_port(self) -> tuple[int, int]:
         """(status, port the listener is bound to)."""
