@@ -195,7 +195,7 @@ class LlmDataDist:
     ) -> int: ...
     def grant_writes(self, cluster_id: int, blocks: Sequence[tuple[int, BlockIds]]) -> tuple[int, int]:
         """(status, id of the grant). That cluster may write into those blocks of those caches (cache id, blocks), under
-        whatever cache id their memory is registered, until revoke_writes(); `datadist.PeerAccess` must say that peers
+        whatever cache id their memory is registered, until revoke_writes(). `datadist.PeerAccess` must say that peers
         write by grant."""
 
     def revoke_writes(self, grant_id: int) -> int:
