@@ -352,7 +352,7 @@ class TestStatistics:
         assert scheduler.build_step(NO_STEP) is NOTHING
         assert scheduler.take_stats() is None
         assert asked == ["changes", "changes"]
-        assert NOTHING == StepMetadata()
+        assert StepMetadata() == NOTHING
 
     def test_a_worker_hands_on_that_there_are_some(self) -> None:
         place = RankPlace(tp_rank=0, pp_rank=0, tp_size=1, pp_size=1, index=0)

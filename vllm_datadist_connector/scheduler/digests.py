@@ -32,7 +32,7 @@ class PromptDigests:
         self._hasher = PromptHasher()
 
     def begin(self, request: Request, num_tokens: int) -> bool:
-        """Of the prompt's first `num_tokens` tokens, or of as many as there are. True: they are few, it costs little."""
+        """Of the prompt's first `num_tokens` tokens, or of as many as there are. True: the digest costs little now."""
         token_ids = request.prompt_token_ids or []
         num_tokens = min(num_tokens, len(token_ids))
         if num_tokens <= INLINE_TOKENS:
