@@ -95,6 +95,8 @@ class Capabilities(NamedTuple):
     writes_end_with_call: bool
     """Whatever a call writes here is written when it returns, however it ends. Otherwise a call that failed may go on
     writing until its link has been unlinked by force."""
+    grants_writes: bool
+    """grant_writes() and revoke_writes(); otherwise peers write wherever they like."""
     peer_drops_half: bool
     """When one side unlinks or dies, the other's half of the link goes, too."""
     crossing_links: bool
@@ -191,6 +193,15 @@ class LlmDataDist:
         dst_layer_range: tuple[int, int] = (-1, -1),
         tensor_num_per_layer: int = 2,
     ) -> int: ...
+    def grant_writes(self, cluster_id: int, blocks: Sequence[tuple[int, BlockIds]]) -> tuple[int, int]:
+        """(status, id of the grant). That cluster may write into those blocks of those caches (cache id, blocks), under
+        whatever cache id their memory is registered, until revoke_writes(); `datadist.PeerAccess` must say that peers write
+        by grant."""
+
+    def revoke_writes(self, grant_id: int) -> int:
+        """From this call on no write begins under the grant. LLM_SUCCESS: none is running any more; LLM_LINK_BUSY: one is,
+        ask again. Never waits."""
+
     def listen_port(self) -> tuple[int, int]:
         """(status, port the listener is bound to)."""
 
@@ -657,11 +668,34 @@ class HandoffNews(NamedTuple):
     """Layer i: bit i % 8 of byte i // 8."""
     reason: str
     """Why it ended."""
+    delivery: str
+    """This and all below: of what the rank that was asked for writes to `taker`. none, offered, running, done or
+    failed."""
+    delivery_epoch: int
+    num_bytes: int
+    early_bytes: int
+    """Of these, before the hand-off was sealed."""
+    run_s: float
+    """That the writing took."""
+    delivery_reason: str
+    """Why it failed."""
 
 class Reported(NamedTuple): ...
+class Offered(NamedTuple): ...
+
+class Watched(NamedTuple):
+    """What a rank was offered."""
+
+    number: int
+    """Counts from 1; 0: nothing is new, and the rest is empty."""
+    token: str
+    taker: int
+    """The cluster into whose blocks it may write."""
+    blob: bytes
+    """As D gave it."""
 
 class Refused(NamedTuple):
-    """P has no such rank, or is another one."""
+    """P has no such rank, or is another one; there is no such hand-off."""
 
     reason: str
 
@@ -669,7 +703,9 @@ class ChannelAnswer(NamedTuple):
     """`response` or, if it is None, why there is none."""
 
     id: int
-    response: RankDescription | Renewed | Confirmed | Released | HandoffNews | Reported | Refused | None
+    response: (
+        RankDescription | Renewed | Confirmed | Released | HandoffNews | Reported | Offered | Watched | Refused | None
+    )
     error: str
     timed_out: bool
     """The server said nothing, but somebody listens there, or nothing is known of it: to ask again may help."""
@@ -761,13 +797,53 @@ class ChannelClient:
         seen_stamp: int,
         patience_s: float,
         timeout_s: float,
+        taker: int = 0,
     ) -> int:
         """Answered by HandoffNews: once there is any after what was seen, or as it stands when patience is over.
 
         Args:
             rank: (pp, tp) of the one whose progress is news, too.
             patience_s: at most 30; `timeout_s` begins when it is over.
+            taker: a cluster: not the rank's progress is news, but what it writes into the blocks of that one.
         """
+
+    def offer(
+        self, endpoint: tuple[str, int], token: str, rank: tuple[int, int], taker: int, blob: bytes, timeout_s: float
+    ) -> int:
+        """That rank may write what it has of a hand-off into blocks of ours. Answered by Offered or Refused.
+
+        Args:
+            taker: our cluster id.
+            blob: which blocks, for that rank to read. ValueError for one that no message has room for.
+        """
+
+    def watch(
+        self,
+        endpoint: tuple[str, int],
+        key: str,
+        rank: tuple[int, int],
+        seen: int,
+        patience_s: float,
+        timeout_s: float,
+    ) -> int:
+        """For P's own ranks. Answered by Watched: the first offer after number `seen`, or none when patience ends."""
+
+    def deliver(
+        self,
+        endpoint: tuple[str, int],
+        key: str,
+        rank: tuple[int, int],
+        token: str,
+        taker: int,
+        state: str,
+        epoch: int,
+        num_bytes: int,
+        early_bytes: int,
+        run_s: float,
+        reason: str,
+        timeout_s: float,
+    ) -> int:
+        """For P's own ranks: what has become of an offer, as HandoffNews tells it. Answered by Reported."""
 
     def take(self) -> list[ChannelAnswer]:
         """What has come back, oldest first; never blocks. Resets fileno()."""

@@ -30,6 +30,8 @@ class PullJob(msgspec.Struct, frozen=True):
     processes are never compared."""
     is_handoff: bool = False
     """P's prefill goes on, or did when the request was scheduled: the blocks are learnt from P's side channel."""
+    is_pushed: bool = False
+    """P may write them into ours, if it can."""
 
     def __str__(self) -> str:
         """The request as the logs of both ends know it."""

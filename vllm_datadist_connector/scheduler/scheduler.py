@@ -89,6 +89,7 @@ class ConnectorScheduler:
                 (self._producer.endpoint, identity.incarnation) if self._producer is not None else None,
                 self._local,
                 config.handoff_wait_s,
+                config.transfer_mode,
             )
         self._relief = Relief(self._producer, self._consumer) if self._producer is not None else None
 
