@@ -540,6 +540,9 @@ class LeaseTable:
     def revoke_idle(self, token: str) -> bool:
         """Ends that lease unless it is being pulled; whether it did."""
 
+    def changes(self) -> int:
+        """Another number after whatever makes the members below say something new; oldest_s() counts whole seconds."""
+
     def take_ended(self) -> list[EndedLease]:
         """Leases that ended since the last call, each once."""
 
@@ -918,3 +921,6 @@ class PromptHasher:
 
 def blocks_digest(blocks: Sequence[Sequence[int]]) -> str:
     """32 hex digits of all blocks, by group, in their order."""
+
+def digest_and_count(blocks: Sequence[Sequence[int]]) -> tuple[str, int]:
+    """blocks_digest(), and how many of them are blocks: 0 stands for what a sliding window has left."""
