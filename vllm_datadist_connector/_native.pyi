@@ -540,6 +540,9 @@ class LeaseTable:
     def revoke_idle(self, token: str) -> bool:
         """Ends that lease unless it is being pulled; whether it did."""
 
+    def changes(self) -> int:
+        """Another number after whatever makes the members below say something new; oldest_s() counts whole seconds."""
+
     def take_ended(self) -> list[EndedLease]:
         """Leases that ended since the last call, each once."""
 
@@ -665,11 +668,33 @@ class HandoffNews(NamedTuple):
     """Layer i: bit i % 8 of byte i // 8."""
     reason: str
     """Why it ended."""
+    delivery: str
+    """This and all below: of what the rank that was asked for has written by `offer_id`. none, offered, running, done
+    or failed."""
+    delivery_epoch: int
+    num_bytes: int
+    early_bytes: int
+    """Of these, before the hand-off was sealed."""
+    run_s: float
+    """That the writing took."""
+    delivery_reason: str
+    """Why it failed."""
 
 class Reported(NamedTuple): ...
+class Offered(NamedTuple): ...
+
+class Watched(NamedTuple):
+    """What a rank was offered."""
+
+    number: int
+    """Counts from 1; 0: nothing is new, and the rest is empty."""
+    token: str
+    offer_id: int
+    blob: bytes
+    """As D gave it."""
 
 class Refused(NamedTuple):
-    """P has no such rank, or is another one."""
+    """P has no such rank, or is another one; there is no such hand-off."""
 
     reason: str
 
@@ -677,7 +702,9 @@ class ChannelAnswer(NamedTuple):
     """`response` or, if it is None, why there is none."""
 
     id: int
-    response: RankDescription | Renewed | Confirmed | Released | HandoffNews | Reported | Refused | None
+    response: (
+        RankDescription | Renewed | Confirmed | Released | HandoffNews | Reported | Offered | Watched | Refused | None
+    )
     error: str
     timed_out: bool
     """The server said nothing, but somebody listens there, or nothing is known of it: to ask again may help."""
@@ -769,13 +796,53 @@ class ChannelClient:
         seen_stamp: int,
         patience_s: float,
         timeout_s: float,
+        offer_id: int = 0,
     ) -> int:
         """Answered by HandoffNews: once there is any after what was seen, or as it stands when patience is over.
 
         Args:
             rank: (pp, tp) of the one whose progress is news, too.
             patience_s: at most 30; `timeout_s` begins when it is over.
+            offer_id: not the rank's progress is news, but what it writes by that offer.
         """
+
+    def offer(
+        self, endpoint: tuple[str, int], token: str, rank: tuple[int, int], offer_id: int, blob: bytes, timeout_s: float
+    ) -> int:
+        """That rank may write what it has of a hand-off into blocks of ours. Answered by Offered or Refused.
+
+        Args:
+            offer_id: not 0; another for each, so that requests which take one hand-off are told apart.
+            blob: which blocks, for that rank to read. ValueError for one that no message has room for.
+        """
+
+    def watch(
+        self,
+        endpoint: tuple[str, int],
+        key: str,
+        rank: tuple[int, int],
+        seen: int,
+        patience_s: float,
+        timeout_s: float,
+    ) -> int:
+        """For P's own ranks. Answered by Watched: the first offer after number `seen`, or none when patience ends."""
+
+    def deliver(
+        self,
+        endpoint: tuple[str, int],
+        key: str,
+        rank: tuple[int, int],
+        token: str,
+        offer_id: int,
+        state: str,
+        epoch: int,
+        num_bytes: int,
+        early_bytes: int,
+        run_s: float,
+        reason: str,
+        timeout_s: float,
+    ) -> int:
+        """For P's own ranks: what has become of an offer, as HandoffNews tells it. Answered by Reported."""
 
     def take(self) -> list[ChannelAnswer]:
         """What has come back, oldest first; never blocks. Resets fileno()."""
@@ -854,3 +921,6 @@ class PromptHasher:
 
 def blocks_digest(blocks: Sequence[Sequence[int]]) -> str:
     """32 hex digits of all blocks, by group, in their order."""
+
+def digest_and_count(blocks: Sequence[Sequence[int]]) -> tuple[str, int]:
+    """blocks_digest(), and how many of them are blocks: 0 stands for what a sliding window has left."""

@@ -75,7 +75,8 @@ FAMILIES: Final[dict[str, Family]] = {
     "handshake_seconds": Family("histogram", "Time to meet and link a new peer.", None, _SECONDS),
     "bytes_transferred": Family("histogram", "Bytes of a pull on one D rank.", _TRANSPORT, _BYTES),
     "blocks_transferred": Family("histogram", "Blocks of a pull on one D rank.", _TRANSPORT, _BLOCKS),
-    "early_bytes": Family("counter", "Bytes that a D rank pulled while P's prefill still went on."),
+    "early_bytes": Family("counter", "Bytes that a D rank got while P's prefill still went on."),
+    "pushed_bytes": Family("counter", "Bytes that P wrote into the blocks of a D rank."),
     "failed_transfers": Family("counter", "Pulls that failed on a D rank, by reason.", _FAILURES),
     "served_requests": Family("counter", "Requests of P whose KV cache a D has read and P has confirmed."),
     "served_blocks": Family("counter", "Blocks of these requests."),
@@ -166,7 +167,7 @@ class DataDistStats(KVConnectorStats):
 
 
 class WorkerMeter:
-    """Measurements of one worker rank; the pull driver's TransferObserver. Any thread may record."""
+    """Measurements of one worker rank; the driver's TransferObserver. Any thread may record."""
 
     def __init__(self, rank: str) -> None:
         self._rank = rank
@@ -193,6 +194,8 @@ class WorkerMeter:
         )
         if transfer.early_bytes:
             self._count("early_bytes", transfer.early_bytes)
+        if transfer.pushed_bytes:
+            self._count("pushed_bytes", transfer.pushed_bytes)
 
     def failed(self, reason: Failure) -> None:
         self._count(f"failed_transfers:{reason.value}", 1)
@@ -226,7 +229,7 @@ class SchedulerMeter:
         self._engine = engine
         self._clock = clock
         self._at = 0.0
-        self._counts: Tally[str] = Tally()
+        self._counts: dict[str, int] = {}
         self._ranks: dict[str, dict[str, int]] = {}
         self._state = dict(_NO_STATE)
         self._told = dict(_NO_STATE)
@@ -234,11 +237,13 @@ class SchedulerMeter:
 
     def count(self, name: str, amount: int = 1, label: str = "") -> None:
         if amount:
-            self._counts[f"{name}:{label}" if label else name] += amount
+            key = f"{name}:{label}" if label else name
+            self._counts[key] = self._counts.get(key, 0) + amount
 
     def held(self, leases: int, blocks: int, oldest_s: float) -> None:
         # Whole seconds: each change is a message.
-        self._state.update(held_leases=leases, held_blocks=blocks, oldest_lease_seconds=int(oldest_s))
+        self._state["held_leases"], self._state["held_blocks"] = leases, blocks
+        self._state["oldest_lease_seconds"] = int(oldest_s)
 
     def pulling(self, requests: int) -> None:
         self._state["pulling_requests"] = requests
@@ -268,11 +273,10 @@ class SchedulerMeter:
             return None
         # Later than the last one whatever becomes of the clock, or all that follows would be taken for older.
         self._at = max(self._clock(), self._at + _BEFORE_ALL)
+        counts, self._counts = self._counts, {}
         self._told, self._due = dict(self._state), False
-        stats = DataDistStats()
-        stats.data["counts"], self._counts = dict(self._counts), Tally()
-        stats.data["gauges"][self._engine] = {"at": self._at, "values": self._told}
-        return stats
+        gauges = {self._engine: {"at": self._at, "values": self._told}}
+        return DataDistStats({"series": {}, "counts": counts, "ranks": {}, "gauges": gauges})
 
 
 class DataDistPromMetrics(KVConnectorPromMetrics):

@@ -1,11 +1,13 @@
 #include <pybind11/stl.h>
 
 #include <algorithm>
+#include <array>
 #include <chrono>
 #include <map>
 #include <memory>
 #include <optional>
 #include <string>
+#include <string_view>
 #include <utility>
 #include <vector>
 
@@ -77,15 +79,49 @@ const char *NameOf(HandoffState state) {
 }
 
 // More patience than a message may have is that.
+uint32_t ToPatience(double seconds) {
+  const auto patience = std::chrono::ceil<milliseconds>(FromSeconds(seconds));
+  return static_cast<uint32_t>(std::min(patience, milliseconds(kMaxPatienceMs)).count());
+}
+
 Await ToAwait(const std::string &token, const std::optional<std::pair<uint16_t, uint16_t>> &rank, uint32_t seen_version,
-              uint64_t seen_stamp, double patience_s) {
-  const auto patience = std::chrono::ceil<milliseconds>(FromSeconds(patience_s));
-  Await await{FromHex(token), {}, seen_version, seen_stamp, 0};
+              uint64_t seen_stamp, double patience_s, uint64_t offer_id) {
+  Await await{FromHex(token), {}, seen_version, seen_stamp, ToPatience(patience_s), offer_id};
   if (rank.has_value()) {
     await.rank = RankId{rank->first, rank->second};
   }
-  await.patience_ms = static_cast<uint32_t>(std::min(patience, milliseconds(kMaxPatienceMs)).count());
   return await;
+}
+
+constexpr std::array<const char *, kDeliveryStates> kDeliveryNames = {"none", "offered", "running", "done", "failed"};
+
+const char *NameOf(DeliveryState state) { return kDeliveryNames[static_cast<size_t>(state)]; }
+
+double ToSeconds(uint64_t micros) {
+  return std::chrono::duration<double>(std::chrono::microseconds(micros)).count();
+}
+
+std::vector<uint8_t> ToOffered(const py::bytes &bytes) {
+  const std::string_view view = bytes;
+  if (view.size() > kMaxOffer) {
+    throw py::value_error("blob of " + std::to_string(view.size()) + " bytes; allowed: " + std::to_string(kMaxOffer));
+  }
+  return {view.begin(), view.end()};
+}
+
+uint64_t SendDelivery(ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::string &key,
+                      const std::pair<uint16_t, uint16_t> &rank, const std::string &token, uint64_t offer_id,
+                      const std::string &state, uint32_t epoch, uint64_t num_bytes, uint64_t early_bytes, double run_s,
+                      const py::str &reason, double timeout_s) {
+  const auto *const name = std::find(kDeliveryNames.begin(), kDeliveryNames.end(), state);
+  if (name == kDeliveryNames.end()) {
+    throw py::value_error("state: " + state + "; allowed: none, offered, running, done, failed");
+  }
+  const auto run = std::chrono::duration_cast<std::chrono::microseconds>(FromSeconds(run_s));
+  Deliver deliver{FromHex(key), {rank.first, rank.second}, FromHex(token), offer_id, {}};
+  deliver.delivery = {static_cast<DeliveryState>(name - kDeliveryNames.begin()), epoch, num_bytes, early_bytes,
+                      static_cast<uint64_t>(run.count()), ToBytes(reason)};
+  return Send(self, server, deliver, timeout_s);
 }
 
 // The Python class of each answer.
@@ -97,6 +133,8 @@ struct AnswerTypes {
   py::object released;
   py::object news;
   py::object reported;
+  py::object offered;
+  py::object watched;
   py::object refused;
 };
 
@@ -118,9 +156,17 @@ struct ToResponse {
     const ProgressMark &mark = news.mark;
     return types.news(NameOf(news.state), news.epoch, news.version, news.stamp,
                       news.blob.has_value() ? py::object(ToPython(*news.blob)) : py::none(), mark.epoch, mark.base,
-                      mark.next, ToPython(mark.layers), news.reason);
+                      mark.next, ToPython(mark.layers), news.reason, NameOf(news.delivery.state), news.delivery.epoch,
+                      news.delivery.bytes, news.delivery.early_bytes, ToSeconds(news.delivery.run_us),
+                      news.delivery.reason);
   }
   py::object operator()(const Reported &) const { return types.reported(); }
+  py::object operator()(const Offered &answer) const {
+    return answer.status.ok() ? types.offered() : types.refused(answer.status.text());
+  }
+  py::object operator()(const Watched &watched) const {
+    return types.watched(watched.number, ToHex(watched.token), watched.offer_id, ToPython(watched.blob));
+  }
 };
 
 py::list Take(ChannelClient &self, const AnswerTypes &types) {
@@ -193,11 +239,29 @@ void RegisterClient(py::module_ &module, const AnswerTypes &types) {
           "await_handoff",
           [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::string &token,
              const std::optional<std::pair<uint16_t, uint16_t>> &rank, uint32_t seen_version, uint64_t seen_stamp,
-             double patience_s, double timeout_s) {
-            return Send(self, server, ToAwait(token, rank, seen_version, seen_stamp, patience_s), timeout_s);
+             double patience_s, double timeout_s, uint64_t offer_id) {
+            return Send(self, server, ToAwait(token, rank, seen_version, seen_stamp, patience_s, offer_id), timeout_s);
           },
           endpoint, py::arg("token"), py::arg("rank"), py::arg("seen_version"), py::arg("seen_stamp"),
-          py::arg("patience_s"), timeout)
+          py::arg("patience_s"), timeout, py::arg("offer_id") = 0)
+      .def(
+          "offer",
+          [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::string &token,
+             const std::pair<uint16_t, uint16_t> &rank, uint64_t offer_id, const py::bytes &blob, double timeout_s) {
+            return Send(self, server, Offer{FromHex(token), {rank.first, rank.second}, offer_id, ToOffered(blob)}, timeout_s);
+          },
+          endpoint, py::arg("token"), py::arg("rank"), py::arg("offer_id"), py::arg("blob"), timeout)
+      .def(
+          "watch",
+          [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::string &key,
+             const std::pair<uint16_t, uint16_t> &rank, uint64_t seen, double patience_s, double timeout_s) {
+            return Send(self, server, Watch{FromHex(key), {rank.first, rank.second}, seen, ToPatience(patience_s)},
+                        timeout_s);
+          },
+          endpoint, py::arg("key"), py::arg("rank"), py::arg("seen"), py::arg("patience_s"), timeout)
+      .def("deliver", &SendDelivery, endpoint, py::arg("key"), py::arg("rank"), py::arg("token"), py::arg("offer_id"),
+           py::arg("state"), py::arg("epoch"), py::arg("num_bytes"), py::arg("early_bytes"), py::arg("run_s"),
+           py::arg("reason"), timeout)
       .def("take", [types](ChannelClient &self) { return Take(self, types); })
       .def("fileno", [](ChannelClient &self) { return Usable(self).event_fd(); })
       .def("close", &Close<ChannelClient>);
@@ -223,8 +287,16 @@ void RegisterChannel(py::module_ &module) {
                         {"base", "int"},
                         {"next", "int"},
                         {"layers", "bytes"},
-                        {"reason", "str"}}),
+                        {"reason", "str"},
+                        {"delivery", "str"},
+                        {"delivery_epoch", "int"},
+                        {"num_bytes", "int"},
+                        {"early_bytes", "int"},
+                        {"run_s", "float"},
+                        {"delivery_reason", "str"}}),
       DefineNamedTuple(module, "Reported", {}),
+      DefineNamedTuple(module, "Offered", {}),
+      DefineNamedTuple(module, "Watched", {{"number", "int"}, {"token", "str"}, {"offer_id", "int"}, {"blob", "bytes"}}),
       DefineNamedTuple(module, "Refused", {{"reason", "str"}}),
   };
   module.attr("MAX_LEASES_PER_MESSAGE") = kMaxLeasesPerMessage;

@@ -42,6 +42,7 @@ constexpr void (*kMessages[])(const Bytes &) = {
     Exact<DigestRequest>,   WithText<Digests>,   Exact<ChannelGreeting>, Exact<DescribeRank>, WithText<RankAnswer>,
     Exact<Renew>,           Exact<Renewed>,      Exact<Confirm>,       Exact<Confirmed>,   Exact<Release>,
     Exact<Await>,           WithText<HandoffNews>, Exact<ReportProgress>,
+    Exact<Offer>,           WithText<Offered>,   Exact<Watch>,         Exact<Watched>,    WithText<Deliver>,
 };
 
 }  // namespace

@@ -90,6 +90,11 @@ std::vector<Bytes> Messages() {
       Encode(Await{LeaseToken{1}, RankId{2, 3}, 4, 5, 6}),
       Encode(HandoffNews{HandoffState::kBegun, 2, 3, 4, Bytes{5, 6}, {7, 8, 9, {10}}, "why \xC3\xA4"}),
       Encode(ReportProgress{{1}, {2, 3}, {{LeaseToken{4}, {5, 6, 7, {8}}}, {LeaseToken{9}, {10, 11, 11, {}}}}}),
+      Encode(Offer{{1}, {2, 3}, 4, {5, 6}}),
+      Encode(Offered{Status(llm_datadist::LLM_PARAM_INVALID, "why")}),
+      Encode(Watch{{1}, {2, 3}, 4, 5}),
+      Encode(Watched{1, {2}, 3, {4, 5}}),
+      Encode(Deliver{{1}, {2, 3}, {4}, 5, {DeliveryState::kRunning, 6, 7, 8, 9, "why"}}),
   };
 }
 

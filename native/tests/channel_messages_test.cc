@@ -20,7 +20,12 @@ bool Decodes(const Body &body) {
 }
 
 HandoffNews SomeNews() {
-  return {HandoffState::kBegun, 2, 3, 4, Body{5, 6}, {7, 8, 9, {10, 11}}, "why"};
+  return {HandoffState::kBegun, 2, 3, 4, Body{5, 6}, {7, 8, 9, {10, 11}}, "why",
+          {DeliveryState::kFailed, 12, 13, 14, 15, "lost"}};
+}
+
+Deliver SomeDelivery() {
+  return {{1}, {2, 3}, {4}, 5, {DeliveryState::kRunning, 6, 1ULL << 63U, 8, 9, "late"}};
 }
 
 ReportProgress SomeReport() {
@@ -49,6 +54,13 @@ std::vector<Sample> Samples() {
       {"HANDOFF", Encode(SomeNews()), &Decodes<HandoffNews>},
       {"HANDOFF of nothing", Encode(HandoffNews{}), &Decodes<HandoffNews>},
       {"REPORT", Encode(SomeReport()), &Decodes<ReportProgress>},
+      {"OFFER", Encode(Offer{{1}, {2, kMaxRank}, 3, {4, 5}}), &Decodes<Offer>},
+      {"OFFERED", Encode(Offered{}), &Decodes<Offered>},
+      {"OFFERED not taken", Encode(Offered{Invalid("no")}), &Decodes<Offered>},
+      {"WATCH", Encode(Watch{{1}, {2, 3}, 4, kMaxPatienceMs}), &Decodes<Watch>},
+      {"WATCHED", Encode(Watched{1, {2}, 3, {4, 5}}), &Decodes<Watched>},
+      {"WATCHED of nothing", Encode(Watched{}), &Decodes<Watched>},
+      {"DELIVER", Encode(SomeDelivery()), &Decodes<Deliver>},
   };
 }
 
@@ -80,7 +92,7 @@ TEST(ChannelMessages, AreReadBack) {
 }
 
 TEST(ChannelMessages, OfHandoffsAreReadBack) {
-  const auto await = Decode<Await>(Encode(Await{{1}, RankId{2, 3}, 4, 1ULL << 63U, 5}));
+  const auto await = Decode<Await>(Encode(Await{{1}, RankId{2, 3}, 4, 1ULL << 63U, 5, 6}));
   ASSERT_TRUE(await.ok());
   EXPECT_EQ(await.value().token, LeaseToken{1});
   EXPECT_EQ(await.value().rank->pp_rank, 2);
@@ -88,6 +100,7 @@ TEST(ChannelMessages, OfHandoffsAreReadBack) {
   EXPECT_EQ(await.value().seen_version, 4U);
   EXPECT_EQ(await.value().seen_stamp, 1ULL << 63U);
   EXPECT_EQ(await.value().patience_ms, 5U);
+  EXPECT_EQ(await.value().offer_id, 6U);
   EXPECT_FALSE(Decode<Await>(Encode(Await{})).value().rank.has_value());
   const auto news = Decode<HandoffNews>(Encode(SomeNews()));
   ASSERT_TRUE(news.ok());
@@ -101,6 +114,9 @@ TEST(ChannelMessages, OfHandoffsAreReadBack) {
   EXPECT_EQ(news.value().mark.next, 9U);
   EXPECT_EQ(news.value().mark.layers, (Body{10, 11}));
   EXPECT_EQ(news.value().reason, "why");
+  EXPECT_EQ(news.value().delivery.state, DeliveryState::kFailed);
+  EXPECT_EQ(news.value().delivery.early_bytes, 14U);
+  EXPECT_EQ(news.value().delivery.reason, "lost");
   EXPECT_FALSE(Decode<HandoffNews>(Encode(HandoffNews{})).value().blob.has_value());
   const auto report = Decode<ReportProgress>(Encode(SomeReport()));
   ASSERT_TRUE(report.ok());
@@ -112,6 +128,41 @@ TEST(ChannelMessages, OfHandoffsAreReadBack) {
   EXPECT_EQ(report.value().marks[1].second.next, 11U);
 }
 
+TEST(ChannelMessages, OfOffersAreReadBack) {
+  const auto offer = Decode<Offer>(Encode(Offer{{1}, {2, 3}, 1ULL << 63U, {4, 5}}));
+  ASSERT_TRUE(offer.ok());
+  EXPECT_EQ(offer.value().token, LeaseToken{1});
+  EXPECT_EQ(offer.value().rank.tp_rank, 3);
+  EXPECT_EQ(offer.value().offer_id, 1ULL << 63U);
+  EXPECT_EQ(offer.value().blob, (Body{4, 5}));
+  EXPECT_EQ(Decode<Offered>(Encode(Offered{Invalid("no")})).value().status.text(), "no");
+  const auto watch = Decode<Watch>(Encode(Watch{{1}, {2, 3}, 4, 5}));
+  ASSERT_TRUE(watch.ok());
+  EXPECT_EQ(watch.value().key, HandoffKey{1});
+  EXPECT_EQ(watch.value().rank.pp_rank, 2);
+  EXPECT_EQ(watch.value().seen, 4U);
+  EXPECT_EQ(watch.value().patience_ms, 5U);
+  const auto watched = Decode<Watched>(Encode(Watched{1, {2}, 3, {4}}));
+  ASSERT_TRUE(watched.ok());
+  EXPECT_EQ(watched.value().number, 1U);
+  EXPECT_EQ(watched.value().token, LeaseToken{2});
+  EXPECT_EQ(watched.value().offer_id, 3U);
+  EXPECT_EQ(watched.value().blob, Body{4});
+  const auto deliver = Decode<Deliver>(Encode(SomeDelivery()));
+  ASSERT_TRUE(deliver.ok());
+  EXPECT_EQ(deliver.value().key, HandoffKey{1});
+  EXPECT_EQ(deliver.value().rank.pp_rank, 2);
+  EXPECT_EQ(deliver.value().token, LeaseToken{4});
+  EXPECT_EQ(deliver.value().offer_id, 5U);
+  const Delivery &delivery = deliver.value().delivery;
+  EXPECT_EQ(delivery.state, DeliveryState::kRunning);
+  EXPECT_EQ(delivery.epoch, 6U);
+  EXPECT_EQ(delivery.bytes, 1ULL << 63U);
+  EXPECT_EQ(delivery.early_bytes, 8U);
+  EXPECT_EQ(delivery.run_us, 9U);
+  EXPECT_EQ(delivery.reason, "late");
+}
+
 // The largest of each that may be sent fits its frame.
 TEST(ChannelMessages, FitTheirFrames) {
   const std::vector<LeaseToken> most(kMaxLeasesPerMessage);
@@ -121,8 +172,15 @@ TEST(ChannelMessages, FitTheirFrames) {
   EXPECT_TRUE(Decodes<Renew>(Encode(Renew{most})));
   EXPECT_LE(Encode(RankAnswer{Status::Ok(), Body(kMaxGeometry)}).size(), BodyCap(MessageType::kRank));
   const Body layers(kMaxLayerBytes);
-  const HandoffNews news{HandoffState::kEnded, 1, 1, 1, Body(kMaxHandoffBlob), {1, 1, 1, layers}, std::string(5000, 'x')};
+  const HandoffNews news{HandoffState::kEnded, 1, 1, 1, Body(kMaxHandoffBlob), {1, 1, 1, layers}, std::string(5000, 'x'),
+                         {DeliveryState::kFailed, 1, 1, 1, 1, std::string(5000, 'x')}};
   EXPECT_LE(Encode(news).size(), BodyCap(MessageType::kHandoff));
+  EXPECT_LE(Encode(Offer{{}, {}, 1, Body(kMaxOffer)}).size(), BodyCap(MessageType::kOffer));
+  EXPECT_TRUE(Decodes<Offer>(Encode(Offer{{}, {}, 1, Body(kMaxOffer)})));
+  EXPECT_LE(Encode(Watched{1, {}, 1, Body(kMaxOffer)}).size(), BodyCap(MessageType::kWatched));
+  EXPECT_LE(Encode(Offered{Invalid(std::string(5000, 'x'))}).size(), BodyCap(MessageType::kOffered));
+  EXPECT_LE(Encode(Deliver{{}, {}, {}, 1, {{}, 1, 1, 1, 1, std::string(5000, 'x')}}).size(),
+            BodyCap(MessageType::kDeliver));
   ReportProgress report;
   report.marks.assign(kMaxMarksPerReport, {LeaseToken{}, {1, 1, 1, layers}});
   EXPECT_EQ(Encode(report).size(), BodyCap(MessageType::kReport));
@@ -160,6 +218,15 @@ TEST(ChannelMessages, ValuesOutOfTheirRangeAreRefused) {
   EXPECT_FALSE(Decodes<HandoffNews>(Encode(HandoffNews{{}, 0, 0, 0, {}, {0, 2, 1, {}}, ""}))) << "backwards";
   EXPECT_FALSE(Decodes<ReportProgress>(Encode(ReportProgress{{}, {}, {{LeaseToken{}, {0, 2, 1, {}}}}})));
   EXPECT_FALSE(Decodes<ReportProgress>(Encode(ReportProgress{{}, {0, kMaxRank + 1}, {}})));
+  EXPECT_FALSE(Decodes<Offer>(Encode(Offer{{}, {0, kMaxRank + 1}, 1, {}})));
+  EXPECT_FALSE(Decodes<Offer>(Encode(Offer{{}, {}, 0, {}}))) << "of nobody";
+  EXPECT_FALSE(Decodes<Offer>(Encode(Offer{{}, {}, 1, Body(kMaxOffer + 1)})));
+  EXPECT_FALSE(Decodes<Offered>(Encode(Offered{Status(llm_datadist::LLM_TIMEOUT, "no")})));
+  EXPECT_FALSE(Decodes<Watch>(Encode(Watch{{}, {kMaxRank + 1, 0}, 0, 0})));
+  EXPECT_FALSE(Decodes<Watch>(Encode(Watch{{}, {}, 0, kMaxPatienceMs + 1})));
+  EXPECT_FALSE(Decodes<Watched>(Encode(Watched{1, {}, 1, Body(kMaxOffer + 1)})));
+  EXPECT_FALSE(Decodes<Deliver>(Encode(Deliver{{}, {0, kMaxRank + 1}, {}, 1, {}})));
+  EXPECT_FALSE(Decodes<Deliver>(Encode(Deliver{{}, {}, {}, 1, {static_cast<DeliveryState>(kDeliveryStates)}})));
   // A mark of more layers than one has room for, and one mark more than a message has.
   Body report = Encode(ReportProgress{{}, {}, {{LeaseToken{}, {0, 0, 0, Body(kMaxLayerBytes)}}}});
   report[sizeof(HandoffKey) + 8 + sizeof(LeaseToken) + 12] = 1;

@@ -194,6 +194,68 @@ TEST(HandoffTable, IsRenewedAndWithdrawnUntilItIsSealed) {
   EXPECT_TRUE(table->Withdraw({kOther}).empty()) << "the lease is to be released";
 }
 
+TEST(HandoffTable, TakesOneOfferOfEachPair) {
+  const auto table = Table();
+  EXPECT_EQ(table->Offer(kToken, kRank, 7).status().code(), llm_datadist::LLM_PARAM_INVALID) << "not promised";
+  ASSERT_TRUE(table->Promise(kToken, "r"));
+  EXPECT_TRUE(table->Offer(kToken, kRank, 7).value());
+  EXPECT_FALSE(table->Offer(kToken, kRank, 7).value()) << "sent again";
+  EXPECT_TRUE(table->Offer(kToken, {0, 9}, 7).value());
+  EXPECT_TRUE(table->Offer(kToken, kRank, 8).value());
+  EXPECT_EQ(table->Look(kToken, kRank, 0, 7).delivery.state, DeliveryState::kOffered);
+  EXPECT_EQ(table->Look(kToken, kRank, 0).delivery.state, DeliveryState::kNone);
+  EXPECT_EQ(table->Look(kToken, {}, 0, 7).delivery.state, DeliveryState::kNone);
+  ASSERT_TRUE(table->Seal(kToken, 1, {}).value());
+  EXPECT_FALSE(table->Offer(kToken, kRank, 9).ok()) << "there is nothing to hide any more";
+  ASSERT_TRUE(table->Promise(kOther, "r"));
+  (void)table->Withdraw({kOther});
+  EXPECT_FALSE(table->Offer(kOther, kRank, 7).ok()) << "withdrawn";
+}
+
+TEST(HandoffTable, OffersOfOneHandoffAreBounded) {
+  const auto table = Table();
+  ASSERT_TRUE(table->Promise(kToken, "r"));
+  for (uint64_t offer_id = 1; offer_id <= HandoffTable::kMostRanks; ++offer_id) {
+    ASSERT_TRUE(table->Offer(kToken, kRank, offer_id).value());
+  }
+  EXPECT_FALSE(table->Offer(kToken, kRank, HandoffTable::kMostRanks + 1).ok());
+  EXPECT_FALSE(table->Offer(kToken, kRank, 1).value()) << "known";
+}
+
+TEST(HandoffTable, TellsOfDeliveriesInTheirOrder) {
+  const auto table = Table();
+  ASSERT_TRUE(table->Promise(kToken, "r"));
+  const auto now = [&] { return table->Look(kToken, kRank, 0, 7); };
+  const auto deliver = [&](DeliveryState state, uint32_t epoch, uint64_t bytes) {
+    const uint64_t before = now().stamp;
+    table->Deliver(kToken, kRank, 7, {state, epoch, bytes, bytes, 1, "a\nb"});
+    return now().stamp != before;
+  };
+  EXPECT_FALSE(deliver(DeliveryState::kRunning, 1, 1)) << "not offered";
+  EXPECT_EQ(now().delivery.state, DeliveryState::kNone);
+  ASSERT_TRUE(table->Offer(kToken, kRank, 7).value());
+  EXPECT_TRUE(deliver(DeliveryState::kRunning, 1, 10));
+  EXPECT_FALSE(deliver(DeliveryState::kRunning, 1, 9)) << "older";
+  EXPECT_FALSE(deliver(DeliveryState::kOffered, 2, 0));
+  EXPECT_TRUE(deliver(DeliveryState::kDone, 1, 20));
+  EXPECT_FALSE(deliver(DeliveryState::kRunning, 1, 30)) << "all was written";
+  EXPECT_TRUE(deliver(DeliveryState::kRunning, 2, 5)) << "P was preempted: from the start";
+  EXPECT_FALSE(deliver(DeliveryState::kDone, 1, 20)) << "of the earlier epoch";
+  EXPECT_EQ(now().delivery.bytes, 5U);
+  const uint64_t others = table->Look(kToken, kRank, 0).stamp;
+  EXPECT_TRUE(deliver(DeliveryState::kFailed, 2, 5));
+  EXPECT_EQ(table->Look(kToken, kRank, 0).stamp, others) << "no news for who asks for something else";
+  EXPECT_EQ(now().delivery.reason.find('\n'), std::string::npos);
+  EXPECT_FALSE(deliver(DeliveryState::kDone, 3, 50)) << "a failure is the end";
+  // Progress of the rank is no news for who takes what it writes.
+  const uint64_t stamp = now().stamp;
+  table->Report(kRank, {{kToken, {1, 0, 4, {}}}});
+  EXPECT_EQ(now().stamp, stamp);
+  EXPECT_EQ(now().mark.next, 0U);
+  table->End(kToken, "");
+  EXPECT_EQ(now().delivery.state, DeliveryState::kNone);
+}
+
 TEST(HandoffTable, TellsItsListenerOfNewsOnly) {
   const auto table = Table();
   auto heard = std::make_shared<Heard>();

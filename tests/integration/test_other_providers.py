@@ -1,4 +1,4 @@
-"""PullDriver over providers that can do less than our engine: it is told of them by their capabilities alone."""
+"""RankDriver over providers that can do less than our engine: it is told of them by their capabilities alone."""
 
 from __future__ import annotations
 

@@ -8,8 +8,9 @@ integers may arrive as integral floats or digit strings (protobuf- and string-ba
 from __future__ import annotations
 
 import base64
+import binascii
 import enum
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -98,6 +99,8 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
     remote_host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     handoff: Token
+    transfer_mode: Literal["pull", "push"] | None = None
+    """Who moves the blocks; None: as D's configuration says."""
 
     def __str__(self) -> str:
         host = f"[{self.remote_host}]" if ":" in self.remote_host else self.remote_host
@@ -105,6 +108,7 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _PREFILL: Final = msgspec.msgpack.Decoder(RemotePrefill)
+_JSON: Final = msgspec.json.Encoder()
 
 
 def wants_remote_prefill(params: object) -> bool:
@@ -134,6 +138,12 @@ def parse_handoff(params: dict[str, Any]) -> str:
     except msgspec.ValidationError:
         value = params[EXTRA_KEY]["handoff"]
         raise ParamsError(f"{EXTRA_KEY}.handoff: {value!r:.80}, allowed: 32 hex digits in lower case") from None
+
+
+def is_pushed(params: object, default: str) -> bool:
+    """Whether P is to write the blocks of a hand-off; `default` where the request does not say."""
+    said = params.get("transfer_mode") if isinstance(params, dict) else None
+    return (default if said is None else said) == "push"
 
 
 def parse_expected(params: dict[str, Any]) -> Expected:
@@ -269,8 +279,9 @@ def build_params(
         "transfer_mode": "pull",
     }
     if ticket is not None:
-        params[EXTRA_KEY] = msgspec.to_builtins(ticket)
-        carrying = f"{request_id}{_CARRIED}{base64.urlsafe_b64encode(msgspec.json.encode(ticket)).decode()}"
+        params[EXTRA_KEY] = msgspec.structs.asdict(ticket)
+        carried = binascii.b2a_base64(_JSON.encode(ticket), newline=False).decode()
+        carrying = f"{request_id}{_CARRIED}{carried}"
         if len(carrying) <= _MAX_REQUEST_ID:
             params["remote_request_id"] = carrying
     return params

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from vllm_datadist_connector import compat
 from vllm_datadist_connector.config import ConfigError, ConnectorConfig
 from vllm_datadist_connector.kv_groups import describe_groups
-from vllm_datadist_connector.metadata import StepMetadata
+from vllm_datadist_connector.metadata import NOTHING, StepMetadata
 from vllm_datadist_connector.metrics import DataDistStats, SchedulerMeter
 from vllm_datadist_connector.protocol.params import wants_remote_decode, was_remote_prefill
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
@@ -75,7 +75,7 @@ class ConnectorScheduler:
             port += compat.data_parallel_index(parallel) if port else 0
             endpoint = Endpoint(config.host, port)
             self._producer = ProducerScheduler(
-                identity, endpoint, config.lease_limit_s, trust, config.claim_s, group_ids, config.lease_s
+                identity, endpoint, config.lease_limit_s, trust, config.claim_s, group_ids, config.lease_s, self._meter
             )
         if transfer.is_kv_consumer or config.bidirectional:
             self._consumer = ConsumerScheduler(
@@ -89,6 +89,7 @@ class ConnectorScheduler:
                 (self._producer.endpoint, identity.incarnation) if self._producer is not None else None,
                 self._local,
                 config.handoff_wait_s,
+                config.transfer_mode,
             )
         self._relief = Relief(self._producer, self._consumer) if self._producer is not None else None
 
@@ -97,20 +98,18 @@ class ConnectorScheduler:
             self._producer.set_geometries(geometries)
 
     def on_new_request(self, request: Request) -> None:
-        prefills, decodes = self._producer is not None, self._consumer is not None
-        self._local.note_arrival(request.request_id, request.kv_transfer_params, prefills, decodes)
+        params, producer, consumer = request.kv_transfer_params, self._producer, self._consumer
+        self._local.note_arrival(request.request_id, params, producer is not None, consumer is not None)
         if self._relief is not None:
             self._relief.arrived(request.request_id)
-        if self._producer is not None and self._prompt_tail and wants_remote_decode(request.kv_transfer_params):
-            compat.drop_prompt_tail(request, self._prompt_tail)
-        if self._producer is not None and self._is_held(request):
-            self._producer.on_new_request(request)
-        if self._consumer is not None:
-            self._consumer.on_new_request(request)
-
-    def _is_held(self, request: Request) -> bool:
-        params = request.kv_transfer_params
-        return wants_remote_decode(params) or (self._bidirectional and was_remote_prefill(params))
+        if producer is not None:
+            is_prefill = wants_remote_decode(params)
+            if is_prefill and self._prompt_tail:
+                compat.drop_prompt_tail(request, self._prompt_tail)
+            if is_prefill or (self._bidirectional and was_remote_prefill(params)):
+                producer.on_new_request(request)
+        if consumer is not None:
+            consumer.on_new_request(request)
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         count = self._consumer.matched_tokens(request, num_computed_tokens) if self._consumer is not None else 0
@@ -149,7 +148,7 @@ class ConnectorScheduler:
         if self._producer is not None:
             self._producer.sent(len(sent))
 
-    def absorb_stats(self, stats: KVConnectorStats | None) -> None:
+    def absorb_stats(self, stats: KVConnectorStats) -> None:
         """What the workers have measured in the step."""
         self._meter.absorb(stats)
 
@@ -161,22 +160,20 @@ class ConnectorScheduler:
         left = self._producer.take_left_askers() if self._producer is not None else ()
         pulls, cancels = self._consumer.take_jobs() if self._consumer is not None else ((), ())
         self._measure()
-        return StepMetadata(pulls, cancels, ended, left, giving, has_stats=self._meter.has_some())
+        has_stats = self._meter.has_some()
+        if not (pulls or cancels or ended or left or giving or has_stats):
+            return NOTHING
+        return StepMetadata(pulls, cancels, ended, left, giving, has_stats)
 
     def take_stats(self) -> DataDistStats | None:
+        if self._producer is not None:
+            self._producer.hear()
         self._measure()
         return self._meter.take()
 
     def _measure(self) -> None:
+        """All but what the producer tells the meter by itself."""
         meter = self._meter
-        if self._producer is not None:
-            meter.held(*self._producer.held(), self._producer.leases.oldest_s())
-            counts = self._producer.take_counts()
-            for end, count in counts.ended_leases.items():
-                meter.count("leases_ended", count, end)
-            meter.count("refused_confirms", counts.refused_confirms)
-            meter.count("served_requests", counts.served_requests)
-            meter.count("served_blocks", counts.served_blocks)
         if self._consumer is not None:
             meter.pulling(self._consumer.pulling())
             meter.count("releases", self._consumer.take_releases())

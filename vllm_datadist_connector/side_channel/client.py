@@ -9,11 +9,14 @@ from vllm_datadist_connector._native import (
     Confirmed,
     HandoffNews,
     LeaseKeeper,
+    Offered,
     ProgressReporter,
     RankDescription,
     Refused,
     Released,
     Renewed,
+    Reported,
+    Watched,
 )
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.side_channel.endpoint import Trust
@@ -25,11 +28,14 @@ __all__ = [
     "Confirmed",
     "HandoffNews",
     "LeaseKeeper",
+    "Offered",
     "ProgressReporter",
     "RankDescription",
     "Refused",
     "Released",
     "Renewed",
+    "Reported",
+    "Watched",
     "open_client",
     "open_keeper",
 ]

@@ -122,6 +122,7 @@ def make_options(
     config: ConnectorConfig,
     capabilities: _native.Capabilities,
     is_producer: bool,
+    is_consumer: bool,
     index: int,
     device: int,
     environ: Mapping[str, str] = os.environ,
@@ -141,7 +142,7 @@ def make_options(
     }
     listens = is_producer or capabilities.both_listen
     if capabilities.engine_options:
-        options |= _engine_options(config, is_producer)
+        options |= _engine_options(config, is_producer, is_consumer)
     else:
         place = find_comm_res(config, device, environ)
         options |= {"llm.LocalCommRes": place.text} if place.text else {}
@@ -154,14 +155,16 @@ def make_options(
     return options
 
 
-def _engine_options(config: ConnectorConfig, is_producer: bool) -> dict[str, str]:
+def _engine_options(config: ConnectorConfig, is_producer: bool, is_consumer: bool) -> dict[str, str]:
+    writes = {"read": "read_granted", "none": "granted"} if is_consumer else {}
+    access = "read" if is_producer else "none"
     return {
         "datadist.Transport": config.transport,
         "datadist.TransferThreads": str(config.transfer_threads),
         "datadist.TcpStreams": str(config.tcp_streams),
         "datadist.HugePages": str(int(config.huge_pages)),
-        # Blocks are pulled: nobody writes into anybody's KV cache, and nobody reads that of a D.
-        "datadist.PeerAccess": "read" if is_producer else "none",
+        # Nobody reads a D's KV cache, and nobody writes into anybody's but for blocks that a D has offered.
+        "datadist.PeerAccess": writes.get(access, access),
         "datadist.Verify": config.verify,
         # Said in any case: what the environment says was taken into the configuration.
         "datadist.AuthKeyFile": config.auth,

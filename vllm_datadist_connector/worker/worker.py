@@ -19,7 +19,7 @@ from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 from vllm_datadist_connector.worker import endings
 from vllm_datadist_connector.worker.caches import DEVICE, HOST, RegisteredCaches, check
 from vllm_datadist_connector.worker.device import Device, HostDevice, device_of, wait_for
-from vllm_datadist_connector.worker.driver import PullDriver
+from vllm_datadist_connector.worker.driver import RankDriver
 from vllm_datadist_connector.worker.giving import Giving
 from vllm_datadist_connector.worker.huge_pages import log_when_done
 from vllm_datadist_connector.worker.janitor import Janitor
@@ -28,6 +28,7 @@ from vllm_datadist_connector.worker.kv_spec import LayerKV
 from vllm_datadist_connector.worker.options import LISTEN, make_options
 from vllm_datadist_connector.worker.registrations import plan_registrations
 from vllm_datadist_connector.worker.transfers import FinishedPulls
+from vllm_datadist_connector.worker.watcher import Home
 
 logger = logging.getLogger(__name__)
 
@@ -48,7 +49,7 @@ class RankPlace:
 
 
 class ConnectorWorker:
-    """Owns the engine endpoint of one rank; the pull driver exists on consumers once KV caches are registered."""
+    """Owns the engine endpoint of one rank; its driver exists once KV caches are registered, on Ps if they push."""
 
     def __init__(
         self,
@@ -83,12 +84,13 @@ class ConnectorWorker:
         self._datadist = datadist
         self._meter = WorkerMeter(f"pp{place.pp_rank}tp{place.tp_rank}")
         self._device: Device = HostDevice()
-        self._driver: PullDriver | None = None
+        self._driver: RankDriver | None = None
         self._janitor: Janitor | None = None
         self._giving: Giving | None = None
         self._geometry: RankGeometry | None = None
         self._sent: set[str] = set()
         self._step: StepMetadata | None = None
+        self._is_watching = False
         self._scheduler_has_stats = False
         self._huge_pages: threading.Thread | None = None
         self._kv_caches: KVCaches = {}
@@ -107,7 +109,9 @@ class ConnectorWorker:
         memory = find_memory(kv_caches, self._layers, can.host_memory, can.device_memory)
         specs = describe_caches(kv_caches, self._layers, num_blocks, max_tensors)
         plan = plan_registrations(specs, can.max_regions)
-        options = make_options(self._config, can, self._is_producer, self._place.index, memory.device)
+        options = make_options(
+            self._config, can, self._is_producer, self._is_consumer, self._place.index, memory.device
+        )
         check(self._datadist.initialize(options), "Initialize")
         check(self._datadist.enter_thread(), "entering vLLM's thread")
         placement = HOST if memory.is_host and can.device_memory else DEVICE
@@ -126,11 +130,12 @@ class ConnectorWorker:
             contract=self._contract,
             block_sizes=self._block_sizes,
             caches=layouts,
+            pushes=self._is_producer and can.grants_writes,
         )
         if self._config.huge_pages and can.engine_options:
             self._huge_pages = log_when_done(self._datadist)
-        if self._is_consumer:
-            self._driver = PullDriver(self._datadist, self._geometry, caches, self._config, self._meter, can)
+        if self._is_consumer or self._geometry.pushes:
+            self._driver = RankDriver(self._datadist, self._geometry, caches, self._config, self._meter, can)
         if self._is_producer:
             trust = Trust(self._config.auth, self._config.insecure)
             is_announced = self._announces_layers and memory.is_host
@@ -179,6 +184,9 @@ class ConnectorWorker:
         """Before anything of the step is computed; again for the same step is nothing."""
         if self._giving is not None:
             self._giving.begin(step.giving)
+        if step.giving is not None and self._driver is not None and not self._is_watching:
+            self._is_watching = True
+            self._driver.watch(Home(Endpoint(*step.giving.endpoint), step.giving.key))
 
     def layer_written(self, step: StepMetadata, layer_name: str) -> None:
         """In every layer of every step of the model."""
@@ -204,7 +212,7 @@ class ConnectorWorker:
         return sent
 
     def take_received(self) -> FinishedPulls:
-        if self._driver is None:
+        if self._driver is None or not self._is_consumer:
             return FinishedPulls(set(), set(), set())
         self._meter.state(self._driver.linked_peers(), self._driver.quarantined_blocks())
         return self._driver.take_finished()

@@ -40,11 +40,23 @@ struct ToOutgoing {
   OutgoingRequest operator()(const ReportProgress &request) const {
     return {id, MessageType::kReport, MessageType::kReported, Encode(request)};
   }
+  OutgoingRequest operator()(const Offer &request) const {
+    return {id, MessageType::kOffer, MessageType::kOffered, Encode(request)};
+  }
+  OutgoingRequest operator()(const Watch &request) const {
+    return {id, MessageType::kWatch, MessageType::kWatched, Encode(request)};
+  }
+  OutgoingRequest operator()(const Deliver &request) const {
+    return {id, MessageType::kDeliver, MessageType::kReported, Encode(request)};
+  }
 };
 
 std::chrono::milliseconds PatienceOf(const ChannelRequest &request) {
-  const auto *const await = std::get_if<Await>(&request);
-  return std::chrono::milliseconds(await != nullptr ? await->patience_ms : 0);
+  if (const auto *const await = std::get_if<Await>(&request); await != nullptr) {
+    return std::chrono::milliseconds(await->patience_ms);
+  }
+  const auto *const watch = std::get_if<Watch>(&request);
+  return std::chrono::milliseconds(watch != nullptr ? watch->patience_ms : 0);
 }
 
 }  // namespace

@@ -42,6 +42,20 @@ struct ProgressMark {
   std::vector<uint8_t> layers;  // layer i: bit i % 8 of byte i / 8
 };
 
+// What a rank of P has written of it into blocks that a rank of D has offered. Several requests of one D may take one
+// hand-off, each into blocks of its own: each offer has an id.
+enum class DeliveryState : uint8_t { kNone, kOffered, kRunning, kDone, kFailed };
+constexpr size_t kDeliveryStates = 5;
+
+struct Delivery {
+  DeliveryState state = DeliveryState::kNone;
+  uint32_t epoch = 0;        // of the blocks that were written from
+  uint64_t bytes = 0;        // in that epoch
+  uint64_t early_bytes = 0;  // of these, before it was sealed
+  uint64_t run_us = 0;       // that the writing took
+  std::string reason = {};   // why it failed
+};
+
 struct HandoffNews {
   HandoffState state = HandoffState::kUnknown;
   uint32_t epoch = 0;    // of the blocks: another after a preemption, and marks of an earlier one are void
@@ -50,6 +64,7 @@ struct HandoffNews {
   std::optional<std::vector<uint8_t>> blob;  // only P's and D's Python read it; none: as seen
   ProgressMark mark;     // of the rank that was asked for
   std::string reason;    // why it ended
+  Delivery delivery = {};  // of the pair of ranks that was asked for
 };
 
 }  // namespace datadist

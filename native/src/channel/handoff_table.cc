@@ -41,6 +41,15 @@ bool Advance(ProgressMark &known, const ProgressMark &mark) {
   return grown;
 }
 
+// A failure is the last that is said; within an epoch so is that all was written.
+bool IsNewer(const Delivery &said, const Delivery &known) {
+  if (known.state == DeliveryState::kFailed || said.epoch < known.epoch || said.state <= DeliveryState::kOffered) {
+    return false;
+  }
+  return said.epoch > known.epoch || (said.bytes >= known.bytes && said.state >= known.state &&
+                                      known.state != DeliveryState::kDone);
+}
+
 }  // namespace
 
 Result<std::unique_ptr<HandoffTable>> HandoffTable::Create(size_t most) {
@@ -133,6 +142,7 @@ void HandoffTable::EndLocked(Rows::iterator row, std::string_view reason) {
   ended.reason = OneLine(reason);
   ended.blob = {};
   ended.marks.clear();
+  ended.deliveries.clear();
   ended.request_id.clear();
   ++ended.version;
   ended.changed = ++ended.stamp;
@@ -222,6 +232,40 @@ void HandoffTable::Report(const RankId &rank, const std::vector<std::pair<LeaseT
   Notify(moved);
 }
 
+Result<bool> HandoffTable::Offer(const LeaseToken &token, const RankId &rank, uint64_t offer_id) {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  Row *const row = FindUnsealedLocked(token);
+  if (row == nullptr || row->withdrawn) {
+    return Invalid("no hand-off that goes on has this token");
+  }
+  const auto known = row->deliveries.find({rank, offer_id});
+  if (known != row->deliveries.end()) {
+    return false;
+  }
+  if (row->deliveries.size() >= kMostRanks) {
+    return Invalid("more than " + std::to_string(kMostRanks) + " offers for one hand-off");
+  }
+  row->deliveries.emplace(std::make_pair(rank, offer_id), RankDelivery{{DeliveryState::kOffered}, ++row->stamp});
+  return true;
+}
+
+void HandoffTable::Deliver(const LeaseToken &token, const RankId &rank, uint64_t offer_id, Delivery delivery) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    const auto row = rows_.find(token);
+    if (row == rows_.end()) {
+      return;
+    }
+    const auto known = row->second.deliveries.find({rank, offer_id});
+    if (known == row->second.deliveries.end() || !IsNewer(delivery, known->second.delivery)) {
+      return;
+    }
+    delivery.reason = OneLine(delivery.reason);
+    known->second = RankDelivery{std::move(delivery), ++row->second.stamp};
+  }
+  Notify({token});
+}
+
 std::vector<LeaseToken> HandoffTable::Renewable(const std::vector<LeaseToken> &tokens) {
   std::vector<LeaseToken> found;
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -246,7 +290,8 @@ std::vector<LeaseToken> HandoffTable::Withdraw(const std::vector<LeaseToken> &to
   return taken;
 }
 
-HandoffNews HandoffTable::Look(const LeaseToken &token, const std::optional<RankId> &rank, uint32_t seen_version) {
+HandoffNews HandoffTable::Look(const LeaseToken &token, const std::optional<RankId> &rank, uint32_t seen_version,
+                               uint64_t offer_id) {
   HandoffNews news;
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = rows_.find(token);
@@ -258,10 +303,15 @@ HandoffNews HandoffTable::Look(const LeaseToken &token, const std::optional<Rank
     news.version = row.version;
     news.stamp = row.changed;
     news.reason = row.reason;
-    const auto mark = rank.has_value() ? row.marks.find(*rank) : row.marks.end();
+    const auto mark = rank.has_value() && offer_id == 0 ? row.marks.find(*rank) : row.marks.end();
     if (mark != row.marks.end()) {
       news.stamp = std::max(news.stamp, mark->second.stamp);
       news.mark = mark->second.mark;
+    }
+    const auto delivery = rank.has_value() ? row.deliveries.find({*rank, offer_id}) : row.deliveries.end();
+    if (delivery != row.deliveries.end()) {
+      news.stamp = std::max(news.stamp, delivery->second.stamp);
+      news.delivery = delivery->second.delivery;
     }
     if (row.version != seen_version) {
       news.blob = row.blob;

@@ -73,16 +73,28 @@ class HandoffTable {
   // The workers. What is older than what is known, or of no live token, is not taken.
   void Report(const RankId &rank, const std::vector<std::pair<LeaseToken, ProgressMark>> &marks);
 
+  // A D would have that rank write into blocks of its. False: it has said so before. LLM_PARAM_INVALID for a hand-off of
+  // which there will be nothing to write, or for which there are too many offers.
+  Result<bool> Offer(const LeaseToken &token, const RankId &rank, uint64_t offer_id);
+  // What is older than what is known, or was not offered, is not taken.
+  void Deliver(const LeaseToken &token, const RankId &rank, uint64_t offer_id, Delivery delivery);
+
   // D's, by the server. Those of `tokens` that need no lease yet.
   std::vector<LeaseToken> Renewable(const std::vector<LeaseToken> &tokens);
   // Nobody needs those any more; returns those of `tokens` that were to become leases.
   std::vector<LeaseToken> Withdraw(const std::vector<LeaseToken> &tokens);
-  // The blob only if it is not of `seen_version`. `rank`: whose mark, and news of whom the stamp counts.
-  HandoffNews Look(const LeaseToken &token, const std::optional<RankId> &rank, uint32_t seen_version);
+  // The blob only if it is not of `seen_version`. `rank`: whose mark, or with `offer_id` whose delivery by that offer,
+  // and news of whom the stamp counts.
+  HandoffNews Look(const LeaseToken &token, const std::optional<RankId> &rank, uint32_t seen_version,
+                   uint64_t offer_id = 0);
 
  private:
   struct RankMark {
     ProgressMark mark;
+    uint64_t stamp = 0;
+  };
+  struct RankDelivery {
+    Delivery delivery;
     uint64_t stamp = 0;
   };
   struct Row {
@@ -95,6 +107,7 @@ class HandoffTable {
     Blob blob = {};
     std::string reason = {};
     std::map<RankId, RankMark> marks = {};
+    std::map<std::pair<RankId, uint64_t>, RankDelivery> deliveries = {};
     bool withdrawn = false;
     bool awaited = false;
   };

@@ -89,6 +89,43 @@ bool Get(Reader &reader, ProgressMark &mark) {
   return true;
 }
 
+void Put(Writer &writer, const Delivery &delivery) {
+  writer.U8(static_cast<uint8_t>(delivery.state));
+  writer.U32(delivery.epoch);
+  writer.U64(delivery.bytes);
+  writer.U64(delivery.early_bytes);
+  writer.U64(delivery.run_us);
+  writer.Text(delivery.reason, kMaxText);
+}
+
+bool Get(Reader &reader, Delivery &delivery) {
+  const uint8_t state = reader.U8();
+  delivery.epoch = reader.U32();
+  delivery.bytes = reader.U64();
+  delivery.early_bytes = reader.U64();
+  delivery.run_us = reader.U64();
+  delivery.reason = OneLine(reader.Text(kMaxText));
+  delivery.state = state < kDeliveryStates ? static_cast<DeliveryState>(state) : DeliveryState::kNone;
+  return reader.ok() && state < kDeliveryStates;
+}
+
+// At the end of a body.
+void PutBlob(Writer &writer, const std::vector<uint8_t> &blob) {
+  writer.U32(static_cast<uint32_t>(blob.size()));
+  writer.Bytes(blob.data(), blob.size());
+}
+
+// False unless as many bytes follow as were announced, and no more than allowed.
+bool GetBlob(Reader &reader, std::vector<uint8_t> &blob) {
+  const uint32_t size = reader.U32();
+  if (!reader.ok() || size > kMaxOffer || size != reader.remaining()) {
+    return false;
+  }
+  blob.resize(size);
+  reader.Bytes(blob.data(), size);
+  return true;
+}
+
 }  // namespace
 
 // As in HELLO the versions stand first, where a peer of any version finds them.
@@ -242,6 +279,7 @@ std::vector<uint8_t> Encode(const Await &message) {
   writer.U32(message.seen_version);
   writer.U64(message.seen_stamp);
   writer.U32(message.patience_ms);
+  writer.U64(message.offer_id);
   return writer.Take();
 }
 
@@ -258,6 +296,7 @@ Result<Await> Decode(const std::vector<uint8_t> &body) {
   message.seen_version = reader.U32();
   message.seen_stamp = reader.U64();
   message.patience_ms = reader.U32();
+  message.offer_id = reader.U64();
   if (!reader.Finished() || !is_rank || message.patience_ms > kMaxPatienceMs) {
     return Malformed("AWAIT");
   }
@@ -272,6 +311,7 @@ std::vector<uint8_t> Encode(const HandoffNews &message) {
   writer.U32(message.version);
   writer.U64(message.stamp);
   Put(writer, message.mark);
+  Put(writer, message.delivery);
   writer.Text(message.reason, kMaxText);
   writer.U8(message.blob.has_value() ? 1 : 0);
   if (message.blob.has_value()) {
@@ -289,7 +329,7 @@ Result<HandoffNews> Decode(const std::vector<uint8_t> &body) {
   message.epoch = reader.U32();
   message.version = reader.U32();
   message.stamp = reader.U64();
-  const bool is_mark = Get(reader, message.mark);
+  const bool is_mark = Get(reader, message.mark) && Get(reader, message.delivery);
   message.reason = OneLine(reader.Text(kMaxText));
   const uint8_t has_blob = reader.U8();
   const uint32_t size = has_blob == 1 ? reader.U32() : 0;
@@ -333,6 +373,116 @@ Result<ReportProgress> Decode(const std::vector<uint8_t> &body) {
   }
   if (!reader.Finished() || !are_marks) {
     return Malformed("REPORT");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const Offer &message) {
+  Writer writer;
+  writer.Reserve(64 + message.blob.size());
+  Put(writer, message.token);
+  Put(writer, message.rank);
+  writer.U64(message.offer_id);
+  PutBlob(writer, message.blob);
+  return writer.Take();
+}
+
+template <>
+Result<Offer> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  Offer message;
+  Get(reader, message.token);
+  const bool is_rank = Get(reader, message.rank);
+  message.offer_id = reader.U64();
+  if (!is_rank || message.offer_id == 0 || !GetBlob(reader, message.blob)) {
+    return Malformed("OFFER");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const Offered &message) {
+  Writer writer;
+  Put(writer, message.status);
+  return writer.Take();
+}
+
+template <>
+Result<Offered> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  const auto status = GetStatus(reader, {llm_datadist::LLM_PARAM_INVALID});
+  if (!status.has_value() || !reader.Finished()) {
+    return Malformed("OFFERED");
+  }
+  return Offered{*status};
+}
+
+std::vector<uint8_t> Encode(const Watch &message) {
+  Writer writer;
+  Put(writer, message.key);
+  Put(writer, message.rank);
+  writer.U64(message.seen);
+  writer.U32(message.patience_ms);
+  return writer.Take();
+}
+
+template <>
+Result<Watch> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  Watch message;
+  Get(reader, message.key);
+  const bool is_rank = Get(reader, message.rank);
+  message.seen = reader.U64();
+  message.patience_ms = reader.U32();
+  if (!reader.Finished() || !is_rank || message.patience_ms > kMaxPatienceMs) {
+    return Malformed("WATCH");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const Watched &message) {
+  Writer writer;
+  writer.Reserve(64 + message.blob.size());
+  writer.U64(message.number);
+  Put(writer, message.token);
+  writer.U64(message.offer_id);
+  PutBlob(writer, message.blob);
+  return writer.Take();
+}
+
+template <>
+Result<Watched> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  Watched message;
+  message.number = reader.U64();
+  Get(reader, message.token);
+  message.offer_id = reader.U64();
+  if (!GetBlob(reader, message.blob)) {
+    return Malformed("WATCHED");
+  }
+  return message;
+}
+
+std::vector<uint8_t> Encode(const Deliver &message) {
+  Writer writer;
+  Put(writer, message.key);
+  Put(writer, message.rank);
+  Put(writer, message.token);
+  writer.U64(message.offer_id);
+  Put(writer, message.delivery);
+  return writer.Take();
+}
+
+template <>
+Result<Deliver> Decode(const std::vector<uint8_t> &body) {
+  Reader reader(body.data(), body.size());
+  Deliver message;
+  Get(reader, message.key);
+  const bool is_rank = Get(reader, message.rank);
+  Get(reader, message.token);
+  message.offer_id = reader.U64();
+  const bool is_delivery = Get(reader, message.delivery);
+  if (!reader.Finished() || !is_rank || !is_delivery) {
+    return Malformed("DELIVER");
   }
   return message;
 }

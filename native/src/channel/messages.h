@@ -14,15 +14,21 @@
 //         <─────────────────────────── RELEASED
 //   AWAIT ───────────────────────────────────>  what is new of this hand-off since I asked?
 //         <──────────────────────────── HANDOFF  once there is something, or my patience is over
+//   OFFER ───────────────────────────────────>  that rank may write what it has of this hand-off into blocks of mine
+//         <──────────────────────────── OFFERED
 //
 //   a worker of P                            P
 //   REPORT ──────────────────────────────────>  my rank is so far with these hand-offs
 //         <─────────────────────────── REPORTED
+//   WATCH ───────────────────────────────────>  what was my rank offered since I asked?
+//         <──────────────────────────── WATCHED  once there is something, or my patience is over
+//   DELIVER ─────────────────────────────────>  so much of it has my rank written into the blocks of that D
+//         <─────────────────────────── REPORTED
 //
 // Answers have the seq of their request, and come in any order. Every request is idempotent: one whose answer was lost is
 // sent again. Whoever may enter can ask for a geometry; only the holder of a lease's random token can renew, confirm or
-// release it, or await the hand-off that becomes it; only who has the instance's own key can report. CONFIRM changes
-// nothing.
+// release it, or await the hand-off that becomes it, or offer blocks for it; only who has the instance's own key can
+// report, watch or deliver. CONFIRM changes nothing.
 #ifndef DATADIST_CHANNEL_MESSAGES_H_
 #define DATADIST_CHANNEL_MESSAGES_H_
 
@@ -97,6 +103,43 @@ struct Await {
   uint32_t seen_version = 0;
   uint64_t seen_stamp = 0;
   uint32_t patience_ms = 0;
+  uint64_t offer_id = 0;  // then what `rank` has delivered by it is news, and not its progress
+};
+
+constexpr size_t kMaxOffer = kMaxFrameBody - 4096;
+
+struct Offer {
+  LeaseToken token{};
+  RankId rank;
+  uint64_t offer_id = 0;      // D's choice; not 0
+  std::vector<uint8_t> blob;  // only Python reads it
+};
+
+struct Offered {
+  Status status;
+};
+
+struct Watch {
+  HandoffKey key{};
+  RankId rank;
+  uint64_t seen = 0;
+  uint32_t patience_ms = 0;
+};
+
+struct Watched {
+  uint64_t number = 0;  // counts from 1; 0: nothing is new, and the rest is empty
+  LeaseToken token{};
+  uint64_t offer_id = 0;
+  std::vector<uint8_t> blob;
+};
+
+// Answered by REPORTED.
+struct Deliver {
+  HandoffKey key{};
+  RankId rank;
+  LeaseToken token{};
+  uint64_t offer_id = 0;
+  Delivery delivery;
 };
 
 struct ReportProgress {
@@ -116,6 +159,11 @@ std::vector<uint8_t> Encode(const Release &message);
 std::vector<uint8_t> Encode(const Await &message);
 std::vector<uint8_t> Encode(const HandoffNews &message);
 std::vector<uint8_t> Encode(const ReportProgress &message);
+std::vector<uint8_t> Encode(const Offer &message);
+std::vector<uint8_t> Encode(const Offered &message);
+std::vector<uint8_t> Encode(const Watch &message);
+std::vector<uint8_t> Encode(const Watched &message);
+std::vector<uint8_t> Encode(const Deliver &message);
 
 // The largest geometry that fits into a RANK.
 constexpr size_t kMaxGeometry = kMaxFrameBody - 4096;

@@ -47,7 +47,9 @@ class ParkedAwaits {
   };
   void ForgetOnLoop(uint64_t id);
   void AnswerOnLoop(uint64_t id, const HandoffNews &news);
-  HandoffNews Look(const Await &await) { return handoffs_.Look(await.token, await.rank, await.seen_version); }
+  HandoffNews Look(const Await &await) {
+    return handoffs_.Look(await.token, await.rank, await.seen_version, await.offer_id);
+  }
 
   EventLoop &loop_;
   HandoffTable &handoffs_;

@@ -35,6 +35,10 @@ Result<ChannelAnswer> DecodeAnswer(uint64_t id, const Frame &frame) {
       return Decoded<Confirmed>(id, frame);
     case MessageType::kHandoff:
       return Decoded<HandoffNews>(id, frame);
+    case MessageType::kOffered:
+      return Decoded<Offered>(id, frame);
+    case MessageType::kWatched:
+      return Decoded<Watched>(id, frame);
     default:
       break;
   }

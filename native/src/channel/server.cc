@@ -10,6 +10,7 @@
 #include "base/hmac.h"
 #include "channel/askers.h"
 #include "channel/parked_awaits.h"
+#include "channel/rank_orders.h"
 #include "control/opening.h"
 
 namespace datadist {
@@ -21,7 +22,8 @@ using llm_datadist::LLM_NOT_YET_LINK;
 using llm_datadist::LLM_PARAM_INVALID;
 
 constexpr TypeSet kRequests(MessageType::kDescribeRank, MessageType::kRenew, MessageType::kConfirm,
-                            MessageType::kRelease, MessageType::kAwait, MessageType::kReport);
+                            MessageType::kRelease, MessageType::kAwait, MessageType::kReport, MessageType::kOffer,
+                            MessageType::kWatch, MessageType::kDeliver);
 constexpr size_t kRanksNamed = 64;
 
 std::string RankText(const RankId &rank) {
@@ -82,7 +84,10 @@ class ChannelServer::State : public HandoffListener, public Guests::Host, public
   std::vector<LeaseToken> RenewOnLoop(const Renew &renew, const std::string &by);
   void ReleaseOnLoop(const Release &release);
   Status AwaitOnLoop(const Guests::Request &request);
-  Status ReportOnLoop(const Guests::Request &request);
+  Offered OfferOnLoop(const Offer &offer);
+  template <typename Message, typename Take>
+  Status FromWorkerOnLoop(const Guests::Request &request, const Take &take);
+  Status OfWorkerOnLoop(const Guests::Request &request);
 
   const Grantor grantor_;
   const Trust trust_;
@@ -104,6 +109,9 @@ class ChannelServer::State : public HandoffListener, public Guests::Host, public
   ParkedAwaits awaits_{*loop_, *handoffs_, [this](uint64_t guest, uint32_t seq, const HandoffNews &news) {
                          guests_.SendOnLoop(guest, MessageType::kHandoff, seq, Encode(news));
                        }};
+  RankOrders orders_{*loop_, [this](uint64_t guest, uint32_t seq, const Watched &watched) {
+                       guests_.SendOnLoop(guest, MessageType::kWatched, seq, Encode(watched));
+                     }};
   // Of guests that asked for a geometry, what they said last: one is counted for one cluster, whatever it says.
   std::map<uint64_t, uint64_t> clusters_;
 };
@@ -156,8 +164,13 @@ Status ChannelServer::State::OnRequestOnLoop(const Guests::Request &request) {
       });
     case MessageType::kAwait:
       return AwaitOnLoop(request);
+    case MessageType::kOffer:
+      return AnswerOnLoop<Offer>(request, MessageType::kOffered,
+                                 [&](const Offer &offer) { return Encode(OfferOnLoop(offer)); });
     case MessageType::kReport:
-      return ReportOnLoop(request);
+    case MessageType::kWatch:
+    case MessageType::kDeliver:
+      return OfWorkerOnLoop(request);
     default:
       return AnswerOnLoop<DescribeRank>(request, MessageType::kRank, [&](const DescribeRank &asked) {
         RankAnswer answer = DescribeOnLoop(asked);
@@ -171,6 +184,7 @@ Status ChannelServer::State::OnRequestOnLoop(const Guests::Request &request) {
 
 void ChannelServer::State::OnLeftOnLoop(uint64_t guest) {
   awaits_.DropOnLoop(guest);
+  orders_.DropOnLoop(guest);
   IsOfOnLoop(guest, 0);
 }
 
@@ -218,18 +232,54 @@ Status ChannelServer::State::AwaitOnLoop(const Guests::Request &request) {
   return Status::Ok();
 }
 
-// Who has no key of this very instance would tell Ds that tokens are final that are not.
-Status ChannelServer::State::ReportOnLoop(const Guests::Request &request) {
-  const Result<ReportProgress> report = Decode<ReportProgress>(request.frame.body);
-  if (!report.ok()) {
-    return report.status();
+Offered ChannelServer::State::OfferOnLoop(const Offer &offer) {
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    if (geometries_.count(offer.rank) == 0) {
+      return {Status(LLM_PARAM_INVALID, NoSuchRank(offer.rank, geometries_))};
+    }
   }
-  if (!SameBytes(report.value().key, handoffs_->key())) {
-    return Status(LLM_FAILED, "REPORT by no worker of this instance");
+  const Result<bool> is_new = handoffs_->Offer(offer.token, offer.rank, offer.offer_id);
+  if (!is_new.ok()) {
+    return {is_new.status()};
   }
-  handoffs_->Report(report.value().rank, report.value().marks);
-  guests_.SendOnLoop(request.guest, MessageType::kReported, request.frame.seq, {});
+  if (is_new.value() && !orders_.PutOnLoop(offer)) {
+    handoffs_->Deliver(offer.token, offer.rank, offer.offer_id, {DeliveryState::kFailed, 0, 0, 0, 0, "too many offers"});
+  }
+  return {};
+}
+
+// Who has no key of this very instance would tell Ds that tokens are final that are not, or take others' offers.
+template <typename Message, typename Take>
+Status ChannelServer::State::FromWorkerOnLoop(const Guests::Request &request, const Take &take) {
+  const Result<Message> message = Decode<Message>(request.frame.body);
+  if (!message.ok()) {
+    return message.status();
+  }
+  if (!SameBytes(message.value().key, handoffs_->key())) {
+    return Status(LLM_FAILED, std::string(MessageName(request.frame.type)) + " by no worker of this instance");
+  }
+  take(message.value());
   return Status::Ok();
+}
+
+Status ChannelServer::State::OfWorkerOnLoop(const Guests::Request &request) {
+  const auto reported = [&] { guests_.SendOnLoop(request.guest, MessageType::kReported, request.frame.seq, {}); };
+  switch (request.frame.type) {
+    case MessageType::kWatch:
+      return FromWorkerOnLoop<Watch>(
+          request, [&](const Watch &watch) { orders_.WatchOnLoop(request.guest, request.frame.seq, watch); });
+    case MessageType::kDeliver:
+      return FromWorkerOnLoop<Deliver>(request, [&](const Deliver &deliver) {
+        handoffs_->Deliver(deliver.token, deliver.rank, deliver.offer_id, deliver.delivery);
+        reported();
+      });
+    default:
+      return FromWorkerOnLoop<ReportProgress>(request, [&](const ReportProgress &report) {
+        handoffs_->Report(report.rank, report.marks);
+        reported();
+      });
+  }
 }
 
 // Any number of tokens wakes the loop once.

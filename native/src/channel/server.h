@@ -3,7 +3,8 @@
 //
 //   FrontDoor (who may enter) ──CHANNEL──> Guests ── DESCRIBE_RANK ──> geometries
 //                                                ├─ RENEW, CONFIRM, RELEASE ──> LeaseTable
-//                                                └─ AWAIT, REPORT ──> HandoffTable; RENEW and RELEASE ask it first
+//                                                ├─ AWAIT, REPORT, DELIVER ──> HandoffTable; RENEW, RELEASE ask it first
+//                                                └─ OFFER, WATCH ──> RankOrders
 //
 // What guests can make grow has a limit: their number (of whoever has the most, the one that was silent longest leaves),
 // what they begin and do not end, what they do not read, how much they wait for, how long they may say nothing.

@@ -28,7 +28,7 @@ uint32_t FrameCrc(const uint8_t *header, const std::vector<uint8_t> &body) {
 }
 
 bool IsKnown(uint16_t type) {
-  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kReported);
+  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kDeliver);
 }
 
 // A peer of another version is told so in a REJECT, so these keep their place in every version.
@@ -113,6 +113,16 @@ const char *MessageName(MessageType type) {
       return "REPORT";
     case MessageType::kReported:
       return "REPORTED";
+    case MessageType::kOffer:
+      return "OFFER";
+    case MessageType::kOffered:
+      return "OFFERED";
+    case MessageType::kWatch:
+      return "WATCH";
+    case MessageType::kWatched:
+      return "WATCHED";
+    case MessageType::kDeliver:
+      return "DELIVER";
   }
   return "?";
 }
@@ -125,6 +135,8 @@ uint32_t BodyCap(MessageType type) {
     case MessageType::kDigests:
     case MessageType::kRank:
     case MessageType::kHandoff:
+    case MessageType::kOffer:
+    case MessageType::kWatched:
       return kMaxFrameBody;
     case MessageType::kRenew:
       return kRenewBody;

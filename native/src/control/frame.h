@@ -25,7 +25,7 @@
 namespace datadist {
 
 constexpr uint32_t kFrameMagic = 0x4B444444;  // "DDDK"
-constexpr uint16_t kProtocolVersion = 8;
+constexpr uint16_t kProtocolVersion = 9;
 constexpr size_t kFrameHeaderSize = 20;
 constexpr uint32_t kMaxFrameBody = 1U << 20;
 // What is allocated for a body before any of it has come; then twice what has. An announcement costs its sender nothing.
@@ -68,11 +68,16 @@ enum class MessageType : uint16_t {
   kHandoff = 34,
   kReport = 35,
   kReported = 36,
+  kOffer = 37,
+  kOffered = 38,
+  kWatch = 39,
+  kWatched = 40,
+  kDeliver = 41,
 };
 const char *MessageName(MessageType type);
 
-// Largest body of a type: 4 KiB for all but those that list something per tensor, block or lease, and RANK and HANDOFF,
-// which have a blob.
+// Largest body of a type: 4 KiB for all but those that list something per tensor, block or lease, and those that
+// have a blob.
 uint32_t BodyCap(MessageType type);
 
 // The messages that are legal in one state of a connection.

@@ -90,7 +90,8 @@ class ClientEnd {
 
 constexpr TypeSet kAnyAnswer(MessageType::kChannelReady, MessageType::kReject, MessageType::kRank,
                              MessageType::kRenewed, MessageType::kConfirmed, MessageType::kReleased,
-                             MessageType::kHandoff, MessageType::kReported);
+                             MessageType::kHandoff, MessageType::kReported, MessageType::kOffered,
+                             MessageType::kWatched);
 
 // A client of no code of ours. Over TCP, so that its source is another than that of a client in this process.
 class BareClient {
@@ -149,7 +150,8 @@ class BareServer {
 inline Result<Frame> ReceiveRequest(const Fd &fd) {
   return RecvFrame(fd.get(),
                    TypeSet(MessageType::kDescribeRank, MessageType::kRenew, MessageType::kConfirm,
-                           MessageType::kRelease, MessageType::kAwait, MessageType::kReport),
+                           MessageType::kRelease, MessageType::kAwait, MessageType::kReport, MessageType::kOffer,
+                           MessageType::kWatch, MessageType::kDeliver),
                    Soon());
 }
 
