@@ -45,7 +45,11 @@ class Side:
         self.datadist = _native.LlmDataDist(cluster_id, MIX, provider)
         can = self.datadist.capabilities
         config = adapt_config(parse_config({}), (), can, {})
-        check(self.datadist.initialize(make_options(config, can, is_producer=True, index=0, device=0, environ={})))
+        check(
+            self.datadist.initialize(
+                make_options(config, can, is_producer=True, is_consumer=False, index=0, device=0, environ={})
+            )
+        )
         check(self.datadist.enter_thread())
         specs = describe_caches(self.memory.tensors, self.memory.layers(), NUM_BLOCKS)
         frozen = cast("_native.LlmDataDist", _Frozen(self.datadist))

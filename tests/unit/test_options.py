@@ -102,30 +102,38 @@ def test_a_variable_that_hccl_would_not_take_is_named(name: str, value: str) -> 
 
 
 def test_options_of_our_engine() -> None:
-    options = make_options(parse_config({}), ENGINE, is_producer=True, index=3, device=0)
+    options = make_options(parse_config({}), ENGINE, is_producer=True, is_consumer=False, index=3, device=0)
     assert options["llm.ListenIpInfo"] == "127.0.0.1:0"
     assert options["datadist.PeerAccess"] == "read"
-    options = make_options(parse_config({"engine_port": 9000}), ENGINE, is_producer=False, index=3, device=0)
+    options = make_options(
+        parse_config({"engine_port": 9000}), ENGINE, is_producer=False, is_consumer=True, index=3, device=0
+    )
     assert "llm.ListenIpInfo" not in options
-    assert options["datadist.PeerAccess"] == "none"
+    assert options["datadist.PeerAccess"] == "granted"
+    options = make_options(parse_config({}), ENGINE, is_producer=True, is_consumer=True, index=3, device=0)
+    assert options["datadist.PeerAccess"] == "read_granted"
 
 
 def test_options_of_another_library_are_llm_datadists_only() -> None:
     config = adapt(HOST | {"engine_port": 9000, "pull_timeout_s": 12})
-    assert make_options(config, HARDWARE, is_producer=True, index=3, device=5, environ={}) == {
+    assert make_options(config, HARDWARE, is_producer=True, is_consumer=False, index=3, device=5, environ={}) == {
         "llm.DeviceId": "5",
         "llm.SyncKvCacheWaitTime": "12000",
         "llm.ListenIpInfo": "10.0.0.5:9003",
     }
-    assert "llm.ListenIpInfo" not in make_options(config, HARDWARE, is_producer=False, index=3, device=5, environ={})
+    assert "llm.ListenIpInfo" not in make_options(
+        config, HARDWARE, is_producer=False, is_consumer=True, index=3, device=5, environ={}
+    )
 
 
 def test_a_side_that_only_pulls_listens_where_links_read_one_way() -> None:
     both = HARDWARE._replace(both_listen=True)
     config = adapt(HOST)
-    assert make_options(config, both, is_producer=False, index=0, device=0, environ={})["llm.ListenIpInfo"]
+    assert make_options(config, both, is_producer=False, is_consumer=True, index=0, device=0, environ={})[
+        "llm.ListenIpInfo"
+    ]
     hixl = adapt(HOST | {"local_comm_res": '{"version":"1.3"}'})
-    options = make_options(hixl, HARDWARE, is_producer=False, index=0, device=0, environ={})
+    options = make_options(hixl, HARDWARE, is_producer=False, is_consumer=True, index=0, device=0, environ={})
     assert options == {
         "llm.DeviceId": "0",
         "llm.SyncKvCacheWaitTime": "33064",

@@ -11,7 +11,7 @@ size_t SizeOf(const Watched &watched) { return sizeof(Watched) + watched.blob.si
 
 bool RankOrders::PutOnLoop(Offer offer) {
   Rank &rank = ranks_[offer.rank];
-  Watched order{rank.last + 1, offer.token, offer.taker, std::move(offer.blob)};
+  Watched order{rank.last + 1, offer.token, offer.offer_id, std::move(offer.blob)};
   if (SizeOf(order) > kMostBytes - bytes_) {
     return false;
   }
