@@ -6,9 +6,9 @@ from typing import Any
 
 from support.pd import BLOCK_SIZE, LOOPBACK, make_params, make_request, make_ticket
 from vllm_datadist_connector.kv_groups import KVGroup
+from vllm_datadist_connector.metrics import SchedulerMeter
 from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
-from vllm_datadist_connector.scheduler.local_prefills import LocalPrefills
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 PROMPT = list(range(100, 100 + 5 * BLOCK_SIZE - 3))
@@ -19,7 +19,7 @@ LOADED = len(PROMPT) - 1
 
 
 def make_consumer(
-    ourselves: tuple[Endpoint, str] | None = None, local: LocalPrefills | None = None, handoff_wait_s: float = 30.0
+    ourselves: tuple[Endpoint, str] | None = None, meter: SchedulerMeter | None = None, handoff_wait_s: float = 30.0
 ) -> ConsumerScheduler:
     return ConsumerScheduler(
         (KVGroup(BLOCK_SIZE),),
@@ -29,9 +29,21 @@ def make_consumer(
         trust=Trust(),
         recompute_threshold=None,
         ourselves=ourselves,
-        local=local,
+        meter=meter,
         handoff_wait_s=handoff_wait_s,
     )
+
+
+def counted(meter: SchedulerMeter) -> dict[str, int]:
+    """Since the last call."""
+    stats = meter.take()
+    return stats.data["counts"] if stats is not None else {}
+
+
+def noted(meter: SchedulerMeter) -> dict[str, int]:
+    """Local prefills by reason, since the last call."""
+    prefix = "local_prefills:"
+    return {key.removeprefix(prefix): count for key, count in counted(meter).items() if key.startswith(prefix)}
 
 
 def params_for(prompt: list[int], blocks: tuple[int, ...] = REMOTE, **changes: Any) -> dict[str, Any]:
