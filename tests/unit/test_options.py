@@ -141,6 +141,7 @@ def test_a_side_that_only_pulls_listens_where_links_read_one_way() -> None:
 def vllm_config(extra: dict[str, Any], role: str = "kv_both", **model: Any) -> Any:
     return SimpleNamespace(
         kv_transfer_config=SimpleNamespace(
+            kv_role=role,
             is_kv_producer=role != "kv_consumer",
             is_kv_consumer=role != "kv_producer",
             kv_connector_extra_config=extra,

@@ -187,6 +187,20 @@ class ConsumerScheduler:
         requests = reversed(self._requests.items())
         return [name for name, each in requests if each.from_ourselves and each.state is _State.NEW]
 
+    def taken(self) -> int:
+        """Requests whose KV is pulled here, or will be."""
+        return len(self._requests) + len(self._expected)
+
+    def prefill_here(self, request_id: str, why: tuple[Reason, str]) -> None:
+        """One that has not begun to pull does not begin."""
+        if request_id in self._expected:
+            self._expected.give_up(request_id)
+            self._local.note(request_id, *why)
+            return
+        tracked = self._requests.get(request_id)
+        if tracked is not None and tracked.state is _State.NEW and tracked.refusal is None:
+            tracked.loadable_tokens, tracked.refusal = 0, why
+
     def token_of(self, request_id: str) -> str:
         return self._requests[request_id].remote.ticket.token
 

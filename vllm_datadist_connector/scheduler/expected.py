@@ -51,6 +51,9 @@ class Expectations:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
 
+    def __len__(self) -> int:
+        return len(self._requests)
+
     def expect(self, request_id: str, expected: Expected) -> bool:
         """False: there are too many."""
         if len(self._requests) >= MAX_WAITING:

@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_datadist_connector import compat
 from vllm_datadist_connector.config import ConfigError, ConnectorConfig
+from vllm_datadist_connector.duties import Duties, duties_of
 from vllm_datadist_connector.kv_groups import describe_groups
+from vllm_datadist_connector.labels import Reason
 from vllm_datadist_connector.metadata import StepMetadata
 from vllm_datadist_connector.metrics import DataDistStats, SchedulerMeter
 from vllm_datadist_connector.protocol.params import wants_remote_decode, was_remote_prefill
@@ -70,14 +72,22 @@ class ConnectorScheduler:
             logger.warning("insecure: whoever can connect to %s is a peer, and may read what peers may", config.host)
         self._producer: ProducerScheduler | None = None
         self._consumer: ConsumerScheduler | None = None
-        if transfer.is_kv_producer or config.bidirectional:
+        self._duties = duties_of(transfer.kv_role, config)
+        if self._duties.gives:
             port = config.side_channel_port
             port += compat.data_parallel_index(parallel) if port else 0
             endpoint = Endpoint(config.host, port)
             self._producer = ProducerScheduler(
-                identity, endpoint, config.lease_limit_s, trust, config.claim_s, group_ids, config.lease_s
+                identity,
+                endpoint,
+                config.lease_limit_s,
+                trust,
+                config.claim_s,
+                group_ids,
+                config.lease_s,
+                config.role_switch,
             )
-        if transfer.is_kv_consumer or config.bidirectional:
+        if self._duties.takes:
             self._consumer = ConsumerScheduler(
                 identity.groups,
                 config.allows_peer,
@@ -91,28 +101,42 @@ class ConnectorScheduler:
                 config.handoff_wait_s,
             )
         self._relief = Relief(self._producer, self._consumer) if self._producer is not None else None
+        self._roles = self._producer.roles if self._producer is not None else None
 
     def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
         if self._producer is not None:
             self._producer.set_geometries(geometries)
 
     def on_new_request(self, request: Request) -> None:
-        prefills, decodes = self._producer is not None, self._consumer is not None
-        self._local.note_arrival(request.request_id, request.kv_transfer_params, prefills, decodes)
+        duties, role = self._present_duties()
+        self._local.note_arrival(request.request_id, request.kv_transfer_params, duties, role)
         if self._relief is not None:
             self._relief.arrived(request.request_id)
         if self._producer is not None and self._prompt_tail and wants_remote_decode(request.kv_transfer_params):
             compat.drop_prompt_tail(request, self._prompt_tail)
         if self._producer is not None and self._is_held(request):
-            self._producer.on_new_request(request)
-        if self._consumer is not None:
+            self._producer.on_new_request(request, duties.gives)
+        if self._consumer is not None and duties.takes:
             self._consumer.on_new_request(request)
+            self._tell_taken()
+
+    def _present_duties(self) -> tuple[Duties, str]:
+        """And the role by which an operator knows them; empty where it does not change."""
+        roles = self._roles
+        return (self._duties, "") if roles is None else (Duties(roles.gives, roles.takes), roles.role)
+
+    def _tell_taken(self) -> None:
+        """Before the role changes, what was taken is pulled."""
+        if self._roles is not None and self._consumer is not None:
+            self._roles.set_taken(self._consumer.taken())
 
     def _is_held(self, request: Request) -> bool:
         params = request.kv_transfer_params
         return wants_remote_decode(params) or (self._bidirectional and was_remote_prefill(params))
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
+        if self._roles is not None and self._consumer is not None and not self._roles.may_pull:
+            self._consumer.prefill_here(request.request_id, (Reason.SWITCHED, "the role changes before its pull began"))
         count = self._consumer.matched_tokens(request, num_computed_tokens) if self._consumer is not None else 0
         if self._relief is not None and count is not None:
             self._relief.asked(request.request_id)
@@ -129,10 +153,12 @@ class ConnectorScheduler:
             self._relief.ended(request.request_id)
         if self._consumer is not None:
             self._consumer.request_finished(request.request_id)
+            self._tell_taken()
         if self._producer is None:
             return False, None
         if wants_remote_decode(request.kv_transfer_params):
-            return self._producer.request_finished(request, tables, self._lease_s)
+            gives = self._present_duties()[0].gives
+            return self._producer.request_finished(request, tables, self._lease_s, gives=gives)
         if self._bidirectional and was_remote_prefill(request.kv_transfer_params):
             return self._producer.request_finished(request, tables, self._decoder_lease_s, for_next_turn=True)
         return False, None
@@ -146,6 +172,7 @@ class ConnectorScheduler:
         """Every worker rank has told vLLM so."""
         if self._consumer is not None:
             self._consumer.received(received)
+            self._tell_taken()
         if self._producer is not None:
             self._producer.sent(len(sent))
 
@@ -160,6 +187,7 @@ class ConnectorScheduler:
         ended = self._producer.take_ended() if self._producer is not None else ()
         left = self._producer.take_left_askers() if self._producer is not None else ()
         pulls, cancels = self._consumer.take_jobs() if self._consumer is not None else ((), ())
+        self._tell_taken()
         self._measure()
         return StepMetadata(pulls, cancels, ended, left, giving, has_stats=self._meter.has_some())
 

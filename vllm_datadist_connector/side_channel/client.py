@@ -14,6 +14,8 @@ from vllm_datadist_connector._native import (
     Refused,
     Released,
     Renewed,
+    Switched,
+    Watched,
 )
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.side_channel.endpoint import Trust
@@ -30,6 +32,8 @@ __all__ = [
     "Refused",
     "Released",
     "Renewed",
+    "Switched",
+    "Watched",
     "open_client",
     "open_keeper",
 ]

@@ -75,6 +75,11 @@ def _refuse_what_it_cannot(config: ConnectorConfig, capabilities: _native.Capabi
         raise ConfigError(f"host: {config.host!r} is an IPv6 address; this provider links over IPv4 only")
     if not capabilities.reports_port and not config.engine_port:
         raise ConfigError("engine_port: this provider does not tell which port it has been given; name one")
+    if config.role_switch and not capabilities.reports_links:
+        raise ConfigError(
+            "role_switch: a role changes when there are no links, and this provider does not tell which there are;"
+            " leave it out"
+        )
     if capabilities.engine_options:
         for name in ("local_comm_res", "ascend_local_comm_res_path"):
             if getattr(config, name):
