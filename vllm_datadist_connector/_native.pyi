@@ -95,6 +95,8 @@ class Capabilities(NamedTuple):
     writes_end_with_call: bool
     """Whatever a call writes here is written when it returns, however it ends. Otherwise a call that failed may go on
     writing until its link has been unlinked by force."""
+    grants_writes: bool
+    """grant_writes() and revoke_writes(); otherwise peers write wherever they like."""
     peer_drops_half: bool
     """When one side unlinks or dies, the other's half of the link goes, too."""
     crossing_links: bool
@@ -191,6 +193,15 @@ class LlmDataDist:
         dst_layer_range: tuple[int, int] = (-1, -1),
         tensor_num_per_layer: int = 2,
     ) -> int: ...
+    def grant_writes(self, cluster_id: int, blocks: Sequence[tuple[int, BlockIds]]) -> tuple[int, int]:
+        """(status, id of the grant). That cluster may write into those blocks of those caches (cache id, blocks), under
+        whatever cache id their memory is registered, until revoke_writes(); `datadist.PeerAccess` must say that peers write
+        by grant."""
+
+    def revoke_writes(self, grant_id: int) -> int:
+        """From this call on no write begins under the grant. LLM_SUCCESS: none is running any more; LLM_LINK_BUSY: one is,
+        ask again. Never waits."""
+
     def listen_port(self) -> tuple[int, int]:
         """(status, port the listener is bound to)."""
 

@@ -100,6 +100,10 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     recv_deadline_s: Seconds = 60.0
     """D gives a pull so long, from the scheduling of the request to its confirmation; no other limit outlasts it."""
 
+    transfer_mode: Literal["pull", "push"] = "pull"
+    """How D gets what P computes for a request that both got at once: it pulls, or offers P its blocks to write into. A
+    request's own `transfer_mode` goes before."""
+
     handoff_wait_s: Seconds = 30.0
     """D gives a request that names a hand-off so long until P has heard of it, too; then it prefills it itself."""
 

@@ -75,7 +75,8 @@ FAMILIES: Final[dict[str, Family]] = {
     "handshake_seconds": Family("histogram", "Time to meet and link a new peer.", None, _SECONDS),
     "bytes_transferred": Family("histogram", "Bytes of a pull on one D rank.", _TRANSPORT, _BYTES),
     "blocks_transferred": Family("histogram", "Blocks of a pull on one D rank.", _TRANSPORT, _BLOCKS),
-    "early_bytes": Family("counter", "Bytes that a D rank pulled while P's prefill still went on."),
+    "early_bytes": Family("counter", "Bytes that a D rank got while P's prefill still went on."),
+    "pushed_bytes": Family("counter", "Bytes that P wrote into the blocks of a D rank."),
     "failed_transfers": Family("counter", "Pulls that failed on a D rank, by reason.", _FAILURES),
     "served_requests": Family("counter", "Requests of P whose KV cache a D has read and P has confirmed."),
     "served_blocks": Family("counter", "Blocks of these requests."),
@@ -166,7 +167,7 @@ class DataDistStats(KVConnectorStats):
 
 
 class WorkerMeter:
-    """Measurements of one worker rank; the pull driver's TransferObserver. Any thread may record."""
+    """Measurements of one worker rank; the driver's TransferObserver. Any thread may record."""
 
     def __init__(self, rank: str) -> None:
         self._rank = rank
@@ -193,6 +194,8 @@ class WorkerMeter:
         )
         if transfer.early_bytes:
             self._count("early_bytes", transfer.early_bytes)
+        if transfer.pushed_bytes:
+            self._count("pushed_bytes", transfer.pushed_bytes)
 
     def failed(self, reason: Failure) -> None:
         self._count(f"failed_transfers:{reason.value}", 1)

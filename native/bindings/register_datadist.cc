@@ -5,6 +5,7 @@
 #include <vector>
 
 #include "arguments.h"
+#include "block_ids.h"
 #include "calls.h"
 #include "endpoint.h"
 #include "memory/huge_pages.h"
@@ -130,6 +131,7 @@ py::object DefineCapabilities(py::module_ &module) {
                            {"device_memory", "bool"},
                            {"register_before_link", "bool"},
                            {"writes_end_with_call", "bool"},
+                           {"grants_writes", "bool"},
                            {"peer_drops_half", "bool"},
                            {"crossing_links", "bool"},
                            {"both_listen", "bool"},
@@ -142,9 +144,22 @@ py::object DefineCapabilities(py::module_ &module) {
 
 py::object ToTuple(const py::object &capabilities, const Capabilities &c) {
   return capabilities(c.engine_options, c.reports_port, c.reports_links, c.ipv6, c.host_memory, c.device_memory,
-                      c.register_before_link, c.writes_end_with_call, c.peer_drops_half, c.crossing_links,
-                      c.both_listen, c.max_addrs_per_cache, c.max_regions, c.max_links, c.min_run_bytes,
-                      c.min_link_timeout_ms);
+                      c.register_before_link, c.writes_end_with_call, c.grants_writes, c.peer_drops_half,
+                      c.crossing_links, c.both_listen, c.max_addrs_per_cache, c.max_regions, c.max_links,
+                      c.min_run_bytes, c.min_link_timeout_ms);
+}
+
+std::pair<llm_datadist::Status, uint64_t> GrantWrites(DataDist &self, uint64_t cluster_id,
+                                                      const std::vector<std::pair<int64_t, py::object>> &blocks) {
+  std::vector<llm_datadist::WritableBlocks> writable;
+  for (const auto &[cache_id, ids] : blocks) {
+    Result<std::vector<uint64_t>> read = ReadBlockIds(ids, "blocks");
+    if (!read.ok()) {
+      return {Report(read.status()), 0};
+    }
+    writable.push_back({cache_id, std::move(read).value()});
+  }
+  return ReportResult(WithoutGil([&] { return self.provider->GrantWrites(cluster_id, writable); }), uint64_t{0});
 }
 
 void RegisterTransfers(py::class_<DataDist> &datadist) {
@@ -161,7 +176,14 @@ void RegisterTransfers(py::class_<DataDist> &datadist) {
            src_layers, dst_layers, per_layer)
       .def("push_kv_cache", &PushKvCache, py::arg("src_cache_id"), py::arg("src_batch_index"),
            py::arg("dst_cluster_id"), py::arg("dst_cache_id"), py::arg("dst_batch_index"), py::arg("num_tensors"),
-           py::arg("size") = -1, src_layers, dst_layers, per_layer);
+           py::arg("size") = -1, src_layers, dst_layers, per_layer)
+      .def("grant_writes", &GrantWrites, py::arg("cluster_id"), py::arg("blocks"))
+      .def(
+          "revoke_writes",
+          [](DataDist &self, uint64_t grant_id) {
+            return Report(WithoutGil([&] { return self.provider->RevokeWrites(grant_id); }));
+          },
+          py::arg("grant_id"));
 }
 
 }  // namespace

@@ -109,7 +109,6 @@ TEST(ChannelOffers, ThatNobodyTakesAreBounded) {
 
 TEST(ChannelOffers, ARankAsksOnceAtATime) {
   const Instance p;
-  ClientEnd d;
   ClientEnd rank;
   BareClient gone(p.port());
   ASSERT_TRUE(gone.Greet());
@@ -119,11 +118,14 @@ TEST(ChannelOffers, ARankAsksOnceAtATime) {
   ASSERT_TRUE(older.ok());
   EXPECT_EQ(older.value().seq, 5U);
   EXPECT_EQ(Decode<Watched>(older.value().body).value().number, 0U);
-  // One that has left is not answered, and keeps nothing from who asks next.
-  ::shutdown(gone.fd.get(), SHUT_RDWR);
-  const uint64_t next = rank.Send(p.port(), p.Ask());
-  EXPECT_TRUE(StatusOf(d.Ask(p.port(), Blocks({4}))).ok());
-  EXPECT_EQ(WatchedOf(rank.Wait(next)).number, 1U);
+  // One that has left is not answered, and takes nothing from who asks next.
+  ::shutdown(gone.fd.get(), SHUT_WR);
+  EXPECT_TRUE(gone.IsCutOff());
+  BareClient asker(p.port());
+  ASSERT_TRUE(asker.Greet());
+  ASSERT_TRUE(asker.Send(MessageType::kOffer, Encode(Blocks({4})), 7).ok());
+  EXPECT_TRUE(asker.Receive().ok()) << "whose offer it was left for it";
+  EXPECT_EQ(WatchedOf(rank.Ask(p.port(), p.Ask())).number, 1U);
 }
 
 TEST(ChannelOffers, DWaitsForTheirDelivery) {

@@ -182,11 +182,14 @@ TEST_F(Cma, UnmappedMemoryIsAFailureInWords) {
   EXPECT_TRUE(Contains(status, "not mapped")) << status.text();
 }
 
-// A blob is as long as the geometry says, or nothing of it is read.
+// A blob is as long as the geometry says, or nothing of it is read. None at all is how an owner says that we may not.
 TEST_F(Cma, AddressesThatDoNotMatchTheGeometryAreRefused) {
   const size_t whole = remote_.blob.size();
   ASSERT_EQ(whole, 8 + 8 * shape_.num_tensors);
-  for (const size_t size : {size_t{0}, size_t{7}, size_t{8}, whole - 8, whole - 1, whole + 1, whole + 8, kMaxCacheBlob}) {
+  RemoteCache untold = remote_;
+  untold.blob.clear();
+  EXPECT_EQ(Path()->Pull(Op(untold), Soon()).code(), llm_datadist::LLM_PARAM_INVALID);
+  for (const size_t size : {size_t{7}, size_t{8}, whole - 8, whole - 1, whole + 1, whole + 8, kMaxCacheBlob}) {
     RemoteCache odd = remote_;
     odd.blob.resize(size, 0x5A);
     EXPECT_EQ(Path()->Pull(Op(odd), Soon()).code(), LLM_FAILED) << size;

@@ -1,4 +1,4 @@
-"""Fixtures of the pull driver's tests: P's and D's that end with the test that asked for them.
+"""Fixtures of the driver's tests: P's and D's that end with the test that asked for them.
 
 Imported only where they are used: P's side needs vLLM, which takes longer to import than the engine's own tests to run.
 """

@@ -1,4 +1,4 @@
-"""PullDriver and a P that does not answer for a while: asked again until the pull's deadline, unless it is gone."""
+"""RankDriver and a P that does not answer for a while: asked again until the pull's deadline, unless it is gone."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PullDriver with a real engine against real P processes: every way a pull can end."""
+"""RankDriver with a real engine against real P processes: every way a pull can end."""
 
 from __future__ import annotations
 

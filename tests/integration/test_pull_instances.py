@@ -1,4 +1,4 @@
-"""PullDriver and the lives of instances: idle ones, successors on an old address, and the own one."""
+"""RankDriver and the lives of instances: idle ones, successors on an old address, and the own one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PullDriver across parallelism: P's with several ranks, D ranks with part of the heads, and P's that are not whole."""
+"""RankDriver across parallelism: P's with several ranks, D ranks with part of the heads, and P's that are not whole."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_what_a_first_pull_needs_is_registered_before(
     p_size = p_settings.get("block_size", BLOCK_SIZE)
     src = [5, 6, 1, 17]
     pull_and_check(producer, [consumer], src, [9 + i for i in range(-(-len(src) * p_size // d_place.block_size))])
-    assert noted.threads.count("datadist-pull-driver") == lazy
+    assert noted.threads.count("datadist-driver") == lazy
 
 
 def test_null_blocks_of_a_sliding_window_stay_where_they_are(

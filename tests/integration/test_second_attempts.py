@@ -1,4 +1,4 @@
-"""PullDriver and links that fail under its pulls: they cost time, up to each pull's deadline, and nobody else's."""
+"""RankDriver and links that fail under its pulls: they cost time, up to each pull's deadline, and nobody else's."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A D rank for tests of the pull driver: memory, engine, driver, and what its scheduler would have been told."""
+"""A D rank for tests of the driver: memory, engine, driver, and what its scheduler would have been told."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from vllm_datadist_connector.scheduler.producer import ProducerScheduler
 from vllm_datadist_connector.side_channel.client import open_client
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 from vllm_datadist_connector.worker.device import PASSED, Fence
-from vllm_datadist_connector.worker.driver import PullDriver
+from vllm_datadist_connector.worker.driver import RankDriver
 from vllm_datadist_connector.worker.transfers import Transfer
 
 D_CLUSTER = 900
@@ -57,6 +57,8 @@ class Consumer:
 
     Unless told otherwise it is patient: who counts its handshakes or its failures must not count a busy machine's.
 
+    `access`: what peers may do with its memory.
+
     `capabilities`: those that the driver is to take its engine's for.
     """
 
@@ -67,18 +69,23 @@ class Consumer:
         serves: bool = False,
         capabilities: dict[str, Any] | None = None,
         provider: str = "engine",
+        access: str = "read_write",
         **config: Any,
     ) -> None:
         self.place = place or Place()
+        self.offers = access == "granted"
+        """Whether it would have P push."""
         cluster_id = D_CLUSTER + self.place.tp_rank
         self.memory = self.place.part_of(make_kv(cluster_id, self.place.block_size))
         self.expected = self.memory.copy()
         settings = ConnectorConfig(
             **({"pull_timeout_s": WAIT_S, "handshake_timeout_s": WAIT_S, "peer_backoff_s": 0.3} | config)
         )
-        timeout = {"llm.SyncKvCacheWaitTime": str(int(settings.pull_timeout_s * 1000))}
+        options = {"llm.SyncKvCacheWaitTime": str(int(settings.pull_timeout_s * 1000))}
+        if provider == "engine":
+            options["datadist.PeerAccess"] = access
         role = MIX_ROLE if serves else DECODER_ROLE
-        engine = RankEngine(cluster_id, role, self.place, self.memory, transport, provider, **timeout)
+        engine = RankEngine(cluster_id, role, self.place, self.memory, transport, provider, **options)
         self.datadist = engine.datadist
         geometry = engine.geometry()
         self.port = geometry.port
@@ -87,7 +94,7 @@ class Consumer:
             # It is told of no ranks, so whoever greets us is refused.
             self._scheduler = start_scheduler(block_size=self.place.block_size)
         self.observer = Observer()
-        self.driver = PullDriver(
+        self.driver = RankDriver(
             self.datadist,
             geometry,
             engine.caches,

@@ -16,8 +16,12 @@ from typing import Any
 import msgspec
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.metadata import Home
+from vllm_datadist_connector.metrics import WorkerMeter
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 from vllm_datadist_connector.worker.device import HostDevice
+from vllm_datadist_connector.worker.driver import RankDriver
 from vllm_datadist_connector.worker.giving import Giving
 
 from . import pd
@@ -39,10 +43,16 @@ class GiverProcess:
         pp_size: int = 1,
         block_size: int = pd.BLOCK_SIZE,
         announces_layers: bool = True,
+        pushes: bool = False,
+        listens: bool = True,
     ) -> None:
+        """
+        Args:
+            listens: a P that pushes hears of offers; one whose ranks are not there yet does not.
+        """
         self.kv = make_kv(cluster_id, block_size)
         self._pipe, theirs = PROCESSES.Pipe()
-        values = [cluster_id, transport, tp_size, pp_size, block_size, announces_layers]
+        values = [cluster_id, transport, tp_size, pp_size, block_size, announces_layers, pushes, listens]
         self._process = PROCESSES.Process(target=_run, args=(theirs, json.dumps(values)), daemon=True)
         self._process.start()
         theirs.close()
@@ -104,8 +114,17 @@ class GiverProcess:
 
 class _Giver:
     def __init__(
-        self, cluster_id: int, transport: str, tp_size: int, pp_size: int, block_size: int, announces_layers: bool
+        self,
+        cluster_id: int,
+        transport: str,
+        tp_size: int,
+        pp_size: int,
+        block_size: int,
+        announces_layers: bool,
+        pushes: bool,
+        listens: bool,
     ) -> None:
+        self._listens = listens
         self._scheduler = start_scheduler(tp_size=tp_size, pp_size=pp_size, block_size=block_size)
         self.port = self._scheduler.endpoint.port
         kv = make_kv(cluster_id, block_size)
@@ -116,10 +135,15 @@ class _Giver:
         for memory in self._memories:
             memory[:] = RUBBISH
         self._engines, self._givings, geometries = [], [], {}
+        self._drivers: list[RankDriver] = []
         for index, (place, memory) in enumerate(zip(places, self._memories, strict=True)):
             engine = RankEngine(cluster_id + 1000 * index, PROMPT_ROLE, place, memory, transport)
-            geometry = engine.geometry()
+            geometry = engine.geometry(pushes=pushes)
             self._engines.append(engine)
+            if pushes:
+                can, meter = engine.datadist.capabilities, WorkerMeter(str(index))
+                driver = RankDriver(engine.datadist, geometry, engine.caches, ConnectorConfig(), meter, can)
+                self._drivers.append(driver)
             self._givings.append(Giving(geometry, Trust(), HostDevice(), announces_layers))
             geometries[place.pp_rank, place.tp_rank] = msgspec.msgpack.encode(geometry)
         self._scheduler.set_geometries(geometries)
@@ -138,6 +162,8 @@ class _Giver:
         giving = self._scheduler.step(output)
         for each in self._givings:
             each.begin(giving)
+        for driver in self._drivers if giving is not None and self._listens else ():
+            driver.watch(Home(Endpoint(*giving.endpoint), giving.key))
 
     def write(self, blocks: list[int], layers: list[int], announced: bool) -> None:
         for place, memory, truth, giving in zip(self._places, self._memories, self._truths, self._givings, strict=True):

@@ -12,6 +12,7 @@ HARDWARE = ENGINE._replace(
     device_memory=True,
     register_before_link=True,
     writes_end_with_call=False,
+    grants_writes=False,
     peer_drops_half=False,
     crossing_links=False,
     max_addrs_per_cache=240,

@@ -105,6 +105,8 @@ class RankGeometry(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fie
     block_sizes: Annotated[tuple[_Tokens, ...], msgspec.Meta(min_length=1, max_length=64)]
     """Tokens per block of each KV cache group's block table; 0 for a group of states."""
     caches: Annotated[tuple[CacheLayout, ...], msgspec.Meta(max_length=4096)]
+    pushes: bool = False
+    """Whether the rank takes offers of a D's blocks to write into."""
 
 
 def decode_geometry(data: bytes) -> RankGeometry:

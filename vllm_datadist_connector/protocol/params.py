@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import enum
-from typing import Annotated, Any, Final
+from typing import Annotated, Any, Final, Literal
 
 import msgspec
 
@@ -98,6 +98,8 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
     remote_host: Annotated[str, msgspec.Meta(min_length=1, max_length=255)]
     remote_port: Annotated[int, msgspec.Meta(ge=1, le=65535)]
     handoff: Token
+    transfer_mode: Literal["pull", "push"] | None = None
+    """Who moves the blocks; None: as D's configuration says."""
 
     def __str__(self) -> str:
         host = f"[{self.remote_host}]" if ":" in self.remote_host else self.remote_host
@@ -134,6 +136,12 @@ def parse_handoff(params: dict[str, Any]) -> str:
     except msgspec.ValidationError:
         value = params[EXTRA_KEY]["handoff"]
         raise ParamsError(f"{EXTRA_KEY}.handoff: {value!r:.80}, allowed: 32 hex digits in lower case") from None
+
+
+def is_pushed(params: object, default: str) -> bool:
+    """Whether P is to write the blocks of a hand-off; `default` where the request does not say."""
+    said = params.get("transfer_mode") if isinstance(params, dict) else None
+    return (default if said is None else said) == "push"
 
 
 def parse_expected(params: dict[str, Any]) -> Expected:

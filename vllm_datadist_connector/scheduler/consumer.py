@@ -26,6 +26,7 @@ from vllm_datadist_connector.protocol.params import (
     ParamsError,
     RemotePrefill,
     Unusable,
+    is_pushed,
     names_earlier_turn,
     names_handoff,
     parse_expected,
@@ -82,6 +83,7 @@ class ConsumerScheduler:
         ourselves: tuple[Endpoint, str] | None = None,
         local: LocalPrefills | None = None,
         handoff_wait_s: float = 30.0,
+        transfer_mode: str = "pull",
     ) -> None:
         """
         Args:
@@ -89,6 +91,7 @@ class ConsumerScheduler:
                 at once; None: such blocks are not pulled.
             prompt_tail: so many of a prompt's last tokens at least are computed here.
             ourselves: our own side channel and incarnation, where we may be the P of our own requests.
+            transfer_mode: of hand-offs that do not say theirs.
             local: notes what is prefilled here after all.
         """
         self._groups = groups
@@ -99,6 +102,7 @@ class ConsumerScheduler:
         self._ourselves = ourselves
         self._allows_peer = allows_peer
         self._recv_deadline_s = recv_deadline_s
+        self._transfer_mode = transfer_mode
         self._local = local if local is not None else LocalPrefills()
         self._keeper = open_keeper(trust, answer_timeout_s)
         # Blocks that wait for a prefill elsewhere while a prefill here waits for blocks: of instances that are both,
@@ -231,6 +235,7 @@ class ConsumerScheduler:
             self._forget(request.request_id)
             return
         tracked.state = _State.PULLING
+        is_handoff = tracked.remote.ticket.generation == 0
         self._pulling += 1
         first, end = tracked.offered_from, tracked.offered_from + num_external_tokens
         self._keeper.pulls(tracked.remote.ticket.token, self._recv_deadline_s)
@@ -245,7 +250,8 @@ class ConsumerScheduler:
                 prompt_digest=tracked.prompt_digest,
                 from_ourselves=tracked.from_ourselves,
                 deadline_s=self._recv_deadline_s,
-                is_handoff=tracked.remote.ticket.generation == 0,
+                is_handoff=is_handoff,
+                is_pushed=is_handoff and is_pushed(request.kv_transfer_params, self._transfer_mode),
             )
         )
 

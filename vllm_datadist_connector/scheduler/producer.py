@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector.log_filter import OthersWords
-from vllm_datadist_connector.metadata import GivingStep
+from vllm_datadist_connector.metadata import GivingStep, Home
 from vllm_datadist_connector.protocol.params import (
     BlockIds,
     LeaseTicket,
@@ -119,6 +119,10 @@ class ProducerScheduler:
             self._handoffs.end(request.request_id, "P gives no KV in the role that it has now")
         elif not is_token_prompt(request):
             self._handoffs.end(request.request_id, "a prompt of embeddings cannot be compared with P's")
+
+    @property
+    def home(self) -> Home:
+        return Home(self.endpoint, self._handoffs.key)
 
     def step(self, output: SchedulerOutput) -> GivingStep | None:
         """What our ranks are to report progress of."""

@@ -99,9 +99,12 @@ class ConnectorScheduler:
                 (self._producer.endpoint, identity.incarnation) if self._producer is not None else None,
                 self._local,
                 config.handoff_wait_s,
+                config.transfer_mode,
             )
         self._relief = Relief(self._producer, self._consumer) if self._producer is not None else None
         self._roles = self._producer.roles if self._producer is not None else None
+        self._home = self._producer.home if self._producer is not None and self._roles is not None else None
+        """Until the ranks have been told."""
 
     def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
         if self._producer is not None:
@@ -189,7 +192,8 @@ class ConnectorScheduler:
         pulls, cancels = self._consumer.take_jobs() if self._consumer is not None else ((), ())
         self._tell_taken()
         self._measure()
-        return StepMetadata(pulls, cancels, ended, left, giving, has_stats=self._meter.has_some())
+        home, self._home = self._home, None
+        return StepMetadata(pulls, cancels, ended, left, giving, home, has_stats=self._meter.has_some())
 
     def take_stats(self) -> DataDistStats | None:
         self._measure()

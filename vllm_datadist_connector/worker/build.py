@@ -54,8 +54,7 @@ def build_worker(config: ConnectorConfig, vllm_config: VllmConfig, groups: Seque
         place,
         layers=describe_layers(vllm_config, groups, tp_rank, tp_size),
         block_sizes=tuple(group.block_size for group in describe_groups(groups)),
-        is_producer=duties.gives,
-        is_consumer=duties.takes,
+        duties=duties,
         announces_layers=not compat.splits_batches(parallel),
         drafts_late=compat.drafts_late(vllm_config),
     )

@@ -1,37 +1,67 @@
-"""Following: the progress of P's ranks in a prefill whose KV cache a D rank pulls while it goes on.
+"""Following: the progress of P's ranks in a prefill, heard at P's side channel while it goes on.
 
-    AWAIT at P's side channel, one question per P rank ──> news: blocks, epoch, what is final ──> what is due
-         ^ asked again with what was seen ────────────────────────┘
+    AWAIT, one question per P rank ──> news: blocks, epoch, what is final ──> what is due
+      ^ asked again with what was seen ───────┘
 
-A new epoch means that P was preempted: whatever was pulled is void. Only what a sealed hand-off says is confirmed.
+A D rank follows every rank of P that it pulls from; a P rank follows itself, for each D rank that it pushes to. A new
+epoch means that P was preempted: whatever was moved is void.
 """
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import Generic, NamedTuple, TypeVar
 
 from vllm_datadist_connector.protocol.handshake import RankGeometry
-from vllm_datadist_connector.protocol.params import ParamsError, RemotePrefill, decode_prefill
+from vllm_datadist_connector.protocol.params import BlockIds, ParamsError, RemotePrefill, decode_prefill
 from vllm_datadist_connector.side_channel.client import ChannelAnswer, ChannelClient, HandoffNews
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
+from vllm_datadist_connector.worker.pairing import Pairing
 from vllm_datadist_connector.worker.plan import NULL_BLOCK, BlockPull, TokenRange
 from vllm_datadist_connector.worker.progress import NOTHING, Mark, Progress
 
-if TYPE_CHECKING:
-    from vllm_datadist_connector.worker.transfers import Transfer
-
 PATIENCE_S = 5.0
 """P keeps a question so long before it answers that there is nothing new."""
-MAX_CALLS = 2
-"""Of one pull to one P rank at once: one that runs, and one behind it. What becomes final meanwhile goes together."""
+
+T = TypeVar("T")
+
+
+class FollowError(Exception):
+    """P will not finish the prefill, or says what cannot be; says why."""
+
+
+class Source(NamedTuple):
+    """A hand-off, and where it is asked for."""
+
+    endpoint: Endpoint
+    token: str
+    num_tokens: int
+    """That P will hold when its prefill is done."""
+
+
+class Mover(enum.Enum):
+    """Who moves the blocks of one pair of ranks, as D knows it."""
+
+    PULL = enum.auto()
+    OFFERED = enum.auto()
+    """P may write into ours."""
+    WITHDRAWN = enum.auto()
+    """P may not any more; one write may still run."""
+    PUSHED = enum.auto()
+    """P has written all of them."""
 
 
 @dataclass(slots=True, eq=False)
 class Followed:
-    """One P rank, as one transfer follows it."""
+    """What is known of one P rank's progress in one hand-off, for one D rank."""
 
+    source: Source
+    ours: RankGeometry
+    """D's."""
     theirs: RankGeometry
+    """P's."""
+    pairings: list[Pairing]
     progress: Progress
     version: int = 0
     stamp: int = 0
@@ -40,110 +70,116 @@ class Followed:
     """The blocks of that epoch, as far as P has allocated them."""
     mark: Mark = NOTHING
     is_sealed: bool = False
+    mover: Mover = Mover.PULL
+    question: int = 0
+    """The last that was asked: answers to those before it come too late to matter."""
+    is_first: bool = True
+    """Nothing has been heard yet."""
+    grant: int = 0
+    """By which P may write into our blocks, as our engine knows it."""
+    is_whole: bool = False
+    """P says that it has written all of them."""
+    pushed_bytes: int = 0
+    """That P says it has written, in that epoch."""
+    pushed_early_bytes: int = 0
 
+    @classmethod
+    def start(cls, source: Source, ours: RankGeometry, theirs: RankGeometry, pairings: list[Pairing]) -> Followed:
+        return cls(source, ours, theirs, pairings, Progress(ours, theirs, pairings))
 
-class FollowError(Exception):
-    """P will not finish the prefill, or says what cannot be; says why."""
+    @property
+    def is_settled(self) -> bool:
+        """Nothing more of it becomes final, and P writes nothing more."""
+        return self.is_sealed and self.mover in (Mover.PULL, Mover.PUSHED)
 
+    def forget(self) -> None:
+        """What was moved is void."""
+        self.progress = Progress(self.ours, self.theirs, self.pairings)
+        self.epoch, self.remote, self.mark, self.is_sealed = 0, None, NOTHING, False
 
-class Following:
-    """Questions under way. Belongs to the driver thread."""
-
-    def __init__(self, ours: RankGeometry, client: ChannelClient, answer_timeout_s: float) -> None:
-        self._ours = ours
-        self._client = client
-        self._answer_timeout_s = answer_timeout_s
-        self._questions: dict[int, tuple[Transfer, Followed]] = {}
-
-    def begin(self, transfer: Transfer) -> None:
-        """Follows every rank that gives something, from the start."""
-        transfer.followed = [
-            Followed(theirs, Progress(self._ours, theirs, peer.pairings)) for peer, theirs in transfer.instance.givers
-        ]
-        for followed in transfer.followed:
-            self._ask(transfer, followed)
-
-    def take(self, answer: ChannelAnswer) -> tuple[Transfer, Followed] | None:
-        """Whom an answer is for; None if it is nobody's, or comes too late to matter."""
-        transfer, followed = self._questions.pop(answer.id, (None, None))
-        if transfer is None or followed is None or transfer.is_over or followed not in transfer.followed:
-            return None
-        return transfer, followed
-
-    def hear(self, transfer: Transfer, followed: Followed, answer: ChannelAnswer) -> bool:
-        """Notes what P says, and asks on; False if what was pulled before is void.
+    def note(self, news: HandoffNews) -> bool:
+        """False, and nothing is noted, if P's blocks are others than those from which blocks were moved.
 
         Raises:
             FollowError: nothing will come of it.
         """
-        news = answer.response
-        if not isinstance(news, HandoffNews):
-            if not answer.timed_out:
-                raise FollowError(answer.error or "refused")
-            self._ask(transfer, followed)
-            return True
         if news.state in ("unknown", "ended"):
             raise FollowError(news.reason or "P does not know of it")
-        if followed.epoch not in (0, news.epoch) or not self._note(followed, news, transfer):
+        remote = self._remote(news) if news.blob is not None else None
+        has_moved = remote is not None and self.remote is not None and _has_moved(self.remote, remote)
+        if self.epoch not in (0, news.epoch) or has_moved:
             return False
-        if not followed.is_sealed:
-            self._ask(transfer, followed)
+        self.version, self.stamp = news.version, news.stamp
+        if remote is not None:
+            self.remote, self.epoch = remote, news.epoch
+        self.is_sealed = news.state == "sealed"
+        # A rank may be ahead of what its scheduler has told, never behind: what it said of an earlier epoch is void.
+        if news.mark_epoch == self.epoch:
+            self.mark = Mark(news.base, news.next, news.layers)
         return True
 
-    def due(self, transfer: Transfer, followed: Followed) -> list[BlockPull]:
-        """What is final and was not pulled yet, if there is room for more.
+    def due(self, first: int, end: int, local: BlockIds) -> list[BlockPull]:
+        """What of the tokens [first, end) is final and was not taken yet, as D would pull it into its blocks `local`.
 
         Raises:
             PlanError: block ids that do not fit the geometries.
         """
-        remote, job = followed.remote, transfer.job
-        if remote is None or transfer.calls_to(followed.theirs.cluster_id) >= MAX_CALLS:
+        if self.remote is None:
             return []
-        tokens = TokenRange(
-            job.first_token,
-            job.end_token,
-            remote.remote_block_ids,
-            job.local_blocks,
-            remote.remote_num_tokens,
-            local_first=job.first_token,
-        )
-        return followed.progress.take(None if followed.is_sealed else followed.mark, tokens)
+        held, blocks = self.remote.remote_num_tokens, self.remote.remote_block_ids
+        tokens = TokenRange(first, end, blocks, local, held, local_first=first)
+        return self.progress.take(None if self.is_sealed else self.mark, tokens)
 
-    def _note(self, followed: Followed, news: HandoffNews, transfer: Transfer) -> bool:
-        """False if P's blocks are others than before."""
-        followed.version, followed.stamp = news.version, news.stamp
-        if news.blob is not None:
-            job = transfer.job
-            try:
-                remote = decode_prefill(news.blob, job.remote.remote_host, job.remote.remote_port)
-            except ParamsError as error:
-                raise FollowError(str(error)) from None
-            if remote.remote_num_tokens != job.remote.remote_num_tokens:
-                held, said = remote.remote_num_tokens, job.remote.remote_num_tokens
-                raise FollowError(f"P holds {held} tokens of it, not {said}")
-            if followed.remote is not None and _has_moved(followed.remote, remote):
-                return False
-            followed.remote, followed.epoch = remote, news.epoch
-        followed.is_sealed = news.state == "sealed"
-        if followed.is_sealed and followed.remote is not None:
-            transfer.remote = followed.remote
-        # A rank may be ahead of what its scheduler has told, never behind: what it said of an earlier epoch is void.
-        if news.mark_epoch == followed.epoch:
-            followed.mark = Mark(news.base, news.next, news.layers)
-        return True
+    def _remote(self, news: HandoffNews) -> RemotePrefill:
+        try:
+            remote = decode_prefill(news.blob or b"", *self.source.endpoint)
+        except ParamsError as error:
+            raise FollowError(str(error)) from None
+        if remote.remote_num_tokens != self.source.num_tokens:
+            raise FollowError(f"P holds {remote.remote_num_tokens} tokens of it, not {self.source.num_tokens}")
+        return remote
 
-    def _ask(self, transfer: Transfer, followed: Followed) -> None:
-        remote, theirs = transfer.job.remote, followed.theirs
+
+class Following(Generic[T]):
+    """Questions under way, each for one owner. Belongs to the driver thread."""
+
+    def __init__(self, client: ChannelClient, answer_timeout_s: float) -> None:
+        self._client = client
+        self._answer_timeout_s = answer_timeout_s
+        self._questions: dict[int, tuple[T, Followed]] = {}
+
+    def ask(self, owner: T, followed: Followed) -> None:
+        source, rank = followed.source, (followed.theirs.pp_rank, followed.theirs.tp_rank)
         question = self._client.await_handoff(
-            Endpoint(remote.remote_host, remote.remote_port),
-            remote.ticket.token,
-            (theirs.pp_rank, theirs.tp_rank),
+            source.endpoint,
+            source.token,
+            rank,
             followed.version,
             followed.stamp,
             PATIENCE_S,
             self._answer_timeout_s,
+            0 if followed.mover is Mover.PULL else followed.ours.cluster_id,
         )
-        self._questions[question] = transfer, followed
+        followed.question = question
+        self._questions[question] = owner, followed
+
+    def take(self, answer: ChannelAnswer) -> tuple[T, Followed] | None:
+        """Whom an answer is for; None if it is nobody's."""
+        asked = self._questions.pop(answer.id, None)
+        return asked if asked is not None and asked[1].question == answer.id else None
+
+
+def news_of(answer: ChannelAnswer) -> HandoffNews | None:
+    """None: P has not answered in time, and may be asked again.
+
+    Raises:
+        FollowError: P refuses, or is gone.
+    """
+    if isinstance(answer.response, HandoffNews):
+        return answer.response
+    if not answer.timed_out:
+        raise FollowError(answer.error or "refused")
+    return None
 
 
 def _has_moved(before: RemotePrefill, after: RemotePrefill) -> bool:

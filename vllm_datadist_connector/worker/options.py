@@ -15,6 +15,7 @@ import msgspec.structs
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConfigError, ConnectorConfig, with_time_limits
+from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.protocol.handshake import MAX_BYTES
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.comm_res import find_comm_res
@@ -126,7 +127,7 @@ def _number(environ: Mapping[str, str], name: str, default: int, least: int, mos
 def make_options(
     config: ConnectorConfig,
     capabilities: _native.Capabilities,
-    is_producer: bool,
+    duties: Duties,
     index: int,
     device: int,
     environ: Mapping[str, str] = os.environ,
@@ -144,9 +145,9 @@ def make_options(
         "llm.DeviceId": str(device),
         "llm.SyncKvCacheWaitTime": str(int(config.pull_timeout_s * 1000)),
     }
-    listens = is_producer or capabilities.both_listen
+    listens = duties.gives or capabilities.both_listen
     if capabilities.engine_options:
-        options |= _engine_options(config, is_producer)
+        options |= _engine_options(config, duties)
     else:
         place = find_comm_res(config, device, environ)
         options |= {"llm.LocalCommRes": place.text} if place.text else {}
@@ -159,14 +160,16 @@ def make_options(
     return options
 
 
-def _engine_options(config: ConnectorConfig, is_producer: bool) -> dict[str, str]:
+def _engine_options(config: ConnectorConfig, duties: Duties) -> dict[str, str]:
+    writes = {"read": "read_granted", "none": "granted"} if duties.takes else {}
+    access = "read" if duties.gives else "none"
     return {
         "datadist.Transport": config.transport,
         "datadist.TransferThreads": str(config.transfer_threads),
         "datadist.TcpStreams": str(config.tcp_streams),
         "datadist.HugePages": str(int(config.huge_pages)),
-        # Blocks are pulled: nobody writes into anybody's KV cache, and nobody reads that of a D.
-        "datadist.PeerAccess": "read" if is_producer else "none",
+        # Nobody reads a D's KV cache, and nobody writes into anybody's but for blocks that a D has offered.
+        "datadist.PeerAccess": writes.get(access, access),
         "datadist.Verify": config.verify,
         # Said in any case: what the environment says was taken into the configuration.
         "datadist.AuthKeyFile": config.auth,

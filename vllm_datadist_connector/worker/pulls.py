@@ -16,19 +16,23 @@ from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.metadata import PullJob
 from vllm_datadist_connector.protocol.digest import blocks_digest
 from vllm_datadist_connector.protocol.handshake import RankGeometry
-from vllm_datadist_connector.side_channel.client import ChannelAnswer, ChannelClient, Confirmed
+from vllm_datadist_connector.side_channel.client import ChannelAnswer, ChannelClient, Confirmed, HandoffNews
 from vllm_datadist_connector.worker.caches import EngineError
 from vllm_datadist_connector.worker.calls import Calls
 from vllm_datadist_connector.worker.device import Fence
-from vllm_datadist_connector.worker.following import Followed, FollowError, Following
+from vllm_datadist_connector.worker.following import Followed, FollowError, Following, Mover, Source, news_of
 from vllm_datadist_connector.worker.instances import MAX_FAULTS, Instance, InstanceState
 from vllm_datadist_connector.worker.links import Links
+from vllm_datadist_connector.worker.offers import Offers
 from vllm_datadist_connector.worker.peers import InstanceTable
 from vllm_datadist_connector.worker.plan import PlanError, TokenRange, plan_pull
 from vllm_datadist_connector.worker.transfers import Outbox, Phase, Transfer, TransferObserver, TransferTable
 
 logger = logging.getLogger(__name__)
 logger.addFilter(OthersWords())
+
+MAX_CALLS = 2
+"""Of one pull to one P rank at once: one that runs, and one behind it. What becomes final meanwhile goes together."""
 
 
 class Pulls:
@@ -41,10 +45,12 @@ class Pulls:
         calls: Calls,
         instances: InstanceTable,
         links: Links,
+        offers: Offers,
         client: ChannelClient,
         outbox: Outbox,
         observer: TransferObserver,
         handshake_timeout_s: float,
+        call_timeout_s: float,
         writes_end_with_call: bool,
     ) -> None:
         self._ours = ours
@@ -53,7 +59,9 @@ class Pulls:
         self._instances = instances
         self._links = links
         self._client = client
-        self._following = Following(ours, client, handshake_timeout_s)
+        self._following: Following[Transfer] = Following(client, handshake_timeout_s)
+        self._offers = offers
+        self._call_timeout_s = call_timeout_s
         self._outbox = outbox
         self._observer = observer
         self._handshake_timeout_s = handshake_timeout_s
@@ -93,9 +101,14 @@ class Pulls:
         tokens = TokenRange(job.first_token, job.end_token, remote.remote_block_ids, job.local_blocks, held)
         transfer.phase, transfer.meeting = Phase.PULLING, instance.meeting
         transfer.transport = instance.transport
-        transfer.num_bytes = transfer.early_bytes = 0
+        transfer.num_bytes = transfer.early_bytes = transfer.pushed_bytes = 0
         if job.is_handoff:
-            self._following.begin(transfer)
+            source = Source(instance.key.endpoint, remote.ticket.token, held)
+            transfer.followed = [
+                Followed.start(source, self._ours, theirs, peer.pairings) for peer, theirs in instance.givers
+            ]
+            for followed in transfer.followed:
+                self._following.ask(transfer, followed)
             return
         try:
             for peer, theirs in instance.givers:
@@ -157,9 +170,12 @@ class Pulls:
 
     def _follow(self, transfer: Transfer, ranks: Sequence[Followed]) -> None:
         """Pulls what has become final at those ranks of P."""
+        job = transfer.job
         try:
             for followed in ranks:
-                due = self._following.due(transfer, followed)
+                if followed.mover is not Mover.PULL or transfer.calls_to(followed.theirs.cluster_id) >= MAX_CALLS:
+                    continue
+                due = followed.due(job.first_token, job.end_token, job.local_blocks)
                 transfer.unsubmitted.extend((followed.theirs, pull) for pull in due)
                 num_bytes = sum(pull.num_bytes for pull in due)
                 transfer.num_bytes += num_bytes
@@ -204,12 +220,16 @@ class Pulls:
         else:
             self._interrupt(transfer)
         if hits_all:
-            for other in self._transfers.pulling_from(instance):
-                self._interrupt(other)
+            self._interrupt_all(instance)
+
+    def _interrupt_all(self, instance: Instance) -> None:
+        for other in self._transfers.pulling_from(instance):
+            self._interrupt(other)
 
     def _interrupt(self, transfer: Transfer) -> None:
         transfer.interrupted, transfer.followed = True, []
         self._calls.take_back(transfer)
+        self._offers.withdraw(transfer)
         if not transfer.is_written:
             self._on_all_back(transfer)
 
@@ -235,6 +255,8 @@ class Pulls:
         if followed is not None:
             self._on_news(*followed, answer)
             return
+        if self._offers.on_answer(answer):
+            return
         transfer = self._transfers.take_confirm(answer.id)
         if transfer is None:
             return
@@ -250,22 +272,61 @@ class Pulls:
             self._fail(transfer, Failure.LEASE, f"not confirmed by P: {reason}")
 
     def _on_news(self, transfer: Transfer, followed: Followed, answer: ChannelAnswer) -> None:
+        if transfer.is_over or followed not in transfer.followed:
+            return
         seen = followed.version, followed.stamp
         try:
-            is_valid = self._following.hear(transfer, followed, answer)
+            news = news_of(answer)
+            if news is not None and not self._note(transfer, followed, news):
+                logger.info("%s: P was preempted; pulling again from the start", transfer.job)
+                self._interrupt(transfer)
+                return
         except FollowError as error:
             self._fail(transfer, Failure.LEASE, f"hand-off: {error}")
             return
-        if not is_valid:
-            logger.info("%s: P was preempted; pulling again from the start", transfer.job)
-            self._interrupt(transfer)
-            return
+        if not followed.is_settled:
+            self._following.ask(transfer, followed)
         if seen != (followed.version, followed.stamp):
             # P makes progress: its deadline is of a P that makes none.
             transfer.deadline = time.monotonic() + transfer.job.deadline_s
             transfer.instance.wanted_until = max(transfer.instance.wanted_until, transfer.deadline)
         self._follow(transfer, [followed])
         self._end_if_done(transfer)
+
+    def _note(self, transfer: Transfer, followed: Followed, news: HandoffNews) -> bool:
+        """What P says of one of its ranks; False if what we have pulled is void.
+
+        Raises:
+            FollowError: nothing will come of it.
+        """
+        if not followed.note(news):
+            if followed.mover is Mover.PULL:
+                return False
+            # It is P that begins anew; what it had written is void, and not counted.
+            followed.forget()
+            followed.note(news)
+        if followed.is_sealed and followed.remote is not None:
+            transfer.remote = followed.remote
+        elif followed.is_first and transfer.job.is_pushed:
+            self._offers.make(transfer, followed)
+        followed.is_first = False
+        self._offers.hear(transfer, followed, news)
+        return True
+
+    def on_withdrawn(self, transfer: Transfer, followed: Followed) -> None:
+        """P writes nothing more by an offer: what it has not written is pulled."""
+        if not transfer.is_over and followed in transfer.followed:
+            if not followed.is_settled:
+                self._following.ask(transfer, followed)
+            self._follow(transfer, [followed])
+        self._end_if_done(transfer)
+
+    def end_stuck(self, now: float) -> None:
+        """A peer that writes for too long after its offer was withdrawn loses its links, and with them the write."""
+        for transfer in self._offers.take_stuck(now, self._call_timeout_s):
+            instance = transfer.instance
+            self._instances.rest(instance, f"a push from {instance.key.endpoint} does not end")
+            self._interrupt_all(instance)
 
     def settle(self, instance: Instance) -> None:
         """An instance has become READY or BROKEN: starts or fails whoever waits for it."""
@@ -300,6 +361,7 @@ class Pulls:
     def _abandon_calls(self, transfer: Transfer) -> None:
         """Takes back queued calls; ends the transfer now or, if one runs, when that writes no more."""
         self._calls.take_back(transfer)
+        self._offers.withdraw(transfer)
         if not transfer.is_written:
             self._end(transfer)
 

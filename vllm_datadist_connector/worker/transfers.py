@@ -5,10 +5,11 @@
         │  └─────┼── fault ┘ │                              │
         └────────┴───────────┴── failure, cancel, deadline ─┴──> failed or cancelled
 
-A pull of a hand-off makes calls as long as P tells of more (following.py), and is confirmed once, at the end.
-It waits for its instance, and then for the device to have done what may still write into its blocks. A transfer ends,
-or begins anew, only when nothing writes there any more: no call of it is queued or running, and where a call that
-failed may go on writing, the links over which it ran are gone. Nobody reads what it wrote before all is confirmed.
+A pull of a hand-off makes calls as long as P tells of more (following.py), or offers P its blocks (offers.py), and is
+confirmed once, at the end. It waits for its instance, and then for the device to have done what may still write into
+its blocks. It ends, or begins anew, only when nothing writes there any more: no call of it is queued or running,
+nobody may push into them, and where a call that failed may go on writing, the links over which it ran are gone. Nobody
+reads what it wrote before all is confirmed.
 """
 
 from __future__ import annotations
@@ -53,6 +54,8 @@ class Transfer:
     """Native calls, or copies, that are queued or running, each with the cluster that it pulls from."""
     followed: list[Followed] = field(default_factory=list)
     """Of a hand-off: the ranks of P whose progress it follows."""
+    grants: dict[int, Followed] = field(default_factory=dict)
+    """By which ranks of P may write into the blocks, as our engine knows them."""
     writers: set[int] = field(default_factory=set)
     """Clusters over whose links a call that failed may still write into the blocks."""
     meeting: int = 0
@@ -68,10 +71,13 @@ class Transfer:
     num_bytes: int = 0
     early_bytes: int = 0
     """Of these, what was pulled before P's prefill was done."""
+    pushed_bytes: int = 0
+    """And what P has written."""
     transport: Transport = Transport.OTHER
     queued_s: float = 0.0
     run_s: float = 0.0
-    """Of the slowest call, since they run beside or after one another; of a hand-off, of all of them."""
+    """Of the slowest call, since they run beside or after one another; of a hand-off, of all of them, or of the slowest
+    rank's pushes."""
 
     @property
     def is_over(self) -> bool:
@@ -81,12 +87,12 @@ class Transfer:
     @property
     def is_written(self) -> bool:
         """Whether something may still write into the blocks."""
-        return bool(self.calls or self.writers)
+        return bool(self.calls or self.writers or self.grants)
 
     @property
     def is_followed(self) -> bool:
-        """Whether more of it may become final."""
-        return not all(each.is_sealed for each in self.followed)
+        """Whether more of it may become final, or be pushed."""
+        return not all(each.is_settled for each in self.followed)
 
     def calls_to(self, cluster_id: int) -> int:
         """Of its calls, queued and running ones, those that pull from that cluster."""

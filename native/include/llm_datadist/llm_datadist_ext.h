@@ -23,7 +23,8 @@ constexpr char OPTION_HEARTBEAT_MS[] = "datadist.HeartbeatMs";
 // "1": ask for huge pages under memory once it is registered, which makes cma two to three times as fast; default "0".
 // Registration does not wait for it: see WaitForHugePages.
 constexpr char OPTION_HUGE_PAGES[] = "datadist.HugePages";
-// What peers may do with the caches of this endpoint: "read_write" (default, as documented), "read" or "none". A peer's
+// What peers may do with the caches of this endpoint: "read_write" (default, as documented), "read", "none", "granted"
+// (read nothing, write only what GrantWrites grants them) or "read_granted" (read, and write only that). A peer's
 // transfer that is not allowed fails with LLM_PARAM_INVALID, at the peer.
 constexpr char OPTION_PEER_ACCESS[] = "datadist.PeerAccess";
 // Peers on this host that are of this process's user need no key: the kernel says who they are. Everybody else is asked
@@ -80,7 +81,7 @@ struct HugePagesReport {
   double seconds = 0;       // that it took in the background
 };
 
-enum class PeerAccess : uint8_t { kNone, kRead, kReadWrite };
+enum class PeerAccess : uint8_t { kNone, kRead, kReadWrite, kGranted, kReadGranted };
 
 // What peers may do with one cache, never more than OPTION_PEER_ACCESS says.
 struct CacheRights {
@@ -92,6 +93,24 @@ struct CacheRights {
 LLM_DATADIST_API Status RegisterKvCache(const LlmDataDist &datadist, const CacheDesc &cache_desc,
                                         const std::vector<uint64_t> &addrs, const CacheRights &rights,
                                         int64_t &cache_id);
+
+// Blocks of a registered cache, in each of its tensors.
+struct WritableBlocks {
+  int64_t cache_id = 0;
+  std::vector<uint64_t> blocks;
+};
+
+// Lets that cluster write into those blocks until RevokeWrites, where PeerAccess says that peers write by grant. What
+// counts is the memory: a push may name another cache that is registered over the same tensors. All that one push writes
+// into a tensor must be in one grant, where what lies side by side is one piece. With OPTION_VERIFY at the peer it is told
+// digests of what it was granted, and so may find out what stands there. At most 65536 grants are alive.
+// LLM_KV_CACHE_NOT_EXIST for an unknown cache, LLM_PARAM_INVALID for a block that it does not have.
+LLM_DATADIST_API Status GrantWrites(const LlmDataDist &datadist, uint64_t cluster_id,
+                                    const std::vector<WritableBlocks> &blocks, uint64_t &grant_id);
+
+// From this call on no write begins under the grant. LLM_SUCCESS: none is running any more either, or there is no such
+// grant; its blocks are the caller's alone. LLM_LINK_BUSY: one is, ask again; it ends with its link. Never waits.
+LLM_DATADIST_API Status RevokeWrites(const LlmDataDist &datadist, uint64_t grant_id);
 
 // Returns when all memory that is registered by now has been gone through, or at Finalize. Nobody needs to wait for it.
 LLM_DATADIST_API Status WaitForHugePages(const LlmDataDist &datadist, HugePagesReport &report);

@@ -48,6 +48,10 @@ class Engine {
                                 const Registration &registration, const RowKeys &keys);
   void UnregisterCache(int64_t cache_id);
   CacheRegistry &caches() { return *endpoint_->caches(); }
+  Result<uint64_t> GrantWrites(uint64_t cluster_id, const std::vector<WritableBlocks> &blocks) {
+    return endpoint_->regions()->GrantWrites(cluster_id, blocks);
+  }
+  Status RevokeWrites(uint64_t grant_id) { return endpoint_->regions()->RevokeWrites(grant_id); }
   // Returns when the kernel has been asked for huge pages under all that is registered by now, or at Stop.
   llm_datadist::HugePagesReport WaitForHugePages();
 
@@ -71,7 +75,8 @@ class Engine {
                      int64_t size, const llm_datadist::KvCacheExtParam &ext);
   Status PushKvBlocks(const llm_datadist::Cache &src_cache, const llm_datadist::CacheIndex &dst,
                       const std::vector<uint64_t> &src_blocks, const std::vector<uint64_t> &dst_blocks,
-                      const llm_datadist::KvCacheExtParam &ext);
+                      const llm_datadist::KvCacheExtParam &ext,
+                      std::optional<std::chrono::milliseconds> time_left = std::nullopt);
 
   // ---- transfers below it, as the Python API needs them as well ----
   // The move's source row is target.src_row, or the row of the key. A piece move gets its size from the local cache.
@@ -100,11 +105,12 @@ class Engine {
   Status LinkOne(const llm_datadist::ClusterInfo &cluster, Deadline deadline);
   Status UnlinkOne(const llm_datadist::ClusterInfo &cluster, Deadline deadline, bool force);
   Result<std::shared_ptr<Link>> FindLink(uint64_t cluster_id) const;
+  Deadline TransferDeadline(std::optional<std::chrono::milliseconds> time_left) const;
   bool IsOurselves(uint64_t cluster_id) const;
   Status PullOnce(const PullTarget &target, Move &move);
   Status PushLayerOnce(const PushTarget &target, const CacheRef &dst, Move &move);
   Status PushLayers(const llm_datadist::Cache &src_cache, const llm_datadist::CacheIndex &dst, const Move &move,
-                    const llm_datadist::KvCacheExtParam &ext);
+                    const llm_datadist::KvCacheExtParam &ext, std::optional<std::chrono::milliseconds> time_left);
 
   const std::shared_ptr<LocalEndpoint> endpoint_;
   const std::shared_ptr<LinkTable> table_;

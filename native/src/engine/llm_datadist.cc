@@ -195,6 +195,28 @@ Status RegisterKvCache(const LlmDataDist &datadist, const CacheDesc &cache_desc,
   });
 }
 
+Status GrantWrites(const LlmDataDist &datadist, uint64_t cluster_id, const std::vector<WritableBlocks> &blocks,
+                   uint64_t &grant_id) {
+  return LlmDataDistAccess::WithEngine("GrantWrites", datadist, [&](Engine &engine) {
+    const datadist::Result<uint64_t> id = engine.GrantWrites(cluster_id, blocks);
+    if (!id.ok()) {
+      return id.status();
+    }
+    grant_id = id.value();
+    return EngineStatus::Ok();
+  });
+}
+
+Status RevokeWrites(const LlmDataDist &datadist, uint64_t grant_id) {
+  bool busy = false;  // an answer, which is no failure to be logged
+  const Status status = LlmDataDistAccess::WithEngine("RevokeWrites", datadist, [&](Engine &engine) {
+    const EngineStatus revoked = engine.RevokeWrites(grant_id);
+    busy = revoked.code() == LLM_LINK_BUSY;
+    return busy ? EngineStatus::Ok() : revoked;
+  });
+  return busy ? LLM_LINK_BUSY : status;
+}
+
 Status WaitForHugePages(const LlmDataDist &datadist, HugePagesReport &report) {
   return LlmDataDistAccess::WithEngine("WaitForHugePages", datadist, [&](Engine &engine) {
     report = engine.WaitForHugePages();

@@ -87,14 +87,19 @@ Status ReadTransport(const OptionMap &map, std::string &out) {
 
 Status ReadPeerAccess(const OptionMap &map, PeerAccess &out) {
   const auto value = Find(map, llm_datadist::OPTION_PEER_ACCESS);
-  if (!value.has_value() || *value == "read_write") {
+  if (!value.has_value()) {
     return Status::Ok();
   }
-  if (*value != "read" && *value != "none") {
-    return InvalidOption(llm_datadist::OPTION_PEER_ACCESS, *value, "'read_write', 'read', 'none'");
+  for (const auto &[name, access] : {std::pair("read_write", PeerAccess::kReadWrite), {"read", PeerAccess::kRead},
+                                     {"none", PeerAccess::kNone}, {"granted", PeerAccess::kGranted},
+                                     {"read_granted", PeerAccess::kReadGranted}}) {
+    if (*value == name) {
+      out = access;
+      return Status::Ok();
+    }
   }
-  out = *value == "read" ? PeerAccess::kRead : PeerAccess::kNone;
-  return Status::Ok();
+  return InvalidOption(llm_datadist::OPTION_PEER_ACCESS, *value,
+                       "'read_write', 'read', 'none', 'granted', 'read_granted'");
 }
 
 Status ReadVerify(const OptionMap &map, Verify &out) {

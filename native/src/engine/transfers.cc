@@ -85,6 +85,10 @@ std::vector<Run> PushRuns(const std::vector<ByteRun> &runs, uint64_t base) {
   return ordered;
 }
 
+std::optional<std::chrono::milliseconds> LeftUntil(const std::optional<Deadline> &deadline) {
+  return deadline.has_value() ? std::make_optional(deadline->Remaining()) : std::nullopt;
+}
+
 // The end of the last byte that the runs write, or nothing beyond 64 bits.
 std::optional<uint64_t> DestinationEnd(const std::vector<ByteRun> &runs) {
   uint64_t last = 0;
@@ -107,6 +111,11 @@ bool Engine::IsOurselves(uint64_t cluster_id) const {
   }
   const std::shared_ptr<Link> link = table_->Find(cluster_id);
   return link == nullptr || link->peer_incarnation() == endpoint_->incarnation();
+}
+
+Deadline Engine::TransferDeadline(std::optional<std::chrono::milliseconds> time_left) const {
+  const std::chrono::milliseconds timeout = endpoint_->options().transfer_timeout;
+  return Deadline::In(std::min(timeout, time_left.value_or(timeout)));
 }
 
 // ---- pull ----
@@ -139,8 +148,7 @@ Status Engine::Pull(const PullTarget &target, Move move) {
 }
 
 Status Engine::PullOnce(const PullTarget &target, Move &move) {
-  const std::chrono::milliseconds timeout = endpoint_->options().transfer_timeout;
-  const Deadline deadline = Deadline::In(std::min(timeout, target.time_left.value_or(timeout)));
+  const Deadline deadline = TransferDeadline(target.time_left);
   if (IsOurselves(target.src_cluster_id)) {
     return Status(LLM_PARAM_INVALID,
                   "src_cache_index.cluster_id: " + std::to_string(target.src_cluster_id) + " is our own");
@@ -208,23 +216,25 @@ Status Engine::PushKvCache(const llm_datadist::Cache &src_cache, const CacheInde
   RowMove rows;
   rows.src_row = src_row;
   rows.dst_row = dst.batch_index;
-  return PushLayers(src_cache, dst, rows, ext);
+  return PushLayers(src_cache, dst, rows, ext, std::nullopt);
 }
 
 Status Engine::PushKvBlocks(const llm_datadist::Cache &src_cache, const CacheIndex &dst,
                             const std::vector<uint64_t> &src_blocks, const std::vector<uint64_t> &dst_blocks,
-                            const KvCacheExtParam &ext) {
+                            const KvCacheExtParam &ext, std::optional<std::chrono::milliseconds> time_left) {
   if (Status status = FirstFailure({CheckDevicePlacement(src_cache.cache_desc),
                                     CheckBlockLists(src_blocks, dst_blocks), CheckNoBatch("dst_cache_index", dst)});
       !status.ok()) {
     return status;
   }
-  return PushLayers(src_cache, dst, BlockMove{src_blocks, dst_blocks}, ext);
+  return PushLayers(src_cache, dst, BlockMove{src_blocks, dst_blocks}, ext, time_left);
 }
 
-// Each layer is a transfer of its own, with a timeout of its own; the first that fails ends the call.
+// Each layer is a transfer of its own, with a timeout of its own within what is left for the call; the first that fails
+// ends it.
 Status Engine::PushLayers(const llm_datadist::Cache &src_cache, const CacheIndex &dst, const Move &move,
-                          const KvCacheExtParam &ext) {
+                          const KvCacheExtParam &ext, std::optional<std::chrono::milliseconds> time_left) {
+  const auto call_deadline = time_left.has_value() ? std::make_optional(Deadline::In(*time_left)) : std::nullopt;
   if (Status status = FirstFailure({CheckExtParam(ext), CheckEqualLayerCounts(ext)}); !status.ok()) {
     return status;
   }
@@ -240,7 +250,7 @@ Status Engine::PushLayers(const llm_datadist::Cache &src_cache, const CacheIndex
   const CacheRef remote = ToRef(dst);
   for (int64_t i = 0; i < layers.count; ++i) {
     const PushTarget target{src_cache.cache_id, layers.src_first + i, dst.cluster_id, layers.dst_first + i,
-                            layers.tensors_per_layer};
+                            layers.tensors_per_layer, LeftUntil(call_deadline)};
     if (Status status = PushLayer(target, remote, move); !status.ok()) {
       return status;
     }
@@ -253,7 +263,7 @@ Status Engine::PushLayer(const PushTarget &target, const CacheRef &dst, Move mov
 }
 
 Status Engine::PushLayerOnce(const PushTarget &target, const CacheRef &dst, Move &move) {
-  const Deadline deadline = Deadline::In(endpoint_->options().transfer_timeout);
+  const Deadline deadline = TransferDeadline(target.time_left);
   const Result<CachePin> pin = PinLocal(*endpoint_->caches(), target.src_cache_id);
   if (!pin.ok()) {
     return pin.status();

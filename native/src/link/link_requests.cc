@@ -47,7 +47,9 @@ Status Link::OnDescribeOnLoop(const Frame &frame) {
   const Result<NamedCache> named = FindForPeer(request.value().ref);
   if (named.ok()) {
     RemoteTarget &target = info.target;
-    target.cache = incoming_.transport->Describe(named.value().pin.cache());
+    const RegisteredCache &cache = named.value().pin.cache();
+    const bool readable = endpoint_->regions()->PeersMayRead(cache);
+    target.cache = incoming_.transport->Describe(cache, readable ? Disclosure::kForReading : Disclosure::kForWriting);
     target.has_row = named.value().row.has_value();
     target.row = named.value().row.value_or(0);
     target.tensor = named.value().tensor;
@@ -61,14 +63,14 @@ Status Link::OnDescribeOnLoop(const Frame &frame) {
 }
 
 Result<NamedCache> Link::FindForPeer(const CacheRef &ref) const {
-  // Before it is looked for: where nobody may read, nobody is told what there is.
-  if (Status status = endpoint_->regions()->CheckPeerUse(PeerUse::kRead); !status.ok()) {
+  // Before it is looked for: where nobody may read or write, nobody is told what there is.
+  if (Status status = endpoint_->regions()->CheckPeerUse(PeerUse::kDescribe); !status.ok()) {
     return status;
   }
   Result<NamedCache> named = endpoint_->caches()->Find(ref);
   if (named.ok()) {
-    const PeerRequest reads{peer_.cluster_id, PeerUse::kRead};
-    if (Status status = endpoint_->regions()->CheckPeerRequest(named.value().pin.cache(), reads); !status.ok()) {
+    const PeerRequest asks{peer_.cluster_id, PeerUse::kDescribe};
+    if (Status status = endpoint_->regions()->CheckPeerRequest(named.value().pin.cache(), asks); !status.ok()) {
       return status;
     }
   }
@@ -130,8 +132,9 @@ Status Link::OnDigestOnLoop(const Frame &frame) {
 }
 
 Digests Link::ServeDigest(const DigestRequest &request) try {
-  const Result<CachePin> pin = endpoint_->regions()->PinForPeer(request.cache_id, request.generation,
-                                                                      {peer_.cluster_id, PeerUse::kRead});
+  const PeerRequest asks{peer_.cluster_id, PeerUse::kDigest, {request.first_tensor, request.tensor_count},
+                         request.ranges};
+  const Result<CachePin> pin = endpoint_->regions()->PinForPeer(request.cache_id, request.generation, asks);
   if (!pin.ok()) {
     return Digests{pin.status(), {}};
   }
@@ -145,8 +148,9 @@ Digests Link::ServeDigest(const DigestRequest &request) try {
 
 // On a thread of the endpoint's. No memory for it is a failed push, not a broken process.
 Status Link::ServePush(const PushRequest &request) try {
-  const Result<CachePin> pin =
-      endpoint_->regions()->PinForPeer(request.cache_id, request.generation, {peer_.cluster_id, PeerUse::kWrite});
+  const PeerRequest writes{peer_.cluster_id, PeerUse::kWrite, {request.first_tensor, request.tensor_count},
+                           {request.runs, &Run::local_offset}};
+  const Result<CachePin> pin = endpoint_->regions()->PinForPeer(request.cache_id, request.generation, writes);
   if (!pin.ok()) {
     return pin.status();
   }

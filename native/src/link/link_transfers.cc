@@ -203,7 +203,7 @@ Status Link::AskToRead(const TransferOp &op, Deadline deadline) {
   request.cache_id = op.remote->cache_id;
   request.generation = op.remote->generation;
   request.first_tensor = op.remote_first_tensor;
-  request.source = outgoing_.transport->Describe(op.local->cache());
+  request.source = outgoing_.transport->Describe(op.local->cache(), Disclosure::kForReading);
   request.source_first_tensor = op.local_first_tensor;
   request.tensor_count = op.tensor_count;
   // More runs than one request takes go in several, in their order.

@@ -8,15 +8,9 @@
 #include "base/deadline.h"
 #include "base/status.h"
 #include "memory/region_table.h"
-#include "memory/remote_cache.h"
+#include "memory/spans.h"
 
 namespace datadist {
-
-// Tensors [first, +count) of a cache.
-struct TensorRange {
-  uint32_t first = 0;
-  uint32_t count = 0;
-};
 
 // The same bytes block by block.
 std::vector<Run> BlocksOf(const std::vector<Run> &runs, uint64_t block_bytes);

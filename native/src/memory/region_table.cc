@@ -51,12 +51,6 @@ Result<uint64_t> CheckExtent(const CacheGeometry &geometry, const std::vector<ui
 
 std::string RaisedBy(const char *option) { return std::string(" (option ") + option + " raises it)"; }
 
-bool Allows(PeerAccess access, PeerUse use) {
-  return access == PeerAccess::kReadWrite || (access == PeerAccess::kRead && use == PeerUse::kRead);
-}
-
-const char *NameOf(PeerUse use) { return use == PeerUse::kRead ? "read" : "write into"; }
-
 }  // namespace
 
 struct RegionTable::State {
@@ -94,13 +88,15 @@ struct RegionTable::State {
 CachePin::CachePin(std::shared_ptr<RegionTable> table, std::shared_ptr<RegisteredCache> cache)
     : table_(std::move(table)), cache_(std::move(cache)) {}
 
-CachePin::CachePin(CachePin &&other) noexcept : table_(std::move(other.table_)), cache_(std::move(other.cache_)) {}
+CachePin::CachePin(CachePin &&other) noexcept
+    : table_(std::move(other.table_)), cache_(std::move(other.cache_)), grant_(std::move(other.grant_)) {}
 
 CachePin &CachePin::operator=(CachePin &&other) noexcept {
   if (this != &other) {
     Release();
     table_ = std::move(other.table_);
     cache_ = std::move(other.cache_);
+    grant_ = std::move(other.grant_);
   }
   return *this;
 }
@@ -111,6 +107,7 @@ void CachePin::Release() {
   if (cache_ == nullptr) {
     return;
   }
+  grant_.reset();
   table_->Unpin(*cache_);
   cache_.reset();
   table_.reset();
@@ -286,45 +283,6 @@ Result<CachePin> RegionTable::Pin(int64_t cache_id) {
   }
   ++found->second->pins_;
   return CachePin(shared_from_this(), found->second);
-}
-
-Status RegionTable::CheckPeerUse(PeerUse use) const {
-  return Allows(limits_.peer_access, use)
-             ? Status::Ok()
-             : Invalid(std::string("peers may not ") + NameOf(use) + " the caches of this endpoint (option " +
-                       llm_datadist::OPTION_PEER_ACCESS + ")");
-}
-
-Status RegionTable::CheckPeerRequest(const RegisteredCache &cache, const PeerRequest &request) const {
-  if (Status status = CheckPeerUse(request.use); !status.ok()) {
-    return status;
-  }
-  const CacheRights &rights = cache.rights();
-  const auto &whose = rights.clusters;
-  if (!whose.empty() && std::find(whose.begin(), whose.end(), request.cluster_id) == whose.end()) {
-    return Invalid("cache " + std::to_string(cache.id()) + " is not for cluster " +
-                   std::to_string(request.cluster_id));
-  }
-  return Allows(rights.access, request.use)
-             ? Status::Ok()
-             : Invalid("peers may not " + std::string(NameOf(request.use)) + " cache " + std::to_string(cache.id()));
-}
-
-Result<CachePin> RegionTable::PinForPeer(int64_t cache_id, uint64_t generation, const PeerRequest &request) {
-  if (Status status = CheckPeerUse(request.use); !status.ok()) {
-    return status;
-  }
-  Result<CachePin> pin = Pin(cache_id);
-  if (pin.ok() && pin.value().cache().generation() != generation) {
-    return Status(llm_datadist::LLM_KV_CACHE_NOT_EXIST,
-                  "cache " + std::to_string(cache_id) + " was registered anew");
-  }
-  if (pin.ok()) {
-    if (Status status = CheckPeerRequest(pin.value().cache(), request); !status.ok()) {
-      return status;
-    }
-  }
-  return pin;
 }
 
 Result<RegionTable::Location> RegionTable::Locate(uint64_t address, uint64_t length) {

@@ -29,6 +29,8 @@
 #include "base/deadline.h"
 #include "base/status.h"
 #include "llm_datadist/llm_datadist_ext.h"
+#include "memory/spans.h"
+#include "memory/write_grants.h"
 
 namespace datadist {
 
@@ -65,11 +67,15 @@ constexpr uint32_t kMaxTensorsPerCache = 65536;
 
 using llm_datadist::CacheRights;
 using llm_datadist::PeerAccess;
-// What a peer is about to do.
-enum class PeerUse : uint8_t { kRead, kWrite };
+using llm_datadist::WritableBlocks;
+// What a peer is about to do with a cache. A digest of what it may write tells it whether that arrived.
+enum class PeerUse : uint8_t { kDescribe, kRead, kDigest, kWrite };
 struct PeerRequest {
   uint64_t cluster_id = 0;
   PeerUse use = PeerUse::kRead;
+  // Which bytes, where a grant may have to say that they are the peer's.
+  TensorRange tensors = {};
+  SpanList spans = {};
 };
 
 struct RegionLimits {
@@ -115,7 +121,8 @@ class RegisteredCache {
   std::function<void()> on_gone_;  // guarded by RegionTable::mutex_
 };
 
-// Keeps a cache registered while bytes move. Move-only; keeps the table alive.
+// Keeps a cache registered while bytes move, and the grant under which a peer writes them in use. Move-only; keeps the
+// table alive.
 class CachePin {
  public:
   CachePin() = default;
@@ -136,6 +143,7 @@ class CachePin {
   void Release();
   std::shared_ptr<RegionTable> table_;
   std::shared_ptr<RegisteredCache> cache_;
+  WriteGrants::Use grant_;  // of a peer that writes what it was granted, or asks for digests of it
 };
 
 class RegionTable : public std::enable_shared_from_this<RegionTable> {
@@ -162,12 +170,20 @@ class RegionTable : public std::enable_shared_from_this<RegionTable> {
   // LLM_KV_CACHE_NOT_EXIST for an id that is unknown or being unregistered.
   Result<CachePin> Pin(int64_t cache_id);
 
+  // ---- peers, in peer_requests.cc ----
   // For a peer's transfer that means exactly that registration. Also LLM_PARAM_INVALID where peers may not do that.
   Result<CachePin> PinForPeer(int64_t cache_id, uint64_t generation, const PeerRequest &request);
 
-  // LLM_PARAM_INVALID, with what says so, where peers may not do that with any cache, or that peer with this one.
+  // LLM_PARAM_INVALID, with what says so, where peers may not do that with any cache, or that peer with this one. Ok
+  // may still mean: with what it was granted.
   Status CheckPeerUse(PeerUse use) const;
   Status CheckPeerRequest(const RegisteredCache &cache, const PeerRequest &request) const;
+  bool PeersMayRead(const RegisteredCache &cache) const;
+
+  // The id of the grant. LLM_KV_CACHE_NOT_EXIST; LLM_PARAM_INVALID for no blocks, for those that a cache does not have,
+  // and for a cache that is not written by grant, because the grant would say nothing.
+  Result<uint64_t> GrantWrites(uint64_t cluster_id, const std::vector<WritableBlocks> &blocks);
+  Status RevokeWrites(uint64_t grant_id) { return grants_.Revoke(grant_id); }
 
   // Where [address, +length) lies: the lowest cache id with a tensor that holds all of it. LLM_PARAM_INVALID when there
   // is none, and for no bytes, which lie nowhere.
@@ -186,7 +202,11 @@ class RegionTable : public std::enable_shared_from_this<RegionTable> {
   void Unpin(RegisteredCache &cache);
   void EraseLocked(const RegisteredCache &cache);
 
+  Result<WriteGrants::Area> AreaOf(uint64_t cluster_id, const WritableBlocks &blocks);
+  bool NeedsGrant(const RegisteredCache &cache, PeerUse use) const;
+
   const RegionLimits limits_;
+  WriteGrants grants_;
   struct State;  // stamps' memory, caches by id, totals, condition variable for caches that are gone
   std::mutex mutex_;
   std::unique_ptr<State> state_;

@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "memory/region_table.h"
+#include "memory/spans.h"
 
 namespace datadist {
 
@@ -33,19 +34,6 @@ struct RemoteCache {
   uint64_t generation = 0;
   CacheGeometry geometry;
   Blob blob;
-};
-
-// `length` bytes at remote_offset of each remote tensor <-> local_offset of the local tensor paired with it.
-struct Run {
-  uint64_t remote_offset = 0;
-  uint64_t local_offset = 0;
-  uint64_t length = 0;
-};
-
-// Bytes [offset, offset + length) of each of some tensors.
-struct Span {
-  uint64_t offset = 0;
-  uint64_t length = 0;
 };
 
 }  // namespace datadist

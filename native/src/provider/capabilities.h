@@ -20,6 +20,8 @@ struct Capabilities {
   // Whatever a call writes here is written when it returns, however it ends. Otherwise a call that failed may go on
   // writing until its link has been unlinked by force.
   bool writes_end_with_call = true;
+  // GrantWrites and RevokeWrites; otherwise peers write wherever they like.
+  bool grants_writes = true;
   // When one side unlinks or dies, the other's half of the link goes, too.
   bool peer_drops_half = true;
   // Two that link with each other at once both get an answer.

@@ -105,6 +105,13 @@ class EngineProvider final : public Provider, public Extension {
     });
   }
 
+  Result<uint64_t> GrantWrites(uint64_t cluster_id, const std::vector<WritableBlocks> &blocks) override {
+    return Enter("GrantWrites", [&](Engine &engine) { return engine.GrantWrites(cluster_id, blocks); });
+  }
+  Status RevokeWrites(uint64_t grant_id) override {
+    return Enter("RevokeWrites", [&](Engine &engine) { return engine.RevokeWrites(grant_id); });
+  }
+
   Status PullKvBlocks(const BlocksTransfer &t) override {
     return Enter("PullKvBlocks", [&](Engine &engine) {
       return engine.PullKvBlocks(t.remote, t.local.cache_id, t.src_blocks, t.dst_blocks, t.ext, t.time_left);
@@ -112,7 +119,7 @@ class EngineProvider final : public Provider, public Extension {
   }
   Status PushKvBlocks(const BlocksTransfer &t) override {
     return Enter("PushKvBlocks", [&](Engine &engine) {
-      return engine.PushKvBlocks(t.local, t.remote, t.src_blocks, t.dst_blocks, t.ext);
+      return engine.PushKvBlocks(t.local, t.remote, t.src_blocks, t.dst_blocks, t.ext, t.time_left);
     });
   }
   Status PullKvCache(const CacheTransfer &t) override {

@@ -38,7 +38,7 @@ struct BlocksTransfer {
   std::vector<uint64_t> src_blocks;
   std::vector<uint64_t> dst_blocks;
   llm_datadist::KvCacheExtParam ext;
-  // A pull gives up after so long, or after what the options say if that is sooner. A provider of another library, whose
+  // The call gives up after so long, or after what the options say if that is sooner. A provider of another library, whose
   // calls take no such limit, knows its options alone.
   std::optional<std::chrono::milliseconds> time_left = std::nullopt;
 };
@@ -79,6 +79,14 @@ class Provider {
   virtual Status PushKvBlocks(const BlocksTransfer &transfer) = 0;
   virtual Status PullKvCache(const CacheTransfer &transfer) = 0;
   virtual Status PushKvCache(const CacheTransfer &transfer) = 0;
+
+  // As in llm_datadist_ext.h. As they are, of a provider whose peers write wherever they like.
+  virtual Result<uint64_t> GrantWrites(uint64_t, const std::vector<llm_datadist::WritableBlocks> &) {
+    return Status(llm_datadist::LLM_FEATURE_NOT_ENABLED, "GrantWrites: not of this provider");
+  }
+  virtual Status RevokeWrites(uint64_t) {
+    return Status(llm_datadist::LLM_FEATURE_NOT_ENABLED, "RevokeWrites: not of this provider");
+  }
 
   // LLM_FEATURE_NOT_ENABLED where the provider cannot tell.
   virtual Result<uint16_t> ListenPort() = 0;

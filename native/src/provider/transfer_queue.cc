@@ -39,6 +39,15 @@ struct ClusterOf {
   uint64_t operator()(const RefusedOp &op) const { return op.cluster_id; }
 };
 
+// Null where the operation moves no blocks.
+BlocksTransfer *TransferOf(Operation &operation) {
+  if (auto *const pull = std::get_if<PullBlocksOp>(&operation)) {
+    return &pull->transfer;
+  }
+  auto *const push = std::get_if<PushBlocksOp>(&operation);
+  return push != nullptr ? &push->transfer : nullptr;
+}
+
 struct Execute {
   Provider &provider;
 
@@ -176,8 +185,8 @@ class TransferQueue::State {
       prompt_.emplace(started, op.id);
       StartNextLocked();
       lock.unlock();
-      if (auto *const pull = std::get_if<PullBlocksOp>(&op.operation)) {
-        pull->transfer.time_left = std::chrono::ceil<std::chrono::milliseconds>(op.deadline - started);
+      if (BlocksTransfer *const transfer = TransferOf(op.operation)) {
+        transfer->time_left = std::chrono::ceil<std::chrono::milliseconds>(op.deadline - started);
       }
       const Status status = entered.ok() ? RunOperation(*provider_, op.operation) : entered;
       const auto ended = Clock::now();

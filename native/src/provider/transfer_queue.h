@@ -14,7 +14,7 @@
 //     to kMaxThreads in all, started when they are needed.
 //   - An operation that has not started at its deadline completes then, whether or not a thread is free, and as
 //     cancelled: it says nothing of the link. One that has started runs to its end, which the provider's own timeouts
-//     bound, and that of a pull its deadline, too (BlocksTransfer::time_left).
+//     bound, and that of a transfer its deadline, too (BlocksTransfer::time_left).
 //   - Completions that were not polled yet do not count against the capacity.
 //
 // Threads: every member may be called from any thread. The pool never calls back into its user: completions are polled

@@ -29,6 +29,7 @@ struct PushTarget {
   uint64_t dst_cluster_id = 0;
   int64_t dst_layer = 0;
   uint32_t tensors_per_layer = 2;
+  std::optional<std::chrono::milliseconds> time_left = std::nullopt;  // if that is less than the option says
 };
 
 // Of rows within this process.

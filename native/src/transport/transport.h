@@ -50,6 +50,9 @@ struct TransferOp {
 // Total bytes of an op, LLM_PARAM_INVALID on overflow.
 Result<uint64_t> TotalBytes(const TransferOp &op);
 
+// What a peer is to do with a cache that it is told of.
+enum class Disclosure : uint8_t { kForReading, kForWriting };
+
 // What a transport needs of its link's control connection.
 class PeerCalls {
  public:
@@ -122,9 +125,11 @@ class Transport {
   virtual std::unique_ptr<OwnerPath> Serve(const TransportPeer &, std::vector<Fd> /*connections*/) const {
     return std::make_unique<OwnerPath>();
   }
-  // What a peer that comes this way is told of a cache of ours.
-  RemoteCache Describe(const RegisteredCache &cache) const {
-    return {cache.id(), cache.generation(), cache.geometry(), BlobOf(cache)};
+  // What a peer that comes this way is told of a cache of ours. The blob is for who may read it: who reads without asking
+  // us is kept from it by nothing else.
+  RemoteCache Describe(const RegisteredCache &cache, Disclosure disclosure) const {
+    return {cache.id(), cache.generation(), cache.geometry(),
+            disclosure == Disclosure::kForReading ? BlobOf(cache) : Blob()};
   }
 
  private:

@@ -72,6 +72,7 @@ class CannProvider final : public Provider {
     cann.ipv6 = false;
     cann.register_before_link = true;
     cann.writes_end_with_call = false;
+    cann.grants_writes = false;
     cann.peer_drops_half = false;
     cann.crossing_links = false;
     cann.max_addrs_per_cache = kMaxAddrsPerCache;

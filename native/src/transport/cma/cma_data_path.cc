@@ -66,6 +66,11 @@ Result<Job> CmaDataPath::Prepare(const TransferOp &op, Deadline deadline) const 
   if (!total.ok()) {
     return total.status();
   }
+  if (remote.blob.empty()) {
+    return Status(llm_datadist::LLM_PARAM_INVALID,
+                  "peers may not read cache " + std::to_string(remote.cache_id) + " (option " +
+                      llm_datadist::OPTION_PEER_ACCESS + ", or its rights): its owner did not tell where it lies");
+  }
   if (!Addresses::AreWhole(remote)) {
     return Status(LLM_FAILED, "the peer did not tell the addresses of cache " + std::to_string(remote.cache_id));
   }

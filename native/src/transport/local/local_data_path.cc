@@ -44,8 +44,9 @@ Result<CachePin> LocalDataPath::PinRemote(const TransferOp &op, Direction direct
   if (table == nullptr) {
     return Status(LLM_FAILED, "the peer endpoint in this process is gone");
   }
-  const PeerUse use = direction == Direction::kPull ? PeerUse::kRead : PeerUse::kWrite;
-  Result<CachePin> pin = table->PinForPeer(op.remote->cache_id, op.remote->generation, {self_, use});
+  const PeerRequest request{self_, direction == Direction::kPull ? PeerUse::kRead : PeerUse::kWrite,
+                            {op.remote_first_tensor, op.tensor_count}, {op.runs, &Run::remote_offset}};
+  Result<CachePin> pin = table->PinForPeer(op.remote->cache_id, op.remote->generation, request);
   if (!pin.ok()) {
     return pin;
   }

@@ -22,8 +22,9 @@ constexpr uint64_t kTailBytes = 16 << 10;
 // The pin of what a request names, with every span checked against it.
 Result<CachePin> PinRequested(RegionTable &regions, uint64_t peer, const RequestHeader &header,
                               const std::vector<Span> &spans) {
-  const PeerUse use = header.op == DataOp::kPull ? PeerUse::kRead : PeerUse::kWrite;
-  Result<CachePin> pin = regions.PinForPeer(header.cache_id, header.generation, {peer, use});
+  const PeerRequest request{peer, header.op == DataOp::kPull ? PeerUse::kRead : PeerUse::kWrite,
+                            {header.first_tensor, header.tensor_count}, spans};
+  Result<CachePin> pin = regions.PinForPeer(header.cache_id, header.generation, request);
   if (!pin.ok()) {
     return pin;
   }
