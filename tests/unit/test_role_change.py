@@ -138,18 +138,15 @@ def test_what_does_not_end_in_time_fails_it(rank: Rank, peer: _native.LlmDataDis
     assert rank.left == 0
 
 
-def test_a_link_that_does_not_go_fails_it(
-    rank: Rank, peer: _native.LlmDataDist, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    del peer
+@pytest.mark.usefixtures("peer")
+def test_a_link_that_does_not_go_fails_it(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rank.links, "unlink_cluster", lambda _: None)
     rank.begin("decode", limit_s=0.0)
     assert rank.declared().reason == "there are still links that do not go"
 
 
-def test_a_link_that_comes_meanwhile_goes(
-    rank: Rank, peer: _native.LlmDataDist, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.usefixtures("peer")
+def test_a_link_that_comes_meanwhile_goes(rank: Rank, monkeypatch: pytest.MonkeyPatch) -> None:
     """Between the last look and SetRole."""
     looks = iter([(0, []), (0, [])])
     real = rank.datadist.linked_clusters
@@ -165,7 +162,6 @@ def test_a_link_that_comes_meanwhile_goes(
     rank.begin("prefill")
     assert rank.declared().reason == ""
     assert real() == (0, [])
-    del peer
 
 
 def test_a_provider_that_refuses_the_role_fails_it(rank: Rank) -> None:
