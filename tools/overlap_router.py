@@ -58,21 +58,24 @@ def prefill_leg(body: dict[str, Any], handoff: str) -> dict[str, Any]:
     return leg
 
 
-def decode_leg(body: dict[str, Any], handoff: str, address: Address) -> dict[str, Any]:
-    params = {
+def decode_leg(body: dict[str, Any], handoff: str, address: Address, mode: str | None) -> dict[str, Any]:
+    params: Params = {
         "do_remote_prefill": True,
         "do_remote_decode": False,
         "remote_host": address.host,
         "remote_port": address.port,
         "datadist": {"handoff": handoff},
     }
+    if mode is not None:
+        params["transfer_mode"] = mode
     return {**body, "kv_transfer_params": params}
 
 
 class OverlapRouter:
     """Handlers of an aiohttp application."""
 
-    def __init__(self, prefills: Sequence[str], decodes: Sequence[str]) -> None:
+    def __init__(self, prefills: Sequence[str], decodes: Sequence[str], mode: str | None = None) -> None:
+        self._mode = mode
         self._prefills = itertools.cycle(prefills)
         self._decodes = itertools.cycle(decodes)
         self._addresses: dict[str, Address] = {}
@@ -120,7 +123,7 @@ class OverlapRouter:
         legs: set[asyncio.Task[Any]] = {to_p}
         try:
             if address is not None:
-                leg = decode_leg(body, handoff, address)
+                leg = decode_leg(body, handoff, address, self._mode)
                 to_d = asyncio.create_task(self._decode(request, decode, leg, headers))
                 legs.add(to_d)
                 await asyncio.wait(legs, return_when=asyncio.FIRST_COMPLETED)
@@ -182,10 +185,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--prefill", action="append", required=True, metavar="URL")
     parser.add_argument("--decode", action="append", required=True, metavar="URL")
+    parser.add_argument(
+        "--transfer-mode",
+        choices=("pull", "push"),
+        help="who moves the KV cache: D, or P into blocks that D offers; as D's configuration says unless given",
+    )
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=8000)
     arguments = parser.parse_args()
-    router = OverlapRouter(arguments.prefill, arguments.decode)
+    router = OverlapRouter(arguments.prefill, arguments.decode, arguments.transfer_mode)
     web.run_app(router.application(), host=arguments.host, port=arguments.port, print=None, handler_cancellation=True)
 
 

@@ -195,12 +195,12 @@ class LlmDataDist:
     ) -> int: ...
     def grant_writes(self, cluster_id: int, blocks: Sequence[tuple[int, BlockIds]]) -> tuple[int, int]:
         """(status, id of the grant). That cluster may write into those blocks of those caches (cache id, blocks), under
-        whatever cache id their memory is registered, until revoke_writes(); `datadist.PeerAccess` must say that peers write
-        by grant."""
+        whatever cache id their memory is registered, until revoke_writes(); `datadist.PeerAccess` must say that peers
+        write by grant."""
 
     def revoke_writes(self, grant_id: int) -> int:
-        """From this call on no write begins under the grant. LLM_SUCCESS: none is running any more; LLM_LINK_BUSY: one is,
-        ask again. Never waits."""
+        """From this call on no write begins under the grant. LLM_SUCCESS: none is running any more; LLM_LINK_BUSY: one
+        is, ask again. Never waits."""
 
     def listen_port(self) -> tuple[int, int]:
         """(status, port the listener is bound to)."""
@@ -685,8 +685,8 @@ class HandoffNews(NamedTuple):
     reason: str
     """Why it ended."""
     delivery: str
-    """This and all below: of what the rank that was asked for writes to `taker`. none, offered, running, done or
-    failed."""
+    """This and all below: of what the rank that was asked for has written by `offer_id`. none, offered, running, done
+    or failed."""
     delivery_epoch: int
     num_bytes: int
     early_bytes: int
@@ -705,8 +705,7 @@ class Watched(NamedTuple):
     number: int
     """Counts from 1; 0: nothing is new, and the rest is empty."""
     token: str
-    taker: int
-    """The cluster into whose blocks it may write."""
+    offer_id: int
     blob: bytes
     """As D gave it."""
     role: str
@@ -846,23 +845,23 @@ class ChannelClient:
         seen_stamp: int,
         patience_s: float,
         timeout_s: float,
-        taker: int = 0,
+        offer_id: int = 0,
     ) -> int:
         """Answered by HandoffNews: once there is any after what was seen, or as it stands when patience is over.
 
         Args:
             rank: (pp, tp) of the one whose progress is news, too.
             patience_s: at most 30; `timeout_s` begins when it is over.
-            taker: a cluster: not the rank's progress is news, but what it writes into the blocks of that one.
+            offer_id: not the rank's progress is news, but what it writes by that offer.
         """
 
     def offer(
-        self, endpoint: tuple[str, int], token: str, rank: tuple[int, int], taker: int, blob: bytes, timeout_s: float
+        self, endpoint: tuple[str, int], token: str, rank: tuple[int, int], offer_id: int, blob: bytes, timeout_s: float
     ) -> int:
         """That rank may write what it has of a hand-off into blocks of ours. Answered by Offered or Refused.
 
         Args:
-            taker: our cluster id.
+            offer_id: not 0; another for each, so that requests which take one hand-off are told apart.
             blob: which blocks, for that rank to read. ValueError for one that no message has room for.
         """
 
@@ -883,7 +882,7 @@ class ChannelClient:
         key: str,
         rank: tuple[int, int],
         token: str,
-        taker: int,
+        offer_id: int,
         state: str,
         epoch: int,
         num_bytes: int,

@@ -87,8 +87,8 @@ uint32_t ToPatience(double seconds) {
 }
 
 Await ToAwait(const std::string &token, const std::optional<std::pair<uint16_t, uint16_t>> &rank, uint32_t seen_version,
-              uint64_t seen_stamp, double patience_s, uint64_t taker) {
-  Await await{FromHex(token), {}, seen_version, seen_stamp, ToPatience(patience_s), taker};
+              uint64_t seen_stamp, double patience_s, uint64_t offer_id) {
+  Await await{FromHex(token), {}, seen_version, seen_stamp, ToPatience(patience_s), offer_id};
   if (rank.has_value()) {
     await.rank = RankId{rank->first, rank->second};
   }
@@ -112,7 +112,7 @@ std::vector<uint8_t> ToOffered(const py::bytes &bytes) {
 }
 
 uint64_t SendDelivery(ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::string &key,
-                      const std::pair<uint16_t, uint16_t> &rank, const std::string &token, uint64_t taker,
+                      const std::pair<uint16_t, uint16_t> &rank, const std::string &token, uint64_t offer_id,
                       const std::string &state, uint32_t epoch, uint64_t num_bytes, uint64_t early_bytes, double run_s,
                       const py::str &reason, double timeout_s) {
   const auto *const name = std::find(kDeliveryNames.begin(), kDeliveryNames.end(), state);
@@ -120,7 +120,7 @@ uint64_t SendDelivery(ChannelClient &self, const std::pair<py::str, uint16_t> &s
     throw py::value_error("state: " + state + "; allowed: none, offered, running, done, failed");
   }
   const auto run = std::chrono::duration_cast<std::chrono::microseconds>(FromSeconds(run_s));
-  Deliver deliver{FromHex(key), {rank.first, rank.second}, FromHex(token), taker, {}};
+  Deliver deliver{FromHex(key), {rank.first, rank.second}, FromHex(token), offer_id, {}};
   deliver.delivery = {static_cast<DeliveryState>(name - kDeliveryNames.begin()), epoch, num_bytes, early_bytes,
                       static_cast<uint64_t>(run.count()), ToBytes(reason)};
   return Send(self, server, deliver, timeout_s);
@@ -187,7 +187,7 @@ struct ToResponse {
   }
   py::object operator()(const Watched &watched) const {
     const RoleOrder order = watched.role.value_or(RoleOrder{});
-    return types.watched(watched.number, ToHex(watched.token), watched.taker, ToPython(watched.blob),
+    return types.watched(watched.number, ToHex(watched.token), watched.offer_id, ToPython(watched.blob),
                          watched.role.has_value() ? NameOf(order.role) : "", order.attempt, order.limit_ms / 1e3);
   }
   py::object operator()(const SwitchStatus &status) const {
@@ -266,18 +266,18 @@ void RegisterClient(py::module_ &module, const AnswerTypes &types) {
           "await_handoff",
           [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::string &token,
              const std::optional<std::pair<uint16_t, uint16_t>> &rank, uint32_t seen_version, uint64_t seen_stamp,
-             double patience_s, double timeout_s, uint64_t taker) {
-            return Send(self, server, ToAwait(token, rank, seen_version, seen_stamp, patience_s, taker), timeout_s);
+             double patience_s, double timeout_s, uint64_t offer_id) {
+            return Send(self, server, ToAwait(token, rank, seen_version, seen_stamp, patience_s, offer_id), timeout_s);
           },
           endpoint, py::arg("token"), py::arg("rank"), py::arg("seen_version"), py::arg("seen_stamp"),
-          py::arg("patience_s"), timeout, py::arg("taker") = 0)
+          py::arg("patience_s"), timeout, py::arg("offer_id") = 0)
       .def(
           "offer",
           [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::string &token,
-             const std::pair<uint16_t, uint16_t> &rank, uint64_t taker, const py::bytes &blob, double timeout_s) {
-            return Send(self, server, Offer{FromHex(token), {rank.first, rank.second}, taker, ToOffered(blob)}, timeout_s);
+             const std::pair<uint16_t, uint16_t> &rank, uint64_t offer_id, const py::bytes &blob, double timeout_s) {
+            return Send(self, server, Offer{FromHex(token), {rank.first, rank.second}, offer_id, ToOffered(blob)}, timeout_s);
           },
-          endpoint, py::arg("token"), py::arg("rank"), py::arg("taker"), py::arg("blob"), timeout)
+          endpoint, py::arg("token"), py::arg("rank"), py::arg("offer_id"), py::arg("blob"), timeout)
       .def(
           "watch",
           [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::string &key,
@@ -286,7 +286,7 @@ void RegisterClient(py::module_ &module, const AnswerTypes &types) {
                         timeout_s);
           },
           endpoint, py::arg("key"), py::arg("rank"), py::arg("seen"), py::arg("patience_s"), timeout)
-      .def("deliver", &SendDelivery, endpoint, py::arg("key"), py::arg("rank"), py::arg("token"), py::arg("taker"),
+      .def("deliver", &SendDelivery, endpoint, py::arg("key"), py::arg("rank"), py::arg("token"), py::arg("offer_id"),
            py::arg("state"), py::arg("epoch"), py::arg("num_bytes"), py::arg("early_bytes"), py::arg("run_s"),
            py::arg("reason"), timeout)
       .def(
@@ -336,7 +336,7 @@ void RegisterChannel(py::module_ &module) {
       DefineNamedTuple(module, "Watched",
                        {{"number", "int"},
                         {"token", "str"},
-                        {"taker", "int"},
+                        {"offer_id", "int"},
                         {"blob", "bytes"},
                         {"role", "str"},
                         {"attempt", "int"},

@@ -105,7 +105,7 @@ TEST(ChannelMessages, OfHandoffsAreReadBack) {
   EXPECT_EQ(await.value().seen_version, 4U);
   EXPECT_EQ(await.value().seen_stamp, 1ULL << 63U);
   EXPECT_EQ(await.value().patience_ms, 5U);
-  EXPECT_EQ(await.value().taker, 6U);
+  EXPECT_EQ(await.value().offer_id, 6U);
   EXPECT_FALSE(Decode<Await>(Encode(Await{})).value().rank.has_value());
   const auto news = Decode<HandoffNews>(Encode(SomeNews()));
   ASSERT_TRUE(news.ok());
@@ -138,7 +138,7 @@ TEST(ChannelMessages, OfOffersAreReadBack) {
   ASSERT_TRUE(offer.ok());
   EXPECT_EQ(offer.value().token, LeaseToken{1});
   EXPECT_EQ(offer.value().rank.tp_rank, 3);
-  EXPECT_EQ(offer.value().taker, 1ULL << 63U);
+  EXPECT_EQ(offer.value().offer_id, 1ULL << 63U);
   EXPECT_EQ(offer.value().blob, (Body{4, 5}));
   EXPECT_EQ(Decode<Offered>(Encode(Offered{Invalid("no")})).value().status.text(), "no");
   const auto watch = Decode<Watch>(Encode(Watch{{1}, {2, 3}, 4, 5}));
@@ -151,7 +151,7 @@ TEST(ChannelMessages, OfOffersAreReadBack) {
   ASSERT_TRUE(watched.ok());
   EXPECT_EQ(watched.value().number, 1U);
   EXPECT_EQ(watched.value().token, LeaseToken{2});
-  EXPECT_EQ(watched.value().taker, 3U);
+  EXPECT_EQ(watched.value().offer_id, 3U);
   EXPECT_EQ(watched.value().blob, Body{4});
   const auto order = Decode<Watched>(Encode(Watched{1, {}, 0, {}, RoleOrder{2, InstanceRole::kDecode, 3}}));
   ASSERT_TRUE(order.ok() && order.value().role.has_value());
@@ -186,7 +186,7 @@ TEST(ChannelMessages, OfOffersAreReadBack) {
   EXPECT_EQ(deliver.value().key, HandoffKey{1});
   EXPECT_EQ(deliver.value().rank.pp_rank, 2);
   EXPECT_EQ(deliver.value().token, LeaseToken{4});
-  EXPECT_EQ(deliver.value().taker, 5U);
+  EXPECT_EQ(deliver.value().offer_id, 5U);
   const Delivery &delivery = deliver.value().delivery;
   EXPECT_EQ(delivery.state, DeliveryState::kRunning);
   EXPECT_EQ(delivery.epoch, 6U);

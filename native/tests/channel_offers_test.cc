@@ -12,7 +12,7 @@ namespace {
 
 constexpr LeaseToken kToken{1};
 constexpr RankId kRank{0, 1};
-constexpr uint64_t kTaker = 77;
+constexpr uint64_t kOfferId = 77;
 
 // With ranks (0, 0) and (0, 1), and a hand-off that was promised.
 struct Instance : ServerEnd {
@@ -23,11 +23,11 @@ struct Instance : ServerEnd {
   Watch Ask(uint64_t seen = 0, uint32_t patience_ms = kMaxPatienceMs, const RankId &rank = kRank) const {
     return {handoffs->key(), rank, seen, patience_ms};
   }
-  Deliver Say(const Delivery &delivery) const { return {handoffs->key(), kRank, kToken, kTaker, delivery}; }
+  Deliver Say(const Delivery &delivery) const { return {handoffs->key(), kRank, kToken, kOfferId, delivery}; }
 };
 
-Offer Blocks(std::vector<uint8_t> blob, uint64_t taker = kTaker, const RankId &rank = kRank) {
-  return {kToken, rank, taker, std::move(blob)};
+Offer Blocks(std::vector<uint8_t> blob, uint64_t offer_id = kOfferId, const RankId &rank = kRank) {
+  return {kToken, rank, offer_id, std::move(blob)};
 }
 
 Status StatusOf(const ChannelAnswer &answer) {
@@ -53,16 +53,16 @@ TEST(ChannelOffers, ReachTheRankThatTheyAreFor) {
   const Watched first = WatchedOf(rank.Wait(early));
   EXPECT_EQ(first.number, 1U);
   EXPECT_EQ(first.token, kToken);
-  EXPECT_EQ(first.taker, kTaker);
+  EXPECT_EQ(first.offer_id, kOfferId);
   EXPECT_EQ(first.blob, (std::vector<uint8_t>{4, 5}));
   // What was not seen is told again; several come one by one.
   EXPECT_TRUE(StatusOf(d.Ask(p.port(), Blocks({6}, 78))).ok());
   EXPECT_EQ(WatchedOf(rank.Ask(p.port(), p.Ask(0))).number, 1U);
   const Watched second = WatchedOf(rank.Ask(p.port(), p.Ask(1)));
   EXPECT_EQ(second.number, 2U);
-  EXPECT_EQ(second.taker, 78U);
+  EXPECT_EQ(second.offer_id, 78U);
   EXPECT_EQ(WatchedOf(rank.Ask(p.port(), p.Ask(2, 1))).number, 0U) << "patience is over";
-  EXPECT_TRUE(StatusOf(d.Ask(p.port(), Blocks({7}, kTaker, {0, 0}))).ok());
+  EXPECT_TRUE(StatusOf(d.Ask(p.port(), Blocks({7}, kOfferId, {0, 0}))).ok());
   EXPECT_EQ(WatchedOf(other.Wait(others)).blob, std::vector<uint8_t>{7});
 }
 
@@ -79,7 +79,7 @@ TEST(ChannelOffers, SentAgainTheyAreOne) {
 TEST(ChannelOffers, OfNoSuchRankOrHandoffAreRefused) {
   const Instance p;
   ClientEnd d;
-  const Status no_rank = StatusOf(d.Ask(p.port(), Blocks({}, kTaker, {0, 2})));
+  const Status no_rank = StatusOf(d.Ask(p.port(), Blocks({}, kOfferId, {0, 2})));
   EXPECT_NE(no_rank.text().find("(0, 2)"), std::string::npos) << no_rank.text();
   Offer unknown = Blocks({});
   unknown.token = {9};
@@ -91,20 +91,20 @@ TEST(ChannelOffers, ThatNobodyTakesAreBounded) {
   const Instance p;
   ClientEnd d;
   const std::vector<uint8_t> large(kMaxOffer);
-  uint64_t taker = 1;
+  uint64_t offer_id = 1;
   const auto state = [&](uint64_t of) { return p.handoffs->Look(kToken, kRank, 0, of).delivery.state; };
-  for (; taker <= RankOrders::kMostBytes / kMaxOffer; ++taker) {
-    ASSERT_TRUE(StatusOf(d.Ask(p.port(), Blocks(large, taker))).ok());
-    ASSERT_LE(state(taker), DeliveryState::kFailed);
+  for (; offer_id <= RankOrders::kMostBytes / kMaxOffer; ++offer_id) {
+    ASSERT_TRUE(StatusOf(d.Ask(p.port(), Blocks(large, offer_id))).ok());
+    ASSERT_LE(state(offer_id), DeliveryState::kFailed);
   }
-  ASSERT_TRUE(StatusOf(d.Ask(p.port(), Blocks(large, taker))).ok());
-  EXPECT_EQ(state(taker), DeliveryState::kFailed);
+  ASSERT_TRUE(StatusOf(d.Ask(p.port(), Blocks(large, offer_id))).ok());
+  EXPECT_EQ(state(offer_id), DeliveryState::kFailed);
   EXPECT_EQ(state(1), DeliveryState::kOffered);
   ClientEnd rank;
-  EXPECT_EQ(WatchedOf(rank.Ask(p.port(), p.Ask(0))).taker, 1U);
-  EXPECT_EQ(WatchedOf(rank.Ask(p.port(), p.Ask(2))).taker, 3U) << "what was seen makes room";
-  ASSERT_TRUE(StatusOf(d.Ask(p.port(), Blocks(large, taker + 1))).ok());
-  EXPECT_EQ(state(taker + 1), DeliveryState::kOffered);
+  EXPECT_EQ(WatchedOf(rank.Ask(p.port(), p.Ask(0))).offer_id, 1U);
+  EXPECT_EQ(WatchedOf(rank.Ask(p.port(), p.Ask(2))).offer_id, 3U) << "what was seen makes room";
+  ASSERT_TRUE(StatusOf(d.Ask(p.port(), Blocks(large, offer_id + 1))).ok());
+  EXPECT_EQ(state(offer_id + 1), DeliveryState::kOffered);
 }
 
 TEST(ChannelOffers, ARankAsksOnceAtATime) {
@@ -133,7 +133,7 @@ TEST(ChannelOffers, DWaitsForTheirDelivery) {
   ClientEnd d;
   ClientEnd rank;
   EXPECT_TRUE(StatusOf(d.Ask(p.port(), Blocks({4}))).ok());
-  Await await{kToken, kRank, 0, 0, kMaxPatienceMs, kTaker};
+  Await await{kToken, kRank, 0, 0, kMaxPatienceMs, kOfferId};
   const auto answer = [&](const ChannelAnswer &of) { return std::get<HandoffNews>(of.answer); };
   const HandoffNews offered = answer(d.Ask(p.port(), await));
   EXPECT_EQ(offered.delivery.state, DeliveryState::kOffered);

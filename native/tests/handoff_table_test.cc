@@ -215,8 +215,8 @@ TEST(HandoffTable, TakesOneOfferOfEachPair) {
 TEST(HandoffTable, OffersOfOneHandoffAreBounded) {
   const auto table = Table();
   ASSERT_TRUE(table->Promise(kToken, "r"));
-  for (uint64_t taker = 1; taker <= HandoffTable::kMostRanks; ++taker) {
-    ASSERT_TRUE(table->Offer(kToken, kRank, taker).value());
+  for (uint64_t offer_id = 1; offer_id <= HandoffTable::kMostRanks; ++offer_id) {
+    ASSERT_TRUE(table->Offer(kToken, kRank, offer_id).value());
   }
   EXPECT_FALSE(table->Offer(kToken, kRank, HandoffTable::kMostRanks + 1).ok());
   EXPECT_FALSE(table->Offer(kToken, kRank, 1).value()) << "known";

@@ -1,4 +1,4 @@
-"""Both legs of a request at once: D pulls while P computes, whatever becomes of either."""
+"""Both legs of a request at once: D pulls, or P pushes, while P computes, whatever becomes of either."""
 
 from __future__ import annotations
 
@@ -17,6 +17,7 @@ from support.metrics import (
     LOCAL_PREFILLS,
     PREEMPTIONS,
     PULLING,
+    PUSHED_BYTES,
     Change,
     wait_metric,
 )
@@ -54,43 +55,49 @@ def nothing_held(small: Pair) -> Iterator[None]:
     asyncio.run(equality.check_nothing_held(small, SOON_S))
 
 
+@pytest.fixture(params=["pull", "push"])
+def mode(request: pytest.FixtureRequest) -> str:
+    return str(request.param)
+
+
 def new_request(length: int, seed: int, **more: object) -> Request:
     return replace(Request(prompt_tokens(length, seed), cache_salt=new_salt()), **more)  # type: ignore[arg-type]
 
 
 @pytest.mark.usefixtures("nothing_held_afterwards")
 @pytest.mark.parametrize("length", [1, 2, 129, 2000])
-def test_the_answer_is_the_same(pair: Pair, reference: Reference, length: int) -> None:
+def test_the_answer_is_the_same(pair: Pair, reference: Reference, mode: str, length: int) -> None:
     async def scenario() -> None:
         request = new_request(length, seed=1)
-        async with OverlapProxy(pair.prefill.url, pair.decode.url) as proxy:
+        async with OverlapProxy(pair.prefill.url, pair.decode.url, mode) as proxy:
             change = Change(pair.decode.url)
             await equality.check_one(proxy.url, pair, reference, request)
         if length > 1000:
             # How much is a matter of the machine's speed.
             await change.reaches(EARLY_BYTES, 1)
+            assert (change.now(PUSHED_BYTES) > 0) == (mode == "push")
 
     asyncio.run(scenario())
 
 
 @pytest.mark.usefixtures("nothing_held_afterwards")
-def test_a_storm(pair: Pair, reference: Reference) -> None:
+def test_a_storm(pair: Pair, reference: Reference, mode: str) -> None:
     async def scenario() -> None:
-        async with OverlapProxy(pair.prefill.url, pair.decode.url) as proxy:
+        async with OverlapProxy(pair.prefill.url, pair.decode.url, mode) as proxy:
             await equality.check_storm(proxy.url, pair, reference, 48)
 
     asyncio.run(scenario())
 
 
 @pytest.mark.usefixtures("nothing_held_afterwards")
-def test_prefix_hits_on_either_side(pair: Pair, reference: Reference) -> None:
+def test_prefix_hits_on_either_side(pair: Pair, reference: Reference, mode: str) -> None:
     """What P has of it is final with the first layer of its step, what D has is not moved."""
 
     async def scenario() -> None:
         salt = new_salt()
         short = Request(prompt_tokens(600, seed=2000), cache_salt=salt)
         longer = Request([*short.prompt, *prompt_tokens(900, seed=2001)], cache_salt=salt)
-        async with OverlapProxy(pair.prefill.url, pair.decode.url) as proxy:
+        async with OverlapProxy(pair.prefill.url, pair.decode.url, mode) as proxy:
             for request in (short, short, longer):
                 (answer,) = await equality.send(proxy.url, request)
                 await reference.check(request, answer)
@@ -104,10 +111,10 @@ def test_prefix_hits_on_either_side(pair: Pair, reference: Reference) -> None:
 
 
 @pytest.mark.usefixtures("nothing_held_afterwards")
-def test_children_share_one_hand_off(pair: Pair, reference: Reference) -> None:
+def test_children_share_one_hand_off(pair: Pair, reference: Reference, mode: str) -> None:
     async def scenario() -> None:
         request = new_request(700, seed=2100, n=3)
-        async with OverlapProxy(pair.prefill.url, pair.decode.url) as proxy:
+        async with OverlapProxy(pair.prefill.url, pair.decode.url, mode) as proxy:
             (answer,) = await equality.send(proxy.url, request)
         await reference.check(request, answer)
         assert len(answer.tokens) == 3
@@ -116,14 +123,14 @@ def test_children_share_one_hand_off(pair: Pair, reference: Reference) -> None:
 
 
 @pytest.mark.usefixtures("nothing_held")
-def test_p_preempts_what_d_pulls(small: Pair, reference: Reference) -> None:
+def test_p_preempts_what_d_waits_for(small: Pair, reference: Reference, mode: str) -> None:
     """P has room for the first chunks of a prompt, and not for all of it before others are done."""
 
     async def scenario() -> None:
         others = [new_request(850, seed=2200 + index, max_tokens=100) for index in range(2)]
         request = new_request(500, seed=2210)
         preempted, change = Change(small.prefill.url), Change(small.decode.url)
-        async with OverlapProxy(small.prefill.url, small.decode.url) as proxy:
+        async with OverlapProxy(small.prefill.url, small.decode.url, mode) as proxy:
             decoding = asyncio.create_task(equality.send(small.prefill.url, *others))
             await wait_metric(small.prefill.url, KV_USAGE, lambda usage: usage > 0.8, SOON_S)
             (answer,) = await equality.send(proxy.url, request)
@@ -132,12 +139,13 @@ def test_p_preempts_what_d_pulls(small: Pair, reference: Reference) -> None:
         await preempted.reaches(PREEMPTIONS, 1)
         await change.reaches(EARLY_BYTES, 1)
         assert change.now(FAILED) == change.now(LOCAL_PREFILLS) == 0
+        assert (change.now(PUSHED_BYTES) > 0) == (mode == "push")
 
     asyncio.run(scenario())
 
 
 @pytest.mark.usefixtures("nothing_held")
-def test_clients_that_go_away(small: Pair, reference: Reference) -> None:
+def test_clients_that_go_away(small: Pair, reference: Reference, mode: str) -> None:
     """At any moment, in numbers: nothing is held, and whoever stays is served right."""
     random.seed(7)
 
@@ -149,7 +157,7 @@ def test_clients_that_go_away(small: Pair, reference: Reference) -> None:
             await asyncio.gather(task, return_exceptions=True)
 
     async def scenario() -> None:
-        async with OverlapProxy(small.prefill.url, small.decode.url) as proxy:
+        async with OverlapProxy(small.prefill.url, small.decode.url, mode) as proxy:
             leaving = [go_away(proxy.url, new_request(700, seed=2300 + index)) for index in range(24)]
             staying = [new_request(500, seed=2400 + index) for index in range(4)]
             sent = asyncio.create_task(equality.send(proxy.url, *staying))
@@ -186,18 +194,20 @@ def test_a_leg_without_the_other(small: Pair, reference: Reference) -> None:
     asyncio.run(scenario())
 
 
-def test_p_dies_while_d_pulls(small: Pair, reference: Reference) -> None:
+def test_p_dies_while_d_waits(small: Pair, reference: Reference) -> None:
     """Last in this file: P is gone then."""
 
     async def scenario() -> list[Answer]:
         requests = [new_request(1300, seed=2600 + index) for index in range(4)]
-        async with OverlapProxy(small.prefill.url, small.decode.url) as proxy:
-            sent = asyncio.create_task(equality.send(proxy.url, *requests))
+        urls = small.prefill.url, small.decode.url
+        async with OverlapProxy(*urls, "pull") as pulled, OverlapProxy(*urls, "push") as pushed:
+            to_either = [equality.send(pulled.url, *requests[::2]), equality.send(pushed.url, *requests[1::2])]
+            sent = asyncio.gather(*to_either)
             await wait_metric(small.decode.url, PULLING, lambda count: count >= 1, SOON_S)
             small.prefill.kill()
-            answers = await asyncio.wait_for(sent, SOON_S * 3)
-        await reference.check_all(requests, answers)
-        return answers
+            first, second = await asyncio.wait_for(sent, SOON_S * 3)
+        await reference.check_all([*requests[::2], *requests[1::2]], [*first, *second])
+        return [*first, *second]
 
     asyncio.run(scenario())
     asyncio.run(wait_metric(small.decode.url, KV_USAGE, lambda usage: usage == 0.0, SOON_S))

@@ -16,7 +16,7 @@ import equality
 import pytest
 from serving import stop
 from support.client import Request, new_salt, prompt_tokens
-from support.metrics import BYTES, EARLY_BYTES, EXTERNAL_HITS, FAILED, Change
+from support.metrics import BYTES, EARLY_BYTES, EXTERNAL_HITS, FAILED, PUSHED_BYTES, Change
 from support.overlap import OverlapProxy
 from support.proxy import PDProxy
 from support.reference import Reference
@@ -159,19 +159,21 @@ def test_sixteen_at_once(served: Served) -> None:
     asyncio.run(scenario())
 
 
-def test_pulled_while_p_computes(served: Served) -> None:
+@pytest.mark.parametrize("mode", ["pull", "push"])
+def test_moved_while_p_computes(served: Served, mode: str) -> None:
     """Both legs at once: windows move while P's own window moves on, states when the last chunk is done."""
     requests = [new_request(40 + (i * 211) % 1400, seed=90 + i, stream=i % 2 == 1) for i in range(8)]
 
     async def scenario() -> None:
         await asyncio.gather(*map(served.reference.answer, requests))
-        async with OverlapProxy(served.pair.prefill.url, served.pair.decode.url) as proxy:
+        async with OverlapProxy(served.pair.prefill.url, served.pair.decode.url, mode) as proxy:
             change = Change(served.pair.decode.url)
             answers = await equality.send(proxy.url, *requests)
         await served.reference.check_all(requests, answers)
         await change.reaches(EXTERNAL_HITS, sum(len(request.prompt) - 1 for request in requests))
         await change.reaches(EARLY_BYTES, 1)
         assert change.now(FAILED) == 0
+        assert (change.now(PUSHED_BYTES) > 0) == (mode == "push")
 
     asyncio.run(scenario())
 

@@ -381,6 +381,22 @@ def test_a_cancelled_pull_gives_its_blocks_back_and_p_hears_of_it(giver: GiverPr
     assert (taker.memory == before).all()
 
 
+def test_requests_that_take_one_hand_off_have_blocks_of_their_own(giver: GiverProcess, taker: Consumer) -> None:
+    """The choices of one prompt (n > 1)."""
+    remote = begin(giver)
+    tables = [LOCAL, [20, 21, 22, 23], [30, 40, 50, 61]]
+    for index, local in enumerate(tables):
+        follow(taker, remote, local, request_id=f"r{index}")
+    giver.write(BLOCKS[:2])
+    giver.end()
+    finish(giver)
+    taker.wait(len(tables))
+    assert taker.failed == set()
+    for local in tables:
+        taker.expect(giver.kv, held_in(BLOCKS), local)
+    taker.check_bytes()
+
+
 @pytest.mark.parametrize("mover", ["push"], indirect=True)
 @pytest.mark.parametrize("transport", ["cma", "tcp"])
 class TestOffers:

@@ -13,8 +13,8 @@ from support.client import Request, complete, new_salt, new_session, prompt_toke
 class OverlapProxy:
     """async with OverlapProxy(prefill_url, decode_url) as proxy: requests to proxy.url go to both at once."""
 
-    def __init__(self, prefill_url: str, decode_url: str) -> None:
-        self._router = OverlapRouter([prefill_url], [decode_url])
+    def __init__(self, prefill_url: str, decode_url: str, mode: str | None = None) -> None:
+        self._router = OverlapRouter([prefill_url], [decode_url], mode)
 
     async def __aenter__(self) -> OverlapProxy:
         self._runner = web.AppRunner(self._router.application(), handler_cancellation=True, access_log=None)

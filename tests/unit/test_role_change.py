@@ -118,7 +118,8 @@ def is_alive(peer: _native.LlmDataDist) -> bool:
     return report is not None and report.alive
 
 
-def test_nothing_is_cut_off(rank: Rank, peer: _native.LlmDataDist) -> None:
+@pytest.mark.usefixtures("peer")
+def test_nothing_is_cut_off(rank: Rank) -> None:
     rank.under_way = "1 pulls"
     rank.begin("decode")
     rank.round()

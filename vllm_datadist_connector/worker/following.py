@@ -75,6 +75,7 @@ class Followed:
     """The last that was asked: answers to those before it come too late to matter."""
     is_first: bool = True
     """Nothing has been heard yet."""
+    offer_id: int = 0
     grant: int = 0
     """By which P may write into our blocks, as our engine knows it."""
     is_whole: bool = False
@@ -158,7 +159,7 @@ class Following(Generic[T]):
             followed.stamp,
             PATIENCE_S,
             self._answer_timeout_s,
-            0 if followed.mover is Mover.PULL else followed.ours.cluster_id,
+            followed.offer_id if followed.mover is not Mover.PULL else 0,
         )
         followed.question = question
         self._questions[question] = owner, followed

@@ -9,6 +9,7 @@ once an offer was withdrawn, no word of P's is needed, however P fares. Belongs 
 
 from __future__ import annotations
 
+import secrets
 import time
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -75,15 +76,15 @@ class Offers:
         status, grant = self._datadist.grant_writes(theirs.cluster_id, blocks)
         if status != _native.LLM_SUCCESS:
             return False
-        rank, taker = (theirs.pp_rank, theirs.tp_rank), self._ours.cluster_id
+        rank, offer_id = (theirs.pp_rank, theirs.tp_rank), secrets.randbits(62) + 1
         try:
-            sent = self._client.offer(source.endpoint, source.token, rank, taker, offer, self._answer_timeout_s)
+            sent = self._client.offer(source.endpoint, source.token, rank, offer_id, offer, self._answer_timeout_s)
         except ValueError:
             # No message has room for so many blocks.
             self._datadist.revoke_writes(grant)
             return False
         self._questions[sent] = _Offer(transfer, followed)
-        followed.mover, followed.grant = Mover.OFFERED, grant
+        followed.mover, followed.offer_id, followed.grant = Mover.OFFERED, offer_id, grant
         transfer.grants[grant] = followed
         return True
 

@@ -203,6 +203,8 @@ class Pulls:
         elif transfer.interrupted:
             self.begin(transfer)
         else:
+            # What P may still say of its progress is of no use any more.
+            transfer.followed = []
             self._confirm(transfer)
 
     def _on_link_fault(self, transfer: Transfer, reason: str) -> None:
@@ -284,7 +286,7 @@ class Pulls:
         except FollowError as error:
             self._fail(transfer, Failure.LEASE, f"hand-off: {error}")
             return
-        if not followed.is_settled:
+        if not followed.is_settled and followed.mover is not Mover.WITHDRAWN:
             self._following.ask(transfer, followed)
         if seen != (followed.version, followed.stamp):
             # P makes progress: its deadline is of a P that makes none.

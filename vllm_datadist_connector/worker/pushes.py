@@ -52,6 +52,7 @@ class _Call(NamedTuple):
 class Push:
     """Of one hand-off to one D rank."""
 
+    offer_id: int
     offer: Offer
     followed: Followed
     unsubmitted: deque[BlockPull] = field(default_factory=deque)
@@ -157,25 +158,25 @@ class Pushes:
             return
         try:
             offer = decode_offer(offered.blob)
-            taker, pairings = self._taker(offer, offered.taker)
+            taker, pairings = self._taker(offer)
         except (OfferError, MismatchError) as error:
-            logger.warning("offer of cluster %d: %s", offered.taker, error)
+            logger.warning("offer for hand-off %s: %s", offered.token, error)
             reason = str(error)[:200]
             self._client.deliver(
-                home.endpoint, home.key, self._rank, offered.token, offered.taker, "failed", 0, 0, 0, 0.0, reason,
+                home.endpoint, home.key, self._rank, offered.token, offered.offer_id, "failed", 0, 0, 0, 0.0, reason,
                 self._answer_timeout_s,
             )  # fmt: skip
             return
         source = Source(home.endpoint, offered.token, offer.num_tokens)
-        push = Push(offer, Followed.start(source, taker, self._ours, pairings))
+        push = Push(offered.offer_id, offer, Followed.start(source, taker, self._ours, pairings))
         self._pushes.add(push)
         self._tell(push)
         self._following.ask(push, push.followed)
 
-    def _taker(self, offer: Offer, cluster_id: int) -> tuple[RankGeometry, list[Pairing]]:
+    def _taker(self, offer: Offer) -> tuple[RankGeometry, list[Pairing]]:
         """
         Raises:
-            OfferError: the geometry is malformed, or of another cluster.
+            OfferError: the geometry is malformed, or there are too many pushes.
             MismatchError: its blocks cannot be written from ours.
         """
         if len(self._pushes) >= MAX_PUSHES:
@@ -191,8 +192,6 @@ class Pushes:
             if len(self._takers) > MAX_TAKERS:
                 self._takers.popitem(last=False)
         self._takers.move_to_end(offer.geometry)
-        if known[0].cluster_id != cluster_id:
-            raise OfferError(f"geometry of cluster {known[0].cluster_id}, the blocks are said to be {cluster_id}'s")
         return known
 
     def _on_news(self, push: Push, followed: Followed, answer: ChannelAnswer) -> None:
@@ -280,7 +279,7 @@ class Pushes:
             home.key,
             self._rank,
             source.token,
-            push.taker.cluster_id,
+            push.offer_id,
             push.state,
             push.followed.epoch,
             push.num_bytes,

@@ -48,8 +48,8 @@ class FrameConnection : public std::enable_shared_from_this<FrameConnection> {
   void SetSealsOnLoop(FrameSeal in, FrameSeal out);
 
   void SendOnLoop(MessageType type, uint32_t seq, const std::vector<uint8_t> &body);
-  // Bytes that the other end has not taken yet.
-  size_t unsent() const { return outbox_.size(); }
+  // Memory of what the other end has not taken yet: all of it, until it has taken the last byte.
+  size_t unsent() const { return outbox_.capacity(); }
   // Since when a frame has begun and not ended, or what was sent has not been read.
   std::optional<EventLoop::Clock::time_point> stuck_since() const { return stuck_since_; }
   void CloseOnLoop();

@@ -42,7 +42,8 @@ struct ProgressMark {
   std::vector<uint8_t> layers;  // layer i: bit i % 8 of byte i / 8
 };
 
-// What a rank of P has written of it into the blocks of one rank of D, which it was offered.
+// What a rank of P has written of it into blocks that a rank of D has offered. Several requests of one D may take one
+// hand-off, each into blocks of its own: each offer has an id.
 enum class DeliveryState : uint8_t { kNone, kOffered, kRunning, kDone, kFailed };
 constexpr size_t kDeliveryStates = 5;
 

@@ -255,31 +255,31 @@ void HandoffTable::Report(const RankId &rank, const std::vector<std::pair<LeaseT
   Notify(moved);
 }
 
-Result<bool> HandoffTable::Offer(const LeaseToken &token, const RankId &rank, uint64_t taker) {
+Result<bool> HandoffTable::Offer(const LeaseToken &token, const RankId &rank, uint64_t offer_id) {
   const std::lock_guard<std::mutex> lock(mutex_);
   Row *const row = FindUnsealedLocked(token);
   if (row == nullptr || row->withdrawn) {
     return Invalid("no hand-off that goes on has this token");
   }
-  const auto known = row->deliveries.find({rank, taker});
+  const auto known = row->deliveries.find({rank, offer_id});
   if (known != row->deliveries.end()) {
     return false;
   }
   if (row->deliveries.size() >= kMostRanks) {
     return Invalid("more than " + std::to_string(kMostRanks) + " offers for one hand-off");
   }
-  row->deliveries.emplace(std::make_pair(rank, taker), RankDelivery{{DeliveryState::kOffered}, ++row->stamp});
+  row->deliveries.emplace(std::make_pair(rank, offer_id), RankDelivery{{DeliveryState::kOffered}, ++row->stamp});
   return true;
 }
 
-void HandoffTable::Deliver(const LeaseToken &token, const RankId &rank, uint64_t taker, Delivery delivery) {
+void HandoffTable::Deliver(const LeaseToken &token, const RankId &rank, uint64_t offer_id, Delivery delivery) {
   {
     const std::lock_guard<std::mutex> lock(mutex_);
     const auto row = rows_.find(token);
     if (row == rows_.end()) {
       return;
     }
-    const auto known = row->second.deliveries.find({rank, taker});
+    const auto known = row->second.deliveries.find({rank, offer_id});
     if (known == row->second.deliveries.end() || !IsNewer(delivery, known->second.delivery)) {
       return;
     }
@@ -314,7 +314,7 @@ std::vector<LeaseToken> HandoffTable::Withdraw(const std::vector<LeaseToken> &to
 }
 
 HandoffNews HandoffTable::Look(const LeaseToken &token, const std::optional<RankId> &rank, uint32_t seen_version,
-                               uint64_t taker) {
+                               uint64_t offer_id) {
   HandoffNews news;
   const std::lock_guard<std::mutex> lock(mutex_);
   const auto found = rows_.find(token);
@@ -326,12 +326,12 @@ HandoffNews HandoffTable::Look(const LeaseToken &token, const std::optional<Rank
     news.version = row.version;
     news.stamp = row.changed;
     news.reason = row.reason;
-    const auto mark = rank.has_value() && taker == 0 ? row.marks.find(*rank) : row.marks.end();
+    const auto mark = rank.has_value() && offer_id == 0 ? row.marks.find(*rank) : row.marks.end();
     if (mark != row.marks.end()) {
       news.stamp = std::max(news.stamp, mark->second.stamp);
       news.mark = mark->second.mark;
     }
-    const auto delivery = rank.has_value() ? row.deliveries.find({*rank, taker}) : row.deliveries.end();
+    const auto delivery = rank.has_value() ? row.deliveries.find({*rank, offer_id}) : row.deliveries.end();
     if (delivery != row.deliveries.end()) {
       news.stamp = std::max(news.stamp, delivery->second.stamp);
       news.delivery = delivery->second.delivery;

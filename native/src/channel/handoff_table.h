@@ -76,20 +76,20 @@ class HandoffTable {
   // The workers. What is older than what is known, or of no live token, is not taken.
   void Report(const RankId &rank, const std::vector<std::pair<LeaseToken, ProgressMark>> &marks);
 
-  // `taker`, a cluster, would have that rank write into its blocks. False: it has said so before. LLM_PARAM_INVALID for
-  // one of which there will be nothing to write, or that too many others offer to take.
-  Result<bool> Offer(const LeaseToken &token, const RankId &rank, uint64_t taker);
+  // A D would have that rank write into blocks of its. False: it has said so before. LLM_PARAM_INVALID for a hand-off of
+  // which there will be nothing to write, or for which there are too many offers.
+  Result<bool> Offer(const LeaseToken &token, const RankId &rank, uint64_t offer_id);
   // What is older than what is known, or was not offered, is not taken.
-  void Deliver(const LeaseToken &token, const RankId &rank, uint64_t taker, Delivery delivery);
+  void Deliver(const LeaseToken &token, const RankId &rank, uint64_t offer_id, Delivery delivery);
 
   // D's, by the server. Those of `tokens` that need no lease yet.
   std::vector<LeaseToken> Renewable(const std::vector<LeaseToken> &tokens);
   // Nobody needs those any more; returns those of `tokens` that were to become leases.
   std::vector<LeaseToken> Withdraw(const std::vector<LeaseToken> &tokens);
-  // The blob only if it is not of `seen_version`. `rank`: whose mark, or with `taker` whose delivery to it, and news of
-  // whom the stamp counts.
+  // The blob only if it is not of `seen_version`. `rank`: whose mark, or with `offer_id` whose delivery by that offer,
+  // and news of whom the stamp counts.
   HandoffNews Look(const LeaseToken &token, const std::optional<RankId> &rank, uint32_t seen_version,
-                   uint64_t taker = 0);
+                   uint64_t offer_id = 0);
 
  private:
   struct RankMark {

@@ -268,7 +268,7 @@ std::vector<uint8_t> Encode(const Await &message) {
   writer.U32(message.seen_version);
   writer.U64(message.seen_stamp);
   writer.U32(message.patience_ms);
-  writer.U64(message.taker);
+  writer.U64(message.offer_id);
   return writer.Take();
 }
 
@@ -285,7 +285,7 @@ Result<Await> Decode(const std::vector<uint8_t> &body) {
   message.seen_version = reader.U32();
   message.seen_stamp = reader.U64();
   message.patience_ms = reader.U32();
-  message.taker = reader.U64();
+  message.offer_id = reader.U64();
   if (!reader.Finished() || !is_rank || message.patience_ms > kMaxPatienceMs) {
     return Malformed("AWAIT");
   }
@@ -371,7 +371,7 @@ std::vector<uint8_t> Encode(const Offer &message) {
   writer.Reserve(64 + message.blob.size());
   Put(writer, message.token);
   Put(writer, message.rank);
-  writer.U64(message.taker);
+  writer.U64(message.offer_id);
   PutBlob(writer, message.blob);
   return writer.Take();
 }
@@ -382,8 +382,8 @@ Result<Offer> Decode(const std::vector<uint8_t> &body) {
   Offer message;
   Get(reader, message.token);
   const bool is_rank = Get(reader, message.rank);
-  message.taker = reader.U64();
-  if (!is_rank || message.taker == 0 || !GetBlob(reader, message.blob)) {
+  message.offer_id = reader.U64();
+  if (!is_rank || message.offer_id == 0 || !GetBlob(reader, message.blob)) {
     return Malformed("OFFER");
   }
   return message;
@@ -440,7 +440,7 @@ std::vector<uint8_t> Encode(const Watched &message) {
     return writer.Take();
   }
   Put(writer, message.token);
-  writer.U64(message.taker);
+  writer.U64(message.offer_id);
   PutBlob(writer, message.blob);
   return writer.Take();
 }
@@ -460,7 +460,7 @@ Result<Watched> Decode(const std::vector<uint8_t> &body) {
     return reader.Finished() && role >= 1 && role < kInstanceRoles ? Result<Watched>(message) : Malformed("WATCHED");
   }
   Get(reader, message.token);
-  message.taker = reader.U64();
+  message.offer_id = reader.U64();
   if (is_role != 0 || !GetBlob(reader, message.blob)) {
     return Malformed("WATCHED");
   }
@@ -472,7 +472,7 @@ std::vector<uint8_t> Encode(const Deliver &message) {
   Put(writer, message.key);
   Put(writer, message.rank);
   Put(writer, message.token);
-  writer.U64(message.taker);
+  writer.U64(message.offer_id);
   Put(writer, message.delivery);
   return writer.Take();
 }
@@ -484,7 +484,7 @@ Result<Deliver> Decode(const std::vector<uint8_t> &body) {
   Get(reader, message.key);
   const bool is_rank = Get(reader, message.rank);
   Get(reader, message.token);
-  message.taker = reader.U64();
+  message.offer_id = reader.U64();
   const bool is_delivery = Get(reader, message.delivery);
   if (!reader.Finished() || !is_rank || !is_delivery) {
     return Malformed("DELIVER");

@@ -111,7 +111,7 @@ struct Await {
   uint32_t seen_version = 0;
   uint64_t seen_stamp = 0;
   uint32_t patience_ms = 0;
-  uint64_t taker = 0;  // of which cluster; then `rank`'s delivery to it is news, and not its progress
+  uint64_t offer_id = 0;  // then what `rank` has delivered by it is news, and not its progress
 };
 
 constexpr size_t kMaxOffer = kMaxFrameBody - 4096;
@@ -119,7 +119,7 @@ constexpr size_t kMaxOffer = kMaxFrameBody - 4096;
 struct Offer {
   LeaseToken token{};
   RankId rank;
-  uint64_t taker = 0;         // the cluster whose blocks they are
+  uint64_t offer_id = 0;      // D's choice; not 0
   std::vector<uint8_t> blob;  // only Python reads it
 };
 
@@ -137,7 +137,7 @@ struct Watch {
 struct Watched {
   uint64_t number = 0;  // counts from 1; 0: nothing is new, and the rest is empty
   LeaseToken token{};
-  uint64_t taker = 0;
+  uint64_t offer_id = 0;
   std::vector<uint8_t> blob;
   std::optional<RoleOrder> role = std::nullopt;  // instead of all that an offer has
 };
@@ -165,7 +165,7 @@ struct Deliver {
   HandoffKey key{};
   RankId rank;
   LeaseToken token{};
-  uint64_t taker = 0;
+  uint64_t offer_id = 0;
   Delivery delivery;
 };
 

@@ -48,7 +48,7 @@ class ParkedAwaits {
   void ForgetOnLoop(uint64_t id);
   void AnswerOnLoop(uint64_t id, const HandoffNews &news);
   HandoffNews Look(const Await &await) {
-    return handoffs_.Look(await.token, await.rank, await.seen_version, await.taker);
+    return handoffs_.Look(await.token, await.rank, await.seen_version, await.offer_id);
   }
 
   EventLoop &loop_;

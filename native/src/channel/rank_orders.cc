@@ -16,7 +16,7 @@ size_t SizeOf(const Watched &watched) {
 
 bool RankOrders::PutOnLoop(Offer offer) {
   Rank &rank = ranks_[offer.rank];
-  Watched order{0, offer.token, offer.taker, std::move(offer.blob)};
+  Watched order{0, offer.token, offer.offer_id, std::move(offer.blob)};
   if (SizeOf(order) > kMostBytes - bytes_) {
     return false;
   }

@@ -249,12 +249,12 @@ Offered ChannelServer::State::OfferOnLoop(const Offer &offer) {
       return {Status(LLM_PARAM_INVALID, NoSuchRank(offer.rank, geometries_))};
     }
   }
-  const Result<bool> is_new = handoffs_->Offer(offer.token, offer.rank, offer.taker);
+  const Result<bool> is_new = handoffs_->Offer(offer.token, offer.rank, offer.offer_id);
   if (!is_new.ok()) {
     return {is_new.status()};
   }
   if (is_new.value() && !orders_.PutOnLoop(offer)) {
-    handoffs_->Deliver(offer.token, offer.rank, offer.taker, {DeliveryState::kFailed, 0, 0, 0, 0, "too many offers"});
+    handoffs_->Deliver(offer.token, offer.rank, offer.offer_id, {DeliveryState::kFailed, 0, 0, 0, 0, "too many offers"});
   }
   return {};
 }
@@ -290,7 +290,7 @@ Status ChannelServer::State::OfWorkerOnLoop(const Guests::Request &request) {
           request, [&](const Watch &watch) { orders_.WatchOnLoop(request.guest, request.frame.seq, watch); });
     case MessageType::kDeliver:
       return FromWorkerOnLoop<Deliver>(request, [&](const Deliver &deliver) {
-        handoffs_->Deliver(deliver.token, deliver.rank, deliver.taker, deliver.delivery);
+        handoffs_->Deliver(deliver.token, deliver.rank, deliver.offer_id, deliver.delivery);
         reported();
       });
     case MessageType::kDeclare:
