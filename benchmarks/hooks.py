@@ -4,13 +4,15 @@
     python benchmarks/hooks.py [--rounds 400] [--tokens 8192] [--check]
 
 256 running requests, 64 transfers in flight, 256 held leases. One round is what a busy step asks of an instance that is
-P and D: a request comes for each side, a transfer ends, a prefill ends, a lease ends. NIXL's library is not needed: its
-scheduler side never loads it. Afterwards the hooks of every step are measured once more with 0, 256 and 1024 leases.
+P and D: a request comes for each side, a transfer ends, a prefill ends, a lease ends; and then a step in which nothing
+happens. NIXL's library is not needed: its scheduler side never loads it. Afterwards all is measured once more with 0,
+256 and 1024 leases.
 
 Times are those of the calling thread on a core: what other programs take of the machine does not count. What it would
 wait for threads of ours shows in the wall times, and is ruled out by there being none that need the interpreter.
 
---check ends with 1 where a bound of BOUNDS is exceeded, a hook grows with held leases, or such a thread runs.
+--check ends with 1 where a bound of BOUNDS is exceeded, hooks take longer with more leases, or such a thread runs. It
+judges medians, which hold on a busy machine, too.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 from support.engine_config import FULL, group_of, vllm_config
 from support.pd import BLOCK_SIZE, TO_P, finish, make_request
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
-from vllm.distributed.kv_transfer.kv_connector.v1.nixl.pull_scheduler import NixlPullConnectorScheduler
+from vllm.distributed.kv_transfer.kv_connector.v1.nixl.connector import NixlPullConnector
 from vllm.v1.core.kv_cache_manager import KVCacheBlocks
 from vllm.v1.core.kv_cache_utils import KVCacheBlock
 from vllm.v1.core.sched.output import SchedulerOutput
@@ -44,11 +46,17 @@ from vllm_datadist_connector.connector import DataDistConnector
 
 RUNNING, PULLING, HELD = 256, 64, 256
 MORE_HELD = 1024
+HELD_IN_TURN = (HELD, MORE_HELD, 0)
 EVERY_STEP = ("build_connector_meta", "update_connector_output", "get_kv_connector_stats")
 
-D, P = " (D)", " (P)"
-"""What a hook is called for: a request whose KV cache is pulled, one that is prefilled for others."""
-SUMS: Final = {D: "all hooks of a D request", P: "all hooks of a P request", "": "all hooks of a step"}
+D, P, IDLE = " (D)", " (P)", " (idle)"
+"""What a hook is called for: a request whose KV cache is pulled, one that is prefilled for others, or nothing."""
+SUMS: Final = {
+    D: "all hooks of a D request",
+    P: "all hooks of a P request",
+    "": "all hooks of a step",
+    IDLE: "all hooks of an idle step",
+}
 
 
 class Cost(NamedTuple):
@@ -58,21 +66,13 @@ class Cost(NamedTuple):
     wall: float
 
 
-class Bound(NamedTuple):
-    """Most times NixlConnector's."""
-
-    p50: float
-    p99: float
-
-
-BOUNDS: Final = {SUMS[D]: Bound(4.5, 5.0), SUMS[P]: Bound(6.0, 6.5), SUMS[""]: Bound(6.5, 8.0)}
-"""What was measured on two busy cores (2.7, 4.0 and 4.1 times), and half as much again: a cost that is added to a hook
-shows, a busy machine does not. We read the prompt, and give a ticket that proves what the blocks are. Of a hook in
-which NixlConnector does nothing no ratio says much, so a request's are judged together."""
-GROWTH: Final = 1.5
-"""Most times that a hook of every step may take with MORE_HELD leases of what it takes with none."""
-CLOCK_US: Final = 2.0
-"""To read the clocks takes as long."""
+BOUNDS: Final = {SUMS[D]: 3.5, SUMS[P]: 6.0, SUMS[""]: 6.0, SUMS[IDLE]: 1.5}
+"""Most times NixlConnector's, medians: twice what was measured. A cost that is added to a hook shows, a busy machine
+does not. We read the prompt, and give a ticket that proves what the blocks are. Of a hook in which NixlConnector does
+nothing no ratio says much, so a request's are judged together."""
+GROWTH: Final = 2.0
+"""Most times that hooks may take with MORE_HELD leases of what they take with none, medians. A walk through so many takes
+many times an idle step."""
 
 Times = dict[str, list[Cost]]
 
@@ -80,7 +80,8 @@ Times = dict[str, list[Cost]]
 def config_of() -> Any:
     config = vllm_config("kv_both")
     transfer = config.kv_transfer_config
-    transfer.kv_buffer_device = "cpu"
+    transfer.kv_role, transfer.kv_buffer_device = "kv_both", "cpu"
+    config.parallel_config.prefill_context_parallel_size = 1
     transfer.get_from_extra_config = lambda _, default: default
     config.cache_config = SimpleNamespace(block_size=BLOCK_SIZE)
     config.num_prefill_lookahead_tokens = 0
@@ -105,12 +106,9 @@ class Ours:
     def __init__(self) -> None:
         self.hooks: Any = DataDistConnector(config_of(), KVConnectorRole.SCHEDULER, kv_cache_config())
 
-    def end_lease(self) -> None:
-        """That of the oldest request, as its D does by the side channel."""
-        self.hooks._scheduler._producer.leases.revoke("all", 0.0, 1)
-
-    def held(self) -> int:
-        return int(self.hooks._scheduler._producer.held()[0])
+    def end_lease(self, params: dict[str, Any]) -> None:
+        """As its D does by the side channel."""
+        self.hooks._scheduler._producer.leases.release([params["datadist"]["token"]])
 
     def close(self) -> None:
         self.hooks.shutdown()
@@ -120,12 +118,9 @@ class Nixl:
     name = "nixl"
 
     def __init__(self) -> None:
-        scheduler = NixlPullConnectorScheduler(config_of(), "engine-nixl", kv_cache_config())
-        self.hooks: Any = scheduler
-        scheduler.request_finished_all_groups = scheduler.request_finished
-        scheduler.get_kv_connector_stats = lambda: None
+        self.hooks: Any = NixlPullConnector(config_of(), KVConnectorRole.SCHEDULER, kv_cache_config())
 
-    def end_lease(self) -> None:
+    def end_lease(self, params: dict[str, Any]) -> None:
         """Its workers keep the leases."""
 
     def close(self) -> None:
@@ -145,7 +140,7 @@ class Load:
         self._step = SchedulerOutput.make_empty()
         self._step.total_num_scheduled_tokens = RUNNING
         self._pulling: deque[Request] = deque()
-        self._held: deque[str] = deque()
+        self._held: deque[tuple[str, dict[str, Any]]] = deque()
         for _ in range(RUNNING):
             self._admit(self._new(None), "")
         for _ in range(PULLING):
@@ -157,32 +152,28 @@ class Load:
         begun = {name: len(costs) for name, costs in self.times.items()}
         self._pull()
         self._prefill()
-        self._side.end_lease()
+        sent, params = self._held.popleft()
+        self._side.end_lease(params)
         self._timed("build_connector_meta", "", self._step)
         done = self._pulling.popleft()
-        sent = {self._held.popleft()}
-        output = KVConnectorOutput(finished_recving={done.request_id}, finished_sending=sent)
+        output = KVConnectorOutput(finished_recving={done.request_id}, finished_sending={sent})
         self._timed("update_connector_output", "", output)
         self._timed("get_kv_connector_stats", "")
         done.status = RequestStatus.FINISHED_STOPPED
         self._timed("request_finished_all_groups", D, done, self._ids)
+        self._timed("build_connector_meta", IDLE, self._step)
+        self._timed("update_connector_output", IDLE, KVConnectorOutput())
+        self._timed("get_kv_connector_stats", IDLE)
         for side, total in SUMS.items():
             hooks = [name for name in self.times if name.endswith(side) and (side or name in EVERY_STEP)]
             costs = [cost for name in hooks for cost in self.times[name][begun.get(name, 0) :]]
             self.times[total].append(Cost(sum(each.cpu for each in costs), sum(each.wall for each in costs)))
 
-    def idle(self) -> None:
-        """A step in which the connector has nothing to do."""
-        self._timed("build_connector_meta", "", self._step)
-        self._timed("update_connector_output", "", KVConnectorOutput())
-        self._timed("get_kv_connector_stats", "")
-
     def hold(self, count: int) -> None:
         while len(self._held) < count:
             self._prefill()
         while len(self._held) > count:
-            self._side.end_lease()
-            self._held.popleft()
+            self._side.end_lease(self._held.popleft()[1])
 
     def _new(self, params: dict[str, Any] | None) -> Request:
         number = next(self._numbers)
@@ -208,10 +199,10 @@ class Load:
         request = self._new(dict(TO_P))
         self._admit(request, P)
         time.sleep(0.001)  # a prefill takes longer
-        held, _ = self._timed("request_finished_all_groups", P, finish(request), self._ids)
+        held, params = self._timed("request_finished_all_groups", P, finish(request), self._ids)
         if not held:
             raise RuntimeError("a finished prefill is not held")
-        self._held.append(request.request_id)
+        self._held.append((request.request_id, params))
 
     def _timed(self, name: str, side: str, *arguments: Any) -> Any:
         hook: Callable[..., Any] = getattr(self._side.hooks, name)
@@ -229,16 +220,16 @@ def quantiles(seconds: Iterable[float]) -> tuple[float, float]:
 
 
 def growth(load: Load, rounds: int) -> dict[str, list[float]]:
-    """The p50 of each hook of every step, with 0, HELD and MORE_HELD leases."""
-    grown: dict[str, list[float]] = {name: [] for name in EVERY_STEP}
-    for held in (0, HELD, MORE_HELD):
+    """The medians of SUMS with so many leases as in HELD_IN_TURN."""
+    grown: dict[str, list[float]] = {name: [] for name in SUMS.values()}
+    for held in HELD_IN_TURN:
         load.hold(held)
-        load.idle()
         load.times.clear()
         for _ in range(rounds):
-            load.idle()
-        for name in EVERY_STEP:
-            grown[name].append(quantiles(cost.cpu for cost in load.times[name])[0])
+            load.round()
+            gc.collect()
+        for name, medians in grown.items():
+            medians.append(quantiles(cost.cpu for cost in load.times[name])[0])
     return grown
 
 
@@ -254,11 +245,8 @@ def compare(ours: Times, theirs: Times) -> list[str]:
         )
         typical, worst = our_50 / their_50, our_99 / their_99
         print(f"{name:32}{our_50:14.1f}{our_99:9.1f}{their_50:11.1f}{their_99:9.1f}{typical:11.1f}{worst:6.1f}")
-        bound = BOUNDS.get(name)
-        if bound is not None and (typical > bound.p50 or worst > bound.p99):
-            problems.append(
-                f"{name}: {typical:.1f} and {worst:.1f} of NixlConnector's, at most {bound.p50} and {bound.p99}"
-            )
+        if typical > BOUNDS.get(name, typical):
+            problems.append(f"{name}: {typical:.1f} times NixlConnector's, allowed: {BOUNDS[name]}")
     print(f"\n{'and as passes on a clock':32}{'datadist p50':>14}{'p99':>9}{'nixl p50':>11}{'p99':>9}")
     for name in BOUNDS:
         walls = [quantiles(each.wall for each in times[name]) for times in (ours, theirs)]
@@ -268,13 +256,13 @@ def compare(ours: Times, theirs: Times) -> list[str]:
 
 def judge_growth(grown: dict[str, list[float]]) -> list[str]:
     """Prints the table; returns what grows."""
-    print(f"\n{'p50 of an idle step, with':32}" + "".join(f"{held:>8} leases" for held in (0, HELD, MORE_HELD)))
+    print(f"\n{'p50 with':32}" + "".join(f"{held:>8} leases" for held in HELD_IN_TURN))
     for name, medians in grown.items():
         print(f"{name:32}" + "".join(f"{median:15.1f}" for median in medians))
     return [
-        f"{name}: {medians[-1]:.1f} us with {MORE_HELD} leases, {medians[0]:.1f} with none"
-        for name, medians in grown.items()
-        if medians[-1] > GROWTH * medians[0] + CLOCK_US
+        f"{name}: {most:.1f} us with {MORE_HELD} leases, {least:.1f} with none"
+        for name, (*_, most, least) in grown.items()
+        if most > GROWTH * least
     ]
 
 

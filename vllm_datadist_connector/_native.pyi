@@ -195,7 +195,7 @@ class LlmDataDist:
     ) -> int: ...
     def grant_writes(self, cluster_id: int, blocks: Sequence[tuple[int, BlockIds]]) -> tuple[int, int]:
         """(status, id of the grant). That cluster may write into those blocks of those caches (cache id, blocks), under
-        whatever cache id their memory is registered, until revoke_writes(); `datadist.PeerAccess` must say that peers
+        whatever cache id their memory is registered, until revoke_writes(). `datadist.PeerAccess` must say that peers
         write by grant."""
 
     def revoke_writes(self, grant_id: int) -> int:
@@ -542,6 +542,9 @@ class LeaseTable:
 
     def revoke_idle(self, token: str) -> bool:
         """Ends that lease unless it is being pulled; whether it did."""
+
+    def changes(self) -> int:
+        """Another number after whatever makes the members below say something new; oldest_s() counts whole seconds."""
 
     def take_ended(self) -> list[EndedLease]:
         """Leases that ended since the last call, each once."""
@@ -989,3 +992,6 @@ class PromptHasher:
 
 def blocks_digest(blocks: Sequence[Sequence[int]]) -> str:
     """32 hex digits of all blocks, by group, in their order."""
+
+def digest_and_count(blocks: Sequence[Sequence[int]]) -> tuple[str, int]:
+    """blocks_digest(), and how many of them are blocks: 0 stands for what a sliding window has left."""

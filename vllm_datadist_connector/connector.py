@@ -133,7 +133,8 @@ class DataDistConnector(KVConnectorBase_V1, SupportsHMA):
 
     def update_connector_output(self, connector_output: KVConnectorOutput) -> None:
         self._scheduling.finished(connector_output.finished_recving or (), connector_output.finished_sending or ())
-        self._scheduling.absorb_stats(connector_output.kv_connector_stats)
+        if connector_output.kv_connector_stats is not None:
+            self._scheduling.absorb_stats(connector_output.kv_connector_stats)
 
     def request_finished(self, request: Request, block_ids: list[int]) -> tuple[bool, dict[str, Any] | None]:
         return self._scheduling.request_finished(request, (block_ids,))

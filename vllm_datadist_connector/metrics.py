@@ -229,7 +229,7 @@ class SchedulerMeter:
         self._engine = engine
         self._clock = clock
         self._at = 0.0
-        self._counts: Tally[str] = Tally()
+        self._counts: dict[str, int] = {}
         self._ranks: dict[str, dict[str, int]] = {}
         self._state = dict(_NO_STATE)
         self._told = dict(_NO_STATE)
@@ -237,11 +237,13 @@ class SchedulerMeter:
 
     def count(self, name: str, amount: int = 1, label: str = "") -> None:
         if amount:
-            self._counts[f"{name}:{label}" if label else name] += amount
+            key = f"{name}:{label}" if label else name
+            self._counts[key] = self._counts.get(key, 0) + amount
 
     def held(self, leases: int, blocks: int, oldest_s: float) -> None:
         # Whole seconds: each change is a message.
-        self._state.update(held_leases=leases, held_blocks=blocks, oldest_lease_seconds=int(oldest_s))
+        self._state["held_leases"], self._state["held_blocks"] = leases, blocks
+        self._state["oldest_lease_seconds"] = int(oldest_s)
 
     def pulling(self, requests: int) -> None:
         self._state["pulling_requests"] = requests
@@ -271,11 +273,10 @@ class SchedulerMeter:
             return None
         # Later than the last one whatever becomes of the clock, or all that follows would be taken for older.
         self._at = max(self._clock(), self._at + _BEFORE_ALL)
+        counts, self._counts = self._counts, {}
         self._told, self._due = dict(self._state), False
-        stats = DataDistStats()
-        stats.data["counts"], self._counts = dict(self._counts), Tally()
-        stats.data["gauges"][self._engine] = {"at": self._at, "values": self._told}
-        return stats
+        gauges = {self._engine: {"at": self._at, "values": self._told}}
+        return DataDistStats({"series": {}, "counts": counts, "ranks": {}, "gauges": gauges})
 
 
 class DataDistPromMetrics(KVConnectorPromMetrics):

@@ -12,12 +12,13 @@ namespace {
 constexpr char kDigits[] = "0123456789abcdef";
 
 uint8_t DigitOf(char digit) {
-  const char *const end = kDigits + 16;
-  const char *const found = std::find(kDigits, end, digit);
-  if (found == end) {
+  if (digit >= '0' && digit <= '9') {
+    return static_cast<uint8_t>(digit - '0');
+  }
+  if (digit < 'a' || digit > 'f') {
     throw py::value_error("not 32 hex digits in lower case");
   }
-  return static_cast<uint8_t>(found - kDigits);
+  return static_cast<uint8_t>(digit - 'a' + 10);
 }
 
 }  // namespace
@@ -60,9 +61,26 @@ py::tuple FromTokens(const std::vector<LeaseToken> &tokens) {
   return texts;
 }
 
-std::string ToBytes(const py::str &text) { return py::cast<std::string>(text.attr("encode")("utf-8", "surrogatepass")); }
+std::string ToBytes(const py::str &text) {
+  if (PyUnicode_IS_ASCII(text.ptr())) {
+    return {static_cast<const char *>(PyUnicode_DATA(text.ptr())), static_cast<size_t>(PyUnicode_GET_LENGTH(text.ptr()))};
+  }
+  const auto bytes =
+      py::reinterpret_steal<py::bytes>(PyUnicode_AsEncodedString(text.ptr(), "utf-8", "surrogatepass"));
+  if (!bytes) {
+    throw py::error_already_set();
+  }
+  return bytes;
+}
 
-py::object FromBytes(const std::string &bytes) { return py::bytes(bytes).attr("decode")("utf-8", "surrogatepass"); }
+py::object FromBytes(const std::string &bytes) {
+  const auto size = static_cast<Py_ssize_t>(bytes.size());
+  auto text = py::reinterpret_steal<py::object>(PyUnicode_DecodeUTF8(bytes.data(), size, "surrogatepass"));
+  if (!text) {
+    throw py::error_already_set();
+  }
+  return text;
+}
 
 std::chrono::nanoseconds FromSeconds(double seconds) {
   if (std::isnan(seconds)) {

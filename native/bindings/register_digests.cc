@@ -18,16 +18,43 @@ namespace py = pybind11;
 namespace datadist::bindings {
 namespace {
 
+// Whether an element is an ordinary int of one digit, as ids are, and its value. The general way takes twice as long, and
+// a long prompt has a hundred thousand of them.
+bool ReadSmall(PyObject *item, int64_t *value) {
+#if PY_VERSION_HEX >= 0x030C0000
+  auto *const number = reinterpret_cast<PyLongObject *>(item);
+  if (!PyLong_CheckExact(item) || PyUnstable_Long_IsCompact(number) == 0) {
+    return false;
+  }
+  *value = PyUnstable_Long_CompactValue(number);
+#else
+  const auto *const number = reinterpret_cast<const PyLongObject *>(item);
+  if (!PyLong_CheckExact(item) || Py_SIZE(item) < 0 || Py_SIZE(item) > 1) {
+    return false;
+  }
+  *value = Py_SIZE(item) == 0 ? 0 : number->ob_digit[0];
+#endif
+  return true;
+}
+
 // The first `most` of a sequence of int. OverflowError for one that 64 bits cannot hold.
 TokenIds ReadWords(py::handle sequence, size_t most = std::numeric_limits<size_t>::max()) {
   const auto items = py::reinterpret_steal<py::object>(PySequence_Fast(sequence.ptr(), "not a sequence of int"));
   if (!items) {
     throw py::error_already_set();
   }
-  TokenIds words;
-  words.reserve(std::min(most, static_cast<size_t>(PySequence_Fast_GET_SIZE(items.ptr()))));
+  TokenIds words(std::min(most, static_cast<size_t>(PySequence_Fast_GET_SIZE(items.ptr()))));
+  size_t read = 0;
+  for (PyObject **item = PySequence_Fast_ITEMS(items.ptr()); read < words.size() && ReadSmall(*item, &words[read]);) {
+    ++item;
+    ++read;
+  }
+  if (read == words.size()) {
+    return words;
+  }
+  words.resize(read);
   // The size is asked for each time: an element's __index__ can shorten the very list that is being read.
-  for (Py_ssize_t i = 0; i < PySequence_Fast_GET_SIZE(items.ptr()) && words.size() < most; ++i) {
+  for (auto i = static_cast<Py_ssize_t>(read); i < PySequence_Fast_GET_SIZE(items.ptr()) && words.size() < most; ++i) {
     const int64_t word = PyLong_AsLongLong(PySequence_Fast_GET_ITEM(items.ptr(), i));
     if (word == -1 && PyErr_Occurred() != nullptr) {
       throw py::error_already_set();
@@ -55,14 +82,25 @@ std::string HexDigest(const Blake2b &self, const py::str &adapter, const std::ve
   return ToHex(hash.Finish());
 }
 
-std::string BlocksDigest(const py::sequence &groups) {
+// Stands for what a sliding window has left.
+constexpr int64_t kNullBlock = 0;
+
+struct BlocksRead {
+  std::string digest;
+  int64_t count = 0;  // without null blocks
+};
+
+BlocksRead ReadBlocks(const py::sequence &groups) {
   Blake2b hash;
+  BlocksRead read;
   for (const py::handle group : groups) {
     const TokenIds blocks = ReadWords(group);
     HashLength(hash, blocks.size());
     HashWords(hash, blocks);
+    read.count += std::count_if(blocks.begin(), blocks.end(), [](int64_t block) { return block != kNullBlock; });
   }
-  return ToHex(hash.Finish());
+  read.digest = ToHex(hash.Finish());
+  return read;
 }
 
 struct Pending {
@@ -94,7 +132,15 @@ void RegisterDigests(py::module_ &module) {
           },
           py::arg("token_ids"), py::arg("num_tokens"))
       .def("close", &Close<PromptHasher>);
-  module.def("blocks_digest", &BlocksDigest, py::arg("blocks"));
+  module.def(
+      "blocks_digest", [](const py::sequence &blocks) { return ReadBlocks(blocks).digest; }, py::arg("blocks"));
+  module.def(
+      "digest_and_count",
+      [](const py::sequence &blocks) {
+        const BlocksRead read = ReadBlocks(blocks);
+        return py::make_tuple(read.digest, read.count);
+      },
+      py::arg("blocks"));
 }
 
 }  // namespace datadist::bindings

@@ -132,6 +132,7 @@ void RegisterLeases(py::module_ &module) {
       .def(
           "revoke_idle", [](LeaseTable &self, const std::string &token) { return self.RevokeIdle(FromHex(token)); },
           py::arg("token"))
+      .def("changes", &LeaseTable::Changes)
       .def("take_ended", [ended](LeaseTable &self) { return TakeEnded(self, ended); })
       .def("take_refused", [refusal](LeaseTable &self) { return TakeRefused(self, refusal); })
       .def("take_served", [](LeaseTable &self) { return ToTuple(self.TakeServed()); })

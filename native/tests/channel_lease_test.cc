@@ -4,6 +4,7 @@
 #include <atomic>
 #include <set>
 #include <thread>
+#include <utility>
 #include <vector>
 
 #include "channel/lease_table.h"
@@ -102,6 +103,38 @@ TEST(LeaseTable, IsServedOnce) {
   EXPECT_EQ(taken.blocks, 3U);
   EXPECT_EQ(table.Confirm(served.token, served.generation, kContent, "d"), LeaseVerdict::kHeld);
   EXPECT_EQ(table.TakeServed().leases, 0U);
+}
+
+// Whoever asks for changes alone must not miss one, nor be told of one in each step.
+TEST(LeaseTable, ChangesAreWhateverWouldBeToldAnew) {
+  LeaseTable::Clock::time_point now{};
+  LeaseTable table(std::chrono::minutes(10), [&now] { return now; });
+  uint64_t last = table.Changes();
+  const auto has_changed = [&] { return std::exchange(last, table.Changes()) != last; };
+  EXPECT_FALSE(has_changed());
+  const auto held = Grant(table, "held");
+  const auto left = table.Grant("left", kContent, 1, kShort).value();
+  EXPECT_TRUE(has_changed());
+  EXPECT_EQ(table.Confirm(held.token, held.generation, kContent, "d"), LeaseVerdict::kHeld);
+  EXPECT_TRUE(has_changed());
+  EXPECT_EQ(table.Confirm(held.token, held.generation, kContent, "d"), LeaseVerdict::kHeld);
+  EXPECT_FALSE(has_changed()) << "it was served before";
+  EXPECT_EQ(table.Confirm(left.token, 99, kContent, "d"), LeaseVerdict::kGone);
+  EXPECT_TRUE(has_changed());
+  now += std::chrono::milliseconds(500);
+  EXPECT_TRUE(has_changed()) << "one has run out";
+  (void)table.Renew({held.token}, true, "d");
+  (void)table.TakeEnded();
+  (void)table.TakeRefused();
+  (void)table.TakeServed();
+  now += std::chrono::milliseconds(499);
+  EXPECT_FALSE(has_changed());
+  now += std::chrono::milliseconds(1);
+  EXPECT_TRUE(has_changed()) << "the oldest is a second old";
+  table.Release({held.token});
+  EXPECT_TRUE(has_changed());
+  now += std::chrono::minutes(1);
+  EXPECT_FALSE(has_changed()) << "none is held";
 }
 
 TEST(LeaseTable, TheOldestIsTheFirstThatIsHeld) {

@@ -168,6 +168,59 @@ TEST_P(Grants, OutliveALinkUntilTheyAreRevoked) {
   EXPECT_EQ(ends.Push(0, 2, 1).code(), LLM_PARAM_INVALID);
 }
 
+// A PUSH says what it likes: over cma the owner takes the bytes by itself, and judges what it is asked for.
+TEST(GrantedPushes, WhoeverAsksForMoreThanThereIsIsRefused) {
+  Ends ends(Forced("cma"));
+  ASSERT_TRUE(ends.Grant({0, 1, 2, 3, 4, 5, 6, 7}).ok());
+  const auto link = ends.pusher.table()->Find(kOwner);
+  const auto source = ends.pusher.endpoint()->regions()->Pin(ends.ours);
+  RemoteCache remote;
+  remote.cache_id = ends.theirs;
+  remote.generation = ends.owner.endpoint()->regions()->Pin(ends.theirs).value().cache().generation();
+  const auto ask = [&](uint32_t first_tensor, uint32_t tensors, const std::vector<Span> &onto) {
+    TransferOp op;
+    op.remote = &remote;
+    op.local = &source.value();
+    op.remote_first_tensor = first_tensor;
+    op.tensor_count = tensors;
+    for (const Span &span : onto) {
+      op.runs.push_back({span.offset, 0, span.length});
+    }
+    return link->AskToRead(op, Deadline::In(kPatience)).code();
+  };
+  constexpr uint64_t kBytes = kBlocks * kStride;
+  for (const std::vector<Span> &hostile :
+       {std::vector<Span>{{kBytes, 1}}, {{0, kBytes + 1}}, {{UINT64_MAX, 2}}, {{kStride, UINT64_MAX}},
+        {{1, UINT64_MAX}}, {{0, kStride}, {UINT64_MAX - kStride + 1, 2 * kStride}}}) {
+    EXPECT_EQ(ask(0, 1, hostile), LLM_PARAM_INVALID) << hostile.back().offset;
+  }
+  EXPECT_EQ(ask(Member::kShape.num_tensors, 1, {{0, 1}}), LLM_PARAM_INVALID);
+  EXPECT_EQ(ask(1, Member::kShape.num_tensors, {{0, 1}}), LLM_PARAM_INVALID);
+  EXPECT_EQ(ask(UINT32_MAX, 2, {{0, 1}}), LLM_PARAM_INVALID);
+  EXPECT_EQ(ask(UINT32_MAX, UINT32_MAX, {{0, 1}}), LLM_PARAM_INVALID);
+  EXPECT_EQ(ends.owner.Bytes(ends.theirs), test::PatternOf(Member::kShape, 5));
+  EXPECT_EQ(ask(0, 1, {{0, kStride}}), LLM_SUCCESS) << "the link goes on";
+  EXPECT_TRUE(ends.owner.CanariesIntact());
+}
+
+// Who may not read a cache is not told where it lies: over cma nobody else would keep it from reading.
+TEST(GrantedPushes, AreToldNoAddresses) {
+  Ends ends(Forced("cma"));
+  const int64_t guarded = ends.owner.AddCache(7, {PeerAccess::kGranted, {}});
+  std::vector<size_t> told;
+  for (const int64_t cache : {ends.theirs, guarded}) {
+    const auto plan = [&](const RemoteTarget &target) -> Result<TransferOp> {
+      told.push_back(target.cache.blob.size());
+      return Status(LLM_PARAM_INVALID, "only asking");
+    };
+    EXPECT_FALSE(ends.pusher.table()
+                     ->Find(kOwner)
+                     ->Transfer(TransferDirection::kPush, {{CacheRef::Id(cache), plan}}, Deadline::In(kPatience))
+                     .ok());
+  }
+  EXPECT_EQ(told, (std::vector<size_t>{0, 0}));
+}
+
 INSTANTIATE_TEST_SUITE_P(Transports, Grants, ::testing::Values("local", "cma", "tcp"),
                          [](const auto &kind) { return std::string(kind.param); });
 

@@ -69,6 +69,24 @@ class StoppedPeers : public ::testing::TestWithParam<const char *> {
     return queue_->Submit(std::move(op), deadline).id;
   }
 
+  uint64_t SubmitPush(uint64_t id, milliseconds deadline) {
+    PushBlocksOp op;
+    op.transfer.remote.cluster_id = id;
+    op.transfer.remote.cache_id = remote_[id - 1];
+    op.transfer.local.cache_id = local_;
+    op.transfer.local.cache_desc.placement = llm_datadist::CachePlacement::kDevice;
+    op.transfer.src_blocks = op.transfer.dst_blocks = {0};
+    return queue_->Submit(std::move(op), deadline).id;
+  }
+  void ExpectTimeout(uint64_t id) {
+    const std::vector<Completion> completions = NextCompletions();
+    ASSERT_EQ(completions.size(), 1U);
+    EXPECT_EQ(completions[0].id, id);
+    EXPECT_EQ(completions[0].status, llm_datadist::LLM_TIMEOUT) << completions[0].error;
+    EXPECT_FALSE(completions[0].cancelled);
+    EXPECT_LT(completions[0].run, std::chrono::seconds(30));
+  }
+
   std::vector<Completion> NextCompletions() {
     pollfd fd{queue_->event_fd(), POLLIN, 0};
     (void)::poll(&fd, 1, static_cast<int>(kLong.count()));
@@ -110,16 +128,12 @@ TEST_P(StoppedPeers, DelayNobodyElse) {
 }
 
 // Their options would let them wait for a minute.
-TEST_P(StoppedPeers, HoldAPullNoLongerThanItsDeadline) {
+TEST_P(StoppedPeers, HoldATransferNoLongerThanItsDeadline) {
   constexpr milliseconds kSoon{2000};  // by then it runs, however busy the machine is
-  peers_[0].Signal(SIGSTOP);
-  const uint64_t id = SubmitPull(1, kSoon);
-  const std::vector<Completion> completions = NextCompletions();
-  ASSERT_EQ(completions.size(), 1U);
-  EXPECT_EQ(completions[0].id, id);
-  EXPECT_EQ(completions[0].status, llm_datadist::LLM_TIMEOUT) << completions[0].error;
-  EXPECT_FALSE(completions[0].cancelled);
-  EXPECT_LT(completions[0].run, std::chrono::seconds(30));
+  for (uint64_t peer = 1; peer <= 2; ++peer) {
+    peers_[peer - 1].Signal(SIGSTOP);
+    ExpectTimeout(peer == 1 ? SubmitPull(peer, kSoon) : SubmitPush(peer, kSoon));
+  }
 }
 
 INSTANTIATE_TEST_SUITE_P(Transports, StoppedPeers, ::testing::Values("cma", "tcp"),

@@ -12,8 +12,8 @@
 #include <string>
 
 #include "base/socket_io.h"
+#include "support/handmade_link.h"
 #include "support/member.h"
-#include "support/stranger.h"
 #include "transport/tcp/connection.h"
 #include "transport_support/initiator.h"
 #include "transport_support/requests.h"
@@ -47,24 +47,6 @@ Status Send(const Fd &stream, const std::vector<uint8_t> &bytes, size_t size) {
 }
 
 // ---- a link's worth ----
-
-// A link over tcp, one data connection each way.
-struct HandmadeLink {
-  HandmadeLink(const SocketAddress &address, uint64_t id) : control(address) {
-    EndpointInfo info = InfoOf(id);
-    info.transports = OffersWith(1);
-    const Result<Welcome> welcome = Decode<Welcome>(control.Greet(info).body);
-    EXPECT_TRUE(welcome.ok());
-    control.Say(MessageType::kReady, Encode(Ready{"tcp", ""}), 2);
-    control.Hear(MessageType::kReady);
-    served = AttachedStream(address, Attach{welcome.value().token, Initiator::kClient, 0});
-    other = AttachedStream(address, Attach{welcome.value().token, Initiator::kServer, 0});
-    control.Say(MessageType::kEstablished, {}, 3);
-  }
-  Stranger control;
-  Fd served;
-  Fd other;
-};
 
 TEST(Links512, TakeDescriptorsButNoThreadsAndNoMemoryForWhatTheyAnnounce) {
   constexpr uint64_t kLinks = 512;

@@ -3,16 +3,24 @@
 from __future__ import annotations
 
 import hashlib
+import operator
 import os
 import struct
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
 from support.counting_keeper import CountingKeeper
 from support.pd import BLOCK_SIZE, TO_P, decode, make_params, make_request, make_ticket, wait_until
 
 from vllm_datadist_connector.kv_groups import KVGroup
-from vllm_datadist_connector.protocol.digest import PromptHash, PromptHasher, blocks_digest, prompt_digest
+from vllm_datadist_connector.protocol.digest import (
+    PromptHash,
+    PromptHasher,
+    blocks_digest,
+    digest_and_count,
+    prompt_digest,
+)
 from vllm_datadist_connector.scheduler import digests as digests_module
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.digests import INLINE_TOKENS, PromptDigests
@@ -34,6 +42,11 @@ def blake2b(data: bytes) -> str:
     return hashlib.blake2b(data, digest_size=16).hexdigest()
 
 
+class Seven:
+    def __index__(self) -> int:
+        return 7
+
+
 class TestValues:
     """Another release must find the same: they cross the wire."""
 
@@ -52,6 +65,25 @@ class TestValues:
     def test_blocks(self, blocks: tuple[tuple[int, ...], ...]) -> None:
         expected = b"".join(struct.pack("<I", len(group)) + words(group) for group in blocks)
         assert blocks_digest(blocks) == blake2b(expected)
+        count = sum(block != 0 for group in blocks for block in group)
+        assert digest_and_count(blocks) == (blake2b(expected), count), "a null block is none"
+
+    @pytest.mark.parametrize("odd", [-1, 2**30, 2**62, True, Seven()])
+    def test_elements_that_are_no_small_ints(self, odd: Any) -> None:
+        """Among those that are, which are read in a shorter way."""
+        for at in range(3):
+            tokens = [3, 2**30 - 1]
+            tokens.insert(at, odd)
+            assert prompt_digest(tokens) == blake2b(words([operator.index(each) for each in tokens]) + text(""))
+
+    def test_a_list_that_changes_while_it_is_read(self) -> None:
+        class Shrinking:
+            def __index__(self) -> int:
+                del tokens[1:]
+                return 5
+
+        tokens: list[Any] = [1, Shrinking(), 2, 3]
+        assert prompt_digest(tokens) == blake2b(words([1, 5]) + text(""))
 
     @pytest.mark.parametrize("pieces", [1, 3, 16, 17, 100])
     def test_pieces(self, pieces: int) -> None:

@@ -15,6 +15,7 @@ from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TO_P, TOKEN, WAIT_S, f
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector.kv_groups import KVGroup
+from vllm_datadist_connector.metrics import SchedulerMeter
 from vllm_datadist_connector.protocol.digest import blocks_digest, prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, RemotePrefill, parse_remote_prefill
 from vllm_datadist_connector.scheduler import producer as producer_module
@@ -38,8 +39,13 @@ PROMPT = list(range(3 * BLOCK_SIZE - 5))
 
 
 @pytest.fixture
-def producer() -> Iterator[ProducerScheduler]:
-    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), 600.0, Trust())
+def meter() -> SchedulerMeter:
+    return SchedulerMeter("engine-p")
+
+
+@pytest.fixture
+def producer(meter: SchedulerMeter) -> Iterator[ProducerScheduler]:
+    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), 600.0, Trust(), meter=meter)
     yield producer
     producer.close()
 
@@ -56,6 +62,13 @@ def ask(client: ChannelClient, producer: ProducerScheduler, kind: str, **fields:
     answer = wait_for(client, getattr(client, kind)(producer.endpoint, **fields, timeout_s=WAIT_S))
     assert answer.response is not None, answer.error
     return answer.response
+
+
+def counted(producer: ProducerScheduler, meter: SchedulerMeter) -> dict[str, int]:
+    """By the producer, since the last call."""
+    producer.hear()
+    stats = meter.take()
+    return stats.data["counts"] if stats is not None else {}
 
 
 def hold(producer: ProducerScheduler, request_id: str = "cmpl-a-0-00000000") -> RemotePrefill:
@@ -138,14 +151,14 @@ def test_each_lease_lasts_as_long_as_asked(producer: ProducerScheduler) -> None:
     assert producer.held() == (1, 3)
 
 
-def test_release_gives_back_once(producer: ProducerScheduler, client: ChannelClient) -> None:
+def test_release_gives_back_once(producer: ProducerScheduler, meter: SchedulerMeter, client: ChannelClient) -> None:
     remote = hold(producer)
     for _ in range(2):
         assert ask(client, producer, "release", tokens=(remote.ticket.token,)) == Released()
     assert producer.take_ended() == (remote.remote_request_id,)
     assert producer.take_ended() == ()
-    assert producer.take_counts().ended_leases == {"released": 1}
-    assert producer.take_counts() == ({}, 0, 0, 0)
+    assert counted(producer, meter) == {"leases_ended:released": 1}
+    assert counted(producer, meter) == {}
     assert producer.held() == (0, 0)
 
 
@@ -153,7 +166,8 @@ def test_expiry_gives_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None
     """A D that fell silent is worth a warning; nobody's asking is how every answer without params ends."""
     caplog.set_level(logging.INFO)
     claim_s = 1.0  # within which the one is renewed, however busy the machine is
-    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), 600.0, Trust(), claim_s=claim_s)
+    meter = SchedulerMeter("engine-p")
+    producer = ProducerScheduler(IDENTITY, Endpoint(LOOPBACK, 0), 600.0, Trust(), claim_s=claim_s, meter=meter)
     try:
         silent, orphan = "cmpl-late-0-00000000", "1_cmpl-late-0-00000000"
         requests = [finish(make_request(PROMPT, TO_P, name)) for name in (silent, orphan)]
@@ -164,7 +178,7 @@ def test_expiry_gives_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None
         while len(ended) < 2 and time.monotonic() < end:
             ended += producer.take_ended()
         assert ended == (orphan, silent)
-        assert producer.take_counts().ended_leases == {"expired": 1, "unclaimed": 1}
+        assert counted(producer, meter) == {"leases_ended:expired": 1, "leases_ended:unclaimed": 1}
         levels = [(record.levelno, record.message.split()[1]) for record in caplog.records]
         assert levels == [(logging.INFO, f"{orphan}:"), (logging.WARNING, f"{silent}:")]
         assert "its D, 10.0.0.1:4567, fell silent" in caplog.text
@@ -172,14 +186,14 @@ def test_expiry_gives_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None
         producer.close()
 
 
-def test_who_asks_for_nothing_does_not_make_counts_grow(producer: ProducerScheduler) -> None:
+def test_who_asks_for_nothing_does_not_make_counts_grow(producer: ProducerScheduler, meter: SchedulerMeter) -> None:
     """vLLM 0.23 takes a scheduler's statistics only while a worker has some."""
     for index in range(100):
         hold(producer, f"cmpl-{index}-0-00000000")
         assert producer.leases.revoke("all", 0.0, 1) == 1
         producer.take_ended()
-    assert len(producer._ended) == 1
-    assert producer.take_counts().ended_leases == {"revoked": 100}
+    assert (len(producer._ended), len(meter._counts)) == (0, 1)
+    assert counted(producer, meter) == {"leases_ended:revoked": 100}
 
 
 class TestPause:
@@ -217,7 +231,9 @@ def test_renew_tells_what_is_gone(producer: ProducerScheduler, client: ChannelCl
     assert ask(client, producer, "renew", tokens=(token, OTHER_TOKEN)) == Renewed((OTHER_TOKEN,))
 
 
-def test_confirm(producer: ProducerScheduler, client: ChannelClient, caplog: pytest.LogCaptureFixture) -> None:
+def test_confirm(
+    producer: ProducerScheduler, meter: SchedulerMeter, client: ChannelClient, caplog: pytest.LogCaptureFixture
+) -> None:
     remote = hold(producer)
     assert ask(client, producer, "confirm", **confirmation(remote)) == Confirmed(True, "")
     changed = {"blocks_digest": blocks_digest(((3, 7, 5),)), "generation": 99, "prompt_digest": TOKEN, "token": TOKEN}
@@ -226,8 +242,8 @@ def test_confirm(producer: ProducerScheduler, client: ChannelClient, caplog: pyt
         assert isinstance(refused, Confirmed)
         assert not refused.held
         assert refused.reason
-    assert producer.take_counts() == ({}, 4, 1, 3)
-    assert producer.take_counts() == ({}, 0, 0, 0)
+    assert counted(producer, meter) == {"refused_confirms": 4, "served_requests": 1, "served_blocks": 3}
+    assert counted(producer, meter) == {}
     d = f"process {os.getpid()}"
     begins = [
         f"request {remote.remote_request_id}: refused to confirm a pull of {d}: ",
@@ -241,7 +257,7 @@ def test_confirm(producer: ProducerScheduler, client: ChannelClient, caplog: pyt
     late = ask(client, producer, "confirm", **confirmation(remote))
     assert isinstance(late, Confirmed)
     assert not late.held
-    assert producer.take_counts() == ({}, 1, 0, 0)
+    assert counted(producer, meter) == {"refused_confirms": 1, "leases_ended:released": 1}
     assert caplog.records[-1].message == begins[0] + late.reason
 
 

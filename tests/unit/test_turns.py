@@ -27,7 +27,7 @@ from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.kv_groups import KVGroup
-from vllm_datadist_connector.metadata import StepMetadata
+from vllm_datadist_connector.metadata import NOTHING, StepMetadata
 from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, names_earlier_turn, parse_remote_prefill
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
@@ -333,6 +333,29 @@ class TestStatistics:
         (state,) = stats.data["gauges"].values()
         assert state["values"]["held_leases"] == 1
         assert not scheduler.build_step(NO_STEP).has_stats
+
+    def test_a_step_in_which_nothing_happens_is_no_work(self, make_scheduler: MakeScheduler) -> None:
+        """As nearly all are, and every running request waits for each of them."""
+        scheduler = make_scheduler("kv_both")
+        request = make_request(FIRST_TURN, {"do_remote_decode": True})
+        scheduler.on_new_request(request)
+        assert scheduler.request_finished(finish(request), (TABLE,))[0]
+        assert scheduler.take_stats() is not None
+        producer = scheduler._producer
+        assert producer is not None
+        asked: list[str] = []
+
+        class Table:
+            def __getattr__(self, name: str) -> Any:
+                asked.append(name)
+                return getattr(table, name)
+
+        leases: Any = producer._leases
+        table, leases.table = leases.table, Table()
+        assert scheduler.build_step(NO_STEP) is NOTHING
+        assert scheduler.take_stats() is None
+        assert asked == ["changes", "changes"]
+        assert StepMetadata() == NOTHING
 
     def test_a_worker_hands_on_that_there_are_some(self) -> None:
         place = RankPlace(tp_rank=0, pp_rank=0, tp_size=1, pp_size=1, index=0)

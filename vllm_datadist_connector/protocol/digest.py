@@ -12,9 +12,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from vllm_datadist_connector._native import PendingHash, PromptHash, PromptHasher, blocks_digest
+from vllm_datadist_connector._native import PendingHash, PromptHash, PromptHasher, blocks_digest, digest_and_count
 
-__all__ = ["PendingHash", "PromptHash", "PromptHasher", "blocks_digest", "prompt_digest"]
+__all__ = ["PendingHash", "PromptHash", "PromptHasher", "blocks_digest", "digest_and_count", "prompt_digest"]
 
 
 def prompt_digest(token_ids: Sequence[int], adapter: str = "", mm_hashes: Sequence[str] = ()) -> str:

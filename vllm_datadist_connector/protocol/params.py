@@ -8,6 +8,7 @@ integers may arrive as integral floats or digit strings (protobuf- and string-ba
 from __future__ import annotations
 
 import base64
+import binascii
 import enum
 from typing import Annotated, Any, Final, Literal
 
@@ -107,6 +108,7 @@ class Expected(msgspec.Struct, frozen=True, kw_only=True):
 
 
 _PREFILL: Final = msgspec.msgpack.Decoder(RemotePrefill)
+_JSON: Final = msgspec.json.Encoder()
 
 
 def wants_remote_prefill(params: object) -> bool:
@@ -277,8 +279,9 @@ def build_params(
         "transfer_mode": "pull",
     }
     if ticket is not None:
-        params[EXTRA_KEY] = msgspec.to_builtins(ticket)
-        carrying = f"{request_id}{_CARRIED}{base64.urlsafe_b64encode(msgspec.json.encode(ticket)).decode()}"
+        params[EXTRA_KEY] = msgspec.structs.asdict(ticket)
+        carried = binascii.b2a_base64(_JSON.encode(ticket), newline=False).decode()
+        carrying = f"{request_id}{_CARRIED}{carried}"
         if len(carrying) <= _MAX_REQUEST_ID:
             params["remote_request_id"] = carrying
     return params

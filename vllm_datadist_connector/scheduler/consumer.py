@@ -16,8 +16,9 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING
+
+import msgspec
 
 from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.labels import Reason
@@ -50,10 +51,8 @@ class _State(enum.Enum):
     PULLING = enum.auto()
 
 
-@dataclass(slots=True)
-class _Tracked:
+class _Tracked(msgspec.Struct):
     remote: RemotePrefill
-    prompt_digest: str
     loadable_tokens: int
     offered_from: int = 0
     """The first token that vLLM was offered last: it may take fewer than all that follow."""
@@ -142,11 +141,10 @@ class ConsumerScheduler:
         tracked = self._track(request, remote)
         if earlier_turn and self._recompute_threshold is not None:
             tracked.least_tokens = max(tracked.least_tokens, self._recompute_threshold)
-        self._digests.begin(request, remote.remote_num_tokens)
-        if self._digests.is_ready(request.request_id):
+        if self._digests.begin(request, remote.remote_num_tokens):
             self._compare(request, tracked)
-        endpoint, ticket = Endpoint(remote.remote_host, remote.remote_port), remote.ticket
-        if self._keeper.hold(endpoint, ticket.token, ticket.lease_s, not earlier_turn):
+        ticket = remote.ticket
+        if self._keeper.hold(_endpoint_of(remote), ticket.token, ticket.lease_s, not earlier_turn):
             self._requests[request.request_id] = tracked
         else:
             self._digests.forget(request.request_id)
@@ -247,7 +245,7 @@ class ConsumerScheduler:
                 local_blocks=tuple(group.covering(table, first, end) for group, table in grouped),
                 first_token=first,
                 end_token=end,
-                prompt_digest=tracked.prompt_digest,
+                prompt_digest=tracked.remote.ticket.prompt_digest,
                 from_ourselves=tracked.from_ourselves,
                 deadline_s=self._recv_deadline_s,
                 is_handoff=is_handoff,
@@ -273,6 +271,8 @@ class ConsumerScheduler:
 
     def take_jobs(self) -> tuple[tuple[PullJob, ...], tuple[str, ...]]:
         """(pulls, cancels) since the last step."""
+        if not (self._pulls or self._cancels):
+            return (), ()
         pulls, self._pulls = tuple(self._pulls), []
         cancels, self._cancels = tuple(self._cancels), []
         return pulls, cancels
@@ -297,9 +297,8 @@ class ConsumerScheduler:
         self._check_host(remote.remote_host)
         loadable = self._loadable(request, remote)
         refusal = self._refusal(request, remote, loadable)
-        tracked = _Tracked(remote, remote.ticket.prompt_digest, 0 if refusal else loadable, refusal=refusal)
-        p = Endpoint(remote.remote_host, remote.remote_port), remote.ticket.incarnation
-        if p == self._ourselves:
+        tracked = _Tracked(remote, 0 if refusal else loadable, refusal=refusal)
+        if self._ourselves == (_endpoint_of(remote), remote.ticket.incarnation):
             # What our prefix cache has of it needs no second copy: released, the blocks are the request's own.
             tracked.from_ourselves, tracked.least_tokens = True, self._largest_block
         return tracked
@@ -323,12 +322,14 @@ class ConsumerScheduler:
         The last one is not: vLLM feeds it once more for the first logits. Were it loaded, vLLM would feed it with a
         sliding window that has moved on by one token, and may have lost a block that it still needs.
         """
-        tables = zip(remote.remote_block_ids, remote.ticket.block_sizes, strict=False)
-        covered = min((len(table) * size for table, size in tables if size), default=remote.remote_num_tokens)
+        covered = min(len(request.prompt_token_ids or ()) - self._prompt_tail, remote.remote_num_tokens)
         if remote.ticket.generation == 0:
-            # P allocates them as it goes on.
-            covered = remote.remote_num_tokens
-        return min(len(request.prompt_token_ids or ()) - self._prompt_tail, remote.remote_num_tokens, covered)
+            # P allocates its blocks as it goes on.
+            return covered
+        for table, size in zip(remote.remote_block_ids, remote.ticket.block_sizes, strict=False):
+            if size:
+                covered = min(covered, len(table) * size)
+        return covered
 
     def _refusal(self, request: Request, remote: RemotePrefill, loadable: int) -> tuple[Reason, str] | None:
         """Why P's blocks would be wrong for this request; None if they fit."""
@@ -354,3 +355,7 @@ class ConsumerScheduler:
             self._releases += 1
             self._pulling -= tracked.state is _State.PULLING
             self._keeper.release(tracked.remote.ticket.token)
+
+
+def _endpoint_of(remote: RemotePrefill) -> Endpoint:
+    return Endpoint(remote.remote_host, remote.remote_port)

@@ -31,12 +31,14 @@ class PromptDigests:
         self._begun: dict[str, _Begun] = {}
         self._hasher = PromptHasher()
 
-    def begin(self, request: Request, num_tokens: int) -> None:
-        """Of the prompt's first `num_tokens` tokens, or of as many as there are."""
+    def begin(self, request: Request, num_tokens: int) -> bool:
+        """Of the prompt's first `num_tokens` tokens, or of as many as there are. True: the digest costs little now."""
         token_ids = request.prompt_token_ids or []
         num_tokens = min(num_tokens, len(token_ids))
-        if num_tokens > INLINE_TOKENS:
-            self._begun[request.request_id] = _Begun(self._hasher.begin(token_ids, num_tokens), num_tokens)
+        if num_tokens <= INLINE_TOKENS:
+            return True
+        self._begun[request.request_id] = _Begun(self._hasher.begin(token_ids, num_tokens), num_tokens)
+        return False
 
     def is_ready(self, request_id: str) -> bool:
         """Whether the digest costs little now."""

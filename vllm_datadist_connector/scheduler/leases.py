@@ -2,15 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Final
-
-from vllm_datadist_connector.protocol.digest import blocks_digest
+from vllm_datadist_connector.protocol.digest import digest_and_count
 from vllm_datadist_connector.protocol.params import BlockIds, LeaseTicket
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.side_channel.server import LeaseTable, ManualClock
-
-NULL_BLOCK: Final = 0
-"""Stands for what a sliding window has left."""
 
 
 class Leases:
@@ -50,10 +45,10 @@ class Leases:
             is_renewed: somebody will come for it soon. Many answers carry their params to nobody (streams, the children
                 of n > 1, lists of prompts, batches), and vLLM tells a connector of none of them.
         """
-        num_blocks = sum(len(group) - group.count(NULL_BLOCK) for group in blocks)
+        blocks_digest, num_blocks = digest_and_count(blocks)
         claim_s = min(lease_s, self._claim_s) if is_renewed else lease_s
         token, generation = self.table.grant(
-            request_id, prompt_digest, blocks_digest(blocks), num_blocks, claim_s, lease_s, token
+            request_id, prompt_digest, blocks_digest, num_blocks, claim_s, lease_s, token
         )
         return self.ticket(token, generation, prompt_digest, lease_s, adapter)
 

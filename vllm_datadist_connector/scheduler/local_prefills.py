@@ -84,9 +84,10 @@ class LocalPrefills:
         if params is not None and not isinstance(params, dict):
             self.note(request_id, Reason.PARAMS, "kv_transfer_params are no object")
             return
+        values = params or {}
         for flag in FLAGS:
-            value = (params or {}).get(flag)
-            if value is not None and not isinstance(value, bool):
+            value = values.get(flag)
+            if value is not None and value is not True and value is not False:
                 self.note(request_id, Reason.FLAG, f"{flag} is {value!r:.40}")
                 return
         if wants_remote_prefill(params):
@@ -106,5 +107,7 @@ class LocalPrefills:
 
     def take(self) -> dict[str, int]:
         """Counts by reason since the last call."""
+        if not self._counts:
+            return {}
         taken, self._counts = dict(self._counts), Counter()
         return taken

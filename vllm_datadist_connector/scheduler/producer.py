@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import logging
 import time
-from collections import Counter
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.metadata import GivingStep, Home
+from vllm_datadist_connector.metrics import SchedulerMeter
 from vllm_datadist_connector.protocol.params import (
     BlockIds,
     LeaseTicket,
@@ -36,19 +36,11 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 logger.addFilter(OthersWords())
 
-_HELD_STATUSES = frozenset({RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED})
+_HELD_STATUSES = RequestStatus.FINISHED_LENGTH_CAPPED, RequestStatus.FINISHED_STOPPED
 """Ends of a prefill whose blocks D wants: max_tokens reached, or a stop token as the very first one."""
 
 _PULL_GRACE_S = 5.0
 """Who pulls when we pause may go on for so long: a D that is paused, too, would never tell us that it is done."""
-
-
-class Counts(NamedTuple):
-    ended_leases: dict[str, int]
-    """By reason."""
-    refused_confirms: int
-    served_requests: int
-    served_blocks: int
 
 
 class ProducerScheduler:
@@ -63,23 +55,28 @@ class ProducerScheduler:
         claim_s: float = float("inf"),
         group_ids: Sequence[int] | None = None,
         lease_s: float = 30.0,
+        meter: SchedulerMeter | None = None,
         switches_roles: bool = False,
     ) -> None:
         """
         Args:
             group_ids: which of vLLM's KV cache groups those of the identity are; None: all, in their order.
             lease_s: of hand-offs.
+            meter: is told what becomes of leases.
             switches_roles: an operator may tell the side channel to do less, or all again.
         """
         self._identity = identity
         self._forgets = any(group.forgets for group in identity.groups)
         block_sizes = tuple(group.block_size for group in identity.groups)
         self._leases = Leases(identity.incarnation, block_sizes, limit_s, claim_s)
-        self._ended: Counter[str] = Counter()
+        self._meter = meter if meter is not None else SchedulerMeter(identity.engine_id)
+        self._changes = 0
+        """Of the lease table, those that were heard of."""
+        self._ended: list[str] = []
+        """Requests whose lease has ended and whose workers were not told."""
         self._digests = PromptDigests()
         self._returning = 0
         self._paused_at: float | None = None
-        self._refused_confirms = 0
         self._lease_s = lease_s
         self._taken: dict[str, tuple[int, str]] = {}
         """Digests of the first so many tokens of requests with a hand-off that has begun."""
@@ -179,7 +176,8 @@ class ProducerScheduler:
             return None
         # Whoever waits for a hand-off renews its lease from the start.
         is_renewed = not for_next_turn and not (token and self._handoffs.is_awaited(token))
-        adapter, digest = adapter_of(request), self._digest_of(request, num_tokens)
+        adapter = adapter_of(request)
+        digest = self._digest_of(request, num_tokens, adapter)
         ticket = self._leases.grant(request.request_id, held, digest, lease_s, adapter, is_renewed, token)
         if token and not self._handoffs.seal(request.request_id, self._prefill(request, num_tokens, held, ticket)):
             self._leases.table.release([token])
@@ -189,14 +187,14 @@ class ProducerScheduler:
         """What a hand-off's D is told while the prefill goes on; None while the digest is being computed."""
         if request.request_id not in self._taken and not self._digests.is_ready(request.request_id):
             return None
-        digest, token = self._digest_of(request, num_tokens), self._handoffs.token_of(request.request_id)
-        ticket = self._leases.ticket(token, 0, digest, self._lease_s, adapter_of(request))
+        adapter, token = adapter_of(request), self._handoffs.token_of(request.request_id)
+        ticket = self._leases.ticket(token, 0, self._digest_of(request, num_tokens, adapter), self._lease_s, adapter)
         return self._prefill(request, num_tokens, held, ticket)
 
-    def _digest_of(self, request: Request, num_tokens: int) -> str:
+    def _digest_of(self, request: Request, num_tokens: int, adapter: str) -> str:
         known_tokens, digest = self._taken.get(request.request_id, (0, ""))
         if known_tokens != num_tokens:
-            digest = self._digests.take(request, num_tokens, adapter_of(request))
+            digest = self._digests.take(request, num_tokens, adapter)
             self._taken[request.request_id] = num_tokens, digest
         return digest
 
@@ -215,18 +213,38 @@ class ProducerScheduler:
         """Requests whose lease ended since the last step: their blocks go back to vLLM."""
         if self._paused_at is not None:
             self._revoke_for_pause(self._paused_at)
-        self._note_refused()
-        ended = self._leases.table.take_ended()
-        for lease in ended:
-            self._ended[lease.why] += 1
+        self.hear()
+        if not self._ended:
+            return ()
+        ended, self._ended = tuple(self._ended), []
+        self._returning += len(ended)
+        self._handoffs.forget(ended)
+        return ended
+
+    def hear(self) -> None:
+        """Of what has become of leases. In most steps nothing has, and it costs one call to know that."""
+        table = self._leases.table
+        changes = table.changes()
+        if changes == self._changes:
+            return
+        self._changes = changes
+        for lease in table.take_ended():
+            self._ended.append(lease.request_id)
+            self._meter.count("leases_ended", 1, lease.why)
             if lease.why == "expired":
                 logger.warning("request %s: its D, %s, fell silent; lease expired", lease.request_id, lease.asked_by)
             elif lease.why == "unclaimed":
                 # As it should be for answers that carry no params; whose D did not find us, that D says.
                 logger.info("request %s: nobody asked for its blocks in time", lease.request_id)
-        self._returning += len(ended)
-        self._handoffs.forget(lease.request_id for lease in ended)
-        return tuple(lease.request_id for lease in ended)
+        refused, refusals = table.take_refused()
+        for each in refusals:
+            request = f"request {each.request_id}" if each.request_id else "a request that we do not remember"
+            logger.warning("%s: refused to confirm a pull of %s: %s", request, each.asked_by, each.reason)
+        requests, blocks = table.take_served()
+        self._meter.count("refused_confirms", refused)
+        self._meter.count("served_requests", requests)
+        self._meter.count("served_blocks", blocks)
+        self._meter.held(*table.held(), table.oldest_s())
 
     def take_left_askers(self) -> tuple[int, ...]:
         """Clusters of Ds that have gone since the last step."""
@@ -259,14 +277,6 @@ class ProducerScheduler:
             if revoked:
                 logger.info("paused: gave up the leases of %d requests", revoked)
 
-    def take_counts(self) -> Counts:
-        """Since the last call, for the metrics."""
-        self._note_refused()
-        counts = Counts(dict(self._ended), self._refused_confirms, *self._leases.table.take_served())
-        self._ended.clear()
-        self._refused_confirms = 0
-        return counts
-
     def held(self) -> tuple[int, int]:
         """(leases, blocks) held now."""
         return self._leases.table.held()
@@ -274,13 +284,6 @@ class ProducerScheduler:
     def close(self) -> None:
         self._server.close()
         self._digests.close()
-
-    def _note_refused(self) -> None:
-        count, refusals = self._leases.table.take_refused()
-        self._refused_confirms += count
-        for each in refusals:
-            request = f"request {each.request_id}" if each.request_id else "a request that we do not remember"
-            logger.warning("%s: refused to confirm a pull of %s: %s", request, each.asked_by, each.reason)
 
     def _held_tokens(self, request: Request, for_next_turn: bool) -> int:
         """How many of its first tokens the request's blocks hold for others; 0: none."""

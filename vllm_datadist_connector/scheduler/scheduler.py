@@ -11,7 +11,7 @@ from vllm_datadist_connector.config import ConfigError, ConnectorConfig
 from vllm_datadist_connector.duties import Duties, duties_of
 from vllm_datadist_connector.kv_groups import describe_groups
 from vllm_datadist_connector.labels import Reason
-from vllm_datadist_connector.metadata import StepMetadata
+from vllm_datadist_connector.metadata import NOTHING, StepMetadata
 from vllm_datadist_connector.metrics import DataDistStats, SchedulerMeter
 from vllm_datadist_connector.protocol.params import wants_remote_decode, was_remote_prefill
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
@@ -85,6 +85,7 @@ class ConnectorScheduler:
                 config.claim_s,
                 group_ids,
                 config.lease_s,
+                self._meter,
                 config.role_switch,
             )
         if self._duties.takes:
@@ -111,16 +112,19 @@ class ConnectorScheduler:
             self._producer.set_geometries(geometries)
 
     def on_new_request(self, request: Request) -> None:
+        params, producer, consumer = request.kv_transfer_params, self._producer, self._consumer
         duties, role = self._present_duties()
-        self._local.note_arrival(request.request_id, request.kv_transfer_params, duties, role)
+        self._local.note_arrival(request.request_id, params, duties, role)
         if self._relief is not None:
             self._relief.arrived(request.request_id)
-        if self._producer is not None and self._prompt_tail and wants_remote_decode(request.kv_transfer_params):
-            compat.drop_prompt_tail(request, self._prompt_tail)
-        if self._producer is not None and self._is_held(request):
-            self._producer.on_new_request(request, duties.gives)
-        if self._consumer is not None and duties.takes:
-            self._consumer.on_new_request(request)
+        if producer is not None:
+            is_prefill = wants_remote_decode(params)
+            if is_prefill and self._prompt_tail:
+                compat.drop_prompt_tail(request, self._prompt_tail)
+            if is_prefill or (self._bidirectional and was_remote_prefill(params)):
+                producer.on_new_request(request, duties.gives)
+        if consumer is not None and duties.takes:
+            consumer.on_new_request(request)
             self._tell_taken()
 
     def _present_duties(self) -> tuple[Duties, str]:
@@ -132,10 +136,6 @@ class ConnectorScheduler:
         """Before the role changes, what was taken is pulled."""
         if self._roles is not None and self._consumer is not None:
             self._roles.set_taken(self._consumer.taken())
-
-    def _is_held(self, request: Request) -> bool:
-        params = request.kv_transfer_params
-        return wants_remote_decode(params) or (self._bidirectional and was_remote_prefill(params))
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
         if self._roles is not None and self._consumer is not None and not self._roles.may_pull:
@@ -179,7 +179,7 @@ class ConnectorScheduler:
         if self._producer is not None:
             self._producer.sent(len(sent))
 
-    def absorb_stats(self, stats: KVConnectorStats | None) -> None:
+    def absorb_stats(self, stats: KVConnectorStats) -> None:
         """What the workers have measured in the step."""
         self._meter.absorb(stats)
 
@@ -193,22 +193,20 @@ class ConnectorScheduler:
         self._tell_taken()
         self._measure()
         home, self._home = self._home, None
-        return StepMetadata(pulls, cancels, ended, left, giving, home, has_stats=self._meter.has_some())
+        has_stats = self._meter.has_some()
+        if not (pulls or cancels or ended or left or giving or home or has_stats):
+            return NOTHING
+        return StepMetadata(pulls, cancels, ended, left, giving, home, has_stats)
 
     def take_stats(self) -> DataDistStats | None:
+        if self._producer is not None:
+            self._producer.hear()
         self._measure()
         return self._meter.take()
 
     def _measure(self) -> None:
+        """All but what the producer tells the meter by itself."""
         meter = self._meter
-        if self._producer is not None:
-            meter.held(*self._producer.held(), self._producer.leases.oldest_s())
-            counts = self._producer.take_counts()
-            for end, count in counts.ended_leases.items():
-                meter.count("leases_ended", count, end)
-            meter.count("refused_confirms", counts.refused_confirms)
-            meter.count("served_requests", counts.served_requests)
-            meter.count("served_blocks", counts.served_blocks)
         if self._consumer is not None:
             meter.pulling(self._consumer.pulling())
             meter.count("releases", self._consumer.take_releases())

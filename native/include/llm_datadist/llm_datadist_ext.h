@@ -101,9 +101,9 @@ struct WritableBlocks {
 };
 
 // Lets that cluster write into those blocks until RevokeWrites, where PeerAccess says that peers write by grant. What
-// counts is the memory: a push may name another cache that is registered over the same tensors. All that one push writes
-// into a tensor must be in one grant, where what lies side by side is one piece. With OPTION_VERIFY at the peer it is told
-// digests of what it was granted, and so may find out what stands there. At most 65536 grants are alive.
+// counts is the memory: a push may name another cache that is registered over the same tensors, and a grant ends with
+// none of them. All that one push writes must be in one grant, where what lies side by side is one piece. A peer is told
+// digests of what it was granted (OPTION_VERIFY), and may so find out what stands there. At most 65536 grants are alive.
 // LLM_KV_CACHE_NOT_EXIST for an unknown cache, LLM_PARAM_INVALID for a block that it does not have.
 LLM_DATADIST_API Status GrantWrites(const LlmDataDist &datadist, uint64_t cluster_id,
                                     const std::vector<WritableBlocks> &blocks, uint64_t &grant_id);

@@ -38,6 +38,7 @@ Result<LeaseTable::Ticket> LeaseTable::Grant(std::string request_id, const Lease
                   Lease{std::move(request_id), ticket.generation, content, num_blocks, durations.renewed, now,
                         now + durations.claim, now + std::max(durations.renewed, limit_)});
   held_blocks_ += num_blocks;
+  ++changes_;
   grants_.emplace(ticket.generation, now);
   next_expiry_ = std::min(next_expiry_, now + durations.claim);
   return ticket;
@@ -50,6 +51,7 @@ LeaseVerdict LeaseTable::Confirm(const LeaseToken &token, uint64_t generation, c
   ExpireLocked(now);
   const LeaseVerdict verdict = VerdictLocked(token, generation, content);
   if (verdict != LeaseVerdict::kHeld) {
+    ++changes_;
     ++refused_.count;
     if (refused_.first.size() < kMostRefusals) {
       refused_.first.push_back({verdict, RequestOfLocked(token), by});
@@ -57,6 +59,7 @@ LeaseVerdict LeaseTable::Confirm(const LeaseToken &token, uint64_t generation, c
     return verdict;
   }
   if (Lease &lease = leases_.find(token)->second; !std::exchange(lease.served, true)) {
+    ++changes_;
     ++served_.leases;
     served_.blocks += lease.num_blocks;
   }
@@ -156,6 +159,17 @@ bool LeaseTable::RevokeIdle(const LeaseToken &token) {
   return true;
 }
 
+uint64_t LeaseTable::Changes() {
+  const Clock::time_point now = now_();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  ExpireLocked(now);
+  const auto age = std::chrono::duration_cast<std::chrono::seconds>(OldestAgeLocked(now));
+  if (std::exchange(told_age_, age) != age) {
+    ++changes_;
+  }
+  return changes_;
+}
+
 std::vector<LeaseTable::Ended> LeaseTable::TakeEnded() {
   const Clock::time_point now = now_();
   const std::lock_guard<std::mutex> lock(mutex_);
@@ -188,6 +202,10 @@ size_t LeaseTable::Standing() {
 LeaseTable::Clock::duration LeaseTable::OldestAge() const {
   const Clock::time_point now = now_();
   const std::lock_guard<std::mutex> lock(mutex_);
+  return OldestAgeLocked(now);
+}
+
+LeaseTable::Clock::duration LeaseTable::OldestAgeLocked(Clock::time_point now) const {
   return grants_.empty() ? Clock::duration::zero() : now - grants_.begin()->second;
 }
 
@@ -207,6 +225,7 @@ void LeaseTable::ExpireLocked(Clock::time_point now) {
 }
 
 LeaseTable::Leases::iterator LeaseTable::EndLocked(Leases::iterator lease, End why) {
+  ++changes_;
   held_blocks_ -= lease->second.num_blocks;
   grants_.erase(lease->second.generation);
   if (remembered_order_.size() >= kMostRemembered) {

@@ -108,6 +108,9 @@ class LeaseTable {
   // Ends that one unless it is being pulled; whether it did.
   bool RevokeIdle(const LeaseToken &token);
 
+  // Another number after whatever makes any of the following say something new; the age counts in whole seconds. For those
+  // who would ask for all of it in every step of a model, of which most change nothing.
+  uint64_t Changes();
   // What ended since the last call, each once.
   std::vector<Ended> TakeEnded();
   // The confirmations that were refused since the last call.
@@ -140,6 +143,7 @@ class LeaseTable {
   LeaseVerdict VerdictLocked(const LeaseToken &token, uint64_t generation, const LeaseContent &content) const;
   void ExpireLocked(Clock::time_point now);
   Leases::iterator EndLocked(Leases::iterator lease, End why);
+  Clock::duration OldestAgeLocked(Clock::time_point now) const;
   static bool IsRevocable(const Lease &lease, Revocable which);
 
   const Clock::duration limit_;
@@ -149,6 +153,8 @@ class LeaseTable {
   Leases leases_;
   uint64_t last_generation_ = 0;
   uint64_t held_blocks_ = 0;
+  uint64_t changes_ = 0;
+  std::chrono::seconds told_age_{0};  // by Changes
   // By generation, which is their order: OldestAge is asked in every step of a model.
   std::map<uint64_t, Clock::time_point> grants_;
   // No lease expires before it; a lower bound, because TakeEnded is called in every step of a model.

@@ -160,7 +160,10 @@ Result<WriteGrants::Use> WriteGrants::Take(uint64_t cluster_id, const std::vecto
     }
     after = use->id;
   }
-  return Invalid("cluster " + std::to_string(cluster_id) + " holds no live grant of all of that");
+  const Span first = spans.size() != 0 ? spans[0] : Span{};
+  return Invalid("cluster " + std::to_string(cluster_id) + " holds no live grant of all " +
+                 std::to_string(spans.size()) + " spans, of which the first has " + std::to_string(first.length) +
+                 " bytes at " + std::to_string(first.offset));
 }
 
 WriteGrants::Use WriteGrants::TakeNextLocked(uint64_t cluster_id, uint64_t after, uint64_t tensor, const Span &span) {

@@ -1,9 +1,9 @@
 // What peers may write, where they write only what they were granted.
 //
-//   Grant(cluster, areas) ──> id ── Take(cluster, bytes) ──> Use, for as long as the bytes may be written ── Revoke(id)
+//   Add(cluster, areas) ──> id ── Take(cluster, bytes) ──> Use, for as long as the bytes may be written ── Revoke(id)
 //
-// A grant is of memory, not of a cache: the same tensors may be registered several times, in blocks of other sizes, and a
-// write may name another of these registrations than the grant did. What one grant has side by side is one piece.
+// A grant is of memory, not of a cache: the same tensors may be registered several times, in blocks of other sizes, and
+// a write may name another of these registrations than the grant did. What one grant has side by side is one piece.
 //
 // From the moment that Revoke is called nobody takes a use of that grant any more; it is forgotten once none is left.
 //

@@ -125,8 +125,8 @@ class Transport {
   virtual std::unique_ptr<OwnerPath> Serve(const TransportPeer &, std::vector<Fd> /*connections*/) const {
     return std::make_unique<OwnerPath>();
   }
-  // What a peer that comes this way is told of a cache of ours. The blob is for who may read it: who reads without asking
-  // us is kept from it by nothing else.
+  // What a peer that comes this way is told of a cache of ours. The blob is for who may read it: one that reads without
+  // asking us is kept from it by nothing else.
   RemoteCache Describe(const RegisteredCache &cache, Disclosure disclosure) const {
     return {cache.id(), cache.generation(), cache.geometry(),
             disclosure == Disclosure::kForReading ? BlobOf(cache) : Blob()};
