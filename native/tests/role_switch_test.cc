@@ -75,10 +75,15 @@ TEST_F(RoleSwitchTest, WaitsForLeasesHandoffsAndWhatIsTaken) {
   EXPECT_EQ(status.taken, 1U);
   EXPECT_EQ(roles.duties(), InstanceRole::kNone);
   EXPECT_TRUE(roles.may_pull()) << "what was taken is still pulled";
+  // Each alone.
+  roles.SetTaken(0);
+  handoffs->End({5}, "over");
   EXPECT_FALSE(roles.Advance().has_value());
   leases->Release({lease});
+  ASSERT_TRUE(handoffs->Promise({6}, "h"));
   EXPECT_FALSE(roles.Advance().has_value());
-  handoffs->End({5}, "over");
+  handoffs->End({6}, "over");
+  roles.SetTaken(1);
   EXPECT_FALSE(roles.Advance().has_value());
   roles.SetTaken(0);
   EXPECT_TRUE(roles.Advance().has_value());

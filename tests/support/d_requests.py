@@ -9,7 +9,7 @@ from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.local_prefills import LocalPrefills
-from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
+from vllm_datadist_connector.side_channel.endpoint import Trust
 
 PROMPT = list(range(100, 100 + 5 * BLOCK_SIZE - 3))
 REMOTE = (11, 4, 9, 2, 30)
@@ -18,9 +18,7 @@ LOADED = len(PROMPT) - 1
 """All but the last token, which vLLM feeds in any case."""
 
 
-def make_consumer(
-    ourselves: tuple[Endpoint, str] | None = None, local: LocalPrefills | None = None, handoff_wait_s: float = 30.0
-) -> ConsumerScheduler:
+def make_consumer(local: LocalPrefills | None = None, handoff_wait_s: float = 30.0) -> ConsumerScheduler:
     return ConsumerScheduler(
         (KVGroup(BLOCK_SIZE),),
         allows_peer=lambda host: host == LOOPBACK,
@@ -28,7 +26,6 @@ def make_consumer(
         answer_timeout_s=5.0,
         trust=Trust(),
         recompute_threshold=None,
-        ourselves=ourselves,
         local=local,
         handoff_wait_s=handoff_wait_s,
     )

@@ -11,8 +11,19 @@ import pytest
 from support.channels import wait_for
 from support.counting_keeper import CountingKeeper
 from support.engine_config import FULL, group_of, vllm_config
-from support.pd import BLOCK_SIZE, LOOPBACK, TO_P, TOKEN, WAIT_S, finish, make_params, make_request, make_ticket
-from support.steps import NO_STEP
+from support.pd import (
+    BLOCK_SIZE,
+    LOOPBACK,
+    TO_P,
+    TOKEN,
+    WAIT_S,
+    finish,
+    make_params,
+    make_request,
+    make_ticket,
+    wait_until,
+)
+from support.steps import NO_STEP, first_step
 from vllm.v1.request import Request
 
 from vllm_datadist_connector.cli import main
@@ -246,6 +257,37 @@ def test_a_handoff_that_is_not_here_in_time_is_prefilled_here(instance: Instance
         instance.switch("prefill", drain_s=0.0)
         assert instance.scheduler.matched_tokens(request, 0) == 0
         assert instance.local_prefills() == {"switched": 1}
+
+
+@pytest.mark.parametrize("role", ["both", "decode"])
+def test_who_gives_nothing_pulls_while_p_computes(instance: Instance, role: str) -> None:
+    """One that is both would hold blocks, and could wait for others that wait for these."""
+    instance.switch(role)
+    with closing(Instance()) as p:
+        of_p = p.arrive(p_request(handoff=TOKEN))
+        p.scheduler.build_step(first_step(of_p.request_id, (TABLE[:1],), 0, BLOCK_SIZE))
+        address = {"remote_host": LOOPBACK, "remote_port": p.endpoint.port, EXTRA_KEY: {"handoff": TOKEN}}
+        request = instance.arrive(make_request([*PROMPT, 7], {"do_remote_prefill": True, **address}, "d"))
+        counts: list[int | None] = []
+
+        def is_begun() -> bool:
+            p.scheduler.build_step(NO_STEP)
+            return p.handoff().state == "begun"
+
+        def is_known() -> bool:
+            counts.append(instance.scheduler.matched_tokens(request, 0))
+            return counts[-1] is not None
+
+        wait_until(is_begun, "what P knows of the prompt")
+        if role == "both":
+            assert not any(is_known() for _ in range(50))
+            p.finish(of_p)
+        wait_until(is_known, "an answer")
+        assert counts[-1] == len(PROMPT)
+        instance.scheduler.after_alloc(request, (TABLE,), len(PROMPT))
+        (job,) = instance.scheduler.build_step(NO_STEP).pulls
+        assert job.is_handoff is (role == "decode")
+        instance.scheduler.finished((request.request_id,), ())
 
 
 # ---- what the operator does ----

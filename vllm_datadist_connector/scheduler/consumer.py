@@ -104,9 +104,7 @@ class ConsumerScheduler:
         self._transfer_mode = transfer_mode
         self._local = local if local is not None else LocalPrefills()
         self._keeper = open_keeper(trust, answer_timeout_s)
-        # Blocks that wait for a prefill elsewhere while a prefill here waits for blocks: of instances that are both,
-        # such waits can close to a circle, and vLLM preempts no request that waits for its KV cache.
-        self._expected = Expectations(trust, handoff_wait_s, answer_timeout_s, until_sealed=ourselves is not None)
+        self._expected = Expectations(trust, handoff_wait_s, answer_timeout_s)
         self._requests: dict[str, _Tracked] = {}
         self._pulls: list[PullJob] = []
         self._cancels: list[str] = []
@@ -114,14 +112,18 @@ class ConsumerScheduler:
         self._releases = 0
         self._pulling = 0
 
-    def on_new_request(self, request: Request) -> None:
+    def on_new_request(self, request: Request, gives: bool = False) -> None:
+        """
+        Args:
+            gives: we prefill for others as well.
+        """
         params = request.kv_transfer_params
         earlier_turn = self._recompute_threshold is not None and names_earlier_turn(params)
         if not (wants_remote_prefill(params) or earlier_turn) or self._is_known(request.request_id):
             return
         try:
             if names_handoff(params) and not earlier_turn:
-                self._expect(request)
+                self._expect(request, gives)
             else:
                 self._admit(request, parse_remote_prefill(params if params is not None else {}), earlier_turn)
         except ParamsError as error:
@@ -130,10 +132,12 @@ class ConsumerScheduler:
     def _is_known(self, request_id: str) -> bool:
         return request_id in self._requests or request_id in self._expected
 
-    def _expect(self, request: Request) -> None:
+    def _expect(self, request: Request, gives: bool) -> None:
         expected = parse_expected(request.kv_transfer_params or {})
         self._check_host(expected.remote_host)
-        if not self._expected.expect(request.request_id, expected):
+        # Blocks that wait for a prefill elsewhere while a prefill here waits for blocks: of instances that are both,
+        # such waits can close to a circle, and vLLM preempts no request that waits for its KV cache.
+        if not self._expected.expect(request.request_id, expected, until_sealed=gives):
             self._local.note(request.request_id, Reason.TOO_MANY, "as many prefills are waited for as can be")
 
     def _admit(self, request: Request, remote: RemotePrefill, earlier_turn: bool = False) -> None:

@@ -124,7 +124,7 @@ class ConnectorScheduler:
             if is_prefill or (self._bidirectional and was_remote_prefill(params)):
                 producer.on_new_request(request, duties.gives)
         if consumer is not None and duties.takes:
-            consumer.on_new_request(request)
+            consumer.on_new_request(request, duties.gives)
             self._tell_taken()
 
     def _present_duties(self) -> tuple[Duties, str]:

@@ -56,6 +56,8 @@ void RoleDesk::LookOnLoop() {
   }
   if (roles_->IsUnderWay()) {
     timer_ = loop_.StartTimerOnLoop(EventLoop::Clock::now() + kLook, [this] { LookOnLoop(); });
+  } else {
+    Log(LogLevel::kInfo, std::string("role: ") + NameOf(roles_->role()));
   }
   SettleOnLoop();
 }
