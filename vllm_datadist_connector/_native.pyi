@@ -206,6 +206,9 @@ class LlmDataDist:
         """(status, port the listener is bound to)."""
 
     def query_link(self, cluster_id: int) -> tuple[int, LinkReport | None]: ...
+    def linked_clusters(self) -> tuple[int, list[int]]:
+        """(status, all with which there is a link, whoever made it)."""
+
     def wait_for_huge_pages(self) -> tuple[int, HugePagesReport | None]:
         """Returns when all memory that is registered by now has been gone through, or at finalize()."""
 
@@ -598,6 +601,22 @@ class HandoffTable:
     def __len__(self) -> int:
         """Those that are promised, begun or sealed."""
 
+class RoleSwitch:
+    """What an instance does for others, where that changes while it serves. At first it does both."""
+
+    gives: bool
+    """Whether a lease may be granted or a hand-off promised now. So `takes`: of requests that come now."""
+    takes: bool
+    may_pull: bool
+    """Whether a request that was taken may still begin its pull."""
+    role: str
+    """prefill, decode or both"""
+    def __init__(self, leases: LeaseTable, handoffs: HandoffTable, apply_s: float = 30.0) -> None:
+        """`apply_s`: what a rank is given to leave its links."""
+
+    def set_taken(self, count: int) -> None:
+        """Requests that were taken, and are not done."""
+
 class ProgressReporter:
     """A worker of P tells its instance how far it is with requests that are handed off, from a native thread.
 
@@ -684,7 +703,7 @@ class Reported(NamedTuple): ...
 class Offered(NamedTuple): ...
 
 class Watched(NamedTuple):
-    """What a rank was offered."""
+    """What a rank was offered, or that it is to change its role."""
 
     number: int
     """Counts from 1; 0: nothing is new, and the rest is empty."""
@@ -692,6 +711,28 @@ class Watched(NamedTuple):
     offer_id: int
     blob: bytes
     """As D gave it."""
+    role: str
+    """prefill, decode or both: no offer; empty: one, or nothing. This and all below: of a change of role."""
+    attempt: int
+    """For declare()."""
+    limit_s: float
+    """Within which the rank declares what has become of it."""
+
+class Switched(NamedTuple):
+    """How far a change of an instance's role is."""
+
+    state: str
+    """refused, draining, applying or done"""
+    role: str
+    """Which it has, or had before."""
+    leases: int
+    """This and all below but the reason: what it waits for."""
+    handoffs: int
+    taken: int
+    """Requests whose KV is pulled there, or will be."""
+    ranks: int
+    reason: str
+    """Why it was refused."""
 
 class Refused(NamedTuple):
     """P has no such rank, or is another one; there is no such hand-off."""
@@ -703,7 +744,17 @@ class ChannelAnswer(NamedTuple):
 
     id: int
     response: (
-        RankDescription | Renewed | Confirmed | Released | HandoffNews | Reported | Offered | Watched | Refused | None
+        RankDescription
+        | Renewed
+        | Confirmed
+        | Released
+        | HandoffNews
+        | Reported
+        | Offered
+        | Watched
+        | Switched
+        | Refused
+        | None
     )
     error: str
     timed_out: bool
@@ -725,9 +776,10 @@ class ChannelServer:
         insecure: bool = False,
         grace_s: float = 30.0,
         handoffs: HandoffTable | None = None,
+        roles: RoleSwitch | None = None,
     ) -> None:
         """Listens at once; port 0 lets the system choose. `auth` is the path of a key file. An asker without a
-        connection has left after `grace_s`. Without `handoffs` it knows of none.
+        connection has left after `grace_s`. Without `handoffs` it knows of none, without `roles` it keeps its role.
 
         Raises:
             OSError: the address cannot be bound.
@@ -825,7 +877,7 @@ class ChannelClient:
         patience_s: float,
         timeout_s: float,
     ) -> int:
-        """For P's own ranks. Answered by Watched: the first offer after number `seen`, or none when patience ends."""
+        """For P's own ranks. Answered by Watched: the first order after `seen`, or none when patience is over."""
 
     def deliver(
         self,
@@ -843,6 +895,25 @@ class ChannelClient:
         timeout_s: float,
     ) -> int:
         """For P's own ranks: what has become of an offer, as HandoffNews tells it. Answered by Reported."""
+
+    def declare(
+        self, endpoint: tuple[str, int], key: str, rank: tuple[int, int], attempt: int, reason: str, timeout_s: float
+    ) -> int:
+        """For an instance's own ranks: what has become of a change of role. Answered by Reported.
+
+        Args:
+            reason: why it has not been done; empty: it has.
+        """
+
+    def switch_role(
+        self, endpoint: tuple[str, int], wish_id: str, role: str, drain_s: float, patience_s: float, timeout_s: float
+    ) -> int:
+        """Answered by Switched: once the instance has that role or will not have it, or when patience is over.
+
+        Args:
+            wish_id: 32 hex digits, the same as long as it is asked for the same.
+            role: prefill, decode or both.
+        """
 
     def take(self) -> list[ChannelAnswer]:
         """What has come back, oldest first; never blocks. Resets fileno()."""

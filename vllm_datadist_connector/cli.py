@@ -31,6 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     key.add_argument("file", type=Path, help="where to; must not exist yet. Copy it to every instance.")
     doctor = commands.add_parser("doctor", help="say what will work here, what will be wrong, and what to do")
     selftest = commands.add_parser("selftest", help="show what the provider does on this hardware, without a model")
+    role = commands.add_parser("role", help="change what running instances do: prefill for others, decode, or both")
     # Imported by who asks for it: the selftest loads the native library, whose absence the doctor is to tell.
     if given[:1] == ["doctor"]:
         from vllm_datadist_connector.doctor import command as doctor_command
@@ -40,7 +41,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
         from vllm_datadist_connector.selftest import command as selftest_command
 
         selftest_command.add_arguments(selftest)
+    if given[:1] == ["role"]:
+        from vllm_datadist_connector import role as role_command
+
+        role_command.add_arguments(role)
     options = parser.parse_args(given)
+    if options.command == "role":
+        return role_command.run(options)
     if options.command == "doctor":
         return doctor_command.run(options)
     if options.command == "selftest":

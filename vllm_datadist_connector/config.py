@@ -94,6 +94,9 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
     recompute_threshold: Annotated[int, msgspec.Meta(ge=0, le=2**31)] = 64
     """bidirectional: fewer tokens than these of an earlier turn are computed again rather than pulled."""
 
+    role_switch: bool = False
+    """kv_both: `vllm-datadist role` changes while it serves whether it prefills for others, decodes, or does both."""
+
     recv_deadline_s: Seconds = 60.0
     """D gives a pull so long, from the scheduling of the request to its confirmation; no other limit outlasts it."""
 
@@ -173,6 +176,11 @@ class ConnectorConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True, k
             raise ConfigError(
                 f"host: {self.host!r} can be reached by other hosts, which needs a key file in 'auth' (made by "
                 "`vllm-datadist key FILE`) or 'insecure': true; allowed without: loopback addresses"
+            )
+        if self.role_switch and self.bidirectional:
+            raise ConfigError(
+                "role_switch and bidirectional exclude each other: who keeps blocks for next turns gives and takes in"
+                " either role"
             )
         if self.local_comm_res and self.ascend_local_comm_res_path:
             raise ConfigError("local_comm_res and ascend_local_comm_res_path exclude each other: they say the same")

@@ -31,6 +31,7 @@ class Reason(enum.Enum):
 
     NO_PARAMS = "no_params"
     ROLE = "role"
+    SWITCHED = "switched"
     FLAG = "flag"
     PARAMS = "params"
     VERSION = "version"

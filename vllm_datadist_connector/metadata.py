@@ -9,6 +9,7 @@ import msgspec
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorHandshakeMetadata, KVConnectorMetadata
 
 from vllm_datadist_connector.protocol.params import BlockIds, RemotePrefill
+from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
 
 class PullJob(msgspec.Struct, frozen=True):
@@ -36,6 +37,14 @@ class PullJob(msgspec.Struct, frozen=True):
     def __str__(self) -> str:
         """The request as the logs of both ends know it."""
         return f"request {self.request_id} ({self.remote})"
+
+
+class Home(NamedTuple):
+    """The side channel of the ranks' own instance."""
+
+    endpoint: Endpoint
+    key: str
+    """Only the instance's ranks have it."""
 
 
 class Chunk(NamedTuple):
@@ -71,6 +80,8 @@ class StepMetadata(KVConnectorMetadata):
     left_clusters: tuple[int, ...] = ()
     """Ranks of Ds that were linked with ours and are gone: their links may have stayed."""
     giving: GivingStep | None = None
+    home: Home | None = None
+    """Where the ranks hear that the instance changes its role; in the first step of one that can."""
     has_stats: bool = False
     """The scheduler has measured something. vLLM 0.23 asks it only in steps for which a worker has."""
 

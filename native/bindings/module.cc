@@ -8,6 +8,7 @@ PYBIND11_MODULE(_native, module) {
   datadist::bindings::RegisterTransferQueue(module);
   datadist::bindings::RegisterLeases(module);
   datadist::bindings::RegisterHandoffs(module);
+  datadist::bindings::RegisterRoles(module);
   datadist::bindings::RegisterChannel(module);
   datadist::bindings::RegisterKeeper(module);
   datadist::bindings::RegisterDigests(module);

@@ -12,6 +12,7 @@ void RegisterDataDist(pybind11::module_ &module);
 void RegisterTransferQueue(pybind11::module_ &module);
 void RegisterLeases(pybind11::module_ &module);
 void RegisterHandoffs(pybind11::module_ &module);
+void RegisterRoles(pybind11::module_ &module);
 void RegisterChannel(pybind11::module_ &module);
 void RegisterKeeper(pybind11::module_ &module);
 void RegisterDigests(pybind11::module_ &module);

@@ -29,7 +29,8 @@ std::shared_ptr<ChannelServer> ConstructServer(const std::string &host, uint16_t
                                                const std::string &incarnation, uint16_t content_version,
                                                std::shared_ptr<LeaseTable> leases, const std::string &auth,
                                                bool insecure, double grace_s,
-                                               std::shared_ptr<HandoffTable> handoffs) {
+                                               std::shared_ptr<HandoffTable> handoffs,
+                                               std::shared_ptr<RoleSwitch> roles) {
   const Result<SocketAddress> address = SocketAddress::FromIp(host, port);
   if (!address.ok()) {
     Raise(address.status());
@@ -37,7 +38,8 @@ std::shared_ptr<ChannelServer> ConstructServer(const std::string &host, uint16_t
   ChannelLimits limits;
   limits.grace = std::chrono::ceil<milliseconds>(FromSeconds(grace_s));
   return Made(ChannelServer::Create(address.value(), {ToBytes(engine_id), FromHex(incarnation), content_version},
-                                    ToTrust(auth, insecure), std::move(leases), limits, std::move(handoffs)));
+                                    ToTrust(auth, insecure), std::move(leases), limits, std::move(handoffs),
+                                    std::move(roles)));
 }
 
 void SetGeometries(ChannelServer &self, const std::map<std::pair<uint16_t, uint16_t>, py::bytes> &geometries) {
@@ -124,6 +126,24 @@ uint64_t SendDelivery(ChannelClient &self, const std::pair<py::str, uint16_t> &s
   return Send(self, server, deliver, timeout_s);
 }
 
+constexpr std::array<const char *, kSwitchStates> kSwitchNames = {"refused", "draining", "applying", "done"};
+
+const char *NameOf(SwitchState state) { return kSwitchNames[static_cast<size_t>(state)]; }
+
+uint64_t SendSwitch(ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::string &wish_id,
+                    const std::string &role, double drain_s, double patience_s, double timeout_s) {
+  InstanceRole wanted = InstanceRole::kNone;
+  for (const InstanceRole each : {InstanceRole::kPrefill, InstanceRole::kDecode, InstanceRole::kBoth}) {
+    wanted = role == NameOf(each) ? each : wanted;
+  }
+  if (wanted == InstanceRole::kNone) {
+    throw py::value_error("role: " + role + "; allowed: prefill, decode, both");
+  }
+  const auto drain = std::min(std::chrono::ceil<milliseconds>(FromSeconds(drain_s)), milliseconds(kMaxDrainMs));
+  const Switch wish{FromHex(wish_id), wanted, static_cast<uint32_t>(drain.count()), ToPatience(patience_s)};
+  return Send(self, server, wish, timeout_s);
+}
+
 // The Python class of each answer.
 struct AnswerTypes {
   py::object answer;
@@ -135,6 +155,7 @@ struct AnswerTypes {
   py::object reported;
   py::object offered;
   py::object watched;
+  py::object switched;
   py::object refused;
 };
 
@@ -165,7 +186,13 @@ struct ToResponse {
     return answer.status.ok() ? types.offered() : types.refused(answer.status.text());
   }
   py::object operator()(const Watched &watched) const {
-    return types.watched(watched.number, ToHex(watched.token), watched.offer_id, ToPython(watched.blob));
+    const RoleOrder order = watched.role.value_or(RoleOrder{});
+    return types.watched(watched.number, ToHex(watched.token), watched.offer_id, ToPython(watched.blob),
+                         watched.role.has_value() ? NameOf(order.role) : "", order.attempt, order.limit_ms / 1e3);
+  }
+  py::object operator()(const SwitchStatus &status) const {
+    return types.switched(NameOf(status.state), NameOf(status.role), status.leases, status.handoffs, status.taken,
+                          status.ranks, status.reason);
   }
 };
 
@@ -185,7 +212,7 @@ void RegisterServer(py::module_ &module) {
       .def(py::init(&ConstructServer), py::arg("host"), py::arg("port"), py::arg("engine_id"), py::arg("incarnation"),
            py::arg("content_version"), py::arg("leases"), py::arg("auth") = "", py::arg("insecure") = false,
            py::arg("grace_s") = std::chrono::duration<double>(ChannelLimits().grace).count(),
-           py::arg("handoffs") = nullptr)
+           py::arg("handoffs") = nullptr, py::arg("roles") = nullptr)
       .def_property_readonly("port", &ChannelServer::port)
       .def("set_geometries", &SetGeometries, py::arg("geometries"))
       .def("take_left_askers", [](ChannelServer &self) { return Usable(self).TakeLeftAskers(); })
@@ -262,6 +289,16 @@ void RegisterClient(py::module_ &module, const AnswerTypes &types) {
       .def("deliver", &SendDelivery, endpoint, py::arg("key"), py::arg("rank"), py::arg("token"), py::arg("offer_id"),
            py::arg("state"), py::arg("epoch"), py::arg("num_bytes"), py::arg("early_bytes"), py::arg("run_s"),
            py::arg("reason"), timeout)
+      .def(
+          "declare",
+          [](ChannelClient &self, const std::pair<py::str, uint16_t> &server, const std::string &key,
+             const std::pair<uint16_t, uint16_t> &rank, uint64_t attempt, const py::str &reason, double timeout_s) {
+            return Send(self, server, Declare{FromHex(key), {rank.first, rank.second}, attempt, ToBytes(reason)},
+                        timeout_s);
+          },
+          endpoint, py::arg("key"), py::arg("rank"), py::arg("attempt"), py::arg("reason"), timeout)
+      .def("switch_role", &SendSwitch, endpoint, py::arg("wish_id"), py::arg("role"), py::arg("drain_s"),
+           py::arg("patience_s"), timeout)
       .def("take", [types](ChannelClient &self) { return Take(self, types); })
       .def("fileno", [](ChannelClient &self) { return Usable(self).event_fd(); })
       .def("close", &Close<ChannelClient>);
@@ -296,7 +333,22 @@ void RegisterChannel(py::module_ &module) {
                         {"delivery_reason", "str"}}),
       DefineNamedTuple(module, "Reported", {}),
       DefineNamedTuple(module, "Offered", {}),
-      DefineNamedTuple(module, "Watched", {{"number", "int"}, {"token", "str"}, {"offer_id", "int"}, {"blob", "bytes"}}),
+      DefineNamedTuple(module, "Watched",
+                       {{"number", "int"},
+                        {"token", "str"},
+                        {"offer_id", "int"},
+                        {"blob", "bytes"},
+                        {"role", "str"},
+                        {"attempt", "int"},
+                        {"limit_s", "float"}}),
+      DefineNamedTuple(module, "Switched",
+                       {{"state", "str"},
+                        {"role", "str"},
+                        {"leases", "int"},
+                        {"handoffs", "int"},
+                        {"taken", "int"},
+                        {"ranks", "int"},
+                        {"reason", "str"}}),
       DefineNamedTuple(module, "Refused", {{"reason", "str"}}),
   };
   module.attr("MAX_LEASES_PER_MESSAGE") = kMaxLeasesPerMessage;

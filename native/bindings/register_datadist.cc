@@ -251,6 +251,10 @@ void RegisterDataDist(py::module_ &module) {
             return Report(WithoutGil([&] { return self.provider->UnregisterKvCache(cache_id); }));
           },
           py::arg("cache_id"))
+      .def("linked_clusters",
+           [](DataDist &self) {
+             return ReportResult(WithoutGil([&] { return self.provider->LinkedClusters(); }), std::vector<uint64_t>());
+           })
       .def("wait_for_huge_pages", [huge_pages_report](DataDist &self) -> py::tuple {
         const auto waited = WithoutGil([&] { return self.provider->WaitForHugePages(); });
         if (!waited.ok()) {

@@ -43,6 +43,7 @@ constexpr void (*kMessages[])(const Bytes &) = {
     Exact<Renew>,           Exact<Renewed>,      Exact<Confirm>,       Exact<Confirmed>,   Exact<Release>,
     Exact<Await>,           WithText<HandoffNews>, Exact<ReportProgress>,
     Exact<Offer>,           WithText<Offered>,   Exact<Watch>,         Exact<Watched>,    WithText<Deliver>,
+    WithText<Declare>,      Exact<Switch>,       WithText<SwitchStatus>,
 };
 
 }  // namespace

@@ -95,6 +95,9 @@ std::vector<Bytes> Messages() {
       Encode(Watch{{1}, {2, 3}, 4, 5}),
       Encode(Watched{1, {2}, 3, {4, 5}}),
       Encode(Deliver{{1}, {2, 3}, {4}, 5, {DeliveryState::kRunning, 6, 7, 8, 9, "why"}}),
+      Encode(Declare{{1}, {2, 3}, 4, "why"}),
+      Encode(Switch{{1}, InstanceRole::kDecode, 2, 3}),
+      Encode(SwitchStatus{SwitchState::kRefused, InstanceRole::kBoth, 1, 2, 3, 4, "why"}),
   };
 }
 

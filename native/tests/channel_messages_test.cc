@@ -60,6 +60,11 @@ std::vector<Sample> Samples() {
       {"WATCH", Encode(Watch{{1}, {2, 3}, 4, kMaxPatienceMs}), &Decodes<Watch>},
       {"WATCHED", Encode(Watched{1, {2}, 3, {4, 5}}), &Decodes<Watched>},
       {"WATCHED of nothing", Encode(Watched{}), &Decodes<Watched>},
+      {"WATCHED of a role", Encode(Watched{1, {}, 0, {}, RoleOrder{2, InstanceRole::kBoth, 3}}), &Decodes<Watched>},
+      {"DECLARE", Encode(Declare{{1}, {2, kMaxRank}, 3, "why"}), &Decodes<Declare>},
+      {"SWITCH", Encode(Switch{{1}, InstanceRole::kPrefill, kMaxDrainMs, kMaxPatienceMs}), &Decodes<Switch>},
+      {"SWITCHED", Encode(SwitchStatus{SwitchState::kDone, InstanceRole::kBoth, 1, 2, 3, 4, "why"}),
+       &Decodes<SwitchStatus>},
       {"DELIVER", Encode(SomeDelivery()), &Decodes<Deliver>},
   };
 }
@@ -148,6 +153,34 @@ TEST(ChannelMessages, OfOffersAreReadBack) {
   EXPECT_EQ(watched.value().token, LeaseToken{2});
   EXPECT_EQ(watched.value().offer_id, 3U);
   EXPECT_EQ(watched.value().blob, Body{4});
+  const auto order = Decode<Watched>(Encode(Watched{1, {}, 0, {}, RoleOrder{2, InstanceRole::kDecode, 3}}));
+  ASSERT_TRUE(order.ok() && order.value().role.has_value());
+  EXPECT_EQ(order.value().number, 1U);
+  EXPECT_EQ(order.value().role->attempt, 2U);
+  EXPECT_EQ(order.value().role->role, InstanceRole::kDecode);
+  EXPECT_EQ(order.value().role->limit_ms, 3U);
+  const auto declare = Decode<Declare>(Encode(Declare{{1}, {2, 3}, 4, "why"}));
+  ASSERT_TRUE(declare.ok());
+  EXPECT_EQ(declare.value().key, HandoffKey{1});
+  EXPECT_EQ(declare.value().rank.tp_rank, 3);
+  EXPECT_EQ(declare.value().attempt, 4U);
+  EXPECT_EQ(declare.value().reason, "why");
+  const auto wish = Decode<Switch>(Encode(Switch{{1}, InstanceRole::kPrefill, 2, 3}));
+  ASSERT_TRUE(wish.ok());
+  EXPECT_EQ(wish.value().id, SwitchId{1});
+  EXPECT_EQ(wish.value().role, InstanceRole::kPrefill);
+  EXPECT_EQ(wish.value().drain_ms, 2U);
+  EXPECT_EQ(wish.value().patience_ms, 3U);
+  const auto switched =
+      Decode<SwitchStatus>(Encode(SwitchStatus{SwitchState::kApplying, InstanceRole::kBoth, 1, 2, 3, 4, "why"}));
+  ASSERT_TRUE(switched.ok());
+  EXPECT_EQ(switched.value().state, SwitchState::kApplying);
+  EXPECT_EQ(switched.value().role, InstanceRole::kBoth);
+  EXPECT_EQ(switched.value().leases, 1U);
+  EXPECT_EQ(switched.value().handoffs, 2U);
+  EXPECT_EQ(switched.value().taken, 3U);
+  EXPECT_EQ(switched.value().ranks, 4U);
+  EXPECT_EQ(switched.value().reason, "why");
   const auto deliver = Decode<Deliver>(Encode(SomeDelivery()));
   ASSERT_TRUE(deliver.ok());
   EXPECT_EQ(deliver.value().key, HandoffKey{1});
@@ -225,6 +258,19 @@ TEST(ChannelMessages, ValuesOutOfTheirRangeAreRefused) {
   EXPECT_FALSE(Decodes<Watch>(Encode(Watch{{}, {kMaxRank + 1, 0}, 0, 0})));
   EXPECT_FALSE(Decodes<Watch>(Encode(Watch{{}, {}, 0, kMaxPatienceMs + 1})));
   EXPECT_FALSE(Decodes<Watched>(Encode(Watched{1, {}, 1, Body(kMaxOffer + 1)})));
+  const auto no_role = static_cast<InstanceRole>(kInstanceRoles);
+  for (const InstanceRole role : {InstanceRole::kNone, no_role}) {
+    EXPECT_FALSE(Decodes<Watched>(Encode(Watched{1, {}, 0, {}, RoleOrder{1, role, 1}})));
+    EXPECT_FALSE(Decodes<Switch>(Encode(Switch{{}, role, 1, 1})));
+  }
+  EXPECT_FALSE(Decodes<Switch>(Encode(Switch{{}, InstanceRole::kBoth, kMaxDrainMs + 1, 1})));
+  EXPECT_FALSE(Decodes<Switch>(Encode(Switch{{}, InstanceRole::kBoth, 1, kMaxPatienceMs + 1})));
+  EXPECT_FALSE(Decodes<Declare>(Encode(Declare{{}, {0, kMaxRank + 1}, 1, ""})));
+  EXPECT_FALSE(Decodes<SwitchStatus>(Encode(SwitchStatus{SwitchState::kDone, no_role})));
+  EXPECT_FALSE(Decodes<SwitchStatus>(Encode(SwitchStatus{static_cast<SwitchState>(kSwitchStates)})));
+  Body neither = Encode(Watched{});
+  neither[sizeof(uint64_t)] = 2;
+  EXPECT_FALSE(Decodes<Watched>(neither)) << "neither an offer nor a role";
   EXPECT_FALSE(Decodes<Deliver>(Encode(Deliver{{}, {0, kMaxRank + 1}, {}, 1, {}})));
   EXPECT_FALSE(Decodes<Deliver>(Encode(Deliver{{}, {}, {}, 1, {static_cast<DeliveryState>(kDeliveryStates)}})));
   // A mark of more layers than one has room for, and one mark more than a message has.

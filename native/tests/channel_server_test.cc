@@ -81,6 +81,8 @@ std::vector<HostileFrame> HostileFrames() {
           {"MalformedOffer", EncodeFrame(MessageType::kOffer, 1, {1})},
           {"MalformedWatch", EncodeFrame(MessageType::kWatch, 1, {1})},
           {"WatchWithoutTheKey", EncodeFrame(MessageType::kWatch, 1, Encode(Watch{}))},
+          {"MalformedSwitch", EncodeFrame(MessageType::kSwitch, 1, {1})},
+          {"DeclareWithoutTheKey", EncodeFrame(MessageType::kDeclare, 1, Encode(Declare{}))},
           {"MalformedDeliver", EncodeFrame(MessageType::kDeliver, 1, {1})},
           {"DeliverWithoutTheKey", EncodeFrame(MessageType::kDeliver, 1, Encode(Deliver{{}, {}, {}, 1, {}}))},
           {"SecondGreeting", EncodeFrame(MessageType::kChannel, 1, Encode(ChannelGreeting{}))},

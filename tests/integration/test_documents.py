@@ -25,7 +25,7 @@ import pytest
 from packaging.requirements import Requirement
 from support.cpp import ROOT, tool
 
-from vllm_datadist_connector import plugin
+from vllm_datadist_connector import plugin, role
 
 TIMEOUT_S = 900
 DOCUMENTS = sorted(
@@ -128,6 +128,15 @@ def check_cmake(arguments: list[str], folder: Path) -> None:
         assert any(test in path.read_text() for path in (folder / "tests").glob("*.cc")), test
 
 
+def check_role(arguments: list[str], folder: Path) -> None:
+    """Whoever it names is not here; alone it is the command's name."""
+    del folder
+    parser = argparse.ArgumentParser()
+    role.add_arguments(parser)
+    if arguments != ["role"]:
+        parser.parse_args(arguments[1:])
+
+
 RUN = {
     "cmake": "*build/examples*",
     "g++": "*",
@@ -135,7 +144,7 @@ RUN = {
     "cat": "*",
     "pkg-config": "*",
     "python": "-m\\ vllm_datadist_connector.*",
-    "vllm-datadist": "*",
+    "vllm-datadist": "!(role*)",
 }
 CHECKED: dict[str, Callable[[list[str], Path], None]] = {
     "apt-get": check_apt,
@@ -146,6 +155,7 @@ CHECKED: dict[str, Callable[[list[str], Path], None]] = {
     "python": check_script,
     "python3": check_script,
     "vllm": check_vllm,
+    "vllm-datadist": check_role,
     "vllm-router": check_router,
 }
 COMMAND = re.compile(rf"(?:{'|'.join(re.escape(name) for name in sorted({*RUN, *CHECKED}))}) ")
@@ -267,7 +277,7 @@ def test_flags_in_prose() -> None:
     """A flag that stands alone between backticks is one of the programs that the documents are about."""
     programs = [
         *((sys.executable, f"tools/{name}.py") for name in ("demo", "test")),
-        *((tool("vllm-datadist"), name) for name in ("doctor", "selftest")),
+        *((tool("vllm-datadist"), name) for name in ("doctor", "role", "selftest")),
         (tool("vllm-router"),),
     ]
     texts = "".join(help_of(*program) for program in programs)
@@ -290,6 +300,7 @@ def test_flags_in_prose() -> None:
         "vllm serve MODEL --no-such-flag",
         'vllm serve MODEL --kv-transfer-config "$(cat configs/no-such-file.json)"',
         "vllm-router --no-such-flag",
+        "vllm-datadist role no-such-role 10.0.0.7:5600",
         "curl http://127.0.0.1:9/v1/completions",
         "cd native && cmake --workflow --preset no-such-preset",
         "python -m vllm_datadist_connector.llm_datadist no_such_script.py & true",

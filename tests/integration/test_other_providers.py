@@ -21,6 +21,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.connector import DataDistConnector
+from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.metadata import StepMetadata
 from vllm_datadist_connector.protocol.params import parse_remote_prefill
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
@@ -167,8 +168,7 @@ def make_worker(drafts_late: bool) -> ConnectorWorker:
         RankPlace(0, 0, 1, 1, 0),
         {},
         (16,),
-        is_producer=True,
-        is_consumer=False,
+        duties=Duties(gives=True, takes=False),
         drafts_late=drafts_late,
     )
 

@@ -13,6 +13,7 @@ import torch
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import parse_config
+from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.worker.caches import DEVICE, HOST, RegisteredCaches
 from vllm_datadist_connector.worker.kv_layout import describe_caches
@@ -25,6 +26,7 @@ from .ascend_layouts import NUM_BLOCKS, Memory
 from .endpoints import LOOPBACK, MIX, check
 from .pd import make_geometry
 
+GIVES = Duties(gives=True, takes=False)
 HARDWARE = Terms(own_views_only=True, min_run_bytes=4096)
 
 
@@ -45,11 +47,7 @@ class Side:
         self.datadist = _native.LlmDataDist(cluster_id, MIX, provider)
         can = self.datadist.capabilities
         config = adapt_config(parse_config({}), (), can, {})
-        check(
-            self.datadist.initialize(
-                make_options(config, can, is_producer=True, is_consumer=False, index=0, device=0, environ={})
-            )
-        )
+        check(self.datadist.initialize(make_options(config, can, GIVES, 0, 0, environ={})))
         check(self.datadist.enter_thread())
         specs = describe_caches(self.memory.tensors, self.memory.layers(), NUM_BLOCKS)
         frozen = cast("_native.LlmDataDist", _Frozen(self.datadist))

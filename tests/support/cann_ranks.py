@@ -15,6 +15,7 @@ import torch
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import parse_config
+from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.metadata import PullJob, StepMetadata
 from vllm_datadist_connector.protocol.handshake import decode_geometry
 from vllm_datadist_connector.protocol.params import parse_remote_prefill
@@ -112,8 +113,7 @@ def start_rank(caches: KVCaches, is_producer: bool, **extra: Any) -> ConnectorWo
         RankPlace(0, 0, 1, 1, 0),
         dict.fromkeys(caches, TokenKV(0, TOKENS, one, one)),
         (TOKENS,),
-        is_producer=is_producer,
-        is_consumer=not is_producer,
+        duties=Duties(gives=is_producer, takes=not is_producer),
     )
     worker.register_kv_caches(caches, NUM_BLOCKS)
     return worker

@@ -24,6 +24,7 @@ def vllm_config(role: str) -> Any:
     return SimpleNamespace(
         kv_transfer_config=SimpleNamespace(
             engine_id=f"engine-{role}",
+            kv_role=role,
             is_kv_producer=role in ("kv_producer", "kv_both"),
             is_kv_consumer=role in ("kv_consumer", "kv_both"),
             kv_connector_extra_config={},

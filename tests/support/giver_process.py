@@ -18,12 +18,12 @@ from vllm.v1.request import Request, RequestStatus
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.metadata import Home
 from vllm_datadist_connector.metrics import WorkerMeter
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 from vllm_datadist_connector.worker.device import HostDevice
 from vllm_datadist_connector.worker.driver import RankDriver
 from vllm_datadist_connector.worker.giving import Giving
-from vllm_datadist_connector.worker.watcher import Home
 
 from . import pd
 from .kv_ranks import LAYERS, PROMPT_ROLE, Place, RankEngine, make_kv

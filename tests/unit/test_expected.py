@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 from support.d_requests import LOCAL, PROMPT, REMOTE, make_consumer, noted
-from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TO_P, TOKEN, finish, make_request, wait_until
+from support.pd import BLOCK_SIZE, LOOPBACK, TO_P, TOKEN, finish, make_request, wait_until
 from support.steps import first_step
 from vllm.v1.request import Request
 
@@ -37,9 +37,9 @@ def unused_port() -> int:
 
 
 class D:
-    def __init__(self, wait_s: float, ourselves: tuple[Endpoint, str] | None) -> None:
+    def __init__(self, wait_s: float) -> None:
         self.meter = SchedulerMeter("engine-d")
-        self.scheduler = make_consumer(ourselves, self.meter, wait_s)
+        self.scheduler = make_consumer(self.meter, wait_s)
 
     def matched(self, request: Request) -> int:
         """What vLLM is told in the end."""
@@ -59,8 +59,8 @@ class D:
 
 @pytest.fixture
 def make_d(resources: ExitStack) -> Callable[..., D]:
-    def make(wait_s: float = LONG_S, ourselves: tuple[Endpoint, str] | None = None) -> D:
-        d = D(wait_s, ourselves)
+    def make(wait_s: float = LONG_S) -> D:
+        d = D(wait_s)
         resources.callback(d.scheduler.close)
         return d
 
@@ -122,9 +122,9 @@ def test_a_finished_prefill_is_pulled_as_ever(producer: ProducerScheduler, d: D)
 
 def test_an_instance_that_is_both_waits_for_the_end(producer: ProducerScheduler, make_d: Callable[..., D]) -> None:
     """Its blocks are what some P waits for: held for a prefill that waits for blocks, they could wait for ever."""
-    d = make_d(ourselves=(Endpoint(LOOPBACK, 1), OTHER_TOKEN))
+    d = make_d()
     request, of_p = to_d(producer.endpoint), to_p(producer)
-    d.scheduler.on_new_request(request)
+    d.scheduler.on_new_request(request, gives=True)
     begin(producer)
     wait_until(lambda: d.scheduler._expected._requests["d"].known_until > 0, "the first question")
     assert [d.scheduler.matched_tokens(request, 0) for _ in range(50)] == [None] * 50

@@ -10,6 +10,7 @@ from support.engine_config import FULL, group_of, vllm_config
 from support.pd import TO_P, make_params, make_request
 
 from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.labels import Reason
 from vllm_datadist_connector.metrics import SchedulerMeter
 from vllm_datadist_connector.protocol.params import Unusable
@@ -45,7 +46,7 @@ P, D, BOTH = (True, False), (False, True), (True, True)
 )
 def test_arrivals(params: Any, sides: tuple[bool, bool], reason: str | None) -> None:
     local = LocalPrefills(meter := SchedulerMeter("engine"))
-    local.note_arrival("r", params, *sides)
+    local.note_arrival("r", params, Duties(*sides))
     assert noted(meter) == ({reason: 1} if reason else {})
     assert noted(meter) == {}
 

@@ -12,9 +12,11 @@ from support.providers import ENGINE, HARDWARE
 
 from vllm_datadist_connector import _native, compat
 from vllm_datadist_connector.config import ConfigError, ConnectorConfig, parse_config
+from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.worker import build
 from vllm_datadist_connector.worker.options import adapt_config, choose_provider, hardware_timeout_s, make_options
 
+P, D = Duties(gives=True, takes=False), Duties(gives=False, takes=True)
 HOST = {"host": "10.0.0.5", "insecure": True}
 
 
@@ -36,6 +38,7 @@ def test_our_engine_changes_nothing() -> None:
 @pytest.mark.parametrize(
     ("extra", "told"),
     [
+        ({"role_switch": True}, "role_switch: a role changes when there are no links, and this provider does not tell"),
         ({"transport": "cma"}, "transport: 'cma' is an option of our engine, and not this provider's; allowed: 'auto'"),
         ({"transfer_threads": 3}, "transfer_threads: 3 is"),
         ({"tcp_streams": 3}, "tcp_streams: 3 is"),
@@ -102,38 +105,32 @@ def test_a_variable_that_hccl_would_not_take_is_named(name: str, value: str) -> 
 
 
 def test_options_of_our_engine() -> None:
-    options = make_options(parse_config({}), ENGINE, is_producer=True, is_consumer=False, index=3, device=0)
+    options = make_options(parse_config({}), ENGINE, P, index=3, device=0)
     assert options["llm.ListenIpInfo"] == "127.0.0.1:0"
     assert options["datadist.PeerAccess"] == "read"
-    options = make_options(
-        parse_config({"engine_port": 9000}), ENGINE, is_producer=False, is_consumer=True, index=3, device=0
-    )
+    options = make_options(parse_config({"engine_port": 9000}), ENGINE, D, index=3, device=0)
     assert "llm.ListenIpInfo" not in options
     assert options["datadist.PeerAccess"] == "granted"
-    options = make_options(parse_config({}), ENGINE, is_producer=True, is_consumer=True, index=3, device=0)
-    assert options["datadist.PeerAccess"] == "read_granted"
+    both = make_options(parse_config({}), ENGINE, Duties(gives=True, takes=True), index=3, device=0)
+    assert both["datadist.PeerAccess"] == "read_granted"
 
 
 def test_options_of_another_library_are_llm_datadists_only() -> None:
     config = adapt(HOST | {"engine_port": 9000, "pull_timeout_s": 12})
-    assert make_options(config, HARDWARE, is_producer=True, is_consumer=False, index=3, device=5, environ={}) == {
+    assert make_options(config, HARDWARE, P, index=3, device=5, environ={}) == {
         "llm.DeviceId": "5",
         "llm.SyncKvCacheWaitTime": "12000",
         "llm.ListenIpInfo": "10.0.0.5:9003",
     }
-    assert "llm.ListenIpInfo" not in make_options(
-        config, HARDWARE, is_producer=False, is_consumer=True, index=3, device=5, environ={}
-    )
+    assert "llm.ListenIpInfo" not in make_options(config, HARDWARE, D, index=3, device=5, environ={})
 
 
 def test_a_side_that_only_pulls_listens_where_links_read_one_way() -> None:
     both = HARDWARE._replace(both_listen=True)
     config = adapt(HOST)
-    assert make_options(config, both, is_producer=False, is_consumer=True, index=0, device=0, environ={})[
-        "llm.ListenIpInfo"
-    ]
+    assert make_options(config, both, D, index=0, device=0, environ={})["llm.ListenIpInfo"]
     hixl = adapt(HOST | {"local_comm_res": '{"version":"1.3"}'})
-    options = make_options(hixl, HARDWARE, is_producer=False, is_consumer=True, index=0, device=0, environ={})
+    options = make_options(hixl, HARDWARE, D, index=0, device=0, environ={})
     assert options == {
         "llm.DeviceId": "0",
         "llm.SyncKvCacheWaitTime": "33064",
@@ -149,6 +146,7 @@ def test_a_side_that_only_pulls_listens_where_links_read_one_way() -> None:
 def vllm_config(extra: dict[str, Any], role: str = "kv_both", **model: Any) -> Any:
     return SimpleNamespace(
         kv_transfer_config=SimpleNamespace(
+            kv_role=role,
             is_kv_producer=role != "kv_consumer",
             is_kv_consumer=role != "kv_producer",
             kv_connector_extra_config=extra,

@@ -13,6 +13,7 @@ from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 from vllm_datadist_connector import _native, compat
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.connector import DataDistConnector
+from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.metadata import PullJob, StepMetadata
 from vllm_datadist_connector.protocol.params import parse_remote_prefill
 from vllm_datadist_connector.worker import build
@@ -47,8 +48,7 @@ def connector(driver: Driver, monkeypatch: pytest.MonkeyPatch) -> Any:
         RankPlace(0, 0, 1, 1, 0),
         {},
         (16,),
-        is_producer=True,
-        is_consumer=True,
+        duties=Duties(gives=True, takes=True),
     )
     worker._driver = driver
     monkeypatch.setattr(build, "build_worker", lambda *_: worker)

@@ -25,6 +25,7 @@ from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
+from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.metadata import NOTHING, StepMetadata
 from vllm_datadist_connector.protocol.digest import prompt_digest
@@ -41,6 +42,8 @@ HELD = len(FIRST_TURN) + len(ANSWER) - 1
 NEXT_TURN = [*FIRST_TURN, *ANSWER, *range(900, 950)]
 BLOCKS = (11, 4, 9, 2)
 TABLE = [50, 51, 52, 53, 54, 55, 56, 57]
+
+GIVES = Duties(gives=True, takes=False)
 
 MakeConsumer = Callable[[int | None], ConsumerScheduler]
 MakeScheduler = Callable[..., ConnectorScheduler]
@@ -361,7 +364,7 @@ class TestStatistics:
     def test_a_worker_hands_on_that_there_are_some(self) -> None:
         place = RankPlace(tp_rank=0, pp_rank=0, tp_size=1, pp_size=1, index=0)
         worker = ConnectorWorker(
-            ConnectorConfig(), _native.LlmDataDist(1, 1), make_contract(), place, {}, (BLOCK_SIZE,), True, False
+            ConnectorConfig(), _native.LlmDataDist(1, 1), make_contract(), place, {}, (BLOCK_SIZE,), GIVES
         )
         try:
             for has_stats in (True, False):

@@ -14,6 +14,7 @@ from support.providers import HARDWARE as NPU
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import parse_config
+from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.protocol.handshake import RankGeometry, decode_geometry
 from vllm_datadist_connector.worker.caches import EngineError, RegisteredCaches
 from vllm_datadist_connector.worker.kv_layout import LayoutError, describe_caches
@@ -61,8 +62,7 @@ def start(capabilities: _native.Capabilities, model: str = "sparse C8 index", **
         RankPlace(1, 0, 2, 1, 1),
         memory.layers(),
         memory.block_sizes,
-        is_producer=True,
-        is_consumer=False,
+        duties=Duties(gives=True, takes=False),
     )
     try:
         worker.register_kv_caches(memory.tensors, NUM_BLOCKS)

@@ -8,8 +8,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import msgspec.structs
+
 from vllm_datadist_connector.config import ConfigError, ConnectorConfig, parse_config
 from vllm_datadist_connector.doctor.finding import Finding
+from vllm_datadist_connector.duties import Duties, duties_of
 from vllm_datadist_connector.plugin import NAME
 from vllm_datadist_connector.side_channel.endpoint import Trust
 
@@ -85,8 +88,13 @@ class Deployment:
         return Trust(self.config.auth, self.config.insecure)
 
     @property
+    def duties(self) -> Duties:
+        """All where the role is not known."""
+        return duties_of(self.role or "kv_both", self.config)
+
+    @property
     def pulls(self) -> bool:
-        return self.role in ("", "kv_consumer", "kv_both") or self.config.bidirectional
+        return self.duties.takes
 
 
 def understand(config: str | None, serve: Serve) -> tuple[Deployment, Finding]:
@@ -112,6 +120,12 @@ def understand(config: str | None, serve: Serve) -> tuple[Deployment, Finding]:
     if role not in ROLES:
         found = f"kv_role: {role!r}, allowed: {', '.join(ROLES)}"
         return Deployment(serve, parsed, "", True, given), Finding(name, "wrong", found, "give one of them")
+    try:
+        duties_of(role, parsed)
+    except ConfigError as error:
+        parsed = msgspec.structs.replace(parsed, role_switch=False)
+        do = "correct it: vLLM would not start"
+        return Deployment(serve, parsed, role, True, given), Finding(name, "wrong", str(error), do)
     return Deployment(serve, parsed, role, True, given), Finding(name, "ok", f"{role}, host {parsed.host}")
 
 

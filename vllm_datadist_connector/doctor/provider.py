@@ -69,7 +69,7 @@ def adapt(deployment: Deployment, probed: Probed, environ: Mapping[str, str]) ->
     name = "options of the provider"
     try:
         told: Any = probed.capabilities
-        is_both = deployment.role == "kv_both" or deployment.config.bidirectional
+        is_both = bool(deployment.role) and deployment.duties.both
         config = adapt_config(deployment.config, deployment.given, Capabilities(**told), environ, is_both)
     except ConfigError as error:
         return deployment, [Finding(name, "wrong", str(error), "correct it: vLLM would not start")]

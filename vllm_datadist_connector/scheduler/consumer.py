@@ -108,23 +108,25 @@ class ConsumerScheduler:
         self._meter = meter if meter is not None else SchedulerMeter("")
         self._local = local if local is not None else LocalPrefills(self._meter)
         self._keeper = open_keeper(trust, answer_timeout_s)
-        # Blocks that wait for a prefill elsewhere while a prefill here waits for blocks: of instances that are both,
-        # such waits can close to a circle, and vLLM preempts no request that waits for its KV cache.
-        self._expected = Expectations(trust, handoff_wait_s, answer_timeout_s, until_sealed=ourselves is not None)
+        self._expected = Expectations(trust, handoff_wait_s, answer_timeout_s)
         self._requests: dict[str, _Tracked] = {}
         self._pulls: list[PullJob] = []
         self._cancels: list[str] = []
         self._digests = PromptDigests()
         self._pulling = 0
 
-    def on_new_request(self, request: Request) -> None:
+    def on_new_request(self, request: Request, gives: bool = False) -> None:
+        """
+        Args:
+            gives: we prefill for others as well.
+        """
         params = request.kv_transfer_params
         earlier_turn = self._recompute_threshold is not None and names_earlier_turn(params)
         if not (wants_remote_prefill(params) or earlier_turn) or self._is_known(request.request_id):
             return
         try:
             if names_handoff(params) and not earlier_turn:
-                self._expect(request)
+                self._expect(request, gives)
             else:
                 self._admit(request, parse_remote_prefill(params if params is not None else {}), earlier_turn)
         except ParamsError as error:
@@ -133,10 +135,12 @@ class ConsumerScheduler:
     def _is_known(self, request_id: str) -> bool:
         return request_id in self._requests or request_id in self._expected
 
-    def _expect(self, request: Request) -> None:
+    def _expect(self, request: Request, gives: bool) -> None:
         expected = parse_expected(request.kv_transfer_params or {})
         self._check_host(expected.remote_host)
-        if not self._expected.expect(request.request_id, expected):
+        # Blocks that wait for a prefill elsewhere while a prefill here waits for blocks: of instances that are both,
+        # such waits can close to a circle, and vLLM preempts no request that waits for its KV cache.
+        if not self._expected.expect(request.request_id, expected, until_sealed=gives):
             self._local.note(request.request_id, Reason.TOO_MANY, "as many prefills are waited for as can be")
 
     def _admit(self, request: Request, remote: RemotePrefill, earlier_turn: bool = False) -> None:
@@ -191,6 +195,20 @@ class ConsumerScheduler:
         """Requests that have not begun to pull blocks which we hold for them ourselves, the newest first."""
         requests = reversed(self._requests.items())
         return [name for name, each in requests if each.from_ourselves and each.state is _State.NEW]
+
+    def taken(self) -> int:
+        """Requests whose KV is pulled here, or will be."""
+        return len(self._requests) + len(self._expected)
+
+    def prefill_here(self, request_id: str, why: tuple[Reason, str]) -> None:
+        """One that has not begun to pull does not begin."""
+        if request_id in self._expected:
+            self._expected.give_up(request_id)
+            self._local.note(request_id, *why)
+            return
+        tracked = self._requests.get(request_id)
+        if tracked is not None and tracked.state is _State.NEW and tracked.refusal is None:
+            tracked.loadable_tokens, tracked.refusal = 0, why
 
     def token_of(self, request_id: str) -> str:
         return self._requests[request_id].remote.ticket.token

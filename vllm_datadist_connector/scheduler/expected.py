@@ -24,6 +24,7 @@ PATIENCE_S = 5.0
 @dataclass(slots=True)
 class _Waiting:
     expected: Expected
+    until_sealed: bool
     known_until: float
     """When P must have heard of it."""
     question: int = 0
@@ -34,16 +35,14 @@ class _Waiting:
 class Expectations:
     """Belongs to the scheduler thread; asks, and never waits for an answer."""
 
-    def __init__(self, trust: Trust, wait_s: float, answer_timeout_s: float, until_sealed: bool) -> None:
+    def __init__(self, trust: Trust, wait_s: float, answer_timeout_s: float) -> None:
         """
         Args:
             wait_s: a P that has not heard of a hand-off for so long will not.
-            until_sealed: a prefill counts only once it is done.
         """
         self._trust = trust
         self._wait_s = wait_s
         self._answer_timeout_s = answer_timeout_s
-        self._begun = ("sealed",) if until_sealed else ("begun", "sealed")
         self._client: ChannelClient | None = None
         self._requests: dict[str, _Waiting] = {}
         self._questions: dict[int, str] = {}
@@ -51,11 +50,18 @@ class Expectations:
     def __contains__(self, request_id: str) -> bool:
         return request_id in self._requests
 
-    def expect(self, request_id: str, expected: Expected) -> bool:
-        """False: there are too many."""
+    def __len__(self) -> int:
+        return len(self._requests)
+
+    def expect(self, request_id: str, expected: Expected, until_sealed: bool) -> bool:
+        """False: there are too many.
+
+        Args:
+            until_sealed: the prefill counts only once it is done.
+        """
         if len(self._requests) >= MAX_WAITING:
             return False
-        waiting = self._requests[request_id] = _Waiting(expected, time.monotonic() + self._wait_s)
+        waiting = self._requests[request_id] = _Waiting(expected, until_sealed, time.monotonic() + self._wait_s)
         self._ask(request_id, waiting)
         return True
 
@@ -105,7 +111,7 @@ class Expectations:
                 self._ask(request_id, waiting)
             else:
                 waiting.answer = f"{waiting.expected}: {answer.error or 'refused'}"
-        elif news.state in self._begun and news.blob is not None:
+        elif news.blob is not None and (news.state == "sealed" or (news.state == "begun" and not waiting.until_sealed)):
             expected = waiting.expected
             try:
                 waiting.answer = decode_prefill(news.blob, expected.remote_host, expected.remote_port)

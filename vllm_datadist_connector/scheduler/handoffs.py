@@ -61,6 +61,11 @@ class Handoffs:
         """Those whose tables D does not know, or not all of them."""
         self._sealed: dict[str, str] = {}
 
+    @property
+    def key(self) -> str:
+        """Which only our own ranks have."""
+        return self._table.key
+
     def promise(self, request: Request, token: str, num_tokens: int) -> bool:
         """False: another request has that name already, or there are too many; it is one without a hand-off."""
         if not self._table.promise(token, request.request_id):

@@ -11,6 +11,7 @@ from collections import Counter
 from collections.abc import Callable
 from typing import Final
 
+from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.labels import Reason
 from vllm_datadist_connector.log_filter import OthersWords
 from vllm_datadist_connector.metrics import SchedulerMeter
@@ -38,6 +39,7 @@ REASON_OF: Final = {
 _ADVICE: Final = {
     Reason.NO_PARAMS: "let the router ask a prefill instance first (vllm-router: --vllm-pd-disaggregation)",
     Reason.ROLE: "compare the router's lists of instances with their kv_role",
+    Reason.SWITCHED: "tell the router what `vllm-datadist role` has made of this instance",
     Reason.FLAG: "a router must send true or false",
     Reason.PARAMS: "a router must hand on all that P has returned, and nothing else",
     Reason.VERSION: "install one release of vllm-datadist-connector on both ends",
@@ -73,12 +75,12 @@ class LocalPrefills:
         self._unsaid[reason] = 0
         self._next_line[reason] = now + LINE_INTERVAL_S
 
-    def note_arrival(self, request_id: str, params: object, prefills: bool, decodes: bool) -> None:
+    def note_arrival(self, request_id: str, params: object, duties: Duties, role: str = "") -> None:
         """Notes a request that asks for nothing that this instance does for others.
 
         Args:
-            prefills: the instance may be a request's P.
-            decodes: it may be a request's D.
+            duties: what it does now.
+            role: where it was switched to it, or is being switched from it.
         """
         if params is not None and not isinstance(params, dict):
             self.note(request_id, Reason.PARAMS, "kv_transfer_params are no object")
@@ -90,10 +92,16 @@ class LocalPrefills:
                 self.note(request_id, Reason.FLAG, f"{flag} is {value!r:.40}")
                 return
         if wants_remote_prefill(params):
-            if not decodes:
-                self.note(request_id, Reason.ROLE, "it asks for a D, and kv_role is kv_producer")
+            if not duties.takes:
+                self._note_role(request_id, "a D", "kv_producer", role)
         elif wants_remote_decode(params):
-            if not prefills:
-                self.note(request_id, Reason.ROLE, "it asks for a P, and kv_role is kv_consumer")
-        elif not (prefills and decodes):
+            if not duties.gives:
+                self._note_role(request_id, "a P", "kv_consumer", role)
+        elif not duties.both and role != "both":
             self.note(request_id, Reason.NO_PARAMS, "it has no kv_transfer_params with a flag")
+
+    def _note_role(self, request_id: str, asked_for: str, kv_role: str, role: str) -> None:
+        if role:
+            self.note(request_id, Reason.SWITCHED, f"it asks for {asked_for}, and this instance is, or was, {role}")
+        else:
+            self.note(request_id, Reason.ROLE, f"it asks for {asked_for}, and kv_role is {kv_role}")

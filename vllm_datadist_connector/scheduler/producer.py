@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector.log_filter import OthersWords
-from vllm_datadist_connector.metadata import GivingStep
+from vllm_datadist_connector.metadata import GivingStep, Home
 from vllm_datadist_connector.metrics import SchedulerMeter
 from vllm_datadist_connector.protocol.params import (
     BlockIds,
@@ -27,7 +27,7 @@ from vllm_datadist_connector.scheduler.handoffs import Handoffs
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity, adapter_of, is_token_prompt
 from vllm_datadist_connector.scheduler.leases import Leases
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
-from vllm_datadist_connector.side_channel.server import HandoffTable, LeaseTable, serve
+from vllm_datadist_connector.side_channel.server import HandoffTable, LeaseTable, RoleSwitch, serve
 
 if TYPE_CHECKING:
     from vllm.v1.core.sched.output import SchedulerOutput
@@ -60,12 +60,14 @@ class ProducerScheduler:
         group_ids: Sequence[int] | None = None,
         lease_s: float = 30.0,
         meter: SchedulerMeter | None = None,
+        switches_roles: bool = False,
     ) -> None:
         """
         Args:
             group_ids: which of vLLM's KV cache groups those of the identity are; None: all, in their order.
             lease_s: of hand-offs.
             meter: is told what becomes of leases.
+            switches_roles: an operator may tell the side channel to do less, or all again.
         """
         self._identity = identity
         self._forgets = any(group.forgets for group in identity.groups)
@@ -86,15 +88,22 @@ class ProducerScheduler:
         handoffs = HandoffTable()
         group_ids = range(len(identity.groups)) if group_ids is None else group_ids
         self._handoffs = Handoffs(handoffs, identity.groups, group_ids, self._describe)
-        self._server = serve(endpoint, identity.engine_id, identity.incarnation, self._leases.table, trust, handoffs)
+        self.roles = RoleSwitch(self._leases.table, handoffs) if switches_roles else None
+        self._server = serve(
+            endpoint, identity.engine_id, identity.incarnation, self._leases.table, trust, handoffs, self.roles
+        )
         self.endpoint = Endpoint(endpoint.host, self._server.port)
 
     def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
         """Geometry of every worker rank by (pp rank, tp rank), each a RankGeometry in msgpack."""
         self._server.set_geometries(geometries)
 
-    def on_new_request(self, request: Request) -> None:
-        """One whose blocks we may have to hold."""
+    def on_new_request(self, request: Request, gives: bool = True) -> None:
+        """One whose blocks we may have to hold.
+
+        Args:
+            gives: whether we give any now.
+        """
         self._digests.begin(request, request.num_prompt_tokens)
         params = request.kv_transfer_params
         # A D's request names the hand-off that it takes, also where its blocks are kept for the next turn.
@@ -107,15 +116,27 @@ class ProducerScheduler:
             return
         if not self._handoffs.promise(request, token, request.num_prompt_tokens):
             logger.warning("request %s: hand-off %s is another request's already", request.request_id, token)
+        elif not gives:
+            # Its D would wait for a hand-off that P has not heard of.
+            self._handoffs.end(request.request_id, "P gives no KV in the role that it has now")
         elif not is_token_prompt(request):
             self._handoffs.end(request.request_id, "a prompt of embeddings cannot be compared with P's")
+
+    @property
+    def home(self) -> Home:
+        return Home(self.endpoint, self._handoffs.key)
 
     def step(self, output: SchedulerOutput) -> GivingStep | None:
         """What our ranks are to report progress of."""
         return self._handoffs.step(output, self.endpoint)
 
     def request_finished(
-        self, request: Request, tables: Sequence[Sequence[int]], lease_s: float, for_next_turn: bool = False
+        self,
+        request: Request,
+        tables: Sequence[Sequence[int]],
+        lease_s: float,
+        for_next_turn: bool = False,
+        gives: bool = True,
     ) -> tuple[bool, dict[str, Any]]:
         """Whether vLLM shall keep the blocks, and the params for the router.
 
@@ -123,12 +144,14 @@ class ProducerScheduler:
             tables: the request's block table of every KV cache group.
             for_next_turn: the request was decoded here, and the blocks are kept for whoever prefills the conversation's
                 next prompt; otherwise it was prefilled here for a D.
+            gives: whether we give any blocks now; those of a hand-off were promised before.
         """
         num_tokens = self._held_tokens(request, for_next_turn)
         groups = self._identity.groups
         held = tuple([group.holding(table, num_tokens) for group, table in zip(groups, tables, strict=True)])
         ticket = None
-        if num_tokens and any(any(group) for group in held):
+        gives = gives or bool(self._handoffs.token_of(request.request_id))
+        if gives and num_tokens and any(any(group) for group in held):
             ticket = self._grant(request, held, num_tokens, lease_s, for_next_turn)
         else:
             self._handoffs.end(request.request_id, f"P holds nothing of its request, which ended {request.status.name}")

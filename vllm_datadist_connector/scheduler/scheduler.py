@@ -8,7 +8,9 @@ from typing import TYPE_CHECKING, Any
 
 from vllm_datadist_connector import compat
 from vllm_datadist_connector.config import ConfigError, ConnectorConfig
+from vllm_datadist_connector.duties import Duties, duties_of
 from vllm_datadist_connector.kv_groups import describe_groups
+from vllm_datadist_connector.labels import Reason
 from vllm_datadist_connector.metadata import NOTHING, StepMetadata
 from vllm_datadist_connector.metrics import DataDistStats, SchedulerMeter
 from vllm_datadist_connector.protocol.params import wants_remote_decode, was_remote_prefill
@@ -70,14 +72,23 @@ class ConnectorScheduler:
             logger.warning("insecure: whoever can connect to %s is a peer, and may read what peers may", config.host)
         self._producer: ProducerScheduler | None = None
         self._consumer: ConsumerScheduler | None = None
-        if transfer.is_kv_producer or config.bidirectional:
+        self._duties = duties_of(transfer.kv_role, config)
+        if self._duties.gives:
             port = config.side_channel_port
             port += compat.data_parallel_index(parallel) if port else 0
             endpoint = Endpoint(config.host, port)
             self._producer = ProducerScheduler(
-                identity, endpoint, config.lease_limit_s, trust, config.claim_s, group_ids, config.lease_s, self._meter
+                identity,
+                endpoint,
+                config.lease_limit_s,
+                trust,
+                config.claim_s,
+                group_ids,
+                config.lease_s,
+                self._meter,
+                config.role_switch,
             )
-        if transfer.is_kv_consumer or config.bidirectional:
+        if self._duties.takes:
             self._consumer = ConsumerScheduler(
                 identity.groups,
                 config.allows_peer,
@@ -93,6 +104,9 @@ class ConnectorScheduler:
                 self._meter,
             )
         self._relief = Relief(self._producer, self._consumer) if self._producer is not None else None
+        self._roles = self._producer.roles if self._producer is not None else None
+        self._home = self._producer.home if self._producer is not None and self._roles is not None else None
+        """Until the ranks have been told."""
 
     def set_geometries(self, geometries: dict[tuple[int, int], bytes]) -> None:
         if self._producer is not None:
@@ -100,7 +114,8 @@ class ConnectorScheduler:
 
     def on_new_request(self, request: Request) -> None:
         params, producer, consumer = request.kv_transfer_params, self._producer, self._consumer
-        self._local.note_arrival(request.request_id, params, producer is not None, consumer is not None)
+        duties, role = self._present_duties()
+        self._local.note_arrival(request.request_id, params, duties, role)
         if self._relief is not None:
             self._relief.arrived(request.request_id)
         if producer is not None:
@@ -108,11 +123,24 @@ class ConnectorScheduler:
             if is_prefill and self._prompt_tail:
                 compat.drop_prompt_tail(request, self._prompt_tail)
             if is_prefill or (self._bidirectional and was_remote_prefill(params)):
-                producer.on_new_request(request)
-        if consumer is not None:
-            consumer.on_new_request(request)
+                producer.on_new_request(request, duties.gives)
+        if consumer is not None and duties.takes:
+            consumer.on_new_request(request, duties.gives)
+            self._tell_taken()
+
+    def _present_duties(self) -> tuple[Duties, str]:
+        """And the role by which an operator knows them; empty where it does not change."""
+        roles = self._roles
+        return (self._duties, "") if roles is None else (Duties(roles.gives, roles.takes), roles.role)
+
+    def _tell_taken(self) -> None:
+        """Before the role changes, what was taken is pulled."""
+        if self._roles is not None and self._consumer is not None:
+            self._roles.set_taken(self._consumer.taken())
 
     def matched_tokens(self, request: Request, num_computed_tokens: int) -> int | None:
+        if self._roles is not None and self._consumer is not None and not self._roles.may_pull:
+            self._consumer.prefill_here(request.request_id, (Reason.SWITCHED, "the role changes before its pull began"))
         count = self._consumer.matched_tokens(request, num_computed_tokens) if self._consumer is not None else 0
         if self._relief is not None and count is not None:
             self._relief.asked(request.request_id)
@@ -129,10 +157,12 @@ class ConnectorScheduler:
             self._relief.ended(request.request_id)
         if self._consumer is not None:
             self._consumer.request_finished(request.request_id)
+            self._tell_taken()
         if self._producer is None:
             return False, None
         if wants_remote_decode(request.kv_transfer_params):
-            return self._producer.request_finished(request, tables, self._lease_s)
+            gives = self._present_duties()[0].gives
+            return self._producer.request_finished(request, tables, self._lease_s, gives=gives)
         if self._bidirectional and was_remote_prefill(request.kv_transfer_params):
             return self._producer.request_finished(request, tables, self._decoder_lease_s, for_next_turn=True)
         return False, None
@@ -146,6 +176,7 @@ class ConnectorScheduler:
         """Every worker rank has told vLLM so."""
         if received and self._consumer is not None:
             self._consumer.received(received)
+            self._tell_taken()
         if sent and self._producer is not None:
             self._producer.sent(len(sent))
 
@@ -160,10 +191,12 @@ class ConnectorScheduler:
         ended = self._producer.take_ended() if self._producer is not None else ()
         left = self._producer.take_left_askers() if self._producer is not None else ()
         pulls, cancels = self._consumer.take_jobs() if self._consumer is not None else ((), ())
+        self._tell_taken()
+        home, self._home = self._home, None
         has_stats = self._meter.has_some()
-        if not (pulls or cancels or ended or left or giving or has_stats):
+        if not (pulls or cancels or ended or left or giving or home or has_stats):
             return NOTHING
-        return StepMetadata(pulls, cancels, ended, left, giving, has_stats)
+        return StepMetadata(pulls, cancels, ended, left, giving, home, has_stats)
 
     def take_stats(self) -> DataDistStats | None:
         if self._producer is not None:

@@ -16,6 +16,7 @@ from vllm_datadist_connector._native import (
     Released,
     Renewed,
     Reported,
+    Switched,
     Watched,
 )
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
@@ -35,6 +36,7 @@ __all__ = [
     "Released",
     "Renewed",
     "Reported",
+    "Switched",
     "Watched",
     "open_client",
     "open_keeper",

@@ -2,11 +2,19 @@
 
 from __future__ import annotations
 
-from vllm_datadist_connector._native import ChannelServer, EndedLease, HandoffTable, LeaseTable, ManualClock, Refusal
+from vllm_datadist_connector._native import (
+    ChannelServer,
+    EndedLease,
+    HandoffTable,
+    LeaseTable,
+    ManualClock,
+    Refusal,
+    RoleSwitch,
+)
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
-__all__ = ["ChannelServer", "EndedLease", "HandoffTable", "LeaseTable", "ManualClock", "Refusal", "serve"]
+__all__ = ["ChannelServer", "EndedLease", "HandoffTable", "LeaseTable", "ManualClock", "Refusal", "RoleSwitch", "serve"]
 
 
 def serve(
@@ -16,6 +24,7 @@ def serve(
     leases: LeaseTable,
     trust: Trust,
     handoffs: HandoffTable | None = None,
+    roles: RoleSwitch | None = None,
 ) -> ChannelServer:
     """Listens on `endpoint` at once; port 0 lets the system choose.
 
@@ -33,6 +42,7 @@ def serve(
             trust.auth,
             trust.insecure,
             handoffs=handoffs,
+            roles=roles,
         )
     except OSError as error:
         raise OSError(f"side channel: cannot listen on {endpoint}: {error}") from error

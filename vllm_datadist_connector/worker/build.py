@@ -10,6 +10,7 @@ from vllm.distributed.parallel_state import get_pp_group, get_tp_group
 
 from vllm_datadist_connector import _native, compat
 from vllm_datadist_connector.config import ConfigError, ConnectorConfig
+from vllm_datadist_connector.duties import Duties, duties_of
 from vllm_datadist_connector.kv_groups import describe_groups
 from vllm_datadist_connector.protocol.contract import LayoutContract
 from vllm_datadist_connector.worker.kv_spec import describe_layers
@@ -34,16 +35,14 @@ def build_worker(config: ConnectorConfig, vllm_config: VllmConfig, groups: Seque
         if getattr(parallel, name, 1) > 1:
             raise ConfigError(f"{name}: {getattr(parallel, name)}; DataDistConnector supports 1")
     _check_recipe(config, transfer, parallel)
-    is_producer, is_consumer = (
-        is_one or config.bidirectional for is_one in (transfer.is_kv_producer, transfer.is_kv_consumer)
-    )
-    datadist = _open_provider(config, is_producer, is_consumer)
+    duties = duties_of(transfer.kv_role, config)
+    datadist = _open_provider(config, duties)
     if datadist.capabilities.device_memory and getattr(vllm_config.model_config, "enable_sleep_mode", False):
         raise ConfigError(
             "--enable-sleep-mode: a sleeping vLLM gives the KV cache away while peers still read it; leave it out"
         )
     given = transfer.kv_connector_extra_config or ()
-    config = adapt_config(config, given, datadist.capabilities, is_both=is_producer and is_consumer)
+    config = adapt_config(config, given, datadist.capabilities, is_both=duties.both)
     tp_size, pp_size = parallel.tensor_parallel_size, parallel.pipeline_parallel_size
     tp_rank, pp_rank = get_tp_group().rank_in_group, get_pp_group().rank_in_group
     index = (compat.data_parallel_index(parallel) * pp_size + pp_rank) * tp_size + tp_rank
@@ -55,15 +54,14 @@ def build_worker(config: ConnectorConfig, vllm_config: VllmConfig, groups: Seque
         place,
         layers=describe_layers(vllm_config, groups, tp_rank, tp_size),
         block_sizes=tuple(group.block_size for group in describe_groups(groups)),
-        is_producer=is_producer,
-        is_consumer=is_consumer,
+        duties=duties,
         announces_layers=not compat.splits_batches(parallel),
         drafts_late=compat.drafts_late(vllm_config),
     )
 
 
-def _open_provider(config: ConnectorConfig, is_producer: bool, is_consumer: bool) -> _native.LlmDataDist:
-    role = _ROLE_MIX if is_producer and is_consumer else _ROLE_PROMPT if is_producer else _ROLE_DECODER
+def _open_provider(config: ConnectorConfig, duties: Duties) -> _native.LlmDataDist:
+    role = _ROLE_MIX if duties.both else _ROLE_PROMPT if duties.gives else _ROLE_DECODER
     name = choose_provider(config.provider, compat.is_npu())
     try:
         return _native.LlmDataDist(secrets.randbits(62) + 1, role, name)

@@ -21,9 +21,9 @@ from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.labels import Transport
 from vllm_datadist_connector.log_filter import OthersWords
-from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.metadata import Home, PullJob
 from vllm_datadist_connector.protocol.handshake import RankGeometry
-from vllm_datadist_connector.side_channel.client import ChannelAnswer, open_client
+from vllm_datadist_connector.side_channel.client import ChannelAnswer, Watched, open_client
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 from vllm_datadist_connector.wakeup import Wakeup, wait_readable
 from vllm_datadist_connector.worker import endings
@@ -39,8 +39,9 @@ from vllm_datadist_connector.worker.peers import InstanceTable
 from vllm_datadist_connector.worker.pulls import Pulls
 from vllm_datadist_connector.worker.pushes import Pushes
 from vllm_datadist_connector.worker.quarantine import Quarantine
+from vllm_datadist_connector.worker.roles import RoleChange
 from vllm_datadist_connector.worker.transfers import FinishedPulls, Outbox, Transfer, TransferObserver, TransferTable
-from vllm_datadist_connector.worker.watcher import Home
+from vllm_datadist_connector.worker.watcher import Watcher
 
 logger = logging.getLogger(__name__)
 logger.addFilter(OthersWords())
@@ -122,11 +123,22 @@ class RankDriver:
             call_timeout_s=config.pull_timeout_s,
             writes_end_with_call=capabilities.writes_end_with_call,
         )
-        self._pushes = (
-            Pushes(ours, self._queue, self._client, config.pull_timeout_s, config.handshake_timeout_s)
-            if ours.pushes
-            else None
-        )
+        answer_s = config.handshake_timeout_s
+        self._watcher = Watcher(self._client, (ours.pp_rank, ours.tp_rank), answer_s)
+        self._pushes: Pushes | None = None
+        if ours.pushes:
+            self._pushes = Pushes(ours, self._queue, self._client, self._watcher, config.pull_timeout_s, answer_s)
+        self._role: RoleChange | None = None
+        if config.role_switch:
+            self._role = RoleChange(
+                datadist,
+                ours,
+                self._client,
+                self._links,
+                self._under_way,
+                lambda: self._instances.leave_all("the role changes"),
+                answer_s,
+            )
         rehearse(ours)
         self._thread = threading.Thread(target=self._run, name="datadist-driver", daemon=True)
         self._thread.start()
@@ -145,7 +157,7 @@ class RankDriver:
         self._wakeup.set()
 
     def watch(self, home: Home) -> None:
-        """Offers come from there."""
+        """Offers come from there, and orders to change the role."""
         self._inbox.append(home)
         self._wakeup.set()
 
@@ -189,8 +201,8 @@ class RankDriver:
         fds = [self._wakeup.fileno(), self._queue.fileno(), self._client.fileno()]
         fences = time.monotonic() + _FENCE_POLL_S if self._transfers.fenced() else None
         ends = (self._transfers.next_deadline(), self._quarantine.next_wake())
-        pushes = self._pushes.next_wake() if self._pushes is not None else None
-        wakes = (fences, *ends, self._instances.next_wake(), self._offers.next_wake(), pushes)
+        role = self._role.next_wake(time.monotonic()) if self._role is not None else None
+        wakes = (fences, *ends, self._instances.next_wake(), self._offers.next_wake(), self._watcher.next_wake(), role)
         if self._wakeup.fileno() in wait_readable(fds, min((at for at in wakes if at is not None), default=None)):
             self._wakeup.clear()
         self._each(self._take, self._taken_from_inbox())
@@ -205,8 +217,11 @@ class RankDriver:
         now = time.monotonic()
         self._pulls.submit_rest()
         self._pulls.end_stuck(now)
+        self._watcher.try_again(now)
         if self._pushes is not None:
-            self._pushes.round(now)
+            self._pushes.round()
+        if self._role is not None:
+            self._role.round(now)
         self._instances.try_again(now)
         self._instances.drop_unused(now)
         self._linked = self._instances.linked()
@@ -225,8 +240,25 @@ class RankDriver:
             self._pulls.on_completion(completion)
 
     def _on_answer(self, answer: ChannelAnswer) -> None:
-        if self._pushes is None or not self._pushes.on_answer(answer):
+        is_watch, told = self._watcher.take(answer)
+        if told is not None:
+            self._on_told(told)
+        elif is_watch or (self._role is not None and self._role.on_answer(answer)):
+            return
+        elif self._pushes is None or not self._pushes.on_answer(answer):
             self._pulls.on_answer(answer)
+
+    def _on_told(self, told: Watched) -> None:
+        if not told.role and self._pushes is not None:
+            self._pushes.begin(told)
+        elif told.role and self._role is not None and self._watcher.home is not None:
+            self._role.begin(told, self._watcher.home, time.monotonic())
+
+    def _under_way(self) -> str:
+        """What a change of the role waits for."""
+        pushes = len(self._pushes) if self._pushes is not None else 0
+        counts = ((len(self._transfers), "pulls"), (pushes, "pushes"))
+        return " and ".join(f"{count} {what}" for count, what in counts if count)
 
     def _on_withdrawn(self, ended: tuple[Transfer, Followed]) -> None:
         self._pulls.on_withdrawn(*ended)
@@ -238,7 +270,7 @@ class RankDriver:
         if isinstance(item, _Order):
             self._pulls.start(item.job, item.fence)
         elif isinstance(item, Home):
-            if self._pushes is not None:
-                self._pushes.watch(item)
+            if self._pushes is not None or self._role is not None:
+                self._watcher.watch(item)
         else:
             self._pulls.cancel(item)

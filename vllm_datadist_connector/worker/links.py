@@ -109,6 +109,11 @@ class Links:
                 self._unlinkings.begin(self._cluster(geometry), force)
             peer.link = None
 
+    def unlink_cluster(self, cluster_id: int) -> None:
+        """Whoever made the link; the peer is not asked."""
+        if not self._unlinkings.is_pending(cluster_id):
+            self._unlinkings.begin(_native.ClusterInfo(remote_cluster_id=cluster_id), force=True)
+
     def is_linked(self, instance: Instance) -> bool:
         """With every rank that gives us something, as far as can be told."""
         if instance.is_ourselves:

@@ -15,6 +15,7 @@ import msgspec.structs
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConfigError, ConnectorConfig, with_time_limits
+from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.protocol.handshake import MAX_BYTES
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 from vllm_datadist_connector.worker.comm_res import find_comm_res
@@ -75,6 +76,11 @@ def _refuse_what_it_cannot(config: ConnectorConfig, capabilities: _native.Capabi
         raise ConfigError(f"host: {config.host!r} is an IPv6 address; this provider links over IPv4 only")
     if not capabilities.reports_port and not config.engine_port:
         raise ConfigError("engine_port: this provider does not tell which port it has been given; name one")
+    if config.role_switch and not capabilities.reports_links:
+        raise ConfigError(
+            "role_switch: a role changes when there are no links, and this provider does not tell which there are;"
+            " leave it out"
+        )
     if capabilities.engine_options:
         for name in ("local_comm_res", "ascend_local_comm_res_path"):
             if getattr(config, name):
@@ -121,8 +127,7 @@ def _number(environ: Mapping[str, str], name: str, default: int, least: int, mos
 def make_options(
     config: ConnectorConfig,
     capabilities: _native.Capabilities,
-    is_producer: bool,
-    is_consumer: bool,
+    duties: Duties,
     index: int,
     device: int,
     environ: Mapping[str, str] = os.environ,
@@ -140,9 +145,9 @@ def make_options(
         "llm.DeviceId": str(device),
         "llm.SyncKvCacheWaitTime": str(int(config.pull_timeout_s * 1000)),
     }
-    listens = is_producer or capabilities.both_listen
+    listens = duties.gives or capabilities.both_listen
     if capabilities.engine_options:
-        options |= _engine_options(config, is_producer, is_consumer)
+        options |= _engine_options(config, duties)
     else:
         place = find_comm_res(config, device, environ)
         options |= {"llm.LocalCommRes": place.text} if place.text else {}
@@ -155,9 +160,9 @@ def make_options(
     return options
 
 
-def _engine_options(config: ConnectorConfig, is_producer: bool, is_consumer: bool) -> dict[str, str]:
-    writes = {"read": "read_granted", "none": "granted"} if is_consumer else {}
-    access = "read" if is_producer else "none"
+def _engine_options(config: ConnectorConfig, duties: Duties) -> dict[str, str]:
+    writes = {"read": "read_granted", "none": "granted"} if duties.takes else {}
+    access = "read" if duties.gives else "none"
     return {
         "datadist.Transport": config.transport,
         "datadist.TransferThreads": str(config.transfer_threads),

@@ -207,6 +207,15 @@ class InstanceTable:
             self._links.unlink(instance, force=False)
         self._links.wait_until_gone()
 
+    def leave_all(self, reason: str) -> None:
+        """Unlinks from every instance; whoever asks for one next meets it anew."""
+        for instance in self._instances.values():
+            self._links.unlink(instance, force=True)
+            # What is still heard of a meeting is of none.
+            instance.state, instance.reason, instance.failed_step = InstanceState.BROKEN, reason, "link"
+            self._changed.append(instance)
+        self._instances.clear()
+
     def drop_unused(self, now: float) -> None:
         """Unlinks instances that nobody has asked for in a while, or that are gone: they would add up."""
         busy = self._busy()

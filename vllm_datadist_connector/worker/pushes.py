@@ -25,7 +25,7 @@ from vllm_datadist_connector.side_channel.client import ChannelAnswer, ChannelCl
 from vllm_datadist_connector.worker.following import Followed, FollowError, Following, Source, news_of
 from vllm_datadist_connector.worker.pairing import MismatchError, Pairing, Terms, pair
 from vllm_datadist_connector.worker.plan import BlockPull, PlanError
-from vllm_datadist_connector.worker.watcher import Home, Watcher
+from vllm_datadist_connector.worker.watcher import Watcher
 
 logger = logging.getLogger(__name__)
 logger.addFilter(OthersWords())
@@ -87,33 +87,32 @@ class Pushes:
         ours: RankGeometry,
         queue: _native.TransferQueue,
         client: ChannelClient,
+        watcher: Watcher,
         call_timeout_s: float,
         answer_timeout_s: float,
     ) -> None:
+        """
+        Args:
+            watcher: by which offers come.
+        """
         self._ours = ours
         self._queue = queue
         self._client = client
         self._call_timeout_s = call_timeout_s
         self._answer_timeout_s = answer_timeout_s
         self._rank = ours.pp_rank, ours.tp_rank
-        self._watcher = Watcher(client, self._rank, answer_timeout_s)
+        self._watcher = watcher
         self._following: Following[Push] = Following(client, answer_timeout_s)
         self._pushes: set[Push] = set()
         self._calls: dict[int, _Call] = {}
         self._telling: dict[int, Push] = {}
         self._takers: OrderedDict[bytes, tuple[RankGeometry, list[Pairing]]] = OrderedDict()
 
-    def watch(self, home: Home) -> None:
-        """Offers come from there; again is nothing."""
-        self._watcher.watch(home)
+    def __len__(self) -> int:
+        return len(self._pushes)
 
     def on_answer(self, answer: ChannelAnswer) -> bool:
         """False if it is to something else."""
-        is_watch, offered = self._watcher.take(answer)
-        if is_watch:
-            if offered is not None:
-                self._begin(offered)
-            return True
         asked = self._following.take(answer)
         if asked is not None:
             if not asked[0].is_over:
@@ -147,17 +146,13 @@ class Pushes:
         self._go_on(push)
         return True
 
-    def round(self, now: float) -> None:
+    def round(self) -> None:
         """What takes the queue's places wakes the driver when it ends."""
-        self._watcher.try_again(now)
         for push in [each for each in self._pushes if each.unsubmitted]:
             if not self._submit(push):
                 return
 
-    def next_wake(self) -> float | None:
-        return self._watcher.next_wake()
-
-    def _begin(self, offered: Watched) -> None:
+    def begin(self, offered: Watched) -> None:
         home = self._watcher.home
         if home is None:
             return

@@ -1,6 +1,6 @@
-"""Watcher: what a rank of P is told by its own instance's side channel while vLLM's steps go on, or do not.
+"""Watcher: what a rank is told by its own instance's side channel while vLLM's steps go on, or do not.
 
-    WATCH, once at a time ──> the next offer of a D ──> take() ──> WATCH, with its number as seen
+    WATCH, once at a time ──> the next offer of a D, or order ──> take() ──> WATCH, with its number as seen
 
 Belongs to the driver thread. An idle vLLM takes no steps, and one inside a long forward pass brings metadata late.
 """
@@ -8,22 +8,13 @@ Belongs to the driver thread. An idle vLLM takes no steps, and one inside a long
 from __future__ import annotations
 
 import time
-from typing import NamedTuple
 
+from vllm_datadist_connector.metadata import Home
 from vllm_datadist_connector.side_channel.client import ChannelAnswer, ChannelClient, Watched
-from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
 _PATIENCE_S = 20.0
 _PAUSE_S = 0.5
 """After a question that nobody answered: the scheduler's process may be ending, or be very busy."""
-
-
-class Home(NamedTuple):
-    """The side channel of the rank's own instance."""
-
-    endpoint: Endpoint
-    key: str
-    """Only the instance's ranks have it."""
 
 
 class Watcher:

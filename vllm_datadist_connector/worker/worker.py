@@ -11,7 +11,8 @@ import msgspec
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
-from vllm_datadist_connector.metadata import StepMetadata
+from vllm_datadist_connector.duties import Duties
+from vllm_datadist_connector.metadata import Home, StepMetadata
 from vllm_datadist_connector.metrics import DataDistStats, WorkerMeter
 from vllm_datadist_connector.protocol.contract import LayoutContract
 from vllm_datadist_connector.protocol.handshake import RankGeometry
@@ -28,7 +29,6 @@ from vllm_datadist_connector.worker.kv_spec import LayerKV
 from vllm_datadist_connector.worker.options import LISTEN, make_options
 from vllm_datadist_connector.worker.registrations import plan_registrations
 from vllm_datadist_connector.worker.transfers import FinishedPulls
-from vllm_datadist_connector.worker.watcher import Home
 
 logger = logging.getLogger(__name__)
 
@@ -59,8 +59,7 @@ class ConnectorWorker:
         place: RankPlace,
         layers: Mapping[str, LayerKV],
         block_sizes: tuple[int, ...],
-        is_producer: bool,
-        is_consumer: bool,
+        duties: Duties,
         announces_layers: bool = True,
         drafts_late: bool = False,
     ) -> None:
@@ -70,6 +69,7 @@ class ConnectorWorker:
             announces_layers: vLLM calls save_kv_layer() once in a step for each layer that has it called.
             layers: what each layer's KV cache holds.
             block_sizes: tokens per block of each KV cache group; 0 for a group of states.
+            duties: those that the instance may have.
             drafts_late: a drafter writes KV after the step's tokens are known.
         """
         self._config = config
@@ -77,10 +77,9 @@ class ConnectorWorker:
         self._place = place
         self._layers = layers
         self._block_sizes = block_sizes
-        self._is_producer = is_producer
-        self._is_consumer = is_consumer
+        self._duties = duties
         self._announces_layers = announces_layers
-        self._waits_for_drafts = is_producer and drafts_late
+        self._waits_for_drafts = duties.gives and drafts_late
         self._datadist = datadist
         self._meter = WorkerMeter(f"pp{place.pp_rank}tp{place.tp_rank}")
         self._device: Device = HostDevice()
@@ -109,9 +108,7 @@ class ConnectorWorker:
         memory = find_memory(kv_caches, self._layers, can.host_memory, can.device_memory)
         specs = describe_caches(kv_caches, self._layers, num_blocks, max_tensors)
         plan = plan_registrations(specs, can.max_regions)
-        options = make_options(
-            self._config, can, self._is_producer, self._is_consumer, self._place.index, memory.device
-        )
+        options = make_options(self._config, can, self._duties, self._place.index, memory.device)
         check(self._datadist.initialize(options), "Initialize")
         check(self._datadist.enter_thread(), "entering vLLM's thread")
         placement = HOST if memory.is_host and can.device_memory else DEVICE
@@ -130,17 +127,17 @@ class ConnectorWorker:
             contract=self._contract,
             block_sizes=self._block_sizes,
             caches=layouts,
-            pushes=self._is_producer and can.grants_writes,
+            pushes=self._duties.gives and can.grants_writes,
         )
         if self._config.huge_pages and can.engine_options:
             self._huge_pages = log_when_done(self._datadist)
-        if self._is_consumer or self._geometry.pushes:
+        if self._duties.takes or self._geometry.pushes:
             self._driver = RankDriver(self._datadist, self._geometry, caches, self._config, self._meter, can)
-        if self._is_producer:
+        if self._duties.gives:
             trust = Trust(self._config.auth, self._config.insecure)
             is_announced = self._announces_layers and memory.is_host
             self._giving = Giving(self._geometry, trust, self._device, is_announced)
-        if self._is_producer and not can.peer_drops_half:
+        if self._duties.gives and not can.peer_drops_half:
             self._janitor = Janitor(self._datadist)
         logger.info(
             "registered %d tensors in %d KV caches of %d blocks, cluster %d%s",
@@ -171,6 +168,8 @@ class ConnectorWorker:
         self._scheduler_has_stats = step.has_stats
         if step.left_clusters and self._janitor is not None:
             self._janitor.unlink(step.left_clusters)
+        if step.home is not None:
+            self._watch(step.home)
         if self._driver is None:
             return
         if step.pulls:
@@ -184,9 +183,13 @@ class ConnectorWorker:
         """Before anything of the step is computed; again for the same step is nothing."""
         if self._giving is not None:
             self._giving.begin(step.giving)
-        if step.giving is not None and self._driver is not None and not self._is_watching:
+        if step.giving is not None:
+            self._watch(Home(Endpoint(*step.giving.endpoint), step.giving.key))
+
+    def _watch(self, home: Home) -> None:
+        if self._driver is not None and not self._is_watching:
             self._is_watching = True
-            self._driver.watch(Home(Endpoint(*step.giving.endpoint), step.giving.key))
+            self._driver.watch(home)
 
     def layer_written(self, step: StepMetadata, layer_name: str) -> None:
         """In every layer of every step of the model."""
@@ -212,7 +215,7 @@ class ConnectorWorker:
         return sent
 
     def take_received(self) -> FinishedPulls:
-        if self._driver is None or not self._is_consumer:
+        if self._driver is None or not self._duties.takes:
             return FinishedPulls(set(), set(), set())
         self._meter.state(self._driver.linked_peers(), self._driver.quarantined_blocks())
         return self._driver.take_finished()

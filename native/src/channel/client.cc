@@ -49,11 +49,20 @@ struct ToOutgoing {
   OutgoingRequest operator()(const Deliver &request) const {
     return {id, MessageType::kDeliver, MessageType::kReported, Encode(request)};
   }
+  OutgoingRequest operator()(const Declare &request) const {
+    return {id, MessageType::kDeclare, MessageType::kReported, Encode(request)};
+  }
+  OutgoingRequest operator()(const Switch &request) const {
+    return {id, MessageType::kSwitch, MessageType::kSwitched, Encode(request)};
+  }
 };
 
 std::chrono::milliseconds PatienceOf(const ChannelRequest &request) {
   if (const auto *const await = std::get_if<Await>(&request); await != nullptr) {
     return std::chrono::milliseconds(await->patience_ms);
+  }
+  if (const auto *const wish = std::get_if<Switch>(&request); wish != nullptr) {
+    return std::chrono::milliseconds(wish->patience_ms);
   }
   const auto *const watch = std::get_if<Watch>(&request);
   return std::chrono::milliseconds(watch != nullptr ? watch->patience_ms : 0);

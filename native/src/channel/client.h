@@ -39,11 +39,13 @@ struct Reported {};
 
 struct ChannelAnswer {
   uint64_t id = 0;
-  std::variant<NoAnswer, RankAnswer, Renewed, Confirmed, Released, HandoffNews, Reported, Offered, Watched>
+  std::variant<NoAnswer, RankAnswer, Renewed, Confirmed, Released, HandoffNews, Reported, Offered, Watched,
+               SwitchStatus>
       answer;
 };
 
-using ChannelRequest = std::variant<DescribeRank, Renew, Confirm, Release, Await, ReportProgress, Offer, Watch, Deliver>;
+using ChannelRequest = std::variant<DescribeRank, Renew, Confirm, Release, Await, ReportProgress, Offer, Watch, Deliver,
+                                    Declare, Switch>;
 
 struct ChannelClientLimits {
   // So that forged addresses cannot make us pile up connections; above the instances that a rank may know, or the links
@@ -62,7 +64,7 @@ class ChannelClient {
   ChannelClient &operator=(const ChannelClient &) = delete;
 
   // `ip` is a literal. Returns the request's id, which counts from 1. What cannot be sent comes back by Take as well.
-  // The time of an Await or a Watch begins when its patience is over.
+  // The time of an Await, a Watch or a Switch begins when its patience is over.
   uint64_t Send(const std::string &ip, uint16_t port, const ChannelRequest &request, std::chrono::milliseconds timeout);
   std::vector<ChannelAnswer> Take();
   int event_fd() const;

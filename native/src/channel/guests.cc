@@ -41,7 +41,7 @@ class Guests::Guest : public FrameConnection::Handler {
   TypeSet LegalOnLoop() const override { return guests_.requests_; }
   Status OnFrameOnLoop(const Frame &frame) override {
     last_request_ = EventLoop::Clock::now();
-    return guests_.host_.OnRequestOnLoop({id_, caller_.name, frame});  // may destroy this
+    return guests_.host_.OnRequestOnLoop({id_, caller_, frame});  // may destroy this
   }
   void OnEndedOnLoop(CloseCause, const Status &why) override {
     if (LogEnabled(LogLevel::kInfo) && guests_.log_budget_.Take()) {

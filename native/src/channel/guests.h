@@ -34,7 +34,7 @@ class Guests {
  public:
   struct Request {
     uint64_t guest;
-    const std::string &name;  // of the caller
+    const Caller &caller;
     const Frame &frame;
   };
   class Host {

@@ -100,6 +100,7 @@ bool HandoffTable::TellLocked(const LeaseToken &token, HandoffState state, uint3
   if (row == nullptr || (state == HandoffState::kSealed && row->withdrawn)) {
     return false;
   }
+  sealed_ += state == HandoffState::kSealed ? 1 : 0;
   row->state = state;
   row->epoch = epoch;
   row->blob = std::move(blob);
@@ -138,6 +139,7 @@ Result<bool> HandoffTable::Seal(const LeaseToken &token, uint32_t epoch, Blob bl
 
 void HandoffTable::EndLocked(Rows::iterator row, std::string_view reason) {
   Row &ended = row->second;
+  sealed_ -= ended.state == HandoffState::kSealed ? 1 : 0;
   ended.state = HandoffState::kEnded;
   ended.reason = OneLine(reason);
   ended.blob = {};
@@ -164,6 +166,22 @@ void HandoffTable::End(const LeaseToken &token, std::string_view reason) {
     EndLocked(row, reason);
   }
   Notify({token});
+}
+
+void HandoffTable::EndUnsealed(std::string_view reason) {
+  std::vector<LeaseToken> ended;
+  {
+    const std::lock_guard<std::mutex> lock(mutex_);
+    for (const auto &[token, row] : rows_) {
+      if (row.state == HandoffState::kPromised || row.state == HandoffState::kBegun) {
+        ended.push_back(token);
+      }
+    }
+    for (const LeaseToken &token : ended) {
+      EndLocked(rows_.find(token), reason);
+    }
+  }
+  Notify(ended);
 }
 
 void HandoffTable::Forget(const std::vector<LeaseToken> &tokens) {
@@ -196,6 +214,11 @@ bool HandoffTable::IsAwaited(const LeaseToken &token) const {
 size_t HandoffTable::live() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return live_;
+}
+
+size_t HandoffTable::unsealed() const {
+  const std::lock_guard<std::mutex> lock(mutex_);
+  return live_ - sealed_;
 }
 
 bool HandoffTable::TakeMarkLocked(const RankId &rank, const LeaseToken &token, const ProgressMark &mark) {

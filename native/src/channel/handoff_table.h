@@ -62,6 +62,8 @@ class HandoffTable {
   // Its lease has been granted. False: no D waits for it any more, or it has ended.
   Result<bool> Seal(const LeaseToken &token, uint32_t epoch, Blob blob);
   void End(const LeaseToken &token, std::string_view reason);
+  // All that are no leases yet.
+  void EndUnsealed(std::string_view reason);
   // Those whose leases have ended; of tokens that are not sealed it changes nothing.
   void Forget(const std::vector<LeaseToken> &tokens);
   bool IsWithdrawn(const LeaseToken &token) const;
@@ -69,6 +71,7 @@ class HandoffTable {
   bool IsAwaited(const LeaseToken &token) const;
   // Promised, begun and sealed ones.
   size_t live() const;
+  size_t unsealed() const;
 
   // The workers. What is older than what is known, or of no live token, is not taken.
   void Report(const RankId &rank, const std::vector<std::pair<LeaseToken, ProgressMark>> &marks);
@@ -126,6 +129,7 @@ class HandoffTable {
   mutable std::mutex mutex_;  // guards all below
   Rows rows_;
   size_t live_ = 0;
+  size_t sealed_ = 0;
   std::deque<LeaseToken> ended_;  // the oldest first
   std::weak_ptr<HandoffListener> listener_;
 };

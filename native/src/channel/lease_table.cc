@@ -192,6 +192,13 @@ LeaseTable::Amount LeaseTable::held() const {
   return {leases_.size(), held_blocks_};
 }
 
+size_t LeaseTable::Standing() {
+  const Clock::time_point now = now_();
+  const std::lock_guard<std::mutex> lock(mutex_);
+  ExpireLocked(now);
+  return leases_.size();
+}
+
 LeaseTable::Clock::duration LeaseTable::OldestAge() const {
   const Clock::time_point now = now_();
   const std::lock_guard<std::mutex> lock(mutex_);

@@ -118,6 +118,8 @@ class LeaseTable {
   // Leases that a D has read and had confirmed since the last call, each once however many of its ranks confirm it.
   Amount TakeServed();
   Amount held() const;
+  // How many stand now: those whose time is over end first.
+  size_t Standing();
   // Since the first grant that is still held; 0 without one.
   Clock::duration OldestAge() const;
 

@@ -4,6 +4,7 @@
 #include <utility>
 
 #include "base/text.h"
+#include "channel/rank_fields.h"
 #include "control/message_fields.h"
 
 namespace datadist {
@@ -52,18 +53,6 @@ void Put(Writer &writer, const LeaseContent &content) {
 void Get(Reader &reader, LeaseContent &content) {
   Get(reader, content.prompt);
   Get(reader, content.blocks);
-}
-
-void Put(Writer &writer, const RankId &rank) {
-  writer.U16(rank.pp_rank);
-  writer.U16(rank.tp_rank);
-}
-
-// False for a rank that no instance has.
-bool Get(Reader &reader, RankId &rank) {
-  rank.pp_rank = reader.U16();
-  rank.tp_rank = reader.U16();
-  return rank.pp_rank <= kMaxRank && rank.tp_rank <= kMaxRank;
 }
 
 void Put(Writer &writer, const ProgressMark &mark) {
@@ -443,6 +432,13 @@ std::vector<uint8_t> Encode(const Watched &message) {
   Writer writer;
   writer.Reserve(64 + message.blob.size());
   writer.U64(message.number);
+  writer.U8(message.role.has_value() ? 1 : 0);
+  if (message.role.has_value()) {
+    writer.U64(message.role->attempt);
+    writer.U8(static_cast<uint8_t>(message.role->role));
+    writer.U32(message.role->limit_ms);
+    return writer.Take();
+  }
   Put(writer, message.token);
   writer.U64(message.offer_id);
   PutBlob(writer, message.blob);
@@ -454,9 +450,18 @@ Result<Watched> Decode(const std::vector<uint8_t> &body) {
   Reader reader(body.data(), body.size());
   Watched message;
   message.number = reader.U64();
+  const uint8_t is_role = reader.U8();
+  if (is_role == 1) {
+    RoleOrder &order = message.role.emplace();
+    order.attempt = reader.U64();
+    const uint8_t role = reader.U8();
+    order.limit_ms = reader.U32();
+    order.role = static_cast<InstanceRole>(role);
+    return reader.Finished() && role >= 1 && role < kInstanceRoles ? Result<Watched>(message) : Malformed("WATCHED");
+  }
   Get(reader, message.token);
   message.offer_id = reader.U64();
-  if (!GetBlob(reader, message.blob)) {
+  if (is_role != 0 || !GetBlob(reader, message.blob)) {
     return Malformed("WATCHED");
   }
   return message;

@@ -20,15 +20,22 @@
 //   a worker of P                            P
 //   REPORT ──────────────────────────────────>  my rank is so far with these hand-offs
 //         <─────────────────────────── REPORTED
-//   WATCH ───────────────────────────────────>  what was my rank offered since I asked?
+//   WATCH ───────────────────────────────────>  what was my rank offered or told since I asked?
 //         <──────────────────────────── WATCHED  once there is something, or my patience is over
 //   DELIVER ─────────────────────────────────>  so much of it has my rank written into the blocks of that D
 //         <─────────────────────────── REPORTED
+//   DECLARE ─────────────────────────────────>  that is what has become of my rank's order to change its role
+//         <─────────────────────────── REPORTED
+//
+//   an operator                              an instance
+//   SWITCH ──────────────────────────────────>  be of that role from now on
+//         <─────────────────────────── SWITCHED  once it is or will not be, or my patience is over
 //
 // Answers have the seq of their request, and come in any order. Every request is idempotent: one whose answer was lost is
 // sent again. Whoever may enter can ask for a geometry; only the holder of a lease's random token can renew, confirm or
 // release it, or await the hand-off that becomes it, or offer blocks for it; only who has the instance's own key can
-// report, watch or deliver. CONFIRM changes nothing.
+// report, watch, deliver or declare; only whom the kernel names, or who has proven the shared key, can switch. CONFIRM
+// changes nothing.
 #ifndef DATADIST_CHANNEL_MESSAGES_H_
 #define DATADIST_CHANNEL_MESSAGES_H_
 
@@ -42,6 +49,7 @@
 #include "base/status.h"
 #include "channel/handoff.h"
 #include "channel/lease_table.h"
+#include "channel/role.h"
 #include "control/frame.h"
 #include "control/messages.h"
 
@@ -131,6 +139,25 @@ struct Watched {
   LeaseToken token{};
   uint64_t offer_id = 0;
   std::vector<uint8_t> blob;
+  std::optional<RoleOrder> role = std::nullopt;  // instead of all that an offer has
+};
+
+// Answered by REPORTED.
+struct Declare {
+  HandoffKey key{};
+  RankId rank;
+  uint64_t attempt = 0;
+  std::string reason;  // why it has not been done; empty: it has
+};
+
+constexpr uint32_t kMaxDrainMs = 86'400'000;
+
+// Answered by SwitchStatus.
+struct Switch {
+  SwitchId id{};
+  InstanceRole role = InstanceRole::kBoth;  // not kNone
+  uint32_t drain_ms = 0;
+  uint32_t patience_ms = 0;
 };
 
 // Answered by REPORTED.
@@ -164,6 +191,9 @@ std::vector<uint8_t> Encode(const Offered &message);
 std::vector<uint8_t> Encode(const Watch &message);
 std::vector<uint8_t> Encode(const Watched &message);
 std::vector<uint8_t> Encode(const Deliver &message);
+std::vector<uint8_t> Encode(const Declare &message);
+std::vector<uint8_t> Encode(const Switch &message);
+std::vector<uint8_t> Encode(const SwitchStatus &message);
 
 // The largest geometry that fits into a RANK.
 constexpr size_t kMaxGeometry = kMaxFrameBody - 4096;

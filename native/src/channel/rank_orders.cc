@@ -1,33 +1,59 @@
 #include "channel/rank_orders.h"
 
+#include <algorithm>
 #include <chrono>
+#include <utility>
 
 namespace datadist {
 namespace {
 
-size_t SizeOf(const Watched &watched) { return sizeof(Watched) + watched.blob.size(); }
+// Of those of roles there is one for each rank at most.
+size_t SizeOf(const Watched &watched) {
+  return watched.role.has_value() ? 0 : sizeof(Watched) + watched.blob.size();
+}
 
 }  // namespace
 
 bool RankOrders::PutOnLoop(Offer offer) {
   Rank &rank = ranks_[offer.rank];
-  Watched order{rank.last + 1, offer.token, offer.offer_id, std::move(offer.blob)};
+  Watched order{0, offer.token, offer.offer_id, std::move(offer.blob)};
   if (SizeOf(order) > kMostBytes - bytes_) {
     return false;
   }
-  ++rank.last;
+  PutOnLoop(rank, std::move(order));
+  return true;
+}
+
+std::set<RankId> RankOrders::PutRoleOnLoop(const RoleOrder &order) {
+  role_ = order;
+  std::set<RankId> told;
+  for (auto &[id, rank] : ranks_) {
+    if (rank.has_asked) {
+      told.insert(id);
+      const auto is_role = [](const Watched &each) { return each.role.has_value(); };
+      rank.waiting.erase(std::remove_if(rank.waiting.begin(), rank.waiting.end(), is_role), rank.waiting.end());
+      PutOnLoop(rank, Watched{0, {}, 0, {}, order});
+    }
+  }
+  return told;
+}
+
+void RankOrders::PutOnLoop(Rank &rank, Watched order) {
+  order.number = ++rank.last;
   bytes_ += SizeOf(order);
   rank.waiting.push_back(std::move(order));
   if (rank.parked.has_value()) {
     SettleOnLoop(rank, rank.waiting.front());
   }
-  return true;
 }
 
 void RankOrders::WatchOnLoop(uint64_t guest, uint32_t seq, const Watch &watch) {
   Rank &rank = ranks_[watch.rank];
   if (rank.parked.has_value()) {
     SettleOnLoop(rank, {});
+  }
+  if (!std::exchange(rank.has_asked, true) && role_.has_value()) {
+    PutOnLoop(rank, Watched{0, {}, 0, {}, *role_});
   }
   while (!rank.waiting.empty() && rank.waiting.front().number <= watch.seen) {
     bytes_ -= SizeOf(rank.waiting.front());

@@ -1,5 +1,6 @@
-// What P's ranks are told: which blocks a D offers them to write into. Each rank asks for what it has not seen (WATCH) and
-// gets one offer at a time, in their order; what it says it has seen is forgotten. On the loop only.
+// What an instance's ranks are told: which blocks a D offers them to write into, and that the instance changes its role.
+// Each rank asks for what it has not seen (WATCH) and gets one order at a time, in their order; what it says it has seen
+// is forgotten. On the loop only.
 #ifndef DATADIST_CHANNEL_RANK_ORDERS_H_
 #define DATADIST_CHANNEL_RANK_ORDERS_H_
 
@@ -9,6 +10,7 @@
 #include <functional>
 #include <map>
 #include <optional>
+#include <set>
 #include <utility>
 
 #include "channel/messages.h"
@@ -30,6 +32,9 @@ class RankOrders {
 
   // False: there are too many.
   bool PutOnLoop(Offer offer);
+  // To all ranks, and to each that asks for the first time later. Returns those that have asked so far: one that never
+  // did has linked with nobody.
+  std::set<RankId> PutRoleOnLoop(const RoleOrder &order);
   // A rank asks once at a time: an older question of it is answered by nothing.
   void WatchOnLoop(uint64_t guest, uint32_t seq, const Watch &watch);
   void DropOnLoop(uint64_t guest);
@@ -44,13 +49,16 @@ class RankOrders {
     uint64_t last = 0;
     std::deque<Watched> waiting;
     std::optional<Parked> parked;
+    bool has_asked = false;
   };
+  void PutOnLoop(Rank &rank, Watched order);
   void SettleOnLoop(Rank &rank, const Watched &watched);
 
   EventLoop &loop_;
   const Answer answer_;
   std::map<RankId, Rank> ranks_;  // those that exist, as the server knows them
   size_t bytes_ = 0;
+  std::optional<RoleOrder> role_;
 };
 
 }  // namespace datadist

@@ -39,6 +39,8 @@ Result<ChannelAnswer> DecodeAnswer(uint64_t id, const Frame &frame) {
       return Decoded<Offered>(id, frame);
     case MessageType::kWatched:
       return Decoded<Watched>(id, frame);
+    case MessageType::kSwitched:
+      return Decoded<SwitchStatus>(id, frame);
     default:
       break;
   }

@@ -11,6 +11,7 @@
 #include "channel/askers.h"
 #include "channel/parked_awaits.h"
 #include "channel/rank_orders.h"
+#include "channel/role_desk.h"
 #include "control/opening.h"
 
 namespace datadist {
@@ -23,7 +24,7 @@ using llm_datadist::LLM_PARAM_INVALID;
 
 constexpr TypeSet kRequests(MessageType::kDescribeRank, MessageType::kRenew, MessageType::kConfirm,
                             MessageType::kRelease, MessageType::kAwait, MessageType::kReport, MessageType::kOffer,
-                            MessageType::kWatch, MessageType::kDeliver);
+                            MessageType::kWatch, MessageType::kDeliver, MessageType::kSwitch, MessageType::kDeclare);
 constexpr size_t kRanksNamed = 64;
 
 std::string RankText(const RankId &rank) {
@@ -54,13 +55,16 @@ std::string NoSuchRank(const RankId &asked, const ChannelServer::Geometries &geo
 class ChannelServer::State : public HandoffListener, public Guests::Host, public std::enable_shared_from_this<State> {
  public:
   State(Grantor grantor, Trust trust, std::shared_ptr<LeaseTable> leases, std::shared_ptr<HandoffTable> handoffs,
-        const ChannelLimits &limits)
+        std::shared_ptr<RoleSwitch> roles, const ChannelLimits &limits)
       : grantor_(std::move(grantor)),
         trust_(std::move(trust)),
         leases_(std::move(leases)),
         handoffs_(std::move(handoffs)),
         limits_(limits),
-        askers_(limits.grace) {}
+        askers_(limits.grace),
+        desk_(*loop_, std::move(roles), orders_, [this](uint64_t guest, uint32_t seq, const SwitchStatus &status) {
+          guests_.SendOnLoop(guest, MessageType::kSwitched, seq, Encode(status));
+        }) {}
 
   Status Start(Listeners listeners);
   void Close();
@@ -88,6 +92,7 @@ class ChannelServer::State : public HandoffListener, public Guests::Host, public
   template <typename Message, typename Take>
   Status FromWorkerOnLoop(const Guests::Request &request, const Take &take);
   Status OfWorkerOnLoop(const Guests::Request &request);
+  Status SwitchOnLoop(const Guests::Request &request);
 
   const Grantor grantor_;
   const Trust trust_;
@@ -112,6 +117,7 @@ class ChannelServer::State : public HandoffListener, public Guests::Host, public
   RankOrders orders_{*loop_, [this](uint64_t guest, uint32_t seq, const Watched &watched) {
                        guests_.SendOnLoop(guest, MessageType::kWatched, seq, Encode(watched));
                      }};
+  RoleDesk desk_;
   // Of guests that asked for a geometry, what they said last: one is counted for one cluster, whatever it says.
   std::map<uint64_t, uint64_t> clusters_;
 };
@@ -151,11 +157,11 @@ Status ChannelServer::State::OnRequestOnLoop(const Guests::Request &request) {
   switch (request.frame.type) {
     case MessageType::kRenew:
       return AnswerOnLoop<Renew>(request, MessageType::kRenewed, [&](const Renew &renew) {
-        return Encode(Renewed{RenewOnLoop(renew, request.name)});
+        return Encode(Renewed{RenewOnLoop(renew, request.caller.name)});
       });
     case MessageType::kConfirm:
       return AnswerOnLoop<Confirm>(request, MessageType::kConfirmed, [&](const Confirm &confirm) {
-        return Encode(Confirmed{leases_->Confirm(confirm.token, confirm.generation, confirm.content, request.name)});
+        return Encode(Confirmed{leases_->Confirm(confirm.token, confirm.generation, confirm.content, request.caller.name)});
       });
     case MessageType::kRelease:
       return AnswerOnLoop<Release>(request, MessageType::kReleased, [&](const Release &release) {
@@ -170,7 +176,10 @@ Status ChannelServer::State::OnRequestOnLoop(const Guests::Request &request) {
     case MessageType::kReport:
     case MessageType::kWatch:
     case MessageType::kDeliver:
+    case MessageType::kDeclare:
       return OfWorkerOnLoop(request);
+    case MessageType::kSwitch:
+      return SwitchOnLoop(request);
     default:
       return AnswerOnLoop<DescribeRank>(request, MessageType::kRank, [&](const DescribeRank &asked) {
         RankAnswer answer = DescribeOnLoop(asked);
@@ -185,6 +194,7 @@ Status ChannelServer::State::OnRequestOnLoop(const Guests::Request &request) {
 void ChannelServer::State::OnLeftOnLoop(uint64_t guest) {
   awaits_.DropOnLoop(guest);
   orders_.DropOnLoop(guest);
+  desk_.DropOnLoop(guest);
   IsOfOnLoop(guest, 0);
 }
 
@@ -249,6 +259,15 @@ Offered ChannelServer::State::OfferOnLoop(const Offer &offer) {
   return {};
 }
 
+Status ChannelServer::State::SwitchOnLoop(const Guests::Request &request) {
+  const Result<Switch> wish = Decode<Switch>(request.frame.body);
+  if (!wish.ok()) {
+    return wish.status();
+  }
+  desk_.AskOnLoop(request.guest, request.frame.seq, request.caller, wish.value());
+  return Status::Ok();
+}
+
 // Who has no key of this very instance would tell Ds that tokens are final that are not, or take others' offers.
 template <typename Message, typename Take>
 Status ChannelServer::State::FromWorkerOnLoop(const Guests::Request &request, const Take &take) {
@@ -272,6 +291,11 @@ Status ChannelServer::State::OfWorkerOnLoop(const Guests::Request &request) {
     case MessageType::kDeliver:
       return FromWorkerOnLoop<Deliver>(request, [&](const Deliver &deliver) {
         handoffs_->Deliver(deliver.token, deliver.rank, deliver.offer_id, deliver.delivery);
+        reported();
+      });
+    case MessageType::kDeclare:
+      return FromWorkerOnLoop<Declare>(request, [&](const Declare &said) {
+        desk_.DeclareOnLoop(said);
         reported();
       });
     default:
@@ -363,7 +387,8 @@ RankAnswer ChannelServer::State::DescribeOnLoop(const DescribeRank &asked) {
 Result<std::unique_ptr<ChannelServer>> ChannelServer::Create(const SocketAddress &address, Grantor grantor,
                                                              const Trust &trust, std::shared_ptr<LeaseTable> leases,
                                                              const ChannelLimits &limits,
-                                                             std::shared_ptr<HandoffTable> handoffs) {
+                                                             std::shared_ptr<HandoffTable> handoffs,
+                                                             std::shared_ptr<RoleSwitch> roles) {
   if (handoffs == nullptr) {
     Result<std::unique_ptr<HandoffTable>> none = HandoffTable::Create();
     if (!none.ok()) {
@@ -377,7 +402,7 @@ Result<std::unique_ptr<ChannelServer>> ChannelServer::Create(const SocketAddress
   }
   const uint16_t port = SocketAddress::LocalOf(listeners.value().tcp.get()).port();
   const auto state = std::make_shared<State>(std::move(grantor), trust, std::move(leases),
-                                             std::move(handoffs), limits);
+                                             std::move(handoffs), std::move(roles), limits);
   if (Status status = state->Start(std::move(listeners).value()); !status.ok()) {
     return status;
   }

@@ -4,7 +4,8 @@
 //   FrontDoor (who may enter) ──CHANNEL──> Guests ── DESCRIBE_RANK ──> geometries
 //                                                ├─ RENEW, CONFIRM, RELEASE ──> LeaseTable
 //                                                ├─ AWAIT, REPORT, DELIVER ──> HandoffTable; RENEW, RELEASE ask it first
-//                                                └─ OFFER, WATCH ──> RankOrders
+//                                                ├─ OFFER, WATCH ──> RankOrders
+//                                                └─ SWITCH, DECLARE ──> RoleDesk ──> RoleSwitch
 //
 // What guests can make grow has a limit: their number (of whoever has the most, the one that was silent longest leaves),
 // what they begin and do not end, what they do not read, how much they wait for, how long they may say nothing.
@@ -24,6 +25,7 @@
 #include "channel/handoff_table.h"
 #include "channel/lease_table.h"
 #include "channel/messages.h"
+#include "channel/role_switch.h"
 #include "control/address.h"
 #include "control/event_loop.h"
 #include "control/front_door.h"
@@ -43,11 +45,13 @@ class ChannelServer {
   using Geometries = std::map<RankId, std::vector<uint8_t>>;
 
   // Listens at once. LLM_PARAM_INVALID for an address that other hosts can reach where `trust` says neither whom to let
-  // in nor that anybody may come, LLM_FAILED for one that cannot be bound. Without `handoffs` it knows of none.
+  // in nor that anybody may come, LLM_FAILED for one that cannot be bound. Without `handoffs` it knows of none, and
+  // without `roles` it keeps the role that it has.
   static Result<std::unique_ptr<ChannelServer>> Create(const SocketAddress &address, Grantor grantor, const Trust &trust,
                                                        std::shared_ptr<LeaseTable> leases,
                                                        const ChannelLimits &limits = {},
-                                                       std::shared_ptr<HandoffTable> handoffs = nullptr);
+                                                       std::shared_ptr<HandoffTable> handoffs = nullptr,
+                                                       std::shared_ptr<RoleSwitch> roles = nullptr);
   ~ChannelServer();  // Close
   ChannelServer(const ChannelServer &) = delete;
   ChannelServer &operator=(const ChannelServer &) = delete;

@@ -28,7 +28,7 @@ uint32_t FrameCrc(const uint8_t *header, const std::vector<uint8_t> &body) {
 }
 
 bool IsKnown(uint16_t type) {
-  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kDeliver);
+  return type >= static_cast<uint16_t>(MessageType::kHello) && type <= static_cast<uint16_t>(MessageType::kDeclare);
 }
 
 // A peer of another version is told so in a REJECT, so these keep their place in every version.
@@ -123,6 +123,12 @@ const char *MessageName(MessageType type) {
       return "WATCHED";
     case MessageType::kDeliver:
       return "DELIVER";
+    case MessageType::kSwitch:
+      return "SWITCH";
+    case MessageType::kSwitched:
+      return "SWITCHED";
+    case MessageType::kDeclare:
+      return "DECLARE";
   }
   return "?";
 }

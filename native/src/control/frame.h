@@ -73,6 +73,9 @@ enum class MessageType : uint16_t {
   kWatch = 39,
   kWatched = 40,
   kDeliver = 41,
+  kSwitch = 42,
+  kSwitched = 43,
+  kDeclare = 44,
 };
 const char *MessageName(MessageType type);
 

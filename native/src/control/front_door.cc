@@ -116,7 +116,7 @@ void FrontDoor::AdmitOnLoop(Fd fd) {
   const std::string name = process != nullptr ? process->Name() : SocketAddress::PeerOf(known.get()).ToString();
   const std::string source = process != nullptr ? name : name.substr(0, name.rfind(':'));  // a host has many ports
   const uint64_t id = ++last_id_;
-  auto made = std::make_unique<Visit>(*loop_, id, Caller{name, source, process}, std::move(known));
+  auto made = std::make_unique<Visit>(*loop_, id, Caller{name, source, process, false}, std::move(known));
   made->visitor_ = receive_(made->caller());
   Visit &visit = *visits_.emplace(id, std::move(made)).first->second;
   visit.watch_ = loop_->WatchOnLoop(visit.socket_.fd.get(), EPOLLIN,
@@ -208,11 +208,11 @@ TypeSet FrontDoor::LegalOnLoop(const Visit &visit) const {
   if (visit.answered_) {
     return TypeSet();
   }
-  if (visit.opening_.has_value() && !visit.proven_) {
+  if (visit.opening_.has_value() && !visit.caller().knows_key) {
     return TypeSet(MessageType::kProve);
   }
   TypeSet legal = visit.visitor_->legal();
-  if (visit.caller().process == nullptr && !visit.proven_) {
+  if (!visit.caller().IsKnown()) {
     legal.Add(MessageType::kOpen);  // where it is not wanted it is told so
   }
   return legal;
@@ -225,7 +225,7 @@ Status FrontDoor::OnFrameOnLoop(Visit &visit, const Frame &frame) {
   if (frame.type == MessageType::kProve) {
     return OnProveOnLoop(visit, frame);
   }
-  const bool known = visit.caller().process != nullptr || visit.proven_ || IsOpenToAll(trust_);
+  const bool known = visit.caller().IsKnown() || IsOpenToAll(trust_);
   if (!known && !visit.visitor_->legal_unproven().Has(frame.type)) {
     return visit.Reject(frame.seq, trust_.keys != nullptr
                                        ? Status(LLM_LINK_FAILED, "a key (auth) is asked for, and the peer has none")
@@ -255,7 +255,7 @@ Status FrontDoor::OnProveOnLoop(Visit &visit, const Frame &frame) {
   visit.reader_.Expect(FrameSeal(session.to_server));
   visit.socket_.out = FrameSeal(session.to_client);
   visit.streams_ = session.streams;
-  visit.proven_ = true;
+  visit.caller_.knows_key = true;
   return Status::Ok();
 }
 

@@ -31,6 +31,10 @@ struct Caller {
   std::string name;                            // "process PID" or "ip:port"
   std::string source;                          // the process, or the host
   std::shared_ptr<const PeerProcess> process;  // whom the kernel names; none over TCP
+  bool knows_key = false;                      // as it has proven
+
+  // Somebody in particular, and not just anybody who was let in.
+  bool IsKnown() const { return process != nullptr || knows_key; }
 };
 
 class Visit;
@@ -79,14 +83,13 @@ class Visit {
   friend class FrontDoor;
   EventLoop &loop_;
   const uint64_t id_;
-  const Caller caller_;
+  Caller caller_;
   FrameSocket socket_;
   FrameReader reader_;
   std::optional<ServerOpening> opening_;
   std::optional<Digest> streams_;
   std::unique_ptr<Visitor> visitor_;
   std::optional<std::chrono::milliseconds> time_;
-  bool proven_ = false;
   bool answered_ = false;
   bool taken_ = false;
   uint64_t watch_ = 0;

@@ -95,6 +95,7 @@ class Engine {
 
   Result<uint16_t> ListenPort() const;
   Result<llm_datadist::LinkReport> QueryLink(uint64_t cluster_id) const;
+  std::vector<uint64_t> LinkedClusters() const { return table_->PeerIds(); }
 
  private:
   Engine(std::shared_ptr<LocalEndpoint> endpoint, const EngineOptions &options);

@@ -135,6 +135,15 @@ bool LinkTable::Empty() const {
   return links_.empty();
 }
 
+std::vector<uint64_t> LinkTable::PeerIds() const {
+  std::vector<uint64_t> ids;
+  const std::lock_guard<std::mutex> lock(mutex_);
+  for (const auto &[id, link] : links_) {
+    ids.push_back(id);
+  }
+  return ids;
+}
+
 std::vector<std::shared_ptr<Link>> LinkTable::Shut() {
   std::vector<std::shared_ptr<Link>> taken;
   const std::lock_guard<std::mutex> lock(mutex_);

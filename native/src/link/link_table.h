@@ -63,6 +63,7 @@ class LinkTable : public std::enable_shared_from_this<LinkTable> {
   std::shared_ptr<Link> FindForUnlink(uint64_t id, const std::string &address) const;
   bool HasLive(uint64_t peer_id) const;
   bool Empty() const;
+  std::vector<uint64_t> PeerIds() const;
 
   // On the loop, or before anything is accepted.
   void SetCommFinder(CommFinder finder) { comm_finder_ = std::move(finder); }

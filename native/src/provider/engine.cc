@@ -139,6 +139,10 @@ class EngineProvider final : public Provider, public Extension {
   Result<llm_datadist::LinkReport> QueryLink(uint64_t cluster_id) override {
     return Enter("QueryLink", [&](Engine &engine) { return engine.QueryLink(cluster_id); });
   }
+  Result<std::vector<uint64_t>> LinkedClusters() override {
+    return Enter("LinkedClusters",
+                 [](Engine &engine) { return Result<std::vector<uint64_t>>(engine.LinkedClusters()); });
+  }
   Result<llm_datadist::HugePagesReport> WaitForHugePages() override {
     return Enter("WaitForHugePages",
                  [](Engine &engine) { return Result<llm_datadist::HugePagesReport>(engine.WaitForHugePages()); });

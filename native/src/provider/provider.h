@@ -91,6 +91,10 @@ class Provider {
   // LLM_FEATURE_NOT_ENABLED where the provider cannot tell.
   virtual Result<uint16_t> ListenPort() = 0;
   virtual Result<llm_datadist::LinkReport> QueryLink(uint64_t cluster_id) = 0;
+  // All with which there is a link, whoever made it.
+  virtual Result<std::vector<uint64_t>> LinkedClusters() {
+    return Status(llm_datadist::LLM_FEATURE_NOT_ENABLED, "LinkedClusters: this provider tells nothing of its links");
+  }
   // Waits as long as it takes, and no longer than until Finalize.
   virtual Result<llm_datadist::HugePagesReport> WaitForHugePages() = 0;
 

@@ -34,10 +34,13 @@ inline DescribeRank AskRank(uint16_t tp_rank, uint64_t asker = 0) {
 
 // Lets in anybody over TCP, unless told otherwise.
 struct ServerEnd {
-  explicit ServerEnd(const ChannelLimits &limits = {}, uint16_t port = 0, const Trust &trust = Anybody())
+  explicit ServerEnd(const ChannelLimits &limits = {}, uint16_t port = 0, const Trust &trust = Anybody(),
+                     std::chrono::milliseconds apply = kLong)
       : leases(std::make_shared<LeaseTable>(std::chrono::minutes(10))),
         handoffs(std::move(HandoffTable::Create()).value()),
-        server(std::move(ChannelServer::Create(Loopback(port), TheGrantor(), trust, leases, limits, handoffs)).value()) {}
+        roles(std::make_shared<RoleSwitch>(leases, handoffs, apply)),
+        server(std::move(ChannelServer::Create(Loopback(port), TheGrantor(), trust, leases, limits, handoffs, roles))
+                   .value()) {}
   uint16_t port() const { return server->port(); }
   LeaseTable::Ticket Grant(const std::string &request_id = "r") const {
     const LeaseTable::Durations durations{std::chrono::minutes(5), std::chrono::minutes(5)};
@@ -45,6 +48,7 @@ struct ServerEnd {
   }
   const std::shared_ptr<LeaseTable> leases;
   const std::shared_ptr<HandoffTable> handoffs;
+  const std::shared_ptr<RoleSwitch> roles;
   const std::unique_ptr<ChannelServer> server;
 };
 
@@ -91,7 +95,7 @@ class ClientEnd {
 constexpr TypeSet kAnyAnswer(MessageType::kChannelReady, MessageType::kReject, MessageType::kRank,
                              MessageType::kRenewed, MessageType::kConfirmed, MessageType::kReleased,
                              MessageType::kHandoff, MessageType::kReported, MessageType::kOffered,
-                             MessageType::kWatched);
+                             MessageType::kWatched, MessageType::kSwitched);
 
 // A client of no code of ours. Over TCP, so that its source is another than that of a client in this process.
 class BareClient {
@@ -151,7 +155,8 @@ inline Result<Frame> ReceiveRequest(const Fd &fd) {
   return RecvFrame(fd.get(),
                    TypeSet(MessageType::kDescribeRank, MessageType::kRenew, MessageType::kConfirm,
                            MessageType::kRelease, MessageType::kAwait, MessageType::kReport, MessageType::kOffer,
-                           MessageType::kWatch, MessageType::kDeliver),
+                           MessageType::kWatch, MessageType::kDeliver, MessageType::kSwitch,
+                           MessageType::kDeclare),
                    Soon());
 }
 
