@@ -167,8 +167,9 @@ class _Giver:
         giving = self._scheduler.step(output)
         for each in self._givings:
             each.begin(giving)
-        for driver in self._drivers if giving is not None and self._listens else ():
-            driver.watch(Home(Endpoint(*giving.endpoint), giving.key))
+        if giving is not None and self._listens:
+            for driver in self._drivers:
+                driver.watch(Home(Endpoint(*giving.endpoint), giving.key))
 
     def write(self, blocks: list[int], layers: list[int], announced: bool) -> None:
         for place, memory, truth, giving in zip(self._places, self._memories, self._truths, self._givings, strict=True):

@@ -109,7 +109,9 @@ class _Instance:
 
     def take(self, giver: int, params: dict[str, Any], blocks: dict[str, list[int]]) -> dict[str, str]:
         theirs = Place().part_of(make_kv(giver, pd.BLOCK_SIZE))
-        waiting, pulling, outcome = {}, {}, {}
+        waiting: dict[str, _Taken] = {}
+        pulling: dict[str, _Taken] = {}
+        outcome: dict[str, str] = {}
         for request_id, given in params.items():
             prompt = [*range(len(blocks[request_id]) * pd.BLOCK_SIZE), 7]
             request = pd.make_request(prompt, given, request_id)

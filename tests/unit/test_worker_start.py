@@ -81,7 +81,7 @@ def test_every_view_is_registered_before_anybody_can_know_of_us() -> None:
     assert provider.names().count("register") == sum(len(cache.views) for cache in geometry.caches)
 
 
-@pytest.mark.parametrize(("capabilities", "placement"), [(ENGINE, 1), (HARDWARE, 0)])
+@pytest.mark.parametrize(("capabilities", "placement"), [(ENGINE._replace(grants_writes=False), 1), (HARDWARE, 0)])
 def test_memory_of_the_host_is_called_so_where_a_device_has_other_memory(
     capabilities: _native.Capabilities, placement: int
 ) -> None:

@@ -87,7 +87,7 @@ std::vector<Run> PushRuns(const std::vector<ByteRun> &runs, uint64_t base) {
 
 // Layers of a push that go together and share one timeout, where the API gives each its own: few enough bytes for any
 // network that such a timeout is meant for, enough to make the round trip of no account.
-constexpr uint64_t kTogetherBytes = 16ULL << 20;
+constexpr uint64_t kTogetherBytes = 4ULL << 20;
 
 // Of the target's layers, the first of which both caches have: none that one of them lacks, so that what is before it
 // is written when it fails.
