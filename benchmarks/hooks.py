@@ -71,8 +71,8 @@ BOUNDS: Final = {SUMS[D]: 3.5, SUMS[P]: 6.0, SUMS[""]: 6.0, SUMS[IDLE]: 1.5}
 does not. We read the prompt, and give a ticket that proves what the blocks are. Of a hook in which NixlConnector does
 nothing no ratio says much, so a request's are judged together."""
 GROWTH: Final = 2.0
-"""Most times that hooks may take with MORE_HELD leases of what they take with none, medians. A walk through so many takes
-many times an idle step."""
+"""Most times that hooks may take with MORE_HELD leases of what they take with none, medians. To walk through so many
+takes many times an idle step."""
 
 Times = dict[str, list[Cost]]
 

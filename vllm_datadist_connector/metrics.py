@@ -231,22 +231,22 @@ class SchedulerMeter:
         self._at = 0.0
         self._counts: dict[str, int] = {}
         self._ranks: dict[str, dict[str, int]] = {}
-        self._state = dict(_NO_STATE)
-        self._told = dict(_NO_STATE)
+        self._state = _NO_STATE
+        """Of the instance; replaced, never changed: it is what was told, too."""
         self._due = False
 
     def count(self, name: str, amount: int = 1, label: str = "") -> None:
         if amount:
             key = f"{name}:{label}" if label else name
             self._counts[key] = self._counts.get(key, 0) + amount
+            self._due = True
 
     def held(self, leases: int, blocks: int, oldest_s: float) -> None:
         # Whole seconds: each change is a message.
-        self._state["held_leases"], self._state["held_blocks"] = leases, blocks
-        self._state["oldest_lease_seconds"] = int(oldest_s)
+        self._become({"held_leases": leases, "held_blocks": blocks, "oldest_lease_seconds": int(oldest_s)})
 
     def pulling(self, requests: int) -> None:
-        self._state["pulling_requests"] = requests
+        self._become({"pulling_requests": requests})
 
     def absorb(self, stats: KVConnectorStats | None) -> None:
         """Takes the ranks' state out of what the workers report in a step, on its way past the scheduler."""
@@ -262,20 +262,23 @@ class SchedulerMeter:
             total: Tally[str] = Tally()
             for values in self._ranks.values():
                 total.update(values)
-            self._state.update({key: total[key] for key in _OF_RANKS})
+            self._become({key: total[key] for key in _OF_RANKS})
+
+    def _become(self, state: dict[str, int]) -> None:
+        before, self._state = self._state, self._state | state
+        self._due |= self._state != before
 
     def has_some(self) -> bool:
-        return self._due or bool(self._counts) or self._state != self._told
+        return self._due
 
     def take(self) -> DataDistStats | None:
         """What was counted since the last call, and the state; None if there is nothing to tell."""
-        if not self.has_some():
+        if not self._due:
             return None
         # Later than the last one whatever becomes of the clock, or all that follows would be taken for older.
         self._at = max(self._clock(), self._at + _BEFORE_ALL)
-        counts, self._counts = self._counts, {}
-        self._told, self._due = dict(self._state), False
-        gauges = {self._engine: {"at": self._at, "values": self._told}}
+        counts, self._counts, self._due = self._counts, {}, False
+        gauges = {self._engine: {"at": self._at, "values": self._state}}
         return DataDistStats({"series": {}, "counts": counts, "ranks": {}, "gauges": gauges})
 
 

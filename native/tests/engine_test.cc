@@ -275,6 +275,39 @@ TEST_F(TwoEndpoints, PushArguments) {
   EXPECT_EQ(PushWith(no_desc, kB, theirs_, {0}, {1}), LLM_KV_CACHE_NOT_EXIST);
 }
 
+// Layers before the one that fails are written, and none after it.
+TEST_F(TwoEndpoints, PushedLayersThatThePeerHasNotAreTheLast) {
+  const Shape longer{14, 4, 64};
+  const int64_t ours = a_.AddCache(longer, 9);
+  Link();
+  Bytes expected = b_.Contents(theirs_);
+  const Bytes mine = a_.Contents(ours);
+  EXPECT_EQ(a_.Push(ours, kB, theirs_, {1}, {3}, Layers(3, 6, 2, 5)), LLM_PARAM_INVALID);
+  EXPECT_THAT(GetLastErrorText(), HasSubstr("layer 6"));
+  for (size_t tensor = 4; tensor < 10; ++tensor) {
+    std::copy_n(mine.begin() + static_cast<std::ptrdiff_t>((tensor + 2) * 256 + 64), 64,
+                expected.begin() + static_cast<std::ptrdiff_t>(tensor * 256 + 192));
+  }
+  EXPECT_EQ(b_.Contents(theirs_), expected);
+}
+
+// However many go together: where layers share memory, the last one's bytes stay.
+TEST_F(TwoEndpoints, PushedLayersAreWrittenInTheirOrder) {
+  std::vector<uint8_t> shared(256);
+  llm_datadist::CacheDesc desc{};
+  desc.num_tensors = 10;
+  desc.data_type = llm_datadist::DT_UINT8;
+  desc.shape = {4, 64};
+  int64_t one_place = 0;
+  const std::vector<uint64_t> addrs(10, reinterpret_cast<uintptr_t>(shared.data()));
+  ASSERT_EQ(b_.datadist().RegisterKvCache(desc, addrs, {}, one_place), LLM_SUCCESS) << GetLastErrorText();
+  Link();
+  ASSERT_EQ(a_.Push(mine_, kB, one_place, {0, 1, 2, 3}, {0, 1, 2, 3}), LLM_SUCCESS) << GetLastErrorText();
+  ASSERT_EQ(b_.datadist().UnregisterKvCache(one_place), LLM_SUCCESS);
+  const Bytes mine = a_.Contents(mine_);
+  EXPECT_EQ(shared, Bytes(mine.end() - 256, mine.end()));
+}
+
 TEST_F(TwoEndpoints, PushLayerRanges) {
   Link();
   const auto push = [&](const KvCacheExtParam &ext) { return a_.Push(mine_, kB, theirs_, {0}, {0}, ext); };

@@ -315,6 +315,14 @@ TEST_P(ProviderContract, RegistersAndUnregisters) {
 }
 
 // As bindings and the queue call: from threads that enter first.
+TEST_P(ProviderContract, GrantsWritesWhereItSaysSo) {
+  const bool grants = a_.provider().capabilities().grants_writes;
+  const Status granted = a_.provider().GrantWrites(kB, {{mine_, {0}}}).status();
+  EXPECT_EQ(granted.code(), grants ? LLM_PARAM_INVALID : LLM_FEATURE_NOT_ENABLED) << "not by grant, or not at all";
+  EXPECT_EQ(a_.provider().RevokeWrites(1).code(), grants ? llm_datadist::LLM_SUCCESS : LLM_FEATURE_NOT_ENABLED);
+  EXPECT_EQ(grants, std::string(GetParam()) == "engine");
+}
+
 TEST_P(ProviderContract, TransfersFromThreadsOfAQueue) {
   Link();
   auto queue = TransferQueue::Create(a_.shared(), 2, 64);

@@ -58,6 +58,13 @@ TEST_F(WriteGrantsTest, JoinWhatIsSaidOfATensor) {
   EXPECT_FALSE(Has({2000, 1000}, {{0, 20}})) << "in whatever order they are asked for";
 }
 
+TEST_F(WriteGrantsTest, AreLookedAtUntilOneHasItAll) {
+  Add({{{1000}, {{0, 10}}}});
+  EXPECT_FALSE(Has({1000}, {{0, 10}, {50, 10}}));
+  Add({{{1000}, {{0, 10}, {50, 60}}}});
+  EXPECT_TRUE(Has({1000}, {{0, 10}, {50, 10}})) << "though an older one has its beginning";
+}
+
 TEST_F(WriteGrantsTest, LiveUntilTheirLastUse) {
   const uint64_t id = Add({{{1000}, {{0, 10}}}});
   Result<WriteGrants::Use> first = grants_.Take(kCluster, {1000}, std::vector<Span>{{0, 10}});

@@ -6,10 +6,10 @@ from typing import Any
 
 from support.pd import BLOCK_SIZE, LOOPBACK, make_params, make_request, make_ticket
 from vllm_datadist_connector.kv_groups import KVGroup
+from vllm_datadist_connector.metrics import SchedulerMeter
 from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
-from vllm_datadist_connector.scheduler.local_prefills import LocalPrefills
-from vllm_datadist_connector.side_channel.endpoint import Trust
+from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
 PROMPT = list(range(100, 100 + 5 * BLOCK_SIZE - 3))
 REMOTE = (11, 4, 9, 2, 30)
@@ -18,7 +18,9 @@ LOADED = len(PROMPT) - 1
 """All but the last token, which vLLM feeds in any case."""
 
 
-def make_consumer(local: LocalPrefills | None = None, handoff_wait_s: float = 30.0) -> ConsumerScheduler:
+def make_consumer(
+    ourselves: tuple[Endpoint, str] | None = None, meter: SchedulerMeter | None = None, handoff_wait_s: float = 30.0
+) -> ConsumerScheduler:
     return ConsumerScheduler(
         (KVGroup(BLOCK_SIZE),),
         allows_peer=lambda host: host == LOOPBACK,
@@ -26,9 +28,22 @@ def make_consumer(local: LocalPrefills | None = None, handoff_wait_s: float = 30
         answer_timeout_s=5.0,
         trust=Trust(),
         recompute_threshold=None,
-        local=local,
+        ourselves=ourselves,
+        meter=meter,
         handoff_wait_s=handoff_wait_s,
     )
+
+
+def counted(meter: SchedulerMeter) -> dict[str, int]:
+    """Since the last call."""
+    stats = meter.take()
+    return stats.data["counts"] if stats is not None else {}
+
+
+def noted(meter: SchedulerMeter) -> dict[str, int]:
+    """Local prefills by reason, since the last call."""
+    prefix = "local_prefills:"
+    return {key.removeprefix(prefix): count for key, count in counted(meter).items() if key.startswith(prefix)}
 
 
 def params_for(prompt: list[int], blocks: tuple[int, ...] = REMOTE, **changes: Any) -> dict[str, Any]:

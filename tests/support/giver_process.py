@@ -16,6 +16,7 @@ from typing import Any
 import msgspec
 from vllm.v1.request import Request, RequestStatus
 
+from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.metadata import Home
 from vllm_datadist_connector.metrics import WorkerMeter
@@ -82,6 +83,10 @@ class GiverProcess:
 
     def abort(self, request_id: str) -> None:
         self._ask("abort", request_id)
+
+    def cut(self, cluster_id: int) -> None:
+        """P's half of its links with that cluster is gone; nobody is told."""
+        self._ask("cut", cluster_id)
 
     def is_withdrawn(self, token: str) -> bool:
         return bool(self._ask("is_withdrawn", token))
@@ -188,6 +193,10 @@ class _Giver:
     def abort(self, request_id: str) -> None:
         request = pd.finish(self._requests.pop(request_id), RequestStatus.FINISHED_ABORTED)
         self._scheduler.request_finished(request, ([],), LEASE_S)
+
+    def cut(self, cluster_id: int) -> None:
+        for engine in self._engines:
+            engine.datadist.unlink_clusters([_native.ClusterInfo(cluster_id)], 1000, True)
 
     def is_withdrawn(self, token: str) -> bool:
         return self._scheduler._handoffs.is_withdrawn(token)

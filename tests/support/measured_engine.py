@@ -22,6 +22,7 @@ class MeasuredEngine:
             run_s=seconds / 2,
             num_bytes=num_bytes,
             early_bytes=num_bytes // 4,
+            pushed_bytes=0,
             num_blocks=2,
             transport=transport,
         )

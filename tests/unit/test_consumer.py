@@ -8,27 +8,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.counting_keeper import CountingKeeper
-from support.d_requests import LOADED, LOCAL, PROMPT, REMOTE, d_request, make_consumer, params_for
+from support.d_requests import LOADED, LOCAL, PROMPT, REMOTE, counted, d_request, make_consumer, noted, params_for
 from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TOKEN, make_request, make_ticket
 
 from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.metrics import SchedulerMeter
 from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, parse_remote_prefill
 from vllm_datadist_connector.scheduler import consumer as consumer_module
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
-from vllm_datadist_connector.scheduler.local_prefills import LocalPrefills
 from vllm_datadist_connector.side_channel.endpoint import Endpoint
 
 
 @pytest.fixture
-def local() -> LocalPrefills:
-    return LocalPrefills()
+def meter() -> SchedulerMeter:
+    return SchedulerMeter("engine-d")
 
 
 @pytest.fixture
-def consumer(keeper: CountingKeeper, local: LocalPrefills) -> ConsumerScheduler:
+def consumer(keeper: CountingKeeper, meter: SchedulerMeter) -> ConsumerScheduler:
     del keeper
-    return make_consumer(local=local)
+    return make_consumer(meter=meter)
 
 
 def job_of(consumer: ConsumerScheduler) -> PullJob:
@@ -38,7 +38,7 @@ def job_of(consumer: ConsumerScheduler) -> PullJob:
     return job
 
 
-def test_pulled(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
+def test_pulled(consumer: ConsumerScheduler, meter: SchedulerMeter, keeper: CountingKeeper) -> None:
     request = d_request()
     params = params_for(PROMPT)
     consumer.on_new_request(request)
@@ -65,7 +65,7 @@ def test_pulled(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
     consumer.after_alloc(request, (LOCAL,), 0)
     consumer.request_finished(request.request_id)
     assert consumer.take_jobs() == ((), ())
-    assert (consumer.pulling(), consumer.take_releases(), consumer.take_releases()) == (0, 1, 0)
+    assert (consumer.pulling(), counted(meter), counted(meter)) == (0, {"releases": 1}, {})
 
 
 def test_nothing_is_kept_of_a_request_that_vllm_drops_without_a_word_once_it_is_loaded(
@@ -100,13 +100,13 @@ def test_only_what_the_prefix_cache_lacks_is_pulled(consumer: ConsumerScheduler,
 
 
 @pytest.mark.parametrize("computed", [LOADED, len(PROMPT)])
-def test_nothing_lacks(consumer: ConsumerScheduler, computed: int) -> None:
+def test_nothing_lacks(consumer: ConsumerScheduler, meter: SchedulerMeter, computed: int) -> None:
     request = d_request()
     consumer.on_new_request(request)
     assert consumer.matched_tokens(request, computed) == 0
     consumer.after_alloc(request, (LOCAL,), 0)
     assert consumer.take_jobs() == ((), ())
-    assert consumer.take_releases() == 1
+    assert counted(meter) == {"releases": 1}
 
 
 def test_p_computed_less_than_the_prompt(consumer: ConsumerScheduler) -> None:
@@ -163,7 +163,7 @@ def test_p_counts_in_blocks_of_its_own_size(consumer: ConsumerScheduler, size: i
 
 
 @pytest.mark.parametrize("length", [1, BLOCK_SIZE, BLOCK_SIZE + 1, 2 * BLOCK_SIZE])
-def test_all_but_the_last_token(consumer: ConsumerScheduler, length: int) -> None:
+def test_all_but_the_last_token(consumer: ConsumerScheduler, meter: SchedulerMeter, length: int) -> None:
     """Also where the last one stands alone in its block, whose number D then does not pull into."""
     prompt = PROMPT[:length]
     blocks = REMOTE[: -(-length // BLOCK_SIZE)]
@@ -176,7 +176,7 @@ def test_all_but_the_last_token(consumer: ConsumerScheduler, length: int) -> Non
     assert [job.local_blocks for job in pulls] == [(tuple(LOCAL[: -(-count // BLOCK_SIZE)]),)][: length - 1]
     assert all(job.remote.remote_block_ids == (blocks,) for job in pulls)
     consumer.received([request.request_id])
-    assert consumer.take_releases() == 1, "also of a prompt of one token, of which nothing is loaded"
+    assert counted(meter) == {"releases": 1}, "also of a prompt of one token, of which nothing is loaded"
 
 
 @pytest.mark.parametrize(
@@ -263,36 +263,36 @@ def test_a_failed_pull_is_recomputed_here(consumer: ConsumerScheduler) -> None:
 
 
 def test_a_lease_known_to_be_gone_is_not_pulled(
-    consumer: ConsumerScheduler, keeper: CountingKeeper, local: LocalPrefills, caplog: pytest.LogCaptureFixture
+    consumer: ConsumerScheduler, keeper: CountingKeeper, meter: SchedulerMeter, caplog: pytest.LogCaptureFixture
 ) -> None:
     request = d_request()
     consumer.on_new_request(request)
     keeper.gone.add(request.kv_transfer_params[EXTRA_KEY]["token"])
     assert consumer.matched_tokens(request, 0) == 0
     consumer.after_alloc(request, (LOCAL,), 0)
-    assert local.take() == {"lease_gone": 1}
+    assert noted(meter) == {"lease_gone": 1}
     assert f"P's request cmpl-p-0-00000000 at {LOOPBACK}:40000" in caplog.text
 
 
 def test_a_lease_that_nobody_needs_is_not_missed(
-    consumer: ConsumerScheduler, keeper: CountingKeeper, local: LocalPrefills
+    consumer: ConsumerScheduler, keeper: CountingKeeper, meter: SchedulerMeter
 ) -> None:
     request = d_request()
     consumer.on_new_request(request)
     keeper.gone.add(request.kv_transfer_params[EXTRA_KEY]["token"])
     consumer.matched_tokens(request, LOADED)
     consumer.after_alloc(request, (LOCAL,), 0)
-    assert local.take() == {}
+    assert noted(meter) == {}
 
 
 def test_more_leases_than_can_be_kept(
-    consumer: ConsumerScheduler, keeper: CountingKeeper, local: LocalPrefills
+    consumer: ConsumerScheduler, keeper: CountingKeeper, meter: SchedulerMeter
 ) -> None:
     keeper.full = True
     request = d_request()
     consumer.on_new_request(request)
     assert consumer.matched_tokens(request, 0) == 0
-    assert local.take() == {"too_many": 1}
+    assert noted(meter) == {"too_many": 1}
 
 
 def test_children_that_share_a_lease(consumer: ConsumerScheduler, keeper: CountingKeeper) -> None:
@@ -339,7 +339,7 @@ def test_any_sequence_of_calls(calls: list[tuple[str, int]]) -> None:
     with pytest.MonkeyPatch.context() as patch:
         keeper = CountingKeeper()
         patch.setattr(consumer_module, "open_keeper", lambda *_: keeper)
-        consumer = make_consumer()
+        consumer = make_consumer(meter=(meter := SchedulerMeter("engine-d")))
         requests = [d_request(params_for(PROMPT), request_id=str(i)) for i in range(3)]
         pulled: Counter[str] = Counter()
 
@@ -370,4 +370,4 @@ def test_any_sequence_of_calls(calls: list[tuple[str, int]]) -> None:
         assert consumer.pulling() == 0
         assert not +keeper.users
         assert all(count == 1 for count in pulled.values())
-        assert len(keeper.endpoints) == consumer.take_releases()
+        assert len(keeper.endpoints) == counted(meter).get("releases", 0)

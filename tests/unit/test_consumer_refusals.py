@@ -7,23 +7,23 @@ from typing import Any
 import pytest
 import torch
 from support.counting_keeper import CountingKeeper
-from support.d_requests import LOCAL, PROMPT, REMOTE, d_request, make_consumer, params_for
+from support.d_requests import LOCAL, PROMPT, REMOTE, d_request, make_consumer, noted, params_for
 from support.pd import BLOCK_SIZE, OTHER_TOKEN, make_params, make_request, make_ticket
 
+from vllm_datadist_connector.metrics import SchedulerMeter
 from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
-from vllm_datadist_connector.scheduler.local_prefills import LocalPrefills
 
 
 @pytest.fixture
-def local() -> LocalPrefills:
-    return LocalPrefills()
+def meter() -> SchedulerMeter:
+    return SchedulerMeter("engine-d")
 
 
 @pytest.fixture
-def consumer(keeper: CountingKeeper, local: LocalPrefills) -> ConsumerScheduler:
+def consumer(keeper: CountingKeeper, meter: SchedulerMeter) -> ConsumerScheduler:
     del keeper
-    return make_consumer(local=local)
+    return make_consumer(meter=meter)
 
 
 HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
@@ -48,7 +48,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
 def test_hostile_params_are_prefilled_here(
     consumer: ConsumerScheduler,
     keeper: CountingKeeper,
-    local: LocalPrefills,
+    meter: SchedulerMeter,
     params: dict[str, Any],
     reason: str,
     caplog: pytest.LogCaptureFixture,
@@ -61,14 +61,14 @@ def test_hostile_params_are_prefilled_here(
     assert not +keeper.users
     assert consumer.take_jobs() == ((), ())
     assert [request.request_id in record.message for record in caplog.records] == [True]
-    assert local.take() == {reason: 1}
+    assert noted(meter) == {reason: 1}
 
 
 def test_what_p_did_not_hold_is_no_fault(
-    consumer: ConsumerScheduler, local: LocalPrefills, caplog: pytest.LogCaptureFixture
+    consumer: ConsumerScheduler, meter: SchedulerMeter, caplog: pytest.LogCaptureFixture
 ) -> None:
     consumer.on_new_request(d_request(make_params(((),), num_tokens=0, ticket=None)))
-    assert local.take() == {"nothing_held": 1}
+    assert noted(meter) == {"nothing_held": 1}
     assert not caplog.records
 
 

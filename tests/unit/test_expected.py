@@ -8,16 +8,16 @@ from contextlib import ExitStack, closing
 from typing import Any
 
 import pytest
-from support.d_requests import LOCAL, PROMPT, REMOTE, make_consumer
+from support.d_requests import LOCAL, PROMPT, REMOTE, make_consumer, noted
 from support.pd import BLOCK_SIZE, LOOPBACK, TO_P, TOKEN, finish, make_request, wait_until
 from support.steps import first_step
 from vllm.v1.request import Request
 
 from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.metrics import SchedulerMeter
 from vllm_datadist_connector.scheduler import expected
 from vllm_datadist_connector.scheduler.identity import InstanceIdentity
-from vllm_datadist_connector.scheduler.local_prefills import LocalPrefills
 from vllm_datadist_connector.scheduler.producer import ProducerScheduler
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
 
@@ -38,8 +38,8 @@ def unused_port() -> int:
 
 class D:
     def __init__(self, wait_s: float) -> None:
-        self.local = LocalPrefills()
-        self.scheduler = make_consumer(self.local, wait_s)
+        self.meter = SchedulerMeter("engine-d")
+        self.scheduler = make_consumer(meter=self.meter, handoff_wait_s=wait_s)
 
     def matched(self, request: Request) -> int:
         """What vLLM is told in the end."""
@@ -54,7 +54,7 @@ class D:
         return counts[-1]
 
     def notes(self) -> dict[str, int]:
-        return self.local.take()
+        return noted(self.meter)
 
 
 @pytest.fixture

@@ -5,12 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from support.d_requests import noted
 from support.engine_config import FULL, group_of, vllm_config
 from support.pd import TO_P, make_params, make_request
 
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.labels import Reason
+from vllm_datadist_connector.metrics import SchedulerMeter
 from vllm_datadist_connector.protocol.params import Unusable
 from vllm_datadist_connector.scheduler.local_prefills import LINE_INTERVAL_S, REASON_OF, LocalPrefills
 from vllm_datadist_connector.scheduler.scheduler import ConnectorScheduler
@@ -43,10 +45,10 @@ P, D, BOTH = (True, False), (False, True), (True, True)
     ],
 )
 def test_arrivals(params: Any, sides: tuple[bool, bool], reason: str | None) -> None:
-    local = LocalPrefills()
+    local = LocalPrefills(meter := SchedulerMeter("engine"))
     local.note_arrival("r", params, Duties(*sides))
-    assert local.take() == ({reason: 1} if reason else {})
-    assert local.take() == {}
+    assert noted(meter) == ({reason: 1} if reason else {})
+    assert noted(meter) == {}
 
 
 @pytest.mark.parametrize(
@@ -77,7 +79,7 @@ def test_a_scheduler_counts_and_says_what_to_do(
 
 def test_one_line_in_an_interval_for_each_reason(caplog: pytest.LogCaptureFixture) -> None:
     now = 0.0
-    local = LocalPrefills(clock=lambda: now)
+    local = LocalPrefills(meter := SchedulerMeter("engine"), clock=lambda: now)
     for count in range(40):
         local.note(f"r{count}", Reason.ROLE, "it is another's")
         local.note(f"s{count}", Reason.FLAG, "it is no flag")
@@ -85,7 +87,7 @@ def test_one_line_in_an_interval_for_each_reason(caplog: pytest.LogCaptureFixtur
     now = LINE_INTERVAL_S
     local.note("r40", Reason.ROLE, "it is another's")
     assert caplog.records[-1].getMessage().endswith("(and 39 others since the last such line)")
-    assert local.take() == {"role": 41, "flag": 40}
+    assert noted(meter) == {"role": 41, "flag": 40}
 
 
 def test_every_reason_of_the_params_has_a_label() -> None:

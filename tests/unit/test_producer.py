@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 from support.channels import wait_for
+from support.d_requests import counted
 from support.pd import BLOCK_SIZE, LOOPBACK, OTHER_TOKEN, TO_P, TOKEN, WAIT_S, finish, make_request
 from vllm.v1.request import RequestStatus
 
@@ -64,11 +65,10 @@ def ask(client: ChannelClient, producer: ProducerScheduler, kind: str, **fields:
     return answer.response
 
 
-def counted(producer: ProducerScheduler, meter: SchedulerMeter) -> dict[str, int]:
-    """By the producer, since the last call."""
+def heard(producer: ProducerScheduler, meter: SchedulerMeter) -> dict[str, int]:
+    """What was counted since the last call."""
     producer.hear()
-    stats = meter.take()
-    return stats.data["counts"] if stats is not None else {}
+    return counted(meter)
 
 
 def hold(producer: ProducerScheduler, request_id: str = "cmpl-a-0-00000000") -> RemotePrefill:
@@ -157,8 +157,8 @@ def test_release_gives_back_once(producer: ProducerScheduler, meter: SchedulerMe
         assert ask(client, producer, "release", tokens=(remote.ticket.token,)) == Released()
     assert producer.take_ended() == (remote.remote_request_id,)
     assert producer.take_ended() == ()
-    assert counted(producer, meter) == {"leases_ended:released": 1}
-    assert counted(producer, meter) == {}
+    assert heard(producer, meter) == {"leases_ended:released": 1}
+    assert heard(producer, meter) == {}
     assert producer.held() == (0, 0)
 
 
@@ -178,7 +178,7 @@ def test_expiry_gives_back_and_says_so(caplog: pytest.LogCaptureFixture) -> None
         while len(ended) < 2 and time.monotonic() < end:
             ended += producer.take_ended()
         assert ended == (orphan, silent)
-        assert counted(producer, meter) == {"leases_ended:expired": 1, "leases_ended:unclaimed": 1}
+        assert heard(producer, meter) == {"leases_ended:expired": 1, "leases_ended:unclaimed": 1}
         levels = [(record.levelno, record.message.split()[1]) for record in caplog.records]
         assert levels == [(logging.INFO, f"{orphan}:"), (logging.WARNING, f"{silent}:")]
         assert "its D, 10.0.0.1:4567, fell silent" in caplog.text
@@ -193,7 +193,7 @@ def test_who_asks_for_nothing_does_not_make_counts_grow(producer: ProducerSchedu
         assert producer.leases.revoke("all", 0.0, 1) == 1
         producer.take_ended()
     assert (len(producer._ended), len(meter._counts)) == (0, 1)
-    assert counted(producer, meter) == {"leases_ended:revoked": 100}
+    assert heard(producer, meter) == {"leases_ended:revoked": 100}
 
 
 class TestPause:
@@ -242,8 +242,8 @@ def test_confirm(
         assert isinstance(refused, Confirmed)
         assert not refused.held
         assert refused.reason
-    assert counted(producer, meter) == {"refused_confirms": 4, "served_requests": 1, "served_blocks": 3}
-    assert counted(producer, meter) == {}
+    assert heard(producer, meter) == {"refused_confirms": 4, "served_requests": 1, "served_blocks": 3}
+    assert heard(producer, meter) == {}
     d = f"process {os.getpid()}"
     begins = [
         f"request {remote.remote_request_id}: refused to confirm a pull of {d}: ",
@@ -257,7 +257,7 @@ def test_confirm(
     late = ask(client, producer, "confirm", **confirmation(remote))
     assert isinstance(late, Confirmed)
     assert not late.held
-    assert counted(producer, meter) == {"refused_confirms": 1, "leases_ended:released": 1}
+    assert heard(producer, meter) == {"refused_confirms": 1, "leases_ended:released": 1}
     assert caplog.records[-1].message == begins[0] + late.reason
 
 

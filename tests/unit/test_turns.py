@@ -343,15 +343,19 @@ class TestStatistics:
         assert scheduler.take_stats() is not None
         producer = scheduler._producer
         assert producer is not None
+        scheduler.build_step(NO_STEP)
         asked: list[str] = []
 
-        class Table:
+        class Noting:
+            def __init__(self, native: object) -> None:
+                self._native = native
+
             def __getattr__(self, name: str) -> Any:
                 asked.append(name)
-                return getattr(table, name)
+                return getattr(self._native, name)
 
-        leases: Any = producer._leases
-        table, leases.table = leases.table, Table()
+        parts: Any = producer
+        parts._leases.table, parts._server = Noting(parts._leases.table), Noting(parts._server)
         assert scheduler.build_step(NO_STEP) is NOTHING
         assert scheduler.take_stats() is None
         assert asked == ["changes", "changes"]

@@ -23,6 +23,7 @@ import msgspec
 from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.labels import Reason
 from vllm_datadist_connector.metadata import PullJob
+from vllm_datadist_connector.metrics import SchedulerMeter
 from vllm_datadist_connector.protocol.params import (
     ParamsError,
     RemotePrefill,
@@ -83,6 +84,7 @@ class ConsumerScheduler:
         local: LocalPrefills | None = None,
         handoff_wait_s: float = 30.0,
         transfer_mode: str = "pull",
+        meter: SchedulerMeter | None = None,
     ) -> None:
         """
         Args:
@@ -92,6 +94,7 @@ class ConsumerScheduler:
             ourselves: our own side channel and incarnation, where we may be the P of our own requests.
             transfer_mode: of hand-offs that do not say theirs.
             local: notes what is prefilled here after all.
+            meter: is told what becomes of pulls.
         """
         self._groups = groups
         self._forgets = any(group.forgets for group in groups)
@@ -102,14 +105,14 @@ class ConsumerScheduler:
         self._allows_peer = allows_peer
         self._recv_deadline_s = recv_deadline_s
         self._transfer_mode = transfer_mode
-        self._local = local if local is not None else LocalPrefills()
+        self._meter = meter if meter is not None else SchedulerMeter("")
+        self._local = local if local is not None else LocalPrefills(self._meter)
         self._keeper = open_keeper(trust, answer_timeout_s)
         self._expected = Expectations(trust, handoff_wait_s, answer_timeout_s)
         self._requests: dict[str, _Tracked] = {}
         self._pulls: list[PullJob] = []
         self._cancels: list[str] = []
         self._digests = PromptDigests()
-        self._releases = 0
         self._pulling = 0
 
     def on_new_request(self, request: Request, gives: bool = False) -> None:
@@ -238,7 +241,7 @@ class ConsumerScheduler:
             return
         tracked.state = _State.PULLING
         is_handoff = tracked.remote.ticket.generation == 0
-        self._pulling += 1
+        self._count_pulls(1)
         first, end = tracked.offered_from, tracked.offered_from + num_external_tokens
         self._keeper.pulls(tracked.remote.ticket.token, self._recv_deadline_s)
         grouped = zip(self._groups, tables, strict=True)
@@ -280,10 +283,6 @@ class ConsumerScheduler:
         pulls, self._pulls = tuple(self._pulls), []
         cancels, self._cancels = tuple(self._cancels), []
         return pulls, cancels
-
-    def take_releases(self) -> int:
-        released, self._releases = self._releases, 0
-        return released
 
     def pulling(self) -> int:
         return self._pulling
@@ -356,9 +355,14 @@ class ConsumerScheduler:
         tracked = self._requests.pop(request_id, None)
         self._digests.forget(request_id)
         if tracked is not None:
-            self._releases += 1
-            self._pulling -= tracked.state is _State.PULLING
+            self._meter.count("releases")
+            if tracked.state is _State.PULLING:
+                self._count_pulls(-1)
             self._keeper.release(tracked.remote.ticket.token)
+
+    def _count_pulls(self, more: int) -> None:
+        self._pulling += more
+        self._meter.pulling(self._pulling)
 
 
 def _endpoint_of(remote: RemotePrefill) -> Endpoint:

@@ -14,6 +14,7 @@ from typing import Final
 from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.labels import Reason
 from vllm_datadist_connector.log_filter import OthersWords
+from vllm_datadist_connector.metrics import SchedulerMeter
 from vllm_datadist_connector.protocol.params import (
     FLAGS,
     Unusable,
@@ -55,14 +56,14 @@ _ADVICE: Final = {
 class LocalPrefills:
     """Belongs to the scheduler thread."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, meter: SchedulerMeter, clock: Callable[[], float] = time.monotonic) -> None:
+        self._meter = meter
         self._clock = clock
-        self._counts: Counter[str] = Counter()
         self._unsaid: Counter[Reason] = Counter()
         self._next_line: dict[Reason, float] = {}
 
     def note(self, request_id: str, reason: Reason, detail: str) -> None:
-        self._counts[reason.value] += 1
+        self._meter.count("local_prefills", 1, reason.value)
         now = self._clock()
         if reason not in _ADVICE:
             return
@@ -104,10 +105,3 @@ class LocalPrefills:
             self.note(request_id, Reason.SWITCHED, f"it asks for {asked_for}, and this instance is, or was, {role}")
         else:
             self.note(request_id, Reason.ROLE, f"it asks for {asked_for}, and kv_role is {kv_role}")
-
-    def take(self) -> dict[str, int]:
-        """Counts by reason since the last call."""
-        if not self._counts:
-            return {}
-        taken, self._counts = dict(self._counts), Counter()
-        return taken

@@ -43,6 +43,10 @@ _PULL_GRACE_S = 5.0
 """Who pulls when we pause may go on for so long: a D that is paused, too, would never tell us that it is done."""
 
 
+_LEFT_EVERY_S = 1.0
+"""For Ds that have left, P looks so often."""
+
+
 class ProducerScheduler:
     """Owns the leases and the side channel's listener, which answers from them by itself."""
 
@@ -75,6 +79,7 @@ class ProducerScheduler:
         self._ended: list[str] = []
         """Requests whose lease has ended and whose workers were not told."""
         self._digests = PromptDigests()
+        self._next_look = 0.0
         self._returning = 0
         self._paused_at: float | None = None
         self._lease_s = lease_s
@@ -247,7 +252,11 @@ class ProducerScheduler:
         self._meter.held(*table.held(), table.oldest_s())
 
     def take_left_askers(self) -> tuple[int, ...]:
-        """Clusters of Ds that have gone since the last step."""
+        """Clusters of Ds that have gone since the last call. Looked for once a second: to unlink them is no hurry."""
+        now = time.monotonic()
+        if now < self._next_look:
+            return ()
+        self._next_look = now + _LEFT_EVERY_S
         return tuple(self._server.take_left_askers())
 
     def sent(self, count: int) -> None:

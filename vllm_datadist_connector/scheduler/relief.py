@@ -77,8 +77,7 @@ class Relief:
     def step(self, num_scheduled_tokens: int) -> None:
         """vLLM has scheduled a step: whoever was asked about and not allocated stands before a full cache."""
         head, self._asked = self._asked, None
-        pulling = self._consumer is not None and self._consumer.pulling()
-        if num_scheduled_tokens or pulling or not self._unfinished:
+        if num_scheduled_tokens or not self._unfinished or (self._consumer is not None and self._consumer.pulling()):
             self._steps = 0
             return
         now = self._clock()

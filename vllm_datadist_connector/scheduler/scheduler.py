@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING, Any
 
 from vllm_datadist_connector import compat
@@ -66,7 +66,7 @@ class ConnectorScheduler:
         self._bidirectional = config.bidirectional
         self._prompt_tail = compat.prompt_tail(vllm_config, any(group.forgets for group in identity.groups))
         self._meter = SchedulerMeter(identity.engine_id)
-        self._local = LocalPrefills()
+        self._local = LocalPrefills(self._meter)
         trust = Trust(config.auth, config.insecure)
         if config.insecure:
             logger.warning("insecure: whoever can connect to %s is a peer, and may read what peers may", config.host)
@@ -101,6 +101,7 @@ class ConnectorScheduler:
                 self._local,
                 config.handoff_wait_s,
                 config.transfer_mode,
+                self._meter,
             )
         self._relief = Relief(self._producer, self._consumer) if self._producer is not None else None
         self._roles = self._producer.roles if self._producer is not None else None
@@ -171,12 +172,12 @@ class ConnectorScheduler:
         if self._producer is not None:
             self._producer.set_paused(paused)
 
-    def finished(self, received: Iterable[str], sent: Collection[str]) -> None:
+    def finished(self, received: Collection[str], sent: Collection[str]) -> None:
         """Every worker rank has told vLLM so."""
-        if self._consumer is not None:
+        if received and self._consumer is not None:
             self._consumer.received(received)
             self._tell_taken()
-        if self._producer is not None:
+        if sent and self._producer is not None:
             self._producer.sent(len(sent))
 
     def absorb_stats(self, stats: KVConnectorStats) -> None:
@@ -190,9 +191,10 @@ class ConnectorScheduler:
         ended = self._producer.take_ended() if self._producer is not None else ()
         left = self._producer.take_left_askers() if self._producer is not None else ()
         pulls, cancels = self._consumer.take_jobs() if self._consumer is not None else ((), ())
-        self._tell_taken()
-        self._measure()
-        home, self._home = self._home, None
+        home = self._home
+        if self._roles is not None:
+            self._tell_taken()
+            self._home = None
         has_stats = self._meter.has_some()
         if not (pulls or cancels or ended or left or giving or home or has_stats):
             return NOTHING
@@ -201,17 +203,7 @@ class ConnectorScheduler:
     def take_stats(self) -> DataDistStats | None:
         if self._producer is not None:
             self._producer.hear()
-        self._measure()
         return self._meter.take()
-
-    def _measure(self) -> None:
-        """All but what the producer tells the meter by itself."""
-        meter = self._meter
-        if self._consumer is not None:
-            meter.pulling(self._consumer.pulling())
-            meter.count("releases", self._consumer.take_releases())
-        for reason, count in self._local.take().items():
-            meter.count("local_prefills", count, reason)
 
     def close(self) -> None:
         if self._producer is not None:

@@ -81,7 +81,7 @@ class Engine {
   // ---- transfers below it, as the Python API needs them as well ----
   // The move's source row is target.src_row, or the row of the key. A piece move gets its size from the local cache.
   Status Pull(const PullTarget &target, Move move);
-  Status PushLayer(const PushTarget &target, const CacheRef &dst, Move move);
+  Status PushLayer(const PushTarget &target, const CacheRef &dst, const Move &move);
   // One address of the peer's per tensor of the layer.
   Status PushLayerToAddresses(const PushTarget &target, const std::vector<uint64_t> &dst_addrs, const Move &move);
 
@@ -108,7 +108,8 @@ class Engine {
   Deadline TransferDeadline(std::optional<std::chrono::milliseconds> time_left) const;
   bool IsOurselves(uint64_t cluster_id) const;
   Status PullOnce(const PullTarget &target, Move &move);
-  Status PushLayerOnce(const PushTarget &target, const CacheRef &dst, Move &move);
+  Result<int64_t> PushSome(const PushTarget &target, const CacheRef &dst, Move move);
+  Status PushTogether(const PushTarget &target, const CacheRef &dst, Move &move, int64_t &layers);
   Status PushLayers(const llm_datadist::Cache &src_cache, const llm_datadist::CacheIndex &dst, const Move &move,
                     const llm_datadist::KvCacheExtParam &ext, std::optional<std::chrono::milliseconds> time_left);
 

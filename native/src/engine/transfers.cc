@@ -85,6 +85,24 @@ std::vector<Run> PushRuns(const std::vector<ByteRun> &runs, uint64_t base) {
   return ordered;
 }
 
+// Layers of a push that go together and share one timeout, where the API gives each its own: few enough bytes for any
+// network that such a timeout is meant for, enough to make the round trip of no account.
+constexpr uint64_t kTogetherBytes = 16ULL << 20;
+
+// Of the target's layers, the first of which both caches have: none that one of them lacks, so that what is before it
+// is written when it fails.
+int64_t LayersTogether(const PushTarget &target, const std::vector<ByteRun> &runs, const CacheGeometry &local,
+                       const CacheGeometry &remote) {
+  uint64_t bytes = 0;
+  for (const ByteRun &run : runs) {
+    bytes = CheckedAdd(bytes, run.length).value_or(kTogetherBytes);
+  }
+  const uint64_t layer = std::max<uint64_t>(CheckedMul(bytes, target.tensors_per_layer).value_or(kTogetherBytes), 1);
+  return std::min({target.layers, std::max<int64_t>(static_cast<int64_t>(kTogetherBytes / layer), 1),
+                   local.num_tensors / target.tensors_per_layer - target.src_layer,
+                   remote.num_tensors / target.tensors_per_layer - target.dst_layer});
+}
+
 std::optional<std::chrono::milliseconds> LeftUntil(const std::optional<Deadline> &deadline) {
   return deadline.has_value() ? std::make_optional(deadline->Remaining()) : std::nullopt;
 }
@@ -230,8 +248,8 @@ Status Engine::PushKvBlocks(const llm_datadist::Cache &src_cache, const CacheInd
   return PushLayers(src_cache, dst, BlockMove{src_blocks, dst_blocks}, ext, time_left);
 }
 
-// Each layer is a transfer of its own, with a timeout of its own within what is left for the call; the first that fails
-// ends it.
+// Layers go in their order, as many together as share one timeout, within what is left for the call; the first that
+// fails ends it, and those before it are written.
 Status Engine::PushLayers(const llm_datadist::Cache &src_cache, const CacheIndex &dst, const Move &move,
                           const KvCacheExtParam &ext, std::optional<std::chrono::milliseconds> time_left) {
   const auto call_deadline = time_left.has_value() ? std::make_optional(Deadline::In(*time_left)) : std::nullopt;
@@ -248,21 +266,35 @@ Status Engine::PushLayers(const llm_datadist::Cache &src_cache, const CacheIndex
   }
   const datadist::PushLayers layers = SelectPushLayers(ext, num_tensors);
   const CacheRef remote = ToRef(dst);
-  for (int64_t i = 0; i < layers.count; ++i) {
-    const PushTarget target{src_cache.cache_id, layers.src_first + i, dst.cluster_id, layers.dst_first + i,
-                            layers.tensors_per_layer, LeftUntil(call_deadline)};
-    if (Status status = PushLayer(target, remote, move); !status.ok()) {
-      return status;
+  PushTarget target{src_cache.cache_id, layers.src_first, dst.cluster_id, layers.dst_first, layers.tensors_per_layer,
+                    layers.count};
+  while (target.layers > 0) {
+    target.time_left = LeftUntil(call_deadline);
+    const Result<int64_t> pushed = PushSome(target, remote, move);
+    if (!pushed.ok()) {
+      return pushed.status();
     }
+    target.src_layer += pushed.value();
+    target.dst_layer += pushed.value();
+    target.layers -= pushed.value();
   }
   return Status::Ok();
 }
 
-Status Engine::PushLayer(const PushTarget &target, const CacheRef &dst, Move move) {
-  return statistics_->Count(Statistics::Call::kPush, [&] { return PushLayerOnce(target, dst, move); });
+Status Engine::PushLayer(const PushTarget &target, const CacheRef &dst, const Move &move) {
+  const Result<int64_t> pushed = PushSome(target, dst, move);
+  return pushed.ok() ? Status::Ok() : pushed.status();
 }
 
-Status Engine::PushLayerOnce(const PushTarget &target, const CacheRef &dst, Move &move) {
+Result<int64_t> Engine::PushSome(const PushTarget &target, const CacheRef &dst, Move move) {
+  int64_t layers = 0;
+  const Status status =
+      statistics_->Count(Statistics::Call::kPush, [&] { return PushTogether(target, dst, move, layers); });
+  return status.ok() ? Result<int64_t>(layers) : status;
+}
+
+// As many of the target's layers as go together, the first at least: how many is known once the remote cache is.
+Status Engine::PushTogether(const PushTarget &target, const CacheRef &dst, Move &move, int64_t &layers) {
   const Deadline deadline = TransferDeadline(target.time_left);
   const Result<CachePin> pin = PinLocal(*endpoint_->caches(), target.src_cache_id);
   if (!pin.ok()) {
@@ -290,11 +322,12 @@ Status Engine::PushLayerOnce(const PushTarget &target, const CacheRef &dst, Move
     if (!runs.ok()) {
       return runs.status();
     }
+    layers = LayersTogether(target, runs.value(), local, destination);
     TransferOp op;
     op.local = &pin.value();
     op.remote_first_tensor = static_cast<uint32_t>(target.dst_layer) * target.tensors_per_layer;
     op.local_first_tensor = static_cast<uint32_t>(target.src_layer) * target.tensors_per_layer;
-    op.tensor_count = target.tensors_per_layer;
+    op.tensor_count = static_cast<uint32_t>(layers) * target.tensors_per_layer;
     op.runs = PushRuns(runs.value(), 0);
     return op;
   };

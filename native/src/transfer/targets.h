@@ -22,13 +22,15 @@ struct PullTarget {
   std::optional<std::chrono::milliseconds> time_left = std::nullopt;  // if that is less than the option says
 };
 
-// Of one layer of a Push. `dst_layer` and `dst_row` have no meaning when bare addresses are pushed to.
+// Of a Push: `layers` from src_layer on to those from dst_layer on. Bare addresses are those of one layer, and `dst_layer`
+// has no meaning there.
 struct PushTarget {
   int64_t src_cache_id = 0;
   int64_t src_layer = 0;
   uint64_t dst_cluster_id = 0;
   int64_t dst_layer = 0;
   uint32_t tensors_per_layer = 2;
+  int64_t layers = 1;
   std::optional<std::chrono::milliseconds> time_left = std::nullopt;  // if that is less than the option says
 };
 
