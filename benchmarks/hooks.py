@@ -66,7 +66,7 @@ class Cost(NamedTuple):
     wall: float
 
 
-BOUNDS: Final = {SUMS[D]: 3.5, SUMS[P]: 6.0, SUMS[""]: 6.0, SUMS[IDLE]: 1.5}
+BOUNDS: Final = {SUMS[D]: 4.0, SUMS[P]: 6.0, SUMS[""]: 6.0, SUMS[IDLE]: 2.6}
 """Most times NixlConnector's, medians: twice what was measured. A cost that is added to a hook shows, a busy machine
 does not. We read the prompt, and give a ticket that proves what the blocks are. Of a hook in which NixlConnector does
 nothing no ratio says much, so a request's are judged together."""

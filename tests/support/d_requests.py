@@ -19,7 +19,7 @@ LOADED = len(PROMPT) - 1
 
 
 def make_consumer(
-    ourselves: tuple[Endpoint, str] | None = None, meter: SchedulerMeter | None = None, handoff_wait_s: float = 30.0
+    meter: SchedulerMeter | None = None, handoff_wait_s: float = 30.0, ourselves: tuple[Endpoint, str] | None = None
 ) -> ConsumerScheduler:
     return ConsumerScheduler(
         (KVGroup(BLOCK_SIZE),),

@@ -6,7 +6,7 @@ import socket
 import struct
 from typing import NamedTuple
 
-VERSION = 8
+VERSION = 9
 CHANNEL, CHANNEL_READY = 23, 24
 RENEW, RENEWED, RELEASE, RELEASED = 27, 28, 31, 32
 

@@ -30,6 +30,7 @@ DEFAULTS = {
     "recompute_threshold": 64,
     "recv_deadline_s": 60.0,
     "handoff_wait_s": 30.0,
+    "transfer_mode": "pull",
     "pull_timeout_s": 20.0,
     "handshake_timeout_s": 5.0,
     "link_timeout_s": 5.0,
@@ -54,6 +55,7 @@ ALLOWED: dict[str, list[object]] = {
     "side_channel_port": [0, 65535],
     "engine_port": [0, 65535],
     "transport": ["auto", "local", "cma", "tcp"],
+    "transfer_mode": ["pull", "push"],
     "transfer_threads": [1, 64],
     "tcp_streams": [1, 16],
     "huge_pages": [True, False],
@@ -90,6 +92,7 @@ REFUSED: dict[str, list[object]] = {
     "host": ["0.0.0.0", "::", "localhost", "", "224.0.0.1", "127.0.0.1:5", 5, None],  # noqa: S104
     "side_channel_port": [-1, 65536, "80", 1.5, True],
     "engine_port": [-1, 65536, None],
+    "transfer_mode": ["", "write", True, None],
     "transport": ["rdma", "", None, 1],
     "transfer_threads": [0, 65, 1.5],
     "tcp_streams": [0, 17],

@@ -24,6 +24,7 @@ from vllm_datadist_connector.side_channel.client import open_client
 from vllm_datadist_connector.side_channel.endpoint import Trust
 
 PATIENCE_S = 30.0
+NO_DELIVERY = "none", 0, 0, 0, 0.0, ""
 NO_MARK = (0, 0, 0, b"")
 
 
@@ -63,7 +64,7 @@ def test_d_follows_a_prefill(ends: Ends) -> None:
     early = ends.ask(None, 0, 0)
     assert ends.handoffs.promise(TOKEN, "request-\ud800")
     promised = ends.news(early)
-    assert promised == HandoffNews("promised", 0, 0, promised.stamp, None, *NO_MARK, "")
+    assert promised == HandoffNews("promised", 0, 0, promised.stamp, None, *NO_MARK, "", *NO_DELIVERY)
     assert ends.handoffs.is_awaited(TOKEN)
     sent = ends.ask(None, promised.version, promised.stamp)
     ends.handoffs.begin(TOKEN, 3, b"blocks")
@@ -82,7 +83,7 @@ def test_d_follows_a_prefill(ends: Ends) -> None:
     assert ends.leases.grant("r", TOKEN, OTHER_TOKEN, 3, 60.0, 60.0, TOKEN) == (TOKEN, 1)
     assert ends.handoffs.seal(TOKEN, 3, b"all blocks")
     sealed = ends.news(ends.ask(None, begun.version, begun.stamp))
-    assert sealed == HandoffNews("sealed", 3, 2, sealed.stamp, b"all blocks", *NO_MARK, "")
+    assert sealed == HandoffNews("sealed", 3, 2, sealed.stamp, b"all blocks", *NO_MARK, "", *NO_DELIVERY)
     assert len(ends.handoffs) == 1
     ends.handoffs.forget([TOKEN, OTHER_TOKEN])
     assert len(ends.handoffs) == 0
@@ -91,7 +92,7 @@ def test_d_follows_a_prefill(ends: Ends) -> None:
 
 
 def test_a_token_of_nobody_is_unknown_when_patience_is_over(ends: Ends) -> None:
-    assert ends.news(ends.ask((0, 0), 0, 0, 0.0)) == HandoffNews("unknown", 0, 0, 0, None, *NO_MARK, "")
+    assert ends.news(ends.ask((0, 0), 0, 0, 0.0)) == HandoffNews("unknown", 0, 0, 0, None, *NO_MARK, "", *NO_DELIVERY)
 
 
 def test_ended_says_why(ends: Ends) -> None:
