@@ -313,7 +313,7 @@ TEST_F(Saying, ABlobOfACacheOfTheWrongLengthIsRefusedByItsTransport) {
     stranger.Say(MessageType::kPush, Encode(push), ++seq);
     return Decode<Pushed>(stranger.Hear(MessageType::kPushed).body).value().status;
   };
-  for (const size_t size : {size_t{0}, size_t{1}, size_t{8}, whole.size() - 1, whole.size() + 1, kMaxCacheBlob}) {
+  for (const size_t size : {size_t{1}, size_t{8}, whole.size() - 1, whole.size() + 1, kMaxCacheBlob}) {
     push.source.blob = whole;
     push.source.blob.resize(size, 0x5A);
     const Status status = said();
@@ -321,6 +321,9 @@ TEST_F(Saying, ABlobOfACacheOfTheWrongLengthIsRefusedByItsTransport) {
     EXPECT_THAT(status.text(), HasSubstr("did not tell the addresses")) << size;
     EXPECT_EQ(victim_.Bytes(cache), test::PatternOf(Member::kShape, 5)) << size;
   }
+  push.source.blob = {};
+  EXPECT_THAT(said().text(), HasSubstr("did not tell where it lies")) << "as one whose peers may not read";
+  EXPECT_EQ(victim_.Bytes(cache), test::PatternOf(Member::kShape, 5));
   push.source.blob = whole;
   EXPECT_EQ(said().code(), LLM_SUCCESS);
   EXPECT_EQ(victim_.Bytes(cache), test::PatternOf(Member::kShape, 6));

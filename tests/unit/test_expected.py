@@ -39,7 +39,7 @@ def unused_port() -> int:
 class D:
     def __init__(self, wait_s: float) -> None:
         self.meter = SchedulerMeter("engine-d")
-        self.scheduler = make_consumer(self.meter, wait_s)
+        self.scheduler = make_consumer(meter=self.meter, handoff_wait_s=wait_s)
 
     def matched(self, request: Request) -> int:
         """What vLLM is told in the end."""

@@ -25,6 +25,10 @@ HARDWARE = NPU._replace(peer_drops_half=True)
 """Without the thread that ends P's halves of links: that needs an endpoint with native calls."""
 
 
+PULLED = ENGINE._replace(grants_writes=False)
+"""Without the driver of a P that pushes: that needs one as well."""
+
+
 class Provider:
     """Notes what it is asked for, in order."""
 
@@ -81,7 +85,7 @@ def test_every_view_is_registered_before_anybody_can_know_of_us() -> None:
     assert provider.names().count("register") == sum(len(cache.views) for cache in geometry.caches)
 
 
-@pytest.mark.parametrize(("capabilities", "placement"), [(ENGINE._replace(grants_writes=False), 1), (HARDWARE, 0)])
+@pytest.mark.parametrize(("capabilities", "placement"), [(PULLED, 1), (HARDWARE, 0)])
 def test_memory_of_the_host_is_called_so_where_a_device_has_other_memory(
     capabilities: _native.Capabilities, placement: int
 ) -> None:

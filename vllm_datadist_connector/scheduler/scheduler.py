@@ -191,8 +191,10 @@ class ConnectorScheduler:
         ended = self._producer.take_ended() if self._producer is not None else ()
         left = self._producer.take_left_askers() if self._producer is not None else ()
         pulls, cancels = self._consumer.take_jobs() if self._consumer is not None else ((), ())
-        self._tell_taken()
-        home, self._home = self._home, None
+        home = self._home
+        if self._roles is not None:
+            self._tell_taken()
+            self._home = None
         has_stats = self._meter.has_some()
         if not (pulls or cancels or ended or left or giving or home or has_stats):
             return NOTHING
