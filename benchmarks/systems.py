@@ -93,7 +93,7 @@ def running(system: str, setting: Setting) -> Iterator[tuple[Program, list[Progr
 
 def server_of(spec: ServerSpec, core: int, setting: Setting) -> Program:
     """`core`: its own one, where each has one."""
-    launch = setting.link.launch if setting.link is not None and spec.host == setting.link.far else spawn
+    launch: Launch = setting.link.launch if setting.link is not None and spec.host == setting.link.far else spawn
     if setting.pin:
         launch = on_core(core, launch)
     return vllm_server(spec, ENVIRONMENT.directory / "bin", LOGS, ENVIRONMENT.variables(), launch)
