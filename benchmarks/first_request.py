@@ -25,17 +25,13 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from bootstrap import Environment  # noqa: E402
 from console import progress  # noqa: E402
 from scrape import scrape  # noqa: E402
-from serve import send  # noqa: E402
 from serving import Program, ServerSpec, ServingError, pd_router, read_config, vllm_server  # noqa: E402
+from systems import ENVIRONMENT, RESULTS, VOCABULARY, send  # noqa: E402
 
 LOGS = ROOT / "logs" / "first-request"
-RESULTS = ROOT / "benchmarks" / "results"
-ENVIRONMENT = Environment(Path(sys.prefix))
 PROMPT_TOKENS = 256
-VOCABULARY = range(3, 512)
 SYSTEMS = ("single", "datadist")
 METRICS_DEADLINE_S = 15.0
 GIB = 2**30
@@ -93,7 +89,7 @@ def measure(system: str, gib: float, arguments: argparse.Namespace) -> list[Requ
     with running(system, arguments.model.resolve(), gib) as (entry, server):
         pulls = meetings = 0.0
         for number in range(1, 3 + arguments.later):
-            first, _ = send(entry.port, source.choices(VOCABULARY, k=PROMPT_TOKENS))
+            first, _ = send(entry, source.choices(VOCABULARY, k=PROMPT_TOKENS))
             new_pulls, new_meetings = await_pull(server, number) if system != "single" else (0.0, 0.0)
             pull, meeting = (new_pulls - pulls) * 1e3, (new_meetings - meetings) * 1e3
             requests.append(Request(system, gib, number, first * 1e3, pull, meeting))

@@ -5,12 +5,19 @@
 
 Everything runs on this machine, with one tiny model, in one run: each round starts each system afresh, in rotating
 order, so that none profits from a warmer or quieter machine. Requests go one at a time, through vllm-router where
-there are two instances, each with a prompt of its own. Results: a table, and JSON and PNG in benchmarks/results.
+there are two instances, each with a prompt of its own. Results: a table, and JSON and PNG in benchmarks/results;
+`--plot FILE` also draws what the README shows, and prints the README's table.
 
-"datadist" is one leg after the other, through vllm-router; "overlapped" both legs at once, through
-tools/overlap_router.py: of it the table also says which share of the KV cache came while P was still computing.
-`--link-rate` puts P into a network namespace of its own, behind a link of that rate (as tc writes it): it takes root,
-and NIXL is left out.
+"datadist" is one leg after the other, through vllm-router; "overlapped" and "pushed" both legs at once, through
+tools/overlap_router.py, where D pulls and where P pushes: of these the table also says which share of the KV cache came
+while P was still computing. `--link-rate` puts P into a network namespace of its own, behind a link of that rate (as tc
+writes it): it takes root.
+
+"nixl" is NixlConnector, where D pulls, "nixl-push" NixlPushConnector, where P writes into blocks that D registers with
+it once D has P's answer. Both go through vllm-router, one leg after the other. They need packages that are no
+dependency of ours:
+
+    uv pip install --no-deps nixl==1.5.1 nixl-cu12==1.5.1
 
 NixlConnector pins the worker's threads to the last core on CPU, which starves a machine of two cores; "nixl" is the
 same server with every thread allowed on every core again, "nixl-pinned" (--systems) the server as it comes.
@@ -19,53 +26,38 @@ same server with every thread allowed on every core again, "nixl-pinned" (--syst
 from __future__ import annotations
 
 import argparse
-import http.client
 import importlib.util
 import json
 import os
 import random
 import statistics
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT / "tools"))
 
-from bootstrap import Environment  # noqa: E402
 from console import progress  # noqa: E402
-from link import Link, throttled  # noqa: E402
+from link import throttled  # noqa: E402
 from scrape import Metrics, scrape  # noqa: E402
-from serving import (  # noqa: E402
-    HOST,
-    Launch,
-    Program,
-    ServerSpec,
-    ServingError,
-    Started,
-    free_port,
-    members_of,
-    overlap_router,
-    pd_router,
-    read_config,
-    spawn,
-    stop,
-    vllm_server,
-)
+from serving import Program, ServingError  # noqa: E402
+from systems import MOVERS, OUTPUT_TOKENS, RESULTS, SYSTEMS, VOCABULARY, Setting, available, running, send  # noqa: E402
 
-LOGS = ROOT / "logs" / "bench"
-RESULTS = ROOT / "benchmarks" / "results"
-ENVIRONMENT = Environment(Path(sys.prefix))
-OUTPUT_TOKENS = 32
 WARM_UP_REQUESTS = 3
-VOCABULARY = range(3, 512)
-NIXL_PACKAGES = "nixl==1.5.1 nixl-cu12==1.5.1"
-NIXL_VARIABLES = {"UCX_TLS": "tcp", "UCX_NET_DEVICES": "lo", "VLLM_NIXL_SIDE_CHANNEL_HOST": HOST}
-SYSTEMS = ("single", "datadist", "overlapped", "nixl", "nixl-pinned")
+NAMES = {
+    "single": "one instance, no transfer",
+    "datadist": "one leg after the other",
+    "overlapped": "both at once, D pulls",
+    "pushed": "both at once, P pushes",
+    "nixl": "NIXL, D pulls",
+    "nixl-push": "NIXL, P pushes",
+    "nixl-pinned": "NIXL as it comes",
+}
+"""In the README."""
+FIRST_TOKEN = {"first_token_p50_ms": "time to first token, p50"}
 
 
 @dataclass(frozen=True)
@@ -97,22 +89,22 @@ class Row:
 
 def main() -> int:
     arguments = parse_arguments()
-    systems = list(arguments.systems)
-    if any(name.startswith("nixl") for name in systems) and importlib.util.find_spec("nixl") is None:
-        print(f"NIXL rows are left out: install them with  uv pip install --no-deps {NIXL_PACKAGES}")
-        systems = [name for name in systems if not name.startswith("nixl")]
-    if arguments.link_rate:
-        systems = [name for name in systems if not name.startswith("nixl")]
+    systems = available(arguments.systems)
     timings: list[Timing] = []
     source = random.Random(1)
     with throttled(arguments.link_rate) if arguments.link_rate else nullcontext() as link:
+        setting = Setting(arguments.model.resolve(), arguments.chunk, link, arguments.pin)
         for number in range(arguments.rounds):
             for system in systems[number % len(systems) :] + systems[: number % len(systems)]:
                 print(f"round {number + 1} of {arguments.rounds}: {system}", flush=True)
-                timings += measure_system(system, arguments, source, link)
+                with running(system, setting) as (entry, servers):
+                    timings += measure(system, entry, servers[-1], arguments, source)
     rows = summarize(timings)
     print_table(rows)
     save(rows, timings)
+    if arguments.plot is not None:
+        print_markdown(rows)
+        plot(rows, FIRST_TOKEN, arguments.plot)
     return 0
 
 
@@ -125,8 +117,11 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--chunk", type=int, default=1024, help="tokens of a prompt that are computed in one step")
     parser.add_argument("--link-rate", default="", help="of the link between P and D, such as 1gbit")
     parser.add_argument("--pin", action="store_true", help="P on one core and D on another, as if on two machines")
-    parser.add_argument("--systems", type=names, default=["single", "datadist", "overlapped", "nixl"])
+    parser.add_argument("--systems", type=names, default=[name for name in SYSTEMS if name != "nixl-pinned"])
+    parser.add_argument("--plot", type=Path, help="draw the time to first token into this file, such as docs/ttft.svg")
     arguments = parser.parse_args()
+    if arguments.plot is not None and not has_matplotlib():
+        parser.error("--plot: install matplotlib first, with  uv pip install matplotlib")
     if not (arguments.model / "config.json").is_file():
         parser.error(f"--model: {arguments.model} is not there; tools/demo.py makes the default one")
     return arguments
@@ -144,90 +139,6 @@ def names(text: str) -> list[str]:
     return wanted
 
 
-def measure_system(
-    system: str, arguments: argparse.Namespace, source: random.Random, link: Link | None
-) -> list[Timing]:
-    with running(system, arguments.model.resolve(), arguments.chunk, link, arguments.pin) as (entry, servers):
-        if system == "nixl":
-            unpin(servers)
-        return measure(system, entry, servers[-1], arguments, source)
-
-
-@contextmanager
-def running(
-    system: str, model: Path, chunk: int, link: Link | None, pin: bool
-) -> Iterator[tuple[Program, list[Program]]]:
-    """(what requests go to, the instances behind it, D the last)."""
-    bin_dir, variables = ENVIRONMENT.directory / "bin", ENVIRONMENT.variables()
-    servers = []
-    for core, spec in enumerate(specs(system, model, chunk, link)):
-        launch = link.launch if link is not None and spec.host == link.far else spawn
-        servers.append(vllm_server(spec, bin_dir, LOGS, variables, on_core(core, launch) if pin else launch))
-    programs = list(servers)
-    if system == "overlapped":
-        programs.append(overlap_router(servers[0].url, servers[1].url, bin_dir, LOGS, variables))
-    elif len(servers) == 2:
-        programs.append(pd_router([servers[0].url], [servers[1].url], bin_dir, LOGS, variables))
-    try:
-        with progress(f"start {system}") as shown:
-            for server in servers:
-                server.start()
-            for server in servers:
-                server.wait_ready(shown=shown)
-            for program in programs[len(servers) :]:
-                program.start()
-                program.wait_ready(shown=shown)
-        yield programs[-1], servers
-    finally:
-        stop(*programs)
-
-
-def on_core(core: int, launch: Launch) -> Launch:
-    def start(command: Sequence[str], env: Mapping[str, str], cwd: Path, output: BinaryIO) -> Started:
-        return launch(["taskset", "-c", str(core), *command], env, cwd, output)
-
-    return start
-
-
-def specs(system: str, model: Path, chunk: int, link: Link | None) -> list[ServerSpec]:
-    if system == "single":
-        return [ServerSpec("bench-single", model, max_num_batched_tokens=chunk)]
-    if system in ("datadist", "overlapped"):
-        prefill, decode = (read_config(ROOT / "configs" / f"{name}.json") for name in ("prefill", "decode"))
-        hosts = (HOST, HOST) if link is None else (link.far, HOST)
-        if link is not None:
-            prefill["kv_connector_extra_config"] = {"host": link.far, "insecure": True}
-            decode["kv_connector_extra_config"] = {
-                "host": link.near,
-                "insecure": True,
-                "allowed_peers": [link.far],
-            }
-        return [
-            ServerSpec(f"bench-{name}", model, config, max_num_batched_tokens=chunk, host=host)
-            for name, config, host in zip(("prefill", "decode"), (prefill, decode), hosts, strict=True)
-        ]
-    config = {"kv_connector": "NixlConnector", "kv_buffer_device": "cpu"}
-    return [
-        ServerSpec(
-            f"bench-nixl-{role}",
-            model,
-            {**config, "kv_role": role},
-            max_num_batched_tokens=chunk,
-            variables={**NIXL_VARIABLES, "VLLM_NIXL_SIDE_CHANNEL_PORT": str(free_port())},
-        )
-        for role in ("kv_producer", "kv_consumer")
-    ]
-
-
-def unpin(servers: list[Program]) -> None:
-    """Allows every thread of the servers on every core we may use ourselves."""
-    cores = os.sched_getaffinity(0)
-    for server in servers:
-        for pid in members_of(server.pid):
-            for thread in os.listdir(f"/proc/{pid}/task"):
-                os.sched_setaffinity(int(thread), cores)
-
-
 def measure(
     system: str, entry: Program, decode: Program, arguments: argparse.Namespace, source: random.Random
 ) -> list[Timing]:
@@ -237,43 +148,25 @@ def measure(
             times, before = [], scrape(decode.url)
             for number in range(WARM_UP_REQUESTS + arguments.requests):
                 prompt = source.choices(VOCABULARY, k=length)
-                took = send(entry.port, prompt)
+                took = send(entry, prompt)
                 if number >= WARM_UP_REQUESTS:
                     times.append(took)
                 shown.tick()
-            early = early_share(before, scrape(decode.url))
+            after = scrape(decode.url)
+            if system == "pushed" and not grown("pushed_bytes", before, after):
+                raise ServingError(decode.describe("got nothing by push"))
+            early = early_share(before, after)
             timings += [Timing(system, length, first, whole, early) for first, whole in times]
     return timings
 
 
 def early_share(before: Metrics, after: Metrics) -> float:
-    early, moved = (
-        after.total(name) - before.total(name)
-        for name in ("vllm:datadist_early_bytes", "vllm:datadist_bytes_transferred_sum")
-    )
+    early, moved = (grown(name, before, after) for name in ("early_bytes", "bytes_transferred_sum"))
     return early / moved if moved else 0.0
 
 
-def send(port: int, prompt: list[int]) -> tuple[float, float]:
-    """One streamed request: seconds to the first token and to the end."""
-    body = {"model": "tiny", "prompt": prompt, "max_tokens": OUTPUT_TOKENS, "temperature": 0, "ignore_eos": True}
-    connection = http.client.HTTPConnection(HOST, port, timeout=300)
-    try:
-        start = time.monotonic()
-        headers = {"Content-Type": "application/json"}
-        connection.request("POST", "/v1/completions", json.dumps({**body, "stream": True}), headers)
-        answer = connection.getresponse()
-        if answer.status != 200:
-            raise ServingError(f"answered {answer.status}: {answer.read().decode(errors='replace')}")
-        first = 0.0
-        for line in answer:
-            if line.startswith(b"data:") and not first:
-                first = time.monotonic() - start
-        if not first:
-            raise ServingError("the answer held no token")
-        return first, time.monotonic() - start
-    finally:
-        connection.close()
+def grown(name: str, before: Metrics, after: Metrics) -> float:
+    return after.total(f"vllm:datadist_{name}") - before.total(f"vllm:datadist_{name}")
 
 
 def summarize(timings: list[Timing]) -> list[Row]:
@@ -324,32 +217,50 @@ def save(rows: list[Row], timings: list[Timing]) -> None:
     target = RESULTS / "serve.json"
     target.write_text(json.dumps(data, indent=1), encoding="utf-8")
     print(f"\nsaved {target.relative_to(ROOT)}")
-    if importlib.util.find_spec("matplotlib") is None:
+    if not has_matplotlib():
         print("no plot: install it with  uv pip install matplotlib")
         return
-    plot(rows, target.with_suffix(".png"))
-    print(f"saved {target.with_suffix('.png').relative_to(ROOT)}")
+    plot(rows, {**FIRST_TOKEN, "latency_p50_ms": f"latency of {OUTPUT_TOKENS} tokens, p50"}, target.with_suffix(".png"))
 
 
-def plot(rows: list[Row], target: Path) -> None:
+def print_markdown(rows: list[Row]) -> None:
+    """The README's table: medians, and what came before P's prefill was done."""
+    systems = [name for name in NAMES if any(row.system == name for row in rows)]
+    early = [name for name in systems if name in MOVERS]
+    titles = ["prompt tokens", *(NAMES[name] for name in systems), *(f"{NAMES[name]}: early" for name in early)]
+    print("\n| " + " | ".join(titles) + " |")
+    print("|---" * len(titles) + "|")
+    for length in sorted({row.prompt_tokens for row in rows}):
+        of = {row.system: row for row in rows if row.prompt_tokens == length}
+        cells = [f"{of[name].first_token_p50_ms:.0f}" for name in systems]
+        cells += [f"{of[name].early_share * 100:.0f} %" for name in early]
+        print(f"| {length} | " + " | ".join(cells) + " |")
+
+
+def has_matplotlib() -> bool:
+    return importlib.util.find_spec("matplotlib") is not None
+
+
+def plot(rows: list[Row], titles: Mapping[str, str], target: Path) -> None:
+    """One diagram for each field of a row that has a title."""
     import matplotlib as mpl
 
     mpl.use("agg")
+    # Text stays text, and the same rows make the same file: it is kept in the repository.
+    mpl.rcParams.update({"svg.fonttype": "none", "svg.hashsalt": "serve"})
     from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(1, 2, figsize=(11, 4.5))
-    for axis, field, title in (
-        (axes[0], "first_token_p50_ms", "time to first token, p50"),
-        (axes[1], "latency_p50_ms", f"latency of {OUTPUT_TOKENS} tokens, p50"),
-    ):
-        for system in dict.fromkeys(row.system for row in rows):
+    figure, axes = pyplot.subplots(1, len(titles), figsize=(1 + 5 * len(titles), 4.5), squeeze=False)
+    for axis, (field, title) in zip(axes[0], titles.items(), strict=True):
+        for system in (name for name in NAMES if any(row.system == name for row in rows)):
             points = [(row.prompt_tokens, getattr(row, field)) for row in rows if row.system == system]
-            axis.plot(*zip(*points, strict=True), marker="o", label=system)
+            axis.plot(*zip(*points, strict=True), marker="o", label=NAMES[system])
         axis.set(title=title, xlabel="prompt tokens", ylabel="ms", xscale="log", yscale="log")
         axis.grid(True, which="both", alpha=0.3)
         axis.legend()
     figure.tight_layout()
-    figure.savefig(target, dpi=120)
+    figure.savefig(target, dpi=120, metadata={"Date": None} if target.suffix == ".svg" else None)
+    print(f"saved {target}")
 
 
 if __name__ == "__main__":

@@ -309,11 +309,15 @@ def pd_router(
     return Program("router", command, port, logs / "router.log", env)
 
 
-def overlap_router(prefill: str, decode: str, bin_dir: Path, logs: Path, env: Mapping[str, str]) -> Program:
-    """The router that sends both legs of a request at once, ready to be started."""
+def overlap_router(
+    prefill: str, decode: str, bin_dir: Path, logs: Path, env: Mapping[str, str], mode: str | None = None
+) -> Program:
+    """The router that sends both legs of a request at once, ready to be started; `mode`: its --transfer-mode."""
     port = free_port()
     command = [str(bin_dir / "python"), str(Path(__file__).with_name("overlap_router.py")), "--port", str(port)]
     command += ["--host", HOST, "--prefill", prefill, "--decode", decode]
+    if mode is not None:
+        command += ["--transfer-mode", mode]
     return Program("overlap-router", command, port, logs / "overlap-router.log", env)
 
 

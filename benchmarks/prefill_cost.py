@@ -1,0 +1,89 @@
+#!/usr/bin/env python3
+"""P's prefill with the connector, and nothing to send, beside the same server without it.
+
+    .venv/bin/python benchmarks/prefill_cost.py [--lengths 1024,4096,8000] [--requests 30] [--rounds 2]
+
+Both serve side by side on this machine and get prompts without a hand-off in turn, one at a time, so that a busier
+moment is both's. P is told `transfer_mode: push`. The mark: its median is at most 2 % above. Results: a table, and JSON
+in benchmarks/results.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import statistics
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tools"))
+
+from console import progress  # noqa: E402
+from serving import ServingError  # noqa: E402
+from systems import RESULTS, VOCABULARY, Setting, prefill, server_of, specs, started  # noqa: E402
+
+WARM_UP_REQUESTS = 3
+MARK = 1.02
+NAMES = ("without", "with")
+
+
+def main() -> int:
+    arguments = parse_arguments()
+    setting = Setting(arguments.model.resolve(), arguments.chunk)
+    took: dict[int, dict[str, list[float]]] = {length: {name: [] for name in NAMES} for length in arguments.lengths}
+    source = random.Random(1)
+    for number in range(arguments.rounds):
+        (plain,), (spec, _) = specs("single", setting), specs("datadist", setting)
+        config = {**(spec.kv_transfer or {}), "kv_connector_extra_config": {"transfer_mode": "push"}}
+        servers = [server_of(each, 0, setting) for each in (plain, replace(spec, kv_transfer=config))]
+        with started(f"round {number + 1} of {arguments.rounds}", servers), progress("measure") as shown:
+            for length, times in took.items():
+                for request in range(WARM_UP_REQUESTS + arguments.requests):
+                    # Who goes first changes: what one leaves behind in the caches is not the other's cost.
+                    for name, server in list(zip(NAMES, servers, strict=True))[:: 1 - request % 2 * 2]:
+                        seconds, _ = prefill(server, source.choices(VOCABULARY, k=length))
+                        if request >= WARM_UP_REQUESTS:
+                            times[name].append(seconds)
+                    shown.tick()
+    print_table(took)
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    target = RESULTS / "prefill_cost.json"
+    target.write_text(json.dumps(took, indent=1), encoding="utf-8")
+    print(f"\nsaved {target.relative_to(ROOT)}")
+    return 0
+
+
+def parse_arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", type=Path, default=ROOT / "models" / "tiny-qwen3")
+    parser.add_argument("--lengths", type=numbers, default=[1024, 4096, 8000], help="prompt lengths in tokens")
+    parser.add_argument("--requests", type=int, default=30, help="per length, server and round")
+    parser.add_argument("--rounds", type=int, default=2, help="fresh starts")
+    parser.add_argument("--chunk", type=int, default=1024, help="tokens of a prompt that are computed in one step")
+    arguments = parser.parse_args()
+    if not (arguments.model / "config.json").is_file():
+        parser.error(f"--model: {arguments.model} is not there; tools/demo.py makes the default one")
+    return arguments
+
+
+def numbers(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
+
+
+def print_table(took: dict[int, dict[str, list[float]]]) -> None:
+    print(f"\n{'tokens':>8}" + "".join(f"{name + ', ms':>14}" for name in NAMES) + f"{'ratio':>10}")
+    for length, times in took.items():
+        without, with_it = (statistics.median(times[name]) * 1e3 for name in NAMES)
+        ratio = with_it / without
+        verdict = "held" if ratio <= MARK else "missed"
+        print(f"{length:>8}{without:>14.2f}{with_it:>14.2f}{ratio:>10.4f}  mark {MARK:g}: {verdict}")
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except ServingError as error:
+        sys.exit(str(error))
