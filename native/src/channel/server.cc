@@ -10,6 +10,7 @@
 #include "base/hmac.h"
 #include "channel/askers.h"
 #include "channel/parked_awaits.h"
+#include "channel/rank_geometries.h"
 #include "channel/rank_orders.h"
 #include "channel/role_desk.h"
 #include "control/opening.h"
@@ -20,34 +21,15 @@ namespace {
 using llm_datadist::LLM_FAILED;
 using llm_datadist::LLM_LINK_FAILED;
 using llm_datadist::LLM_NOT_YET_LINK;
-using llm_datadist::LLM_PARAM_INVALID;
 
 constexpr TypeSet kRequests(MessageType::kDescribeRank, MessageType::kRenew, MessageType::kConfirm,
                             MessageType::kRelease, MessageType::kAwait, MessageType::kReport, MessageType::kOffer,
                             MessageType::kWatch, MessageType::kDeliver, MessageType::kSwitch, MessageType::kDeclare);
-constexpr size_t kRanksNamed = 64;
-
-std::string RankText(const RankId &rank) {
-  return "(" + std::to_string(rank.pp_rank) + ", " + std::to_string(rank.tp_rank) + ")";
-}
-
 std::vector<LeaseToken> Without(std::vector<LeaseToken> tokens, const std::vector<LeaseToken> &taken) {
   const std::set<LeaseToken> gone(taken.begin(), taken.end());
   tokens.erase(std::remove_if(tokens.begin(), tokens.end(), [&](const auto &token) { return gone.count(token) > 0; }),
                tokens.end());
   return tokens;
-}
-
-std::string NoSuchRank(const RankId &asked, const ChannelServer::Geometries &geometries) {
-  std::string there;
-  size_t named = 0;
-  for (const auto &[rank, geometry] : geometries) {
-    if (++named > kRanksNamed) {
-      break;
-    }
-    there += (there.empty() ? "" : ", ") + RankText(rank);
-  }
-  return "no worker (pp, tp) = " + RankText(asked) + "; there are [" + there + "]";
 }
 
 }  // namespace
@@ -68,10 +50,7 @@ class ChannelServer::State : public HandoffListener, public Guests::Host, public
 
   Status Start(Listeners listeners);
   void Close();
-  void SetGeometries(Geometries geometries) {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    geometries_ = std::move(geometries);
-  }
+  RankGeometries &geometries() { return geometries_; }
   bool in_forked_child() const { return ::getpid() != pid_; }
   std::vector<uint64_t> TakeLeftAskers() { return askers_.TakeLeft(EventLoop::Clock::now()); }
   void OnHandoffNews(const LeaseToken &token) override;
@@ -103,9 +82,9 @@ class ChannelServer::State : public HandoffListener, public Guests::Host, public
   const std::shared_ptr<EventLoop> loop_ = std::make_shared<EventLoop>();
 
   Askers askers_;
+  RankGeometries geometries_;
   std::mutex close_mutex_;
   std::mutex mutex_;
-  Geometries geometries_;         // guarded by mutex_
   std::vector<LeaseToken> news_;  // guarded by mutex_; of hand-offs, and the loop has been told that there is any
 
   // Owned by the loop thread.
@@ -243,11 +222,8 @@ Status ChannelServer::State::AwaitOnLoop(const Guests::Request &request) {
 }
 
 Offered ChannelServer::State::OfferOnLoop(const Offer &offer) {
-  {
-    const std::lock_guard<std::mutex> lock(mutex_);
-    if (geometries_.count(offer.rank) == 0) {
-      return {Status(LLM_PARAM_INVALID, NoSuchRank(offer.rank, geometries_))};
-    }
+  if (const Status known = geometries_.Check(offer.rank); !known.ok()) {
+    return {known};
   }
   const Result<bool> is_new = handoffs_->Offer(offer.token, offer.rank, offer.offer_id);
   if (!is_new.ok()) {
@@ -378,10 +354,8 @@ RankAnswer ChannelServer::State::DescribeOnLoop(const DescribeRank &asked) {
   if (asked.engine_id != grantor_.engine_id || asked.incarnation != grantor_.incarnation) {
     return {Status(LLM_NOT_YET_LINK, "another instance lives at this address now"), {}};
   }
-  const std::lock_guard<std::mutex> lock(mutex_);
-  const auto geometry = geometries_.find(asked.rank);
-  return geometry == geometries_.end() ? RankAnswer{Status(LLM_PARAM_INVALID, NoSuchRank(asked.rank, geometries_)), {}}
-                                       : RankAnswer{Status::Ok(), geometry->second};
+  Result<std::vector<uint8_t>> geometry = geometries_.Find(asked.rank);
+  return geometry.ok() ? RankAnswer{Status::Ok(), std::move(geometry).value()} : RankAnswer{geometry.status(), {}};
 }
 
 Result<std::unique_ptr<ChannelServer>> ChannelServer::Create(const SocketAddress &address, Grantor grantor,
@@ -419,14 +393,7 @@ ChannelServer::~ChannelServer() {
 }
 
 Status ChannelServer::SetGeometries(Geometries geometries) {
-  for (const auto &[rank, geometry] : geometries) {
-    if (geometry.size() > kMaxGeometry) {
-      return Invalid("geometry of worker " + RankText(rank) + " has " + std::to_string(geometry.size()) +
-                     " bytes; allowed: " + std::to_string(kMaxGeometry));
-    }
-  }
-  state_->SetGeometries(std::move(geometries));
-  return Status::Ok();
+  return state_->geometries().Set(std::move(geometries));
 }
 
 std::vector<uint64_t> ChannelServer::TakeLeftAskers() { return state_->TakeLeftAskers(); }

@@ -25,6 +25,7 @@
 #include "channel/handoff_table.h"
 #include "channel/lease_table.h"
 #include "channel/messages.h"
+#include "channel/rank_geometries.h"
 #include "channel/role_switch.h"
 #include "control/address.h"
 #include "control/event_loop.h"
@@ -42,7 +43,7 @@ struct Grantor {
 
 class ChannelServer {
  public:
-  using Geometries = std::map<RankId, std::vector<uint8_t>>;
+  using Geometries = RankGeometries::Map;
 
   // Listens at once. LLM_PARAM_INVALID for an address that other hosts can reach where `trust` says neither whom to let
   // in nor that anybody may come, LLM_FAILED for one that cannot be bound. Without `handoffs` it knows of none, and
