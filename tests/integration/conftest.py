@@ -13,6 +13,7 @@ import pytest
 
 if TYPE_CHECKING:
     from support.consumer import Consumer
+    from support.giver_process import GiverProcess
     from support.producer_process import ProducerProcess
 
 P_CLUSTER = 100
@@ -51,3 +52,39 @@ def producer(start_producer: Callable[..., ProducerProcess]) -> ProducerProcess:
 @pytest.fixture
 def consumer(start_consumer: Callable[..., Consumer]) -> Consumer:
     return start_consumer()
+
+
+@pytest.fixture(params=["pull", "push"])
+def mover(request: pytest.FixtureRequest) -> str:
+    """Of a hand-off: D, or P into blocks that D has offered."""
+    return str(request.param)
+
+
+@pytest.fixture
+def start_giver(resources: ExitStack, mover: str) -> Callable[..., GiverProcess]:
+    from support.giver_process import GiverProcess
+
+    def start(cluster_id: int = P_CLUSTER, **settings: Any) -> GiverProcess:
+        giver = GiverProcess(cluster_id, **({"pushes": mover == "push"} | settings))
+        resources.callback(giver.kill)
+        return giver
+
+    return start
+
+
+@pytest.fixture
+def giver(start_giver: Callable[..., GiverProcess]) -> GiverProcess:
+    return start_giver()
+
+
+@pytest.fixture
+def start_taker(start_consumer: Callable[..., Consumer], mover: str) -> Callable[..., Consumer]:
+    def start(**settings: Any) -> Consumer:
+        return start_consumer(access="granted" if mover == "push" else "none", **settings)
+
+    return start
+
+
+@pytest.fixture
+def taker(start_taker: Callable[..., Consumer]) -> Consumer:
+    return start_taker()

@@ -7,69 +7,41 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, closing
-from typing import Any
+from contextlib import closing
 
-import msgspec
 import pytest
 from support.channels import wait_for
-from support.consumer import D_CLUSTER, Consumer
+from support.consumer import Consumer
 from support.giver_process import GiverProcess
+from support.handoffs import (
+    BLOCKS,
+    HALF,
+    LOCAL,
+    TOKENS,
+    StartGiver,
+    StartTaker,
+    begin,
+    begun,
+    bytes_of,
+    check,
+    check_mover,
+    finish,
+    follow,
+    held_in,
+    pull_first_half,
+    wait_early,
+)
 from support.kv_ranks import LAYERS, Place
-from support.pd import BLOCK_SIZE, OTHER_TOKEN, TOKEN, WAIT_S, make_geometry, wait_until
+from support.pd import BLOCK_SIZE, OTHER_TOKEN, TOKEN, WAIT_S, wait_until
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.labels import Failure
-from vllm_datadist_connector.metadata import PullJob
-from vllm_datadist_connector.protocol.offers import encode_offer
-from vllm_datadist_connector.protocol.params import RemotePrefill, decode_prefill
-from vllm_datadist_connector.side_channel.client import ChannelClient, HandoffNews, Offered, open_client
+from vllm_datadist_connector.side_channel.client import HandoffNews, open_client
 from vllm_datadist_connector.side_channel.endpoint import Trust
-from vllm_datadist_connector.worker.transfers import Transfer
 
 P_CLUSTER = 100
-BLOCKS = [5, 63, 511, 17]
-LOCAL = [9, 2, 60, 3]
-TOKENS = len(BLOCKS) * BLOCK_SIZE
-HALF = TOKENS // 2
 DEADLINE_S = 4.0
 """Within which a chunk comes, however busy the machine is."""
-
-StartGiver = Callable[..., GiverProcess]
-StartTaker = Callable[..., Consumer]
-
-
-@pytest.fixture(params=["pull", "push"])
-def mover(request: pytest.FixtureRequest) -> str:
-    return str(request.param)
-
-
-@pytest.fixture
-def start_giver(resources: ExitStack, mover: str) -> StartGiver:
-    def start(cluster_id: int = P_CLUSTER, **settings: Any) -> GiverProcess:
-        giver = GiverProcess(cluster_id, **({"pushes": mover == "push"} | settings))
-        resources.callback(giver.kill)
-        return giver
-
-    return start
-
-
-@pytest.fixture
-def giver(start_giver: StartGiver) -> GiverProcess:
-    return start_giver()
-
-
-@pytest.fixture
-def start_taker(start_consumer: Callable[..., Consumer], mover: str) -> StartTaker:
-    def start(**settings: Any) -> Consumer:
-        return start_consumer(access="granted" if mover == "push" else "none", **settings)
-
-    return start
-
-
-@pytest.fixture
-def taker(start_taker: StartTaker) -> Consumer:
-    return start_taker()
 
 
 @pytest.fixture
@@ -83,105 +55,6 @@ def ask(giver: GiverProcess) -> Iterator[Callable[..., HandoffNews]]:
             return answer.response
 
         yield about
-
-
-def begun(giver: GiverProcess, token: str = TOKEN) -> RemotePrefill:
-    """What D's scheduler knows once P has begun."""
-    with closing(open_client(Trust())) as client:
-        sent = client.await_handoff(giver.endpoint, token, None, 0, 0, 1.0, WAIT_S)
-        news = wait_for(client, sent).response
-    assert isinstance(news, HandoffNews)
-    assert (news.state, news.blob is not None) == ("begun", True)
-    return decode_prefill(news.blob or b"", *giver.endpoint)
-
-
-def follow(
-    consumer: Consumer,
-    remote: RemotePrefill,
-    local: Sequence[int] = LOCAL,
-    request_id: str = "r",
-    first_token: int = 0,
-    deadline_s: float = WAIT_S,
-) -> None:
-    job = PullJob(
-        request_id,
-        remote,
-        (tuple(local),),
-        first_token,
-        remote.remote_num_tokens,
-        remote.ticket.prompt_digest,
-        from_ourselves=False,
-        deadline_s=deadline_s,
-        is_handoff=True,
-        is_pushed=consumer.offers,
-    )
-    consumer.driver.submit(job)
-
-
-def wait_early(consumer: Consumer, num_bytes: int) -> None:
-    """Until the transfer under way has so many bytes of a prefill that goes on, and nothing more is under way."""
-
-    def early(transfer: Transfer) -> int:
-        return transfer.early_bytes + sum(each.pushed_early_bytes for each in transfer.followed)
-
-    def arrived() -> bool:
-        transfers = list(consumer.driver._transfers._by_request.values())
-        return any(early(each) == num_bytes and not each.calls for each in transfers)
-
-    wait_until(arrived, f"{num_bytes} bytes of a prefill that goes on")
-
-
-def bytes_of(consumer: Consumer, blocks: int, layers: int = LAYERS) -> int:
-    return blocks * layers * int(consumer.memory[0, 0].nbytes)
-
-
-def begin(giver: GiverProcess, scheduled: int = HALF) -> RemotePrefill:
-    giver.promise("r", TOKEN, TOKENS)
-    giver.step("r", BLOCKS[: -(-scheduled // BLOCK_SIZE)], 0, scheduled, "first")
-    return begun(giver)
-
-
-def pull_first_half(giver: GiverProcess, consumer: Consumer, **more: Any) -> None:
-    """Returns when it is here and the second half has not begun."""
-    follow(consumer, begin(giver), **more)
-    giver.write(BLOCKS[:2])
-    giver.end()
-    wait_early(consumer, bytes_of(consumer, 2))
-
-
-def finish(giver: GiverProcess) -> None:
-    """The second half, from its step to the end of the request."""
-    giver.step("r", BLOCKS[2:], HALF, TOKENS - HALF)
-    giver.write(BLOCKS[2:])
-    giver.end()
-    giver.finish("r", BLOCKS)
-
-
-def check(giver: GiverProcess, consumer: Consumer, local: Sequence[int] = LOCAL) -> None:
-    consumer.wait(1)
-    assert consumer.failed == set(), consumer.observer.failures
-    consumer.expect(giver.kv, held_in(BLOCKS), local)
-    consumer.check_bytes()
-
-
-def delivery(client: ChannelClient, giver: GiverProcess, offer_id: int) -> str:
-    sent = client.await_handoff(giver.endpoint, TOKEN, (0, 0), 0, 0, 0.0, WAIT_S, offer_id)
-    news = wait_for(client, sent).response
-    assert isinstance(news, HandoffNews)
-    return news.delivery
-
-
-def check_mover(consumer: Consumer) -> None:
-    """All was moved by whom it was to be moved by."""
-    (transfer,) = consumer.observer.pulls
-    assert transfer.pushed_bytes == (transfer.num_bytes if consumer.offers else 0)
-
-
-def held_in(blocks: Sequence[int]) -> Any:
-    class Held:
-        remote_block_ids = (tuple(blocks),)
-
-    return Held
 
 
 @pytest.mark.parametrize("transport", ["cma", "tcp"])
@@ -404,131 +277,6 @@ def test_requests_that_take_one_hand_off_have_blocks_of_their_own(giver: GiverPr
     for local in tables:
         taker.expect(giver.kv, held_in(BLOCKS), local)
     taker.check_bytes()
-
-
-@pytest.mark.parametrize("mover", ["push"], indirect=True)
-@pytest.mark.parametrize("transport", ["cma", "tcp"])
-class TestOffers:
-    """What P does, or does not, with blocks that it was offered."""
-
-    def test_a_p_that_cannot_push_is_pulled_from(
-        self, start_giver: StartGiver, start_taker: StartTaker, transport: str
-    ) -> None:
-        giver, taker = start_giver(transport=transport, pushes=False), start_taker(transport=transport)
-        pull_first_half(giver, taker)
-        finish(giver)
-        check(giver, taker)
-        assert taker.observer.pulls[0].pushed_bytes == 0
-
-    def test_what_no_rank_takes_is_pulled_once_the_prefill_is_done(
-        self, start_giver: StartGiver, start_taker: StartTaker, transport: str
-    ) -> None:
-        giver, taker = start_giver(transport=transport, listens=False), start_taker(transport=transport)
-        follow(taker, begin(giver))
-        giver.write(BLOCKS[:2])
-        giver.end()
-        finish(giver)
-        check(giver, taker)
-        assert taker.observer.pulls[0].pushed_bytes == 0
-
-    def test_what_p_may_not_write_is_pulled(
-        self, start_giver: StartGiver, start_consumer: Callable[..., Consumer], transport: str
-    ) -> None:
-        """Our engine refuses the first push: D hears of it at once, and pulls while the prefill goes on."""
-        giver, taker = start_giver(transport=transport), start_consumer(access="none", transport=transport)
-        taker.offers = True
-        pull_first_half(giver, taker)
-        finish(giver)
-        check(giver, taker)
-        assert taker.observer.pulls[0].pushed_bytes == 0
-        assert taker.observer.handshakes == 1
-
-    def test_a_push_that_fails_half_way_is_pulled(
-        self, start_giver: StartGiver, start_taker: StartTaker, transport: str
-    ) -> None:
-        giver, taker = start_giver(transport=transport), start_taker(transport=transport, peer_backoff_s=0.05)
-        pull_first_half(giver, taker)
-        giver.cut(D_CLUSTER)
-        finish(giver)
-        check(giver, taker)
-        (transfer,) = taker.observer.pulls
-        assert (transfer.num_bytes, transfer.pushed_bytes) == (bytes_of(taker, 4), 0)
-
-    def test_a_write_that_does_not_end_costs_the_link(
-        self, start_giver: StartGiver, start_taker: StartTaker, transport: str
-    ) -> None:
-        """As the engine tells of a peer that is frozen in the middle of a push."""
-        giver, taker = start_giver(transport=transport), start_taker(transport=transport, pull_timeout_s=0.5)
-        pull_first_half(giver, taker, deadline_s=3600.0)
-
-        class Engine:
-            def revoke_writes(self, grant: int) -> int:
-                status, report = taker.datadist.query_link(P_CLUSTER)
-                is_linked = status == _native.LLM_SUCCESS and report is not None and report.alive
-                return _native.LLM_LINK_BUSY if is_linked else taker.datadist.revoke_writes(grant)
-
-        taker.driver._offers._datadist = Engine()  # type: ignore[assignment]
-        taker.driver.cancel("r")
-        wait_until(lambda: taker.driver.quarantined_blocks() == len(LOCAL), "blocks that are kept back")
-        taker.wait(1)
-        assert taker.driver.quarantined_blocks() == 0
-        assert taker.linked() == 0
-
-    def test_offers_of_strangers_cost_the_others_nothing(
-        self, start_giver: StartGiver, start_taker: StartTaker, transport: str
-    ) -> None:
-        giver, taker = start_giver(transport=transport), start_taker(transport=transport)
-        follow(taker, begin(giver))
-        valid = msgspec.msgpack.encode(make_geometry(cluster_id=5))
-        endless = msgspec.msgpack.encode(make_geometry(cluster_id=5, block_sizes=(BLOCK_SIZE,) * 2, caches=()))
-        blobs = [b"", b"\xc1" * 100, encode_offer(b"", ((1,),), 0, TOKENS, TOKENS)]
-        blobs += [encode_offer(each, ((2**40,),), 0, TOKENS, TOKENS) for each in (valid, endless)]
-        blobs += [encode_offer(valid, (), 0, 2**31 - 1, 2**31 - 1)]
-        with closing(open_client(Trust())) as client:
-            for index, blob in enumerate(blobs):
-                sent = client.offer(giver.endpoint, TOKEN, (0, 0), index + 1, blob, WAIT_S)
-                assert wait_for(client, sent).response == Offered()
-            giver.write(BLOCKS[:2])
-            giver.end()
-            wait_early(taker, bytes_of(taker, 2))
-            for index in range(len(blobs)):
-                wait_until(lambda index=index: delivery(client, giver, index + 1) != "offered", "an answer")  # type: ignore[misc]
-                assert delivery(client, giver, index + 1) in ("failed", "running", "done")
-        finish(giver)
-        check(giver, taker)
-        check_mover(taker)
-
-    def test_two_ds_get_the_same(self, start_giver: StartGiver, start_taker: StartTaker, transport: str) -> None:
-        giver = start_giver(transport=transport)
-        takers = [start_taker(place=Place(rank, 0, 2, 1), transport=transport) for rank in range(2)]
-        remote = begin(giver)
-        for taker in takers:
-            follow(taker, remote)
-        giver.write(BLOCKS[:2])
-        giver.end()
-        for taker in takers:
-            wait_early(taker, bytes_of(taker, 2))
-        finish(giver)
-        for taker in takers:
-            check(giver, taker)
-            check_mover(taker)
-
-    def test_a_d_that_leaves_costs_the_others_nothing(
-        self, start_giver: StartGiver, start_taker: StartTaker, transport: str
-    ) -> None:
-        giver = start_giver(transport=transport)
-        leaves, stays = (start_taker(place=Place(rank, 0, 2, 1), transport=transport) for rank in range(2))
-        remote = begin(giver)
-        follow(leaves, remote)
-        follow(stays, remote)
-        giver.write(BLOCKS[:2])
-        giver.end()
-        for taker in (leaves, stays):
-            wait_early(taker, bytes_of(taker, 2))
-        leaves.close()
-        finish(giver)
-        check(giver, stays)
-        check_mover(stays)
 
 
 def test_a_name_that_is_taken_is_given_once(giver: GiverProcess, ask: Callable[..., HandoffNews]) -> None:
