@@ -66,10 +66,9 @@ def test_an_adapter_is_told_by_its_files(adapted: Pair, adapter: str, is_pulled:
     prompt = prompt_tokens(300, seed=41)
 
     async def scenario() -> None:
-        base, alone = await equality.send(
-            adapted.decode.url,
-            *(Request(prompt, cache_salt=new_salt(), model=each) for each in (MODEL, adapter)),
-        )
+        # Not in one batch, in which vLLM's CPU build was seen to give both the answer of one.
+        requests = [Request(prompt, cache_salt=new_salt(), model=each) for each in (MODEL, adapter)]
+        (base,), (alone,) = [await equality.send(adapted.decode.url, each) for each in requests]
         assert (alone.tokens == base.tokens) == (adapter == MODEL)
         change = Change(adapted.decode.url)
         async with PDProxy(adapted.prefill.url, adapted.decode.url) as proxy:
