@@ -27,7 +27,7 @@ from vllm_datadist_connector.protocol.params import parse_remote_prefill
 from vllm_datadist_connector.protocol.version import PROTOCOL_VERSION
 from vllm_datadist_connector.scheduler import producer as producer_module
 from vllm_datadist_connector.side_channel.endpoint import Endpoint, Trust
-from vllm_datadist_connector.side_channel.server import ChannelServer, HandoffTable, LeaseTable
+from vllm_datadist_connector.side_channel.server import ChannelServer, HandoffTable, LeaseTable, RoleSwitch
 from vllm_datadist_connector.worker import build, quarantine
 from vllm_datadist_connector.worker import worker as worker_module
 from vllm_datadist_connector.worker.janitor import Janitor
@@ -41,12 +41,26 @@ WRITES_ON = {"writes_end_with_call": False, "reports_links": False}
 
 
 def serve_impatiently(
-    endpoint: Endpoint, engine_id: str, incarnation: str, leases: LeaseTable, trust: Trust, handoffs: HandoffTable
+    endpoint: Endpoint,
+    engine_id: str,
+    incarnation: str,
+    leases: LeaseTable,
+    trust: Trust,
+    handoffs: HandoffTable,
+    roles: RoleSwitch | None,
 ) -> ChannelServer:
     """Who has no connection has left at once."""
     trusted = (trust.auth, trust.insecure)
     return ChannelServer(
-        *endpoint, engine_id, incarnation, PROTOCOL_VERSION, leases, *trusted, grace_s=0.0, handoffs=handoffs
+        *endpoint,
+        engine_id,
+        incarnation,
+        PROTOCOL_VERSION,
+        leases,
+        *trusted,
+        grace_s=0.0,
+        handoffs=handoffs,
+        roles=roles,
     )
 
 

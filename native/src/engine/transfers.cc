@@ -85,20 +85,26 @@ std::vector<Run> PushRuns(const std::vector<ByteRun> &runs, uint64_t base) {
   return ordered;
 }
 
-// Layers of a push that go together and share one timeout, where the API gives each its own: few enough bytes for any
-// network that such a timeout is meant for, enough to make the round trip of no account.
-constexpr uint64_t kTogetherBytes = 4ULL << 20;
+// Layers of a push that go together share one timeout, where the API gives each its own: no more bytes than a wire of
+// 2 Mbit/s moves in it. What is more is large enough for its round trip to be of no account.
+constexpr uint64_t kTogetherBytesPerS = 256ULL << 10;
+constexpr uint64_t kTogetherBytes = 16ULL << 20;
+
+uint64_t BytesTogether(std::chrono::milliseconds timeout) {
+  const auto millis = static_cast<uint64_t>(std::max<int64_t>(timeout.count(), 0));
+  return std::min(kTogetherBytes, CheckedMul(millis, kTogetherBytesPerS).value_or(UINT64_MAX) / 1000);
+}
 
 // Of the target's layers, the first of which both caches have: none that one of them lacks, so that what is before it
 // is written when it fails.
 int64_t LayersTogether(const PushTarget &target, const std::vector<ByteRun> &runs, const CacheGeometry &local,
-                       const CacheGeometry &remote) {
+                       const CacheGeometry &remote, std::chrono::milliseconds timeout) {
   uint64_t bytes = 0;
   for (const ByteRun &run : runs) {
     bytes = CheckedAdd(bytes, run.length).value_or(kTogetherBytes);
   }
   const uint64_t layer = std::max<uint64_t>(CheckedMul(bytes, target.tensors_per_layer).value_or(kTogetherBytes), 1);
-  return std::min({target.layers, std::max<int64_t>(static_cast<int64_t>(kTogetherBytes / layer), 1),
+  return std::min({target.layers, std::max<int64_t>(static_cast<int64_t>(BytesTogether(timeout) / layer), 1),
                    local.num_tensors / target.tensors_per_layer - target.src_layer,
                    remote.num_tensors / target.tensors_per_layer - target.dst_layer});
 }
@@ -322,7 +328,7 @@ Status Engine::PushTogether(const PushTarget &target, const CacheRef &dst, Move 
     if (!runs.ok()) {
       return runs.status();
     }
-    layers = LayersTogether(target, runs.value(), local, destination);
+    layers = LayersTogether(target, runs.value(), local, destination, deadline.Remaining());
     TransferOp op;
     op.local = &pin.value();
     op.remote_first_tensor = static_cast<uint32_t>(target.dst_layer) * target.tensors_per_layer;
