@@ -208,6 +208,7 @@ def sealed(side: Side, epoch: int = 1) -> None:
 def test_what_p_has_written_counts_once_it_is_all_and_of_the_sealed_epoch() -> None:
     side = Side()
     side.make()
+    side.followed.epoch = 1
     side.hear("done", num_bytes=64)
     assert side.followed.mover is Mover.OFFERED, "more may become final"
     sealed(side, epoch=2)
