@@ -56,12 +56,7 @@ class ConnectorScheduler:
             dcp_size=parallel.decode_context_parallel_size,
             groups=describe_groups(groups),
         )
-        if any(group.is_state for group in identity.groups) and compat.skips_states(vllm_config):
-            raise ConfigError(
-                "recompute_scheduler_enable: this scheduler takes a prompt in the prefix cache for one whose state"
-                " (Mamba, GDN) is there, too, and answers would be wrong; use --no-enable-prefix-caching, or leave it"
-                " out"
-            )
+        _check_states(identity, vllm_config)
         self._lease_s, self._decoder_lease_s = config.lease_s, config.decoder_lease_s
         self._bidirectional = config.bidirectional
         self._prompt_tail = compat.prompt_tail(vllm_config, any(group.forgets for group in identity.groups))
@@ -210,3 +205,12 @@ class ConnectorScheduler:
             self._producer.close()
         if self._consumer is not None:
             self._consumer.close()
+
+
+def _check_states(identity: InstanceIdentity, vllm_config: VllmConfig) -> None:
+    if any(group.is_state for group in identity.groups) and compat.skips_states(vllm_config):
+        raise ConfigError(
+            "recompute_scheduler_enable: this scheduler takes a prompt in the prefix cache for one whose state"
+            " (Mamba, GDN) is there, too, and answers would be wrong; use --no-enable-prefix-caching, or leave it"
+            " out"
+        )

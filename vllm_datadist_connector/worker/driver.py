@@ -128,20 +128,21 @@ class RankDriver:
         self._pushes: Pushes | None = None
         if ours.pushes:
             self._pushes = Pushes(ours, self._queue, self._client, self._watcher, config.pull_timeout_s, answer_s)
-        self._role: RoleChange | None = None
-        if config.role_switch:
-            self._role = RoleChange(
-                datadist,
-                ours,
-                self._client,
-                self._links,
-                self._under_way,
-                lambda: self._instances.leave_all("the role changes"),
-                answer_s,
-            )
+        self._role = self._role_change(ours, answer_s) if config.role_switch else None
         rehearse(ours)
         self._thread = threading.Thread(target=self._run, name="datadist-driver", daemon=True)
         self._thread.start()
+
+    def _role_change(self, ours: RankGeometry, answer_timeout_s: float) -> RoleChange:
+        return RoleChange(
+            self._datadist,
+            ours,
+            self._client,
+            self._links,
+            self._under_way,
+            lambda: self._instances.leave_all("the role changes"),
+            answer_timeout_s,
+        )
 
     def submit(self, job: PullJob, fence: Fence = PASSED) -> None:
         """

@@ -19,6 +19,7 @@ import msgspec
 
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.log_filter import OthersWords
+from vllm_datadist_connector.metadata import Home
 from vllm_datadist_connector.protocol.handshake import RankGeometry, decode_geometry
 from vllm_datadist_connector.protocol.offers import Offer, OfferError, decode_offer
 from vllm_datadist_connector.side_channel.client import ChannelAnswer, ChannelClient, Reported, Watched
@@ -39,6 +40,7 @@ MAX_CALLS = 2
 _TERMS = Terms(own_views_only=True)
 """D can register no other views for us."""
 _TENSORS_PER_LAYER = 1
+_MAX_REASON = 200
 
 
 class _Call(NamedTuple):
@@ -161,11 +163,7 @@ class Pushes:
             taker, pairings = self._taker(offer)
         except (OfferError, MismatchError) as error:
             logger.warning("offer for hand-off %s: %s", offered.token, error)
-            reason = str(error)[:200]
-            self._client.deliver(
-                home.endpoint, home.key, self._rank, offered.token, offered.offer_id, "failed", 0, 0, 0, 0.0, reason,
-                self._answer_timeout_s,
-            )  # fmt: skip
+            self._deliver(home, offered.token, offered.offer_id, "failed", reason=str(error))
             return
         source = Source(home.endpoint, offered.token, offer.num_tokens)
         push = Push(offered.offer_id, offer, Followed.start(source, taker, self._ours, pairings))
@@ -260,7 +258,7 @@ class Pushes:
     def _fail(self, push: Push, reason: str) -> None:
         if not push.is_over:
             logger.info("%s failed: %s", push, reason)
-            push.failure, push.is_over, push.untold = reason[:200], True, True
+            push.failure, push.is_over, push.untold = reason, True, True
             self._take_back(push)
 
     def _tell_or_forget(self, push: Push) -> None:
@@ -274,21 +272,27 @@ class Pushes:
         if home is None:
             return
         push.untold = False
-        push.telling = self._client.deliver(
-            home.endpoint,
-            home.key,
-            self._rank,
-            source.token,
-            push.offer_id,
-            push.state,
-            push.followed.epoch,
-            push.num_bytes,
-            push.early_bytes,
-            push.run_s,
-            push.failure,
-            self._answer_timeout_s,
+        counts = push.followed.epoch, push.num_bytes, push.early_bytes
+        push.telling = self._deliver(
+            home, source.token, push.offer_id, push.state, *counts, run_s=push.run_s, reason=push.failure
         )
         self._telling[push.telling] = push
+
+    def _deliver(
+        self,
+        home: Home,
+        token: str,
+        offer_id: int,
+        state: str,
+        epoch: int = 0,
+        num_bytes: int = 0,
+        early_bytes: int = 0,
+        run_s: float = 0.0,
+        reason: str = "",
+    ) -> int:
+        counts = epoch, num_bytes, early_bytes, run_s
+        said = offer_id, state, *counts, reason[:_MAX_REASON]
+        return self._client.deliver(home.endpoint, home.key, self._rank, token, *said, self._answer_timeout_s)
 
 
 def _view(taker: RankGeometry, pull: BlockPull) -> int:
