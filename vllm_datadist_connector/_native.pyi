@@ -643,7 +643,6 @@ class ProgressReporter:
     def end_step(self) -> None:
         """All layers have."""
 
-    def forget(self, tokens: Sequence[str]) -> None: ...
     def __len__(self) -> int:
         """Entries of the step, and those that have not been told."""
 

@@ -70,7 +70,8 @@ class GivingStep:
 
 @dataclass(slots=True)
 class StepMetadata(KVConnectorMetadata):
-    """Never changed once it is made: NOTHING serves all steps that have nothing, as nearly all have."""
+    """Never changed once it is made: NOTHING serves all steps that have nothing, as nearly all have, and ONLY_PULLS those
+    in which that is waited for."""
 
     pulls: tuple[PullJob, ...] = ()
     cancels: tuple[str, ...] = ()
@@ -84,9 +85,12 @@ class StepMetadata(KVConnectorMetadata):
     """Where the ranks hear that the instance changes its role; in the first step of one that can."""
     has_stats: bool = False
     """The scheduler has measured something. vLLM 0.23 asks it only in steps for which a worker has."""
+    only_pulls: bool = False
+    """The step computes nothing, and somebody waits for a pull: vLLM will pause after it, and ask again."""
 
 
 NOTHING: Final = StepMetadata()
+ONLY_PULLS: Final = StepMetadata(only_pulls=True)
 
 
 @dataclass(frozen=True, slots=True)

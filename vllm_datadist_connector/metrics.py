@@ -8,8 +8,8 @@ whatever leaves the engine core has the sum over its ranks as `gauges`, all of t
 only, so that a part of the state, or a change of it, would be lost on the others; `at` says which update is the newest.
 
 vLLM takes stats in steps. An idle instance makes none: its state stays as the last step left it. A P makes steps until
-its last lease has ended, so `held_leases` comes to rest at 0; the end of an unused link is told by the next step only,
-and with vLLM 0.23 so is what the end of a step changes (`pulling_requests` after an abort).
+its last lease has ended, so `held_leases` comes to rest at 0; the end of an unused link and a new role are told by the next
+step only, and with vLLM 0.23 so is what the end of a step changes (`pulling_requests` after an abort).
 
 No series is by peer: peers come and go, and a series, once made, stays as long as the process.
 """
@@ -63,6 +63,7 @@ _LINKS: Final = Label("transport", tuple(each.value for each in Transport if eac
 _FAILURES: Final = Label("reason", tuple(each.value for each in Failure))
 _LEASE_ENDS: Final = Label("reason", tuple(each.value for each in LeaseEnd))
 _REASONS: Final = Label("reason", tuple(each.value for each in Reason))
+_ROLES: Final = Label("role", ("prefill", "decode", "both"))
 
 FAMILIES: Final[dict[str, Family]] = {
     "transfer_seconds": Family(
@@ -96,6 +97,7 @@ FAMILIES: Final[dict[str, Family]] = {
     "quarantined_blocks": Family(
         "gauge", "Blocks of pulls that are over on D's ranks, kept back while bytes may still arrive in them."
     ),
+    "role": Family("gauge", "1 for the role in which an instance with role_switch serves now.", _ROLES),
 }
 _NO_STATE: Final = {key: 0 for name, family in FAMILIES.items() if family.kind == "gauge" for key in family.keys(name)}
 _OF_RANKS: Final = [key for name in ("linked_peers", "quarantined_blocks") for key in FAMILIES[name].keys(name)]
@@ -159,9 +161,11 @@ class DataDistStats(KVConnectorStats):
 
     def _state(self) -> dict[str, int | float]:
         state = dict.fromkeys((_name_of(key) for key in _NO_STATE), 0)
+        del state["role"]  # no number
         for values in (engine["values"] for engine in self.data["gauges"].values()):
             for key, value in values.items():
-                name = _name_of(key)
+                if (name := _name_of(key)) not in state:
+                    continue
                 state[name] = max(state[name], value) if name == "oldest_lease_seconds" else state[name] + value
         return {name.replace("_", " ").capitalize(): value for name, value in state.items()}
 
@@ -247,6 +251,10 @@ class SchedulerMeter:
 
     def pulling(self, requests: int) -> None:
         self._become({"pulling_requests": requests})
+
+    def serves(self, role: str) -> None:
+        if not self._state[f"role:{role}"]:
+            self._become({key: int(key == f"role:{role}") for key in FAMILIES["role"].keys("role")})
 
     def absorb(self, stats: KVConnectorStats | None) -> None:
         """Takes the ranks' state out of what the workers report in a step, on its way past the scheduler."""

@@ -110,12 +110,6 @@ void RegisterReporter(py::module_ &module) {
       .def(
           "layer", [](ProgressReporter &self, size_t index) { Usable(self).Layer(index); }, py::arg("index"))
       .def("end_step", [](ProgressReporter &self) { Usable(self).EndStep(); })
-      .def(
-          "forget",
-          [](ProgressReporter &self, const std::vector<std::string> &tokens) {
-            Usable(self).Forget(ToTokens(tokens));
-          },
-          py::arg("tokens"))
       .def("__len__", [](ProgressReporter &self) { return Usable(self).size(); })
       .def("close", &Close<ProgressReporter>);
 }

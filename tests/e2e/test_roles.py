@@ -9,7 +9,7 @@ import equality
 import pytest
 from serving import Program, free_port
 from support.client import Request, new_salt, prompt_tokens
-from support.metrics import LOCAL_PREFILLS, Change
+from support.metrics import LOCAL_PREFILLS, ROLE, Change, read, wait_metric
 from support.proxy import PDProxy
 from support.reference import Reference
 from support.servers import Pair, kv_transfer, make_server, running, spec_of
@@ -60,6 +60,9 @@ def test_they_change_places(both: Pair, ports: tuple[int, int], reference: Refer
     async def scenario() -> None:
         await become("prefill", "decode")
         await serve(a, b)
+        for server, role in ((a, "prefill"), (b, "decode")):
+            await wait_metric(server.url, ROLE, lambda value: value == 1.0, role=role)
+            assert (await read(server.url)).total(ROLE) == 1.0
         # A router that has not heard of it: b computes the prompt, and a, which took nothing before.
         local = Change(a.url)
         async with PDProxy(b.url, a.url) as proxy:

@@ -24,6 +24,7 @@ HELD_LEASES = "vllm:datadist_held_leases"
 LEASES_ENDED = "vllm:datadist_leases_ended"
 FAILED = "vllm:datadist_failed_transfers"
 LOCAL_PREFILLS = "vllm:datadist_local_prefills"
+ROLE = "vllm:datadist_role"
 PREEMPTIONS = "vllm:num_preemptions"
 
 T = TypeVar("T")

@@ -142,9 +142,6 @@ def test_a_step_that_goes_backwards_is_refused(ends: Ends) -> None:
     with pytest.raises(ValueError, match="from 5 back to 4"):
         ends.reporter.begin_step(ends.endpoint, ends.handoffs.key, [(TOKEN, 1, 5, 4)])
     assert len(ends.reporter) == 0
-    ends.reporter.begin_step(ends.endpoint, ends.handoffs.key, [(TOKEN, 1, 4, 5)])
-    ends.reporter.forget([TOKEN])
-    assert len(ends.reporter) == 0
 
 
 def test_a_forked_child_has_no_reporter(ends: Ends) -> None:

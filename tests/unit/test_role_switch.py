@@ -95,6 +95,13 @@ class Instance:
         assert isinstance(news, HandoffNews)
         return news
 
+    def roles_told(self) -> list[str]:
+        """Of which the gauge is 1 after the next step."""
+        self.scheduler.build_step(NO_STEP)
+        stats = self.scheduler.take_stats()
+        values = next(iter(stats.data["gauges"].values()))["values"] if stats is not None else {}
+        return [key for key, value in values.items() if key.startswith("role:") and value]
+
     def local_prefills(self) -> Mapping[str, int]:
         stats = self.scheduler.take_stats()
         counts = stats.data["counts"] if stats is not None else {}
@@ -152,6 +159,14 @@ def test_turns_are_kept_by_who_gives_and_takes_in_either_role() -> None:
 
 
 # ---- what the scheduler does ----
+
+
+def test_the_role_is_told(instance: Instance) -> None:
+    assert instance.roles_told() == ["role:both"]
+    for role in ("prefill", "decode", "both"):
+        instance.switch(role)
+        assert instance.roles_told() == [f"role:{role}"]
+    assert instance.roles_told() == [], "told only when it has changed"
 
 
 def test_a_decode_instance_holds_nothing_for_others(instance: Instance) -> None:

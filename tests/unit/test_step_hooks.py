@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 from support.engine_config import vllm_config
-from support.pd import make_contract, make_params, make_ticket
+from support.pd import WAIT_S, make_contract, make_params, make_ticket
 from vllm.distributed.kv_transfer.kv_connector.v1.base import KVConnectorRole
 
 from vllm_datadist_connector import _native, compat
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.connector import DataDistConnector
 from vllm_datadist_connector.duties import Duties
-from vllm_datadist_connector.metadata import PullJob, StepMetadata
+from vllm_datadist_connector.labels import Transport
+from vllm_datadist_connector.metadata import NOTHING, ONLY_PULLS, PullJob, StepMetadata
 from vllm_datadist_connector.protocol.params import parse_remote_prefill
 from vllm_datadist_connector.worker import build
 from vllm_datadist_connector.worker.device import Fence
+from vllm_datadist_connector.worker.transfers import FinishedPulls, Outbox
 from vllm_datadist_connector.worker.worker import ConnectorWorker, RankPlace
 
 
@@ -25,6 +29,7 @@ class Driver:
     def __init__(self) -> None:
         self.events: list[str] = []
         self.fences: list[Fence] = []
+        self.waits: list[float] = []
 
     def submit(self, job: PullJob, fence: Fence) -> None:
         self.fences.append(fence)
@@ -32,6 +37,16 @@ class Driver:
 
     def cancel(self, request_id: str) -> None:
         self.events.append(f"cancel {request_id}")
+
+    def linked_peers(self) -> dict[Transport, int]:
+        return {}
+
+    def quarantined_blocks(self) -> int:
+        return 0
+
+    def take_finished(self, wait_s: float) -> FinishedPulls:
+        self.waits.append(wait_s)
+        return FinishedPulls(set(), set(), set())
 
 
 @pytest.fixture
@@ -96,6 +111,35 @@ def test_pulls_wait_for_what_the_device_was_given_before(connector: Any, driver:
         connector.handle_preemptions(step)
     assert len(taken) == 2
     assert driver.fences == taken
+
+
+@pytest.mark.parametrize(("pp_size", "waits"), [(1, True), (2, False)])
+def test_only_a_step_that_computes_nothing_waits_for_a_pull(
+    connector: Any, driver: Driver, pp_size: int, waits: bool
+) -> None:
+    """Of several pipeline stages, one may have an empty step because the others are busy."""
+    connector._working._place = RankPlace(0, 0, 1, pp_size, 0)
+    for step in (StepMetadata(only_pulls=True), StepMetadata(), ONLY_PULLS, NOTHING):
+        connector.handle_preemptions(step)
+        connector.get_finished(set())
+    first, second, third, fourth = driver.waits
+    assert (second, fourth) == (0, 0)
+    assert 0 < first <= 0.001 if waits else first == 0
+    assert third == first
+
+
+def test_the_wait_ends_with_the_first_pull() -> None:
+    outbox = Outbox()
+    job = step_of("r").pulls[0]
+    begun = time.monotonic()
+    outbox.put(job, failed=False)
+    assert outbox.take(wait_s=WAIT_S).received == {"r"}
+    putting = threading.Thread(target=outbox.put, args=(job, True))
+    putting.start()
+    assert outbox.take(wait_s=WAIT_S).failed == {"r"}
+    putting.join()
+    assert time.monotonic() - begun < WAIT_S
+    assert outbox.take(wait_s=0.001).received == set(), "what was taken is not there any more"
 
 
 def test_not_where_vllm_would_zero_the_blocks_afterwards(

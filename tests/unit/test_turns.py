@@ -20,7 +20,7 @@ from support.pd import (
     make_request,
     make_ticket,
 )
-from support.steps import NO_STEP
+from support.steps import NO_STEP, first_step
 from vllm.v1.request import RequestStatus
 
 from vllm_datadist_connector import _native
@@ -317,6 +317,21 @@ class TestGrant:
         assert not held
         assert params is not None
         assert EXTRA_KEY not in params
+
+
+def test_the_workers_are_told_of_steps_that_only_wait_for_pulls(make_scheduler: MakeScheduler) -> None:
+    scheduler = make_scheduler("kv_consumer")
+    busy = first_step("other", [[1]], 0, 1)
+    assert scheduler.build_step(NO_STEP) is NOTHING
+    request = d_request()
+    scheduler.on_new_request(request)
+    scheduler.after_alloc(request, (TABLE,), len(FIRST_TURN))
+    first = scheduler.build_step(NO_STEP)
+    assert (len(first.pulls), first.only_pulls) == (1, True)
+    assert scheduler.build_step(NO_STEP).only_pulls
+    assert not scheduler.build_step(busy).only_pulls
+    scheduler.finished([request.request_id], ())
+    assert not scheduler.build_step(NO_STEP).only_pulls
 
 
 class TestStatistics:

@@ -11,7 +11,7 @@ from vllm_datadist_connector.config import ConfigError, ConnectorConfig
 from vllm_datadist_connector.duties import Duties, duties_of
 from vllm_datadist_connector.kv_groups import describe_groups
 from vllm_datadist_connector.labels import Reason
-from vllm_datadist_connector.metadata import NOTHING, StepMetadata
+from vllm_datadist_connector.metadata import NOTHING, ONLY_PULLS, StepMetadata
 from vllm_datadist_connector.metrics import DataDistStats, SchedulerMeter
 from vllm_datadist_connector.protocol.params import wants_remote_decode, was_remote_prefill
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
@@ -189,11 +189,13 @@ class ConnectorScheduler:
         home = self._home
         if self._roles is not None:
             self._tell_taken()
+            self._meter.serves(self._roles.role)
             self._home = None
         has_stats = self._meter.has_some()
+        only_pulls = not output.total_num_scheduled_tokens and self._consumer is not None and self._consumer.pulling() > 0
         if not (pulls or cancels or ended or left or giving or home or has_stats):
-            return NOTHING
-        return StepMetadata(pulls, cancels, ended, left, giving, home, has_stats)
+            return ONLY_PULLS if only_pulls else NOTHING
+        return StepMetadata(pulls, cancels, ended, left, giving, home, has_stats, only_pulls)
 
     def take_stats(self) -> DataDistStats | None:
         if self._producer is not None:

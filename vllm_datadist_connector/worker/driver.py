@@ -162,8 +162,12 @@ class RankDriver:
         self._inbox.append(home)
         self._wakeup.set()
 
-    def take_finished(self) -> FinishedPulls:
-        return self._outbox.take()
+    def take_finished(self, wait_s: float = 0.0) -> FinishedPulls:
+        """
+        Args:
+            wait_s: at most so long, for the first one.
+        """
+        return self._outbox.take(wait_s)
 
     def linked_peers(self) -> dict[Transport, int]:
         """As of the driver thread's last round: its tables must not be looked into from another thread."""

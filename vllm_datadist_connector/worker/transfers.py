@@ -129,9 +129,11 @@ class Outbox:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._finished = FinishedPulls(set(), set(), set())
+        self._has_some = threading.Event()
 
     def put(self, job: PullJob, failed: bool) -> None:
         with self._lock:
+            self._has_some.set()
             self._finished.received.add(job.request_id)
             if failed:
                 self._finished.failed.add(job.request_id)
@@ -139,8 +141,15 @@ class Outbox:
                     # The null block is in the tables of other requests, too: they would all be recomputed.
                     self._finished.invalid_blocks.update(block for block in group if block != NULL_BLOCK)
 
-    def take(self) -> FinishedPulls:
+    def take(self, wait_s: float = 0.0) -> FinishedPulls:
+        """
+        Args:
+            wait_s: at most so long, for the first one.
+        """
+        if wait_s:
+            self._has_some.wait(wait_s)
         with self._lock:
+            self._has_some.clear()
             finished, self._finished = self._finished, FinishedPulls(set(), set(), set())
             return finished
 

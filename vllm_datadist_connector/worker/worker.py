@@ -32,6 +32,10 @@ from vllm_datadist_connector.worker.transfers import FinishedPulls
 
 logger = logging.getLogger(__name__)
 
+_PAUSE_S = 0.001
+"""As long as vLLM pauses after a step that has computed nothing. A pull that ends in a pause is heard of two steps later,
+each with a pause of its own."""
+
 _DRAFTS_S = 10.0
 """A device that has not done its work by then hangs."""
 
@@ -218,7 +222,9 @@ class ConnectorWorker:
         if self._driver is None or not self._duties.takes:
             return FinishedPulls(set(), set(), set())
         self._meter.state(self._driver.linked_peers(), self._driver.quarantined_blocks())
-        return self._driver.take_finished()
+        # With pipeline stages, a step may be empty because others are under way.
+        waits = self._step is not None and self._step.only_pulls and self._place.pp_size == 1
+        return self._driver.take_finished(_PAUSE_S if waits else 0.0)
 
     def take_stats(self) -> DataDistStats | None:
         """Empty ones if the scheduler has some: without any of ours vLLM 0.23 would not ask for its."""

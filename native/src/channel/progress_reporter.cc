@@ -34,7 +34,6 @@ class ProgressReporter::State {
   Status BeginStep(const Endpoint &endpoint, const HandoffKey &key, const std::vector<Entry> &entries);
   void Layer(size_t index);
   void EndStep();
-  void Forget(const std::vector<LeaseToken> &tokens);
   size_t size() const;
   void Close();
   bool in_forked_child() const { return ProcessEpoch() != epoch_; }
@@ -183,13 +182,6 @@ void ProgressReporter::State::EndStep() {
   WakeLocked();
 }
 
-void ProgressReporter::State::Forget(const std::vector<LeaseToken> &tokens) {
-  const std::lock_guard<std::mutex> lock(mutex_);
-  for (const LeaseToken &token : tokens) {
-    entries_.erase(token);
-  }
-}
-
 size_t ProgressReporter::State::size() const {
   const std::lock_guard<std::mutex> lock(mutex_);
   return entries_.size();
@@ -318,7 +310,6 @@ Status ProgressReporter::BeginStep(const Endpoint &endpoint, const HandoffKey &k
 }
 void ProgressReporter::Layer(size_t index) { state_->Layer(index); }
 void ProgressReporter::EndStep() { state_->EndStep(); }
-void ProgressReporter::Forget(const std::vector<LeaseToken> &tokens) { state_->Forget(tokens); }
 size_t ProgressReporter::size() const { return state_->size(); }
 void ProgressReporter::Close() { state_->Close(); }
 bool ProgressReporter::in_forked_child() const { return state_->in_forked_child(); }

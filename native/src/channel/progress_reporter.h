@@ -57,7 +57,6 @@ class ProgressReporter {
   void Layer(size_t index);
   // All layers have.
   void EndStep();
-  void Forget(const std::vector<LeaseToken> &tokens);
   // Of which there is something to tell, or more will be.
   size_t size() const;
 
