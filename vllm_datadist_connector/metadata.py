@@ -70,8 +70,7 @@ class GivingStep:
 
 @dataclass(slots=True)
 class StepMetadata(KVConnectorMetadata):
-    """Never changed once it is made: NOTHING serves all steps that have nothing, as nearly all have, and ONLY_PULLS those
-    in which that is waited for."""
+    """Never changed once it is made: NOTHING serves all steps that have nothing, as nearly all have, or ONLY_PULLS."""
 
     pulls: tuple[PullJob, ...] = ()
     cancels: tuple[str, ...] = ()

@@ -8,8 +8,8 @@ whatever leaves the engine core has the sum over its ranks as `gauges`, all of t
 only, so that a part of the state, or a change of it, would be lost on the others; `at` says which update is the newest.
 
 vLLM takes stats in steps. An idle instance makes none: its state stays as the last step left it. A P makes steps until
-its last lease has ended, so `held_leases` comes to rest at 0; the end of an unused link and a new role are told by the next
-step only, and with vLLM 0.23 so is what the end of a step changes (`pulling_requests` after an abort).
+its last lease has ended, so `held_leases` comes to rest at 0; the end of an unused link and a new role are told by the
+next step only, and with vLLM 0.23 so is what the end of a step changes (`pulling_requests` after an abort).
 
 No series is by peer: peers come and go, and a series, once made, stays as long as the process.
 """

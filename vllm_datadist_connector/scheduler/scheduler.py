@@ -192,7 +192,9 @@ class ConnectorScheduler:
             self._meter.serves(self._roles.role)
             self._home = None
         has_stats = self._meter.has_some()
-        only_pulls = not output.total_num_scheduled_tokens and self._consumer is not None and self._consumer.pulling() > 0
+        only_pulls = (
+            not output.total_num_scheduled_tokens and self._consumer is not None and self._consumer.pulling() > 0
+        )
         if not (pulls or cancels or ended or left or giving or home or has_stats):
             return ONLY_PULLS if only_pulls else NOTHING
         return StepMetadata(pulls, cancels, ended, left, giving, home, has_stats, only_pulls)
