@@ -33,8 +33,8 @@ from vllm_datadist_connector.worker.transfers import FinishedPulls
 logger = logging.getLogger(__name__)
 
 _PAUSE_S = 0.001
-"""As long as vLLM pauses after a step that has computed nothing. A pull that ends in a pause is heard of two steps later,
-each with a pause of its own."""
+"""As long as vLLM pauses after a step that has computed nothing. A pull that ends in such a pause is heard of after it,
+and its request scheduled after one more."""
 
 _DRAFTS_S = 10.0
 """A device that has not done its work by then hangs."""
