@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import resource
 import shutil
 import subprocess
 import sys
@@ -54,6 +55,8 @@ class Outcome:
     name: str
     seconds: float
     problem: str = ""
+    cpu_seconds: float | None = None
+    """Of the step's processes, as far as they waited for one another."""
 
 
 @dataclass
@@ -69,10 +72,12 @@ class Lane:
 
     def advance(self) -> bool:
         """Takes note of a step that has ended and starts the next; False when none is left."""
-        if self._process is not None and self._process.poll() is None:
-            return True
         if self._step is not None and self._process is not None:
-            self._end(self._step, self._process.returncode)
+            pid, status, usage = os.wait4(self._process.pid, os.WNOHANG)
+            if pid == 0:
+                return True
+            self._process.returncode = os.waitstatus_to_exitcode(status)
+            self._end(self._step, self._process.returncode, usage.ru_utime + usage.ru_stime)
         if not self.steps:
             self._step = self._process = None
             return False
@@ -94,13 +99,13 @@ class Lane:
         with step.log.open("wb") as log:
             self._process = _start(step, variables, log.fileno())
 
-    def _end(self, step: Step, status: int) -> None:
+    def _end(self, step: Step, status: int, cpu_seconds: float) -> None:
         problem = ""
         if status == NO_TESTS_COLLECTED and step.name in PYTEST_PARTS:
             problem = "no test ran"
         elif status != 0:
             problem = f"exit status {status}"
-        outcome = Outcome(step.name, time.monotonic() - self._started, problem)
+        outcome = Outcome(step.name, time.monotonic() - self._started, problem, cpu_seconds)
         self.outcomes.append(outcome)
         if step.log is not None:
             print(f"\n== {step.name}: {_ctest_summary(step.log)} ({outcome.seconds:.0f} s)", flush=True)
@@ -215,10 +220,11 @@ def run_parts(environment: Environment, parts: list[str], pytest_arguments: list
 
 
 def show_summary(outcomes: list[Outcome], seconds: float) -> int:
-    print("\n== summary (lanes run side by side: their seconds overlap)")
+    print("\n== summary (lanes run side by side: their seconds overlap, those of the cores do not)")
     for outcome in outcomes:
         verdict = f"FAILED: {outcome.problem}" if outcome.problem else "passed"
-        print(f"  {outcome.name:<16} {outcome.seconds:7.1f} s  {verdict}")
+        cores = f"{outcome.cpu_seconds:7.0f} s of a core" if outcome.cpu_seconds is not None else " " * 19
+        print(f"  {outcome.name:<16} {outcome.seconds:7.1f} s {cores}  {verdict}")
     failed = sum(bool(outcome.problem) for outcome in outcomes)
     print(f"== {len(outcomes) - failed} passed, {failed} failed in {seconds:.1f} s")
     return 1 if failed else 0
@@ -231,7 +237,8 @@ def run_all() -> int:
     environment = ensure_environment()
     if "native" in parts:
         ensure_googletest()
-    setup = Outcome("set-up", time.monotonic() - start)
+    used = resource.getrusage(resource.RUSAGE_CHILDREN)
+    setup = Outcome("set-up", time.monotonic() - start, cpu_seconds=used.ru_utime + used.ru_stime)
     outcomes = [setup, *run_parts(environment, parts, pytest_arguments)]
     return show_summary(outcomes, time.monotonic() - start)
 

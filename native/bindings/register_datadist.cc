@@ -23,7 +23,7 @@ using llm_datadist::LlmRole;
 constexpr LayerRange kAllLayers = {-1, -1};
 constexpr uint8_t kKeyAndValue = 2;
 
-DataDist Construct(uint64_t cluster_id, int32_t role, const std::string &provider_name) {
+DataDist ConstructDataDist(uint64_t cluster_id, int32_t role, const std::string &provider_name) {
   auto made = MakeProvider(provider_name, cluster_id, static_cast<LlmRole>(role));
   if (!made.ok()) {
     throw py::value_error(made.status().text());
@@ -237,7 +237,7 @@ void RegisterDataDist(py::module_ &module) {
   // The engine may have to wait for its threads when the last reference goes.
   py::class_<DataDist> datadist(module, "LlmDataDist", py::release_gil_before_calling_cpp_dtor());
   datadist
-      .def(py::init(&Construct), py::arg("cluster_id"), py::arg("role"), py::arg("provider") = "engine")
+      .def(py::init(&ConstructDataDist), py::arg("cluster_id"), py::arg("role"), py::arg("provider") = "engine")
       .def_readonly("provider", &DataDist::provider_name)
       .def_property_readonly(
           "capabilities",

@@ -28,7 +28,7 @@ class ManualClock {
   std::atomic<int64_t> now_{1'000'000'000'000};
 };
 
-std::shared_ptr<LeaseTable> Construct(double limit_s, const std::shared_ptr<ManualClock> &clock) {
+std::shared_ptr<LeaseTable> ConstructLeases(double limit_s, const std::shared_ptr<ManualClock> &clock) {
   const auto limit = FromSeconds(limit_s);
   return clock == nullptr ? std::make_shared<LeaseTable>(limit)
                           : std::make_shared<LeaseTable>(limit, [clock] { return clock->Now(); });
@@ -102,7 +102,7 @@ void RegisterLeases(py::module_ &module) {
       .def(py::init())
       .def_property("now", &ManualClock::now, &ManualClock::set_now);
   py::class_<LeaseTable, std::shared_ptr<LeaseTable>>(module, "LeaseTable")
-      .def(py::init(&Construct), py::arg("limit_s"), py::arg("clock") = nullptr)
+      .def(py::init(&ConstructLeases), py::arg("limit_s"), py::arg("clock") = nullptr)
       .def("grant", &Grant, py::arg("request_id"), py::arg("prompt_digest"), py::arg("blocks_digest"),
            py::arg("num_blocks"), py::arg("claim_s"), py::arg("lease_s"), py::arg("token") = "")
       .def(

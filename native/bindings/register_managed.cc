@@ -17,7 +17,7 @@ using llm_datadist::LlmRole;
 // (cluster id, rank, ip, port)
 using MemberArgument = std::tuple<uint64_t, uint32_t, std::string, uint16_t>;
 
-ManagedDataDist Construct(uint64_t cluster_id, int32_t role) {
+ManagedDataDist ConstructManaged(uint64_t cluster_id, int32_t role) {
   ManagedDataDist managed{{cluster_id, "engine", MakeExtendedProvider(cluster_id, static_cast<LlmRole>(role))}};
   FinalizeAtExit(managed.provider);
   return managed;
@@ -97,7 +97,7 @@ void RegisterManaged(py::module_ &module) {
   RegisterConstants(module);
   // The engine may have to wait for its threads when the last reference goes.
   ManagedClass managed(module, "ManagedDataDist", py::release_gil_before_calling_cpp_dtor());
-  managed.def(py::init(&Construct), py::arg("cluster_id"), py::arg("role"))
+  managed.def(py::init(&ConstructManaged), py::arg("cluster_id"), py::arg("role"))
       .def("link_comm", &LinkComm, py::arg("name"), py::arg("members"), py::arg("total_time_s") = 120)
       .def("unlink_comm", &UnlinkComm, py::arg("comm_id"))
       .def("query_comm", &QueryComm, py::arg("comm_id"))

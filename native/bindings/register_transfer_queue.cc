@@ -27,7 +27,7 @@ class QueueFull : public std::runtime_error {
   using std::runtime_error::runtime_error;
 };
 
-std::unique_ptr<TransferQueue> Construct(const DataDist &datadist, int64_t threads, int64_t capacity) {
+std::unique_ptr<TransferQueue> ConstructQueue(const DataDist &datadist, int64_t threads, int64_t capacity) {
   auto made = TransferQueue::Create(datadist.provider, threads, capacity);
   if (made.ok()) {
     return std::move(made).value();
@@ -156,7 +156,7 @@ void RegisterTransferQueue(py::module_ &module) {
   py::class_<TransferQueue, std::unique_ptr<TransferQueue>> queue(module, "TransferQueue",
                                                                   py::release_gil_before_calling_cpp_dtor());
   queue
-      .def(py::init(&Construct), py::arg("datadist"), py::arg("threads") = 4, py::arg("capacity") = 4096)
+      .def(py::init(&ConstructQueue), py::arg("datadist"), py::arg("threads") = 4, py::arg("capacity") = 4096)
       .def("poll", [completion](TransferQueue &self) { return Poll(self, completion); })
       .def(
           "cancel",
