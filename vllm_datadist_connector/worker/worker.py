@@ -1,4 +1,4 @@
-"""One worker rank as the connector's hooks see it. Nothing here blocks but start-up and shutdown."""
+"""One worker rank as the connector's hooks see it. Nothing here blocks but start-up, shutdown and empty steps, briefly."""
 
 from __future__ import annotations
 
