@@ -1,4 +1,4 @@
-"""One worker rank as the connector's hooks see it. Nothing here blocks but start-up, shutdown and empty steps, briefly."""
+"""One worker rank as the connector's hooks see it. Only start-up and shutdown block, and for a moment empty steps."""
 
 from __future__ import annotations
 
