@@ -32,9 +32,9 @@ PYTEST_PARTS = ("unit", "integration", "faults", "soak", "e2e")
 # What a part runs besides tests/PART.
 MORE_FOLDERS = {"unit": ("tests/security",)}
 PARTS = ("lint", "native", *PYTEST_PARTS)
-# They run side by side, each its parts in turn, and of `native` each preset by itself. Every lane leaves cores idle at
-# some time: servers and their tests wait for one another, faults and soak for deadlines to pass, and compilers fill
-# what is left. Faults stop processes in the middle of a copy, which servers beside them would make a matter of luck.
+# They run side by side, each its parts in turn. Every lane leaves cores idle at some time: servers and their tests wait
+# for one another, faults and soak for deadlines to pass, and compilers fill what is left. Faults stop processes in the
+# middle of a copy, which servers beside them would make a matter of luck.
 LANES = (("lint", "unit", "integration"), ("native",), ("faults", "soak", "e2e"))
 NO_TESTS_COLLECTED = 5  # pytest's exit status
 POLL_S = 0.1
@@ -91,7 +91,7 @@ class Lane:
     def _begin(self, step: Step) -> None:
         self._step, self._started = step, time.monotonic()
         print(f"\n== {step.name}: {' '.join(step.command)}{f' > {step.log}' if step.log else ''}", flush=True)
-        # Ninja's own choice is two more than there are cores, in each lane that compiles.
+        # Ninja's own choice is two more than there are cores.
         variables = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)} | self.environment.variables()
         if step.log is None:
             self._process = _start(step, variables, None)
@@ -214,12 +214,10 @@ def run_lanes(lanes: list[Lane]) -> list[Outcome]:
 
 
 def run_parts(environment: Environment, parts: list[str], pytest_arguments: list[str]) -> list[Outcome]:
-    lanes: list[Lane] = []
-    for lane in LANES:
-        steps = [step for part in lane if part in parts for step in steps_of(part, environment, pytest_arguments)]
-        groups = [[step] for step in steps] if lane == ("native",) else [steps]
-        lanes += [Lane(environment, deque(group)) for group in groups]
-    return run_lanes(lanes)
+    def steps_of_all(lane: tuple[str, ...]) -> deque[Step]:
+        return deque(step for part in lane if part in parts for step in steps_of(part, environment, pytest_arguments))
+
+    return run_lanes([Lane(environment, steps_of_all(lane)) for lane in LANES])
 
 
 def show_summary(outcomes: list[Outcome], seconds: float) -> int:
