@@ -50,9 +50,6 @@ class ProcessChannel:
         answered: dict[str, Any] = json.loads(line)
         return answered
 
-    def signal(self, number: signal.Signals) -> None:
-        self.process.send_signal(number)
-
     def kill(self) -> None:
         self.process.send_signal(signal.SIGKILL)
         self.process.wait()

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import base64
 import json
-import os
-import signal
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
@@ -16,6 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
+from support import stopping
 from vllm_datadist_connector import _native
 
 Memory = npt.NDArray[np.uint8]
@@ -147,9 +146,7 @@ class PeerProcess:
         self._ask({"link": [peer.cluster_id, peer.cache_id, peer.port]})
 
     def stop(self) -> None:
-        """Returns once the process is stopped, not only told to stop."""
-        self.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.process.pid, os.WSTOPPED | os.WNOWAIT)
+        stopping.stop(self.process.pid)
 
     def kill(self) -> None:
         self.process.kill()

@@ -7,8 +7,6 @@ layer, `end` ends it.
 from __future__ import annotations
 
 import json
-import os
-import signal
 from collections.abc import Sequence
 from multiprocessing.connection import Connection
 from typing import Any
@@ -16,6 +14,7 @@ from typing import Any
 import msgspec
 from vllm.v1.request import Request, RequestStatus
 
+from support import stopping
 from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.metadata import Home
@@ -96,10 +95,10 @@ class GiverProcess:
         return int(self._ask("held"))
 
     def stop(self) -> None:
-        os.kill(self.pid, signal.SIGSTOP)
+        stopping.stop(self.pid)
 
     def resume(self) -> None:
-        os.kill(self.pid, signal.SIGCONT)
+        stopping.resume(self.pid)
 
     @property
     def pid(self) -> int:

@@ -11,7 +11,6 @@ import mmap
 import os
 import resource
 import select
-import signal
 import socket
 import subprocess
 import sys
@@ -25,6 +24,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from support import stopping
 from support.wire import OWN, Wire
 
 Bytes = npt.NDArray[np.uint8]
@@ -253,12 +253,10 @@ class Party:
         return self.process.pid
 
     def stop(self) -> None:
-        """Returns once it is stopped, not only told to stop."""
-        self.process.send_signal(signal.SIGSTOP)
-        os.waitid(os.P_PID, self.pid, os.WSTOPPED | os.WNOWAIT)
+        stopping.stop(self.pid)
 
     def go_on(self) -> None:
-        self.process.send_signal(signal.SIGCONT)
+        stopping.resume(self.pid)
 
     def kill(self) -> None:
         self.process.kill()

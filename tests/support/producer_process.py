@@ -7,13 +7,12 @@ from __future__ import annotations
 
 import json
 import multiprocessing
-import os
-import signal
 from multiprocessing.connection import Connection
 from typing import Any
 
 import msgspec
 
+from support import stopping
 from vllm_datadist_connector.kv_groups import KVGroup
 from vllm_datadist_connector.protocol.handshake import RankGeometry
 from vllm_datadist_connector.protocol.params import RemotePrefill, parse_remote_prefill
@@ -113,12 +112,10 @@ class ProducerProcess:
         self._ask({"do": "stop_serving"})
 
     def stop(self) -> None:
-        """Returns once the process has stopped."""
-        os.kill(self._pid, signal.SIGSTOP)
-        pd.wait_until(lambda: self._state() == "T", "the stop")
+        stopping.stop(self._pid)
 
     def resume(self) -> None:
-        os.kill(self._pid, signal.SIGCONT)
+        stopping.resume(self._pid)
 
     def kill(self) -> None:
         self._process.kill()
@@ -130,10 +127,6 @@ class ProducerProcess:
         if self._process.pid is None:
             raise RuntimeError("the process has not started")
         return self._process.pid
-
-    def _state(self) -> str:
-        with open(f"/proc/{self._pid}/stat") as stat:
-            return stat.read().rpartition(")")[2].split()[0]
 
     def _ask(self, command: dict[str, Any]) -> Any:
         self._pipe.send_bytes(json.dumps(command).encode())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import random
-import signal
 import socket
 from collections.abc import Iterator
 from typing import Any
@@ -13,6 +12,7 @@ from support.datadist_channels import ProcessChannel
 from support.datadist_cluster import Cluster, failure
 from support.datadist_peer import LOOPBACK, Peer, RemoteCache
 from support.datadist_values import cluster_info
+from support.stopping import stopped
 
 from vllm_datadist_connector.llm_datadist import LLMClusterInfo, LLMRole, LLMStatusCode
 
@@ -162,11 +162,10 @@ def test_a_stopped_peer_fails_a_link_and_its_end(processes: Cluster) -> None:
     client.link(server)
     assert isinstance(server.channel, ProcessChannel)
     address = server.info()
-    server.channel.signal(signal.SIGSTOP)
     link_failed, unlink_failed = LLMStatusCode.LLM_LINK_FAILED, LLMStatusCode.LLM_UNLINK_FAILED
-    assert other.datadist.link_clusters([address], 500) == (link_failed, [link_failed])
-    assert client.datadist.unlink_clusters([address], 500) == (unlink_failed, [unlink_failed])
-    server.channel.signal(signal.SIGCONT)
+    with stopped(server.channel.process.pid):
+        assert other.datadist.link_clusters([address], 500) == (link_failed, [link_failed])
+        assert client.datadist.unlink_clusters([address], 500) == (unlink_failed, [unlink_failed])
 
 
 def test_calls_that_reach_nobody(cluster: Cluster) -> None:
