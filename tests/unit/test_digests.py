@@ -21,6 +21,7 @@ from vllm_datadist_connector.protocol.digest import (
     digest_and_count,
     prompt_digest,
 )
+from vllm_datadist_connector.scheduler import consumer as consumer_module
 from vllm_datadist_connector.scheduler import digests as digests_module
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
 from vllm_datadist_connector.scheduler.digests import INLINE_TOKENS, PromptDigests
@@ -244,4 +245,21 @@ def test_a_request_waits_for_it(keeper: CountingKeeper, gate: Gate, is_right: bo
     gate.open = True
     assert consumer.matched_tokens(request, 0) == (len(LONG) - 1 if is_right else 0)
     consumer.request_finished(request.request_id)
+    consumer.close()
+
+
+def test_only_a_request_with_a_long_prompt_waits_for_it(keeper: CountingKeeper, gate: Gate) -> None:
+    """A step costs any request more than the digest of some thousand tokens costs the others."""
+    del keeper, gate
+    consumer = ConsumerScheduler((KVGroup(BLOCK_SIZE),), lambda _: True, 60.0, 5.0, Trust(), None)
+    answers = []
+    for length in (consumer_module.INLINE_TOKENS, consumer_module.INLINE_TOKENS + 1):
+        prompt = LONG[:length]
+        blocks = tuple(range(1, 2 + length // BLOCK_SIZE))
+        ticket = make_ticket(prompt_digest=prompt_digest(prompt))
+        request = make_request(prompt, make_params((blocks,), ticket=ticket, num_tokens=length), f"r{length}")
+        consumer.on_new_request(request)
+        answers.append(consumer.matched_tokens(request, 0))
+        consumer.request_finished(request.request_id)
+    assert answers == [consumer_module.INLINE_TOKENS - 1, None]
     consumer.close()

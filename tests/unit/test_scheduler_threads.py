@@ -15,7 +15,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
 from vllm_datadist_connector.connector import DataDistConnector
-from vllm_datadist_connector.scheduler.digests import INLINE_TOKENS
+from vllm_datadist_connector.scheduler.consumer import INLINE_TOKENS
 
 
 def make_connector() -> Any:
