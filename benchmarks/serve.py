@@ -256,6 +256,9 @@ def plot(rows: list[Row], titles: Mapping[str, str], target: Path) -> None:
             points = [(row.prompt_tokens, getattr(row, field)) for row in rows if row.system == system]
             axis.plot(*zip(*points, strict=True), marker="o", label=NAMES[system])
         axis.set(title=title, xlabel="prompt tokens", ylabel="ms", xscale="log", yscale="log")
+        lengths = sorted({row.prompt_tokens for row in rows})
+        axis.set_xticks(lengths, labels=[str(length) for length in lengths])
+        axis.set_xticks([], minor=True)
         axis.grid(True, which="both", alpha=0.3)
         axis.legend()
     figure.tight_layout()
