@@ -30,6 +30,8 @@ def allowed(cell: Cell) -> set[str]:
         return {OK}
     if cell.phase == "pull" and cell.transport == "cma" and cell.fault not in DEATHS:
         return {OK}  # the owner takes no part
+    if (cell.fault, cell.phase, cell.transport) == ("reset", "pull", "cma"):
+        return {OK, FAILED}  # its bytes do not come by the wire: what was copied when the loss is noticed counts
     if cell.fault in ("descriptors", "memory"):
         return {OK, TIMEOUT, LINK_FAILED} if cell.phase in LINKING else {OK, FAILED, TIMEOUT}
     if cell.phase == "idle":

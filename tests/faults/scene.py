@@ -8,7 +8,7 @@ import socket
 from dataclasses import dataclass, field
 
 import numpy as np
-from support.party import PATIENCE_MS, Answer, Call, Party
+from support.party import PATIENCE_MS, Answer, Call, Party, wait_until
 from support.wire import Mode, Place, Wire
 from table import Cell, is_patient
 from trio import CONSUMED, FAULT_MS, OWNER, Trio
@@ -59,8 +59,10 @@ class Scene:
         }[self.cell.phase]()
 
     def go_on(self, mode: Mode = "pass") -> None:
-        self.thaw()
         self.wire.release(mode)
+        if self.frozen and mode == "reset":  # a copy that goes on may end before the wire fails
+            wait_until(lambda: self.wire.resets > 0, "the wire resets")
+        self.thaw()
 
     def thaw(self) -> None:
         if self.frozen:
