@@ -16,7 +16,6 @@ namespace datadist::testing {
 namespace {
 
 using namespace llm_datadist;  // the codes, which every line here names
-using llm_datadist::Status;     // not the engine's
 using ::testing::HasSubstr;
 using ::testing::StrEq;
 
