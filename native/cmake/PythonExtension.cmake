@@ -6,7 +6,7 @@ find_package(pybind11 CONFIG REQUIRED)
 file(GLOB binding_sources CONFIGURE_DEPENDS ${CMAKE_CURRENT_SOURCE_DIR}/bindings/*.cc)
 pybind11_add_module(_native MODULE NO_EXTRAS ${binding_sources})
 target_compile_definitions(_native PRIVATE LLM_DATADIST_STATIC)
-# What a file uses of pybind11 would be compiled anew for each: that took half the time of an installation.
+# To compile what each file uses of pybind11 anew would be half the time of an installation.
 target_precompile_headers(_native PRIVATE <pybind11/pybind11.h> <pybind11/stl.h>)
 set_target_properties(_native PROPERTIES UNITY_BUILD ON UNITY_BUILD_BATCH_SIZE 6)
 target_link_libraries(_native PRIVATE datadist_provider datadist_options datadist_hardening)

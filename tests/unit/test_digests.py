@@ -21,9 +21,8 @@ from vllm_datadist_connector.protocol.digest import (
     digest_and_count,
     prompt_digest,
 )
-from vllm_datadist_connector.scheduler import consumer as consumer_module
 from vllm_datadist_connector.scheduler import digests as digests_module
-from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
+from vllm_datadist_connector.scheduler.consumer import COMPARED_AT_ONCE, ConsumerScheduler
 from vllm_datadist_connector.scheduler.digests import INLINE_TOKENS, PromptDigests
 from vllm_datadist_connector.side_channel.endpoint import Trust
 
@@ -253,7 +252,7 @@ def test_only_a_request_with_a_long_prompt_waits_for_it(keeper: CountingKeeper, 
     del keeper, gate
     consumer = ConsumerScheduler((KVGroup(BLOCK_SIZE),), lambda _: True, 60.0, 5.0, Trust(), None)
     answers = []
-    for length in (consumer_module.INLINE_TOKENS, consumer_module.INLINE_TOKENS + 1):
+    for length in (COMPARED_AT_ONCE, COMPARED_AT_ONCE + 1):
         prompt = LONG[:length]
         blocks = tuple(range(1, 2 + length // BLOCK_SIZE))
         ticket = make_ticket(prompt_digest=prompt_digest(prompt))
@@ -261,5 +260,5 @@ def test_only_a_request_with_a_long_prompt_waits_for_it(keeper: CountingKeeper, 
         consumer.on_new_request(request)
         answers.append(consumer.matched_tokens(request, 0))
         consumer.request_finished(request.request_id)
-    assert answers == [consumer_module.INLINE_TOKENS - 1, None]
+    assert answers == [COMPARED_AT_ONCE - 1, None]
     consumer.close()

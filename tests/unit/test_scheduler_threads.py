@@ -15,7 +15,7 @@ from vllm.v1.core.sched.output import SchedulerOutput
 from vllm.v1.outputs import KVConnectorOutput
 
 from vllm_datadist_connector.connector import DataDistConnector
-from vllm_datadist_connector.scheduler.consumer import INLINE_TOKENS
+from vllm_datadist_connector.scheduler.consumer import COMPARED_AT_ONCE
 
 
 def make_connector() -> Any:
@@ -27,7 +27,7 @@ def test_no_thread_of_a_scheduler_needs_the_interpreter() -> None:
     """One that held it would cost a hook up to sys.getswitchinterval(): 5 ms."""
     before = set(threading.enumerate())
     p, d = make_connector(), make_connector()
-    prompt = list(range(2 * INLINE_TOKENS))
+    prompt = list(range(2 * COMPARED_AT_ONCE))
     table = [KVCacheBlock(block) for block in range(1, 1 + len(prompt) // BLOCK_SIZE)]
     at_p = make_request(prompt, dict(TO_P), "p")
     p.on_new_request(at_p)

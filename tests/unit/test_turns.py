@@ -27,7 +27,7 @@ from vllm_datadist_connector import _native
 from vllm_datadist_connector.config import ConnectorConfig
 from vllm_datadist_connector.duties import Duties
 from vllm_datadist_connector.kv_groups import KVGroup
-from vllm_datadist_connector.metadata import NOTHING, StepMetadata
+from vllm_datadist_connector.metadata import NOTHING, ONLY_PULLS, StepMetadata
 from vllm_datadist_connector.protocol.digest import prompt_digest
 from vllm_datadist_connector.protocol.params import EXTRA_KEY, names_earlier_turn, parse_remote_prefill
 from vllm_datadist_connector.scheduler.consumer import ConsumerScheduler
@@ -328,7 +328,8 @@ def test_the_workers_are_told_of_steps_that_only_wait_for_pulls(make_scheduler: 
     scheduler.after_alloc(request, (TABLE,), len(FIRST_TURN))
     first = scheduler.build_step(NO_STEP)
     assert (len(first.pulls), first.only_pulls) == (1, True)
-    assert scheduler.build_step(NO_STEP).only_pulls
+    assert scheduler.take_stats() is not None
+    assert scheduler.build_step(NO_STEP) is ONLY_PULLS, "with nothing else to tell"
     assert not scheduler.build_step(busy).only_pulls
     scheduler.finished([request.request_id], ())
     assert not scheduler.build_step(NO_STEP).only_pulls

@@ -47,8 +47,9 @@ if TYPE_CHECKING:
     from vllm.v1.request import Request
 
 
-INLINE_TOKENS = 8192
-"""An eighth of a millisecond. To wait for it costs the request a step, of a millisecond at the very least."""
+COMPARED_AT_ONCE = 8192
+"""Prompts of no more tokens do not wait for their comparison: it takes an eighth of a millisecond, and to wait for it
+costs the request a step, of a millisecond at the very least."""
 
 
 class _State(enum.Enum):
@@ -116,7 +117,7 @@ class ConsumerScheduler:
         self._requests: dict[str, _Tracked] = {}
         self._pulls: list[PullJob] = []
         self._cancels: list[str] = []
-        self._digests = PromptDigests(INLINE_TOKENS)
+        self._digests = PromptDigests(COMPARED_AT_ONCE)
         self._pulling = 0
 
     def on_new_request(self, request: Request, gives: bool = False) -> None:
