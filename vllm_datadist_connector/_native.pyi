@@ -966,7 +966,10 @@ class LeaseKeeper:
         """Leases that are still held run out by themselves. Idempotent."""
 
 class PromptHash:
-    """The digest of a prompt that is read in pieces: BLAKE2b of 16 bytes over int64, little-endian."""
+    """The digest of a prompt that is read in pieces: BLAKE2b of 16 bytes.
+
+    Over each id as uint32, little-endian; one that this does not hold, or 0xffffffff, is that and the id as int64.
+    """
 
     def __init__(self) -> None: ...
     def update(self, token_ids: Sequence[int]) -> None: ...

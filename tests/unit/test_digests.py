@@ -26,16 +26,26 @@ from vllm_datadist_connector.scheduler.consumer import COMPARED_AT_ONCE, Consume
 from vllm_datadist_connector.scheduler.digests import INLINE_TOKENS, PromptDigests
 from vllm_datadist_connector.side_channel.endpoint import Trust
 
+ESCAPE = 0xFFFFFFFF
+"""Comes before an id that four bytes do not hold, or that is it."""
+
 LONG = list(range(INLINE_TOKENS + 5000))
 
 
 def words(values: Sequence[int]) -> bytes:
-    return struct.pack(f"<{len(values)}q", *values)
+    return b"".join(
+        struct.pack("<I", value) if 0 <= value < ESCAPE else struct.pack("<Iq", ESCAPE, value) for value in values
+    )
 
 
 def text(value: str) -> bytes:
     encoded = value.encode(errors="surrogatepass")
-    return struct.pack("<I", len(encoded)) + encoded
+    return struct.pack("<Q", len(encoded)) + encoded
+
+
+def whole_prompt(tokens: Sequence[int], adapter: str = "", mm_hashes: Sequence[str] = ()) -> bytes:
+    ids = words(tokens)
+    return ids + text(adapter) + b"".join(map(text, mm_hashes)) + struct.pack("<Q", len(ids))
 
 
 def blake2b(data: bytes) -> str:
@@ -53,28 +63,35 @@ class TestValues:
     @pytest.mark.parametrize("length", [*range(50), 127, 128, 129, 5000])
     def test_prompts(self, length: int) -> None:
         tokens = [(7919 * each) % 2**33 - 5 for each in range(length)]
-        assert prompt_digest(tokens) == blake2b(words(tokens) + text(""))
+        assert prompt_digest(tokens) == blake2b(whole_prompt(tokens))
 
     @pytest.mark.parametrize("adapter", ["", "one@ab", "\ud800"])
     @pytest.mark.parametrize("mm_hashes", [(), ("a",), ("a", "b" * 300), ("\udfff",)])
     def test_what_decides_beside_tokens(self, adapter: str, mm_hashes: Sequence[str]) -> None:
-        expected = blake2b(words([1, 2]) + text(adapter) + b"".join(map(text, mm_hashes)))
-        assert prompt_digest([1, 2], adapter, mm_hashes) == expected
+        assert prompt_digest([1, 2], adapter, mm_hashes) == blake2b(whole_prompt([1, 2], adapter, mm_hashes))
 
-    @pytest.mark.parametrize("blocks", [(), ((),), ((1, 2, 3),), ((1,), (), (2**40, 0)), (tuple(range(600)),)])
+    @pytest.mark.parametrize("mm_hash", ["", "\7\0\0\0\0\0\0\0" + 8 * "\0"])
+    def test_a_hash_that_reads_like_ids(self, mm_hash: str) -> None:
+        """A client may choose it (`multi_modal_uuids`)."""
+        read_as_ids = struct.unpack(f"<{2 + len(mm_hash) // 4}I", text(mm_hash))
+        one, other = [1], [1, 0, 0, *read_as_ids[:-2]]
+        assert whole_prompt(one, "", [mm_hash])[:-8] == whole_prompt(other)[:-8], "but for the size of the ids"
+        assert prompt_digest(one, "", [mm_hash]) != prompt_digest(other)
+
+    @pytest.mark.parametrize("blocks", [(), ((),), ((1, 2, 3),), ((1,), (), (2**40, 0, 2**32)), (tuple(range(600)),)])
     def test_blocks(self, blocks: tuple[tuple[int, ...], ...]) -> None:
-        expected = b"".join(struct.pack("<I", len(group)) + words(group) for group in blocks)
+        expected = b"".join(struct.pack("<Q", len(words(group)) // 4) + words(group) for group in blocks)
         assert blocks_digest(blocks) == blake2b(expected)
         count = sum(block != 0 for group in blocks for block in group)
         assert digest_and_count(blocks) == (blake2b(expected), count), "a null block is none"
 
-    @pytest.mark.parametrize("odd", [-1, 2**30, 2**62, True, Seven()])
+    @pytest.mark.parametrize("odd", [-1, 2**30, ESCAPE - 1, ESCAPE, 2**32, 2**62, -(2**63), True, Seven()])
     def test_elements_that_are_no_small_ints(self, odd: Any) -> None:
         """Among those that are, which are read in a shorter way."""
         for at in range(3):
             tokens = [3, 2**30 - 1]
             tokens.insert(at, odd)
-            assert prompt_digest(tokens) == blake2b(words([operator.index(each) for each in tokens]) + text(""))
+            assert prompt_digest(tokens) == blake2b(whole_prompt([operator.index(each) for each in tokens]))
 
     def test_a_list_that_changes_while_it_is_read(self) -> None:
         class Shrinking:
@@ -83,7 +100,7 @@ class TestValues:
                 return 5
 
         tokens: list[Any] = [1, Shrinking(), 2, 3]
-        assert prompt_digest(tokens) == blake2b(words([1, 5]) + text(""))
+        assert prompt_digest(tokens) == blake2b(whole_prompt([1, 5]))
 
     @pytest.mark.parametrize("pieces", [1, 3, 16, 17, 100])
     def test_pieces(self, pieces: int) -> None:

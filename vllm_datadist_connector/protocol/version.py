@@ -8,4 +8,4 @@ from __future__ import annotations
 
 from typing import Final
 
-PROTOCOL_VERSION: Final = 7
+PROTOCOL_VERSION: Final = 8

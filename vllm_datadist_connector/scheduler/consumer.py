@@ -48,7 +48,7 @@ if TYPE_CHECKING:
 
 
 COMPARED_AT_ONCE = 8192
-"""Prompts of no more tokens do not wait for their comparison: it takes an eighth of a millisecond, and to wait for it
+"""Prompts of no more tokens do not wait for their comparison: it takes a tenth of a millisecond, and to wait for it
 costs the request a step, of a millisecond at the very least."""
 
 

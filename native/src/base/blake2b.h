@@ -14,6 +14,8 @@ class Blake2b {
 
   Blake2b();
   void Update(const void *data, size_t size);
+  // Bytes so far.
+  uint64_t size() const { return size_ + rest_size_; }
   // Of all bytes so far; more may follow.
   Digest Finish() const;
 

@@ -10,10 +10,27 @@ constexpr std::chrono::microseconds kPause{500};
 
 }  // namespace
 
-void HashWords(Blake2b &hash, const TokenIds &words) { hash.Update(words.data(), words.size() * sizeof(words[0])); }
+void AppendId(IdText &text, int64_t id) {
+  if (id >= 0 && id < kEscape) {
+    text.push_back(static_cast<uint32_t>(id));
+    return;
+  }
+  const auto bits = static_cast<uint64_t>(id);
+  text.insert(text.end(), {kEscape, static_cast<uint32_t>(bits), static_cast<uint32_t>(bits >> 32)});
+}
+
+size_t CountBlocks(const IdText &text) {
+  size_t count = 0;
+  for (size_t i = 0; i < text.size(); i += text[i] == kEscape ? 3 : 1) {
+    count += text[i] != 0 ? 1 : 0;
+  }
+  return count;
+}
+
+void HashIds(Blake2b &hash, const IdText &text) { hash.Update(text.data(), text.size() * sizeof(text[0])); }
 
 void PendingHash::Run() {
-  HashWords(hash_, tokens_);
+  HashIds(hash_, tokens_);
   tokens_ = {};
   done_.store(true, std::memory_order_release);
 }
@@ -59,7 +76,7 @@ PromptHasher::~PromptHasher() {
   Close();
 }
 
-std::shared_ptr<const PendingHash> PromptHasher::Begin(TokenIds tokens) {
+std::shared_ptr<const PendingHash> PromptHasher::Begin(IdText tokens) {
   auto pending = std::make_shared<PendingHash>(std::move(tokens));
   if (in_forked_child() || !state_->Add(pending)) {
     pending->Run();

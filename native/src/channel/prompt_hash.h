@@ -1,5 +1,5 @@
 // The digest of a prompt, which P and D compare, read beside the thread that asks for it: that of a hundred thousand
-// tokens takes a millisecond, and a scheduler's thread has every running request behind it.
+// tokens takes most of a millisecond, and a scheduler's thread has every running request behind it.
 //
 // Threads: any.
 #ifndef DATADIST_CHANNEL_PROMPT_HASH_H_
@@ -19,14 +19,19 @@
 
 namespace datadist {
 
-using TokenIds = std::vector<int64_t>;
+// Ids of tokens or blocks as they are hashed: each as four bytes, the lowest first, which is how this machine has them.
+// An id that four bytes do not hold, or that is kEscape, stands there as kEscape and eight bytes.
+using IdText = std::vector<uint32_t>;
+constexpr uint32_t kEscape = 0xffffffff;
 
-// Each as eight bytes, the lowest first, which is how this machine has them.
-void HashWords(Blake2b &hash, const TokenIds &words);
+void AppendId(IdText &text, int64_t id);
+// Without null blocks (0), which stand for what a sliding window has left.
+size_t CountBlocks(const IdText &text);
+void HashIds(Blake2b &hash, const IdText &text);
 
 class PendingHash {
  public:
-  explicit PendingHash(TokenIds tokens) : tokens_(std::move(tokens)) {}
+  explicit PendingHash(IdText tokens) : tokens_(std::move(tokens)) {}
   bool done() const { return done_.load(std::memory_order_acquire); }
   // Once done.
   const Blake2b &hash() const { return hash_; }
@@ -35,7 +40,7 @@ class PendingHash {
   friend class PromptHasher;
   void Run();
 
-  TokenIds tokens_;
+  IdText tokens_;
   Blake2b hash_;
   std::atomic<bool> done_{false};
 };
@@ -49,7 +54,7 @@ class PromptHasher {
 
   // Wakes no thread: it is begun a moment later. Dropped by its last owner before its turn has come, it costs nothing.
   // Where there is no thread for it (the system has none, it was closed, this is a forked child) it is done at once.
-  std::shared_ptr<const PendingHash> Begin(TokenIds tokens);
+  std::shared_ptr<const PendingHash> Begin(IdText tokens);
   // Drops what waits, waits for the one that is being read. Idempotent.
   void Close();
   bool in_forked_child() const { return ProcessEpoch() != epoch_; }
