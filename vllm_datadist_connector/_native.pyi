@@ -937,14 +937,20 @@ class LeaseKeeper:
         max_leases: int = 65536,
         news_s: float = 0.25,
         release_retry_s: float = 1.0,
+        release_after_s: float = 0.05,
     ) -> None:
-        """`news_s`: what P has said of a lease is true for so long, or nearly: it may need the blocks itself."""
+        """
+        Args:
+            news_s: what P has said of a lease is true for so long, or nearly: it may need the blocks itself.
+            release_after_s: from the last user's release to P's being told; who comes meanwhile shares the lease.
+        """
 
     def hold(self, endpoint: tuple[str, int], token: str, lease_s: float, is_news: bool = True) -> bool:
         """Starts renewing a lease, or adds a user to it. False if there are too many.
 
         Args:
-            is_news: P has granted it just now. Otherwise it may long have gone: holds() tells only what P says.
+            is_news: P has granted it just now. Otherwise, or where it was released or gone before, holds() tells only
+                what P says.
         """
 
     def holds(self, token: str) -> bool | None:

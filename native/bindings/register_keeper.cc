@@ -18,9 +18,11 @@ namespace {
 using std::chrono::milliseconds;
 
 std::shared_ptr<LeaseKeeper> ConstructKeeper(uint16_t content_version, double answer_timeout_s, const std::string &auth,
-                                             bool insecure, size_t max_leases, double news_s, double release_retry_s) {
+                                             bool insecure, size_t max_leases, double news_s, double release_retry_s,
+                                             double release_after_s) {
   const LeaseKeeperLimits limits{max_leases, std::chrono::ceil<milliseconds>(FromSeconds(news_s)),
-                                 std::chrono::ceil<milliseconds>(FromSeconds(release_retry_s))};
+                                 std::chrono::ceil<milliseconds>(FromSeconds(release_retry_s)),
+                                 std::chrono::ceil<milliseconds>(FromSeconds(release_after_s))};
   return Made(LeaseKeeper::Create(content_version, ToTrust(auth, insecure),
                                   std::chrono::ceil<milliseconds>(FromSeconds(answer_timeout_s)), limits));
 }
@@ -49,7 +51,8 @@ void RegisterKeeper(py::module_ &module) {
   py::class_<LeaseKeeper, std::shared_ptr<LeaseKeeper>>(module, "LeaseKeeper", py::release_gil_before_calling_cpp_dtor())
       .def(py::init(&ConstructKeeper), py::arg("content_version"), py::arg("answer_timeout_s"), py::arg("auth") = "",
            py::arg("insecure") = false, py::arg("max_leases") = limits.leases, py::arg("news_s") = Seconds(limits.news),
-           py::arg("release_retry_s") = Seconds(limits.release_retry))
+           py::arg("release_retry_s") = Seconds(limits.release_retry),
+           py::arg("release_after_s") = Seconds(limits.release_after))
       .def("hold", &Hold, py::arg("endpoint"), token, py::arg("lease_s"), py::arg("is_news") = true)
       .def("holds", &Holds, token)
       .def(

@@ -27,6 +27,8 @@ LONG_S = 3600.0
 """No renewal for its own sake while a test runs."""
 PULL_S = 2.0
 """Of a pull that outlasts the way of its news to P."""
+REMEMBERED = 1024
+"""Leases that have ended."""
 ANSWER_S = 0.2
 """Of those whose tests are about silence: a busy machine may need longer for an answer."""
 
@@ -218,6 +220,81 @@ def test_the_last_of_several_users_releases(producer: Producer, keeper: LeaseKee
     producer.ended.clear()
     wait_until(producer.has_ended, "the release by the last user")
     assert producer.ended == [EndedLease("r", "released", "")]
+
+
+class TestLatecomers:
+    """Requests that share a lease (n > 1), of which the first is done with it before the last has come."""
+
+    def test_before_p_is_told(self, producer: Producer) -> None:
+        keeper = LeaseKeeper(PROTOCOL_VERSION, ANSWER_S, news_s=LONG_S, release_after_s=LONG_S)
+        token, others = producer.grant(), [producer.grant(str(i)) for i in range(2)]
+        keeper.hold(producer.endpoint, token, LONG_S)
+        keeper.release(token)
+        assert keeper.holds(token) is False
+        assert keeper.hold(producer.endpoint, token, LONG_S)
+        assert keeper.holds(token) is True, "without a question"
+        keeper.release(token)
+        keeper.hold(producer.endpoint, token, TOLD_LEASE_S)
+        for other in others:
+            # Messages to one endpoint arrive in order, and what was due before has been sent before.
+            keeper.hold(producer.endpoint, other, LONG_S)
+            wait_until(lambda other=other: bool(producer.renewals(other)), "a later message")  # type: ignore[misc]
+        assert producer.count(RELEASE) == 0
+        assert keeper.holds(token) is True
+        keeper.close()
+
+    def test_p_is_told_when_the_last_has_gone(self, producer: Producer, keeper: LeaseKeeper) -> None:
+        token = producer.grant()
+        for _ in range(3):
+            keeper.hold(producer.endpoint, token, LONG_S)
+            keeper.release(token)
+        wait_until(producer.has_ended, "the release")
+        wait_until(lambda: len(keeper) == 0, "the answer")
+        assert producer.count(RELEASE) == 1
+
+    @pytest.mark.parametrize("is_lost", [False, True], ids=["released", "lost"])
+    def test_p_answers_who_comes_when_it_has_ended(self, producer: Producer, is_lost: bool) -> None:
+        """Its pull would be refused."""
+        keeper = LeaseKeeper(PROTOCOL_VERSION, WAIT_S, news_s=LONG_S, release_after_s=0.0)
+        token = producer.grant()
+        keeper.hold(producer.endpoint, token, LONG_S)
+        if is_lost:
+            producer.table.release([token])
+            keeper.lose(token)
+        else:
+            keeper.release(token)
+            wait_until(lambda: len(keeper) == 0, "the release")
+        with producer.answers:
+            assert keeper.hold(producer.endpoint, token, LONG_S)
+            assert keeper.holds(token) is None
+        wait_until(lambda: keeper.holds(token) is False, "P's word")
+        keeper.close()
+
+    def test_p_answers_who_comes_while_it_is_being_told(self, producer: Producer) -> None:
+        """It may have heard, and its answer is lost: or it has not, and the lease stands."""
+        keeper = LeaseKeeper(PROTOCOL_VERSION, ANSWER_S, news_s=LONG_S, release_retry_s=LONG_S, release_after_s=0.0)
+        producer.deaf_to_releases = 1
+        token = producer.grant()
+        keeper.hold(producer.endpoint, token, LONG_S)
+        keeper.release(token)
+        wait_until(lambda: producer.count(RELEASE) == 1, "the release")
+        with producer.answers:
+            keeper.hold(producer.endpoint, token, LONG_S)
+            assert keeper.holds(token) is None
+        wait_until(lambda: keeper.holds(token) is True, "P's word")
+        keeper.close()
+
+    def test_no_more_are_remembered_than_may_come_late(self, producer: Producer) -> None:
+        keeper = LeaseKeeper(PROTOCOL_VERSION, WAIT_S, news_s=LONG_S)
+        tokens = [producer.grant(str(i)) for i in range(REMEMBERED + 1)]
+        for token in tokens:
+            keeper.hold(producer.endpoint, token, LONG_S)
+            keeper.lose(token)
+        with producer.answers:
+            for token in (tokens[0], tokens[1]):
+                keeper.hold(producer.endpoint, token, LONG_S)
+            assert [keeper.holds(token) for token in (tokens[0], tokens[1])] == [True, None]
+        keeper.close()
 
 
 def test_a_lost_answer_is_asked_for_again(producer: Producer, impatient: LeaseKeeper) -> None:

@@ -3,6 +3,7 @@
 #include <sys/epoll.h>
 
 #include <algorithm>
+#include <deque>
 #include <map>
 #include <mutex>
 #include <optional>
@@ -31,6 +32,8 @@ constexpr std::chrono::milliseconds kShortestPause{10};
 constexpr std::chrono::microseconds kGather{1000};
 // After a round that found no memory.
 constexpr std::chrono::milliseconds kPauseAfterFault{100};
+// Leases that are known to have ended; whoever shares one comes soon.
+constexpr size_t kMostRemembered = 1024;
 // So many leases are looked at before others get the lock.
 constexpr size_t kMostAtOnce = 1024;
 static_assert(kMostAtOnce <= kMaxLeasesPerMessage, "what is due at once for one grantor is one message");
@@ -41,7 +44,10 @@ class LeaseKeeper::State {
  public:
   State(std::unique_ptr<ChannelClient> client, std::chrono::milliseconds answer_timeout,
         const LeaseKeeperLimits &limits)
-      : client_(std::move(client)), answer_timeout_(answer_timeout), limits_(limits) {}
+      : client_(std::move(client)),
+        answer_timeout_(answer_timeout),
+        limits_(limits),
+        release_bell_(loop_, std::max(limits.release_after, std::chrono::milliseconds(1))) {}
 
   Status Start();
   bool Hold(const Grantor &grantor, const LeaseToken &token, Clock::duration lease, bool is_news);
@@ -66,6 +72,7 @@ class LeaseKeeper::State {
     Clock::time_point pulling_until{};
     // Once released: when to retry the release stops being useful, because the lease has run out.
     std::optional<Clock::time_point> give_up{};
+    bool is_release_told = false;  // or has been tried
   };
 
   // What is to be said now, and to whom.
@@ -93,11 +100,14 @@ class LeaseKeeper::State {
   const uint64_t epoch_ = ProcessEpoch();
   EventLoop loop_;
   Doorbell doorbell_{loop_, kGather};
+  Doorbell release_bell_;
   std::mutex close_mutex_;
 
   mutable std::mutex mutex_;  // guards up to the next blank line
   Leases leases_;
   std::set<std::pair<Clock::time_point, LeaseToken>> schedule_;  // by Kept::next_send
+  std::set<LeaseToken> ended_;
+  std::deque<LeaseToken> ended_order_;  // the oldest first
 
   // Owned by the loop thread.
   std::map<uint64_t, Tokens> sent_;
@@ -109,7 +119,8 @@ Status LeaseKeeper::State::Start() {
     return status;
   }
   loop_.Post([this] { loop_.WatchOnLoop(client_->event_fd(), EPOLLIN, [this](uint32_t) { RoundOnLoop(); }); });
-  return doorbell_.Install([this] { RoundOnLoop(); });
+  const Status status = doorbell_.Install([this] { RoundOnLoop(); });
+  return status.ok() ? release_bell_.Install([this] { RoundOnLoop(); }) : status;
 }
 
 bool LeaseKeeper::State::Hold(const Grantor &grantor, const LeaseToken &token, Clock::duration lease, bool is_news) {
@@ -119,17 +130,24 @@ bool LeaseKeeper::State::Hold(const Grantor &grantor, const LeaseToken &token, C
     ++known->second.users;
     return true;
   }
+  if (const auto released = leases_.find(token); released != leases_.end()) {
+    if (!released->second.is_release_told) {
+      released->second.give_up.reset();
+      released->second.users = 1;
+      SendSoonLocked(released, now);
+      return true;
+    }
+    ForgetLocked(released);
+  }
   if (leases_.size() >= limits_.leases) {
     return false;
   }
-  Kept kept{grantor, lease, 1, is_news};
-  if (is_news) {
+  const bool may_stand = is_news && ended_.count(token) == 0;
+  Kept kept{grantor, lease, 1, may_stand};
+  if (may_stand) {
     kept.news_at = now;
   } else {
     kept.asked_at = now;
-  }
-  if (const auto released = leases_.find(token); released != leases_.end()) {
-    ForgetLocked(released);
   }
   // Of a request that came late, little of the lease is left.
   SendSoonLocked(leases_.emplace(token, std::move(kept)).first, now);
@@ -180,7 +198,8 @@ void LeaseKeeper::State::Release(const LeaseToken &token) {
     return;
   }
   lease->second.give_up = now + lease->second.lease;
-  SendSoonLocked(lease, now);
+  ScheduleLocked(lease, now + limits_.release_after);
+  release_bell_.Ring();
 }
 
 size_t LeaseKeeper::State::size() const {
@@ -213,6 +232,13 @@ void LeaseKeeper::State::SendSoonLocked(Leases::iterator lease, Clock::time_poin
 
 void LeaseKeeper::State::ForgetLocked(Leases::iterator lease) {
   schedule_.erase({lease->second.next_send, lease->first});
+  if (ended_.insert(lease->first).second) {
+    ended_order_.push_back(lease->first);
+    if (ended_order_.size() > kMostRemembered) {
+      ended_.erase(ended_order_.front());
+      ended_order_.pop_front();
+    }
+  }
   leases_.erase(lease);
 }
 
@@ -248,11 +274,12 @@ LeaseKeeper::State::Due LeaseKeeper::State::TakeDueOnLoop() {
   const std::lock_guard<std::mutex> lock(mutex_);
   for (size_t count = 0; count < kMostAtOnce && !schedule_.empty() && schedule_.begin()->first <= now; ++count) {
     const auto lease = leases_.find(schedule_.begin()->second);
-    const Kept &kept = lease->second;
+    Kept &kept = lease->second;
     if (!kept.give_up.has_value()) {
       due.renewals[{kept.grantor, kept.pulling_until > now}].push_back(lease->first);
       ScheduleLocked(lease, now + std::max<Clock::duration>(kept.lease / kRenewalsPerLease, kShortestPause));
     } else if (*kept.give_up > now) {
+      kept.is_release_told = true;
       due.releases[kept.grantor].push_back(lease->first);
       ScheduleLocked(lease, now + std::max(limits_.release_retry, kShortestPause));
     } else {

@@ -1,13 +1,15 @@
 // D's side of leases: renews them from the arrival of a request until its KV cache is here, then releases.
 //
-//   Hold ──> kept ──┬── Release by its last user ──> released ──┬── P has heard it
-//      renewed      │   (P is told, again and again)            └── it has run out anyway
-//      several times├── P says that it is gone ──> (forgotten)
-//      per lease    └── Lose ──> (forgotten)
+//   Hold ──> kept ──┬── Release by its last user ──> released ──┬── held anew before P is told ──> kept
+//      renewed      │   (P is told a moment later,              ├── P has heard it
+//      several times│    again and again)                       └── it has run out anyway
+//      per lease    ├── P says that it is gone ──> (forgotten)
+//                   └── Lose ──> (forgotten)
 //
 // Independent of the engine's steps and of its interpreter: D may sit in a long compilation or an idle loop while P waits
 // for a sign of life. P is told so soon, because a lease that nobody has asked for is short, and again when a pull
-// begins: one that is being pulled is the last that P gives up. Several requests may share a lease (n > 1).
+// begins: one that is being pulled is the last that P gives up. Several requests may share a lease (n > 1), of which the
+// first may have its KV cache before the last has come. Whoever comes when P has been told is answered by P.
 //
 // Threads: any. No member but Close waits for anything but another member, or wakes a thread: a scheduler calls them in
 // every step. What they have to say goes out together, a moment later. After fork() the child may only destroy it.
@@ -32,6 +34,8 @@ struct LeaseKeeperLimits {
   // What P has said of a lease is true for so long, or nearly: it may need the blocks itself.
   std::chrono::milliseconds news{250};
   std::chrono::milliseconds release_retry{1000};
+  // From the last user's release to P's being told: requests that share a lease come together, or nearly.
+  std::chrono::milliseconds release_after{50};
 };
 
 class LeaseKeeper {
@@ -57,7 +61,7 @@ class LeaseKeeper {
   LeaseKeeper &operator=(const LeaseKeeper &) = delete;
 
   // Starts renewing a lease that lasts for `lease`, or adds a user to it. False if there are too many. `is_news`: P has
-  // granted it just now; otherwise it may long have gone, and StandingOf tells only what P says.
+  // granted it just now; otherwise, or where it was released or gone before, StandingOf tells only what P says.
   bool Hold(const Grantor &grantor, const LeaseToken &token, Clock::duration lease, bool is_news);
   Standing StandingOf(const LeaseToken &token);
   // A user of the lease has begun to pull: P is told so, for as long as that can take.
