@@ -231,7 +231,7 @@ class TestLatecomers:
         keeper.hold(producer.endpoint, token, LONG_S)
         keeper.release(token)
         for other in others:
-            # Messages to one endpoint arrive in order, those of one round in any: what was due has come with the second.
+            # Messages to one endpoint arrive in order, but those of one round: what was due has come with the second.
             keeper.hold(producer.endpoint, other, LONG_S)
             wait_until(lambda other=other: bool(producer.renewals(other)), "a later message")  # type: ignore[misc]
         assert producer.count(RELEASE) == 0
