@@ -229,6 +229,8 @@ class TestLatecomers:
         keeper = LeaseKeeper(PROTOCOL_VERSION, ANSWER_S, news_s=LONG_S, release_after_s=LONG_S)
         token, others = producer.grant(), [producer.grant(str(i)) for i in range(2)]
         keeper.hold(producer.endpoint, token, LONG_S)
+        keeper.pulls(token, LONG_S)
+        wait_until(lambda: True in producer.renewals(token), "the news of a pull")
         keeper.release(token)
         for other in others:
             # Messages to one endpoint arrive in order, but those of one round: what was due has come with the second.
@@ -238,6 +240,7 @@ class TestLatecomers:
         assert keeper.holds(token) is False
         assert keeper.hold(producer.endpoint, token, LONG_S)
         assert keeper.holds(token) is True, "without a question"
+        wait_until(lambda: not producer.renewals(token)[-1], "news that nobody pulls")
         keeper.close()
 
     def test_p_is_told_when_the_last_has_gone(self, producer: Producer, keeper: LeaseKeeper) -> None:

@@ -134,6 +134,7 @@ bool LeaseKeeper::State::Hold(const Grantor &grantor, const LeaseToken &token, C
     if (!released->second.is_release_told) {
       released->second.give_up.reset();
       released->second.users = 1;
+      released->second.pulling_until = {};
       SendSoonLocked(released, now);
       return true;
     }
