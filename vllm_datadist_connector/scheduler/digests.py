@@ -1,9 +1,9 @@
 """PromptDigests: what grows with the length of a prompt, beside the scheduler thread.
 
-The digest of a hundred thousand tokens takes most of a millisecond, and every running request waits while the scheduler thread
-computes it. A P begins with it when the request arrives, long before its prefill is done; a D lets a request wait whose
-prompt is long enough for that. What is left here is a copy of the list, a few per cent of what vLLM does for the same
-tokens.
+The digest of a hundred thousand tokens takes most of a millisecond, and every running request waits while the scheduler
+thread computes it. A P begins with it when the request arrives, long before its prefill is done; a D lets a request
+wait whose prompt is long enough for that. What is left here is a copy of the list, a few per cent of what vLLM does for
+the same tokens.
 """
 
 from __future__ import annotations
