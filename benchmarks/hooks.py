@@ -105,47 +105,27 @@ def kv_cache_config() -> Any:
     )
 
 
-class Ours:
-    name = "datadist"
+class Side:
+    """A connector's scheduler side."""
 
+    def __init__(self, name: str, connector: Callable[..., Any]) -> None:
+        self.name = name
+        self.hooks = connector(config_of(), KVConnectorRole.SCHEDULER, kv_cache_config())
+
+    def end_lease(self, params: dict[str, Any]) -> None:
+        """NIXL's workers keep the leases; who does nothing has none."""
+
+    def close(self) -> None:
+        self.hooks.shutdown()
+
+
+class Ours(Side):
     def __init__(self) -> None:
-        self.hooks: Any = DataDistConnector(config_of(), KVConnectorRole.SCHEDULER, kv_cache_config())
+        super().__init__("datadist", DataDistConnector)
 
     def end_lease(self, params: dict[str, Any]) -> None:
         """As its D does by the side channel."""
         self.hooks._scheduler._producer.leases.release([params["datadist"]["token"]])
-
-    def close(self) -> None:
-        self.hooks.shutdown()
-
-
-class Nixl:
-    name = "nixl"
-
-    def __init__(self) -> None:
-        self.hooks: Any = NixlPullConnector(config_of(), KVConnectorRole.SCHEDULER, kv_cache_config())
-
-    def end_lease(self, params: dict[str, Any]) -> None:
-        """Its workers keep the leases."""
-
-    def close(self) -> None:
-        self.hooks.shutdown()
-
-
-class Idle:
-    name = "idle"
-
-    def __init__(self) -> None:
-        self.hooks: Any = IdleConnector(config_of(), KVConnectorRole.SCHEDULER, kv_cache_config())
-
-    def end_lease(self, params: dict[str, Any]) -> None:
-        """It has none."""
-
-    def close(self) -> None:
-        self.hooks.shutdown()
-
-
-Side = Ours | Nixl | Idle
 
 
 class Load:
@@ -221,7 +201,7 @@ class Load:
         self._admit(request, P)
         time.sleep(0.001)  # a prefill takes longer
         held, params = self._timed("request_finished_all_groups", P, finish(request), self._ids)
-        if not held and self._side.name != Idle.name:
+        if not held and not isinstance(self._side.hooks, IdleConnector):
             raise RuntimeError("a finished prefill is not held")
         self._held.append((request.request_id, params or {}))
 
@@ -310,7 +290,7 @@ def main() -> int:
     arguments = parser.parse_args()
     threads = set(threading.enumerate())
     remote = Ours()
-    sides: list[Side] = [Ours(), Nixl(), Idle()]
+    sides = [Ours(), Side("nixl", NixlPullConnector), Side("idle", IdleConnector)]
     ours, nixl, idle = loads = [Load(side, remote, arguments.tokens) for side in sides]
     gc.freeze()
     for _ in range(arguments.rounds):

@@ -8,6 +8,7 @@
 
 #include "base/blake2b.h"
 #include "base/bytes.h"
+#include "channel/id_text.h"
 #include "channel/prompt_hash.h"
 #include "channel_ends.h"
 #include "channel_values.h"

@@ -24,7 +24,7 @@ add_dependencies(datadist_test_support standin llm_datadist)
 
 # To optimize every test and to compile GoogleTest's headers anew for each would take most of the time of a run.
 if(DATADIST_SANITIZE STREQUAL "address")
-  # Checked in a test's own code, it takes a third of its compilation. The engine's code has it.
+  # UBSan's checks of a test's own code take a third of its compilation. The engine's code has them.
   set(fewer_checks -fno-sanitize=undefined)
 endif()
 set(header_owner "")

@@ -5,13 +5,12 @@ from __future__ import annotations
 import os
 import socket
 import sys
-import threading
 import time
 from collections.abc import Iterator
 
 import pytest
-from support.channels import BareServer
-from support.frames import RELEASE, RELEASED, RENEW, RENEWED, Frame, pack_tokens, unpack_renewal, unpack_tokens
+from support.frames import RELEASE, RENEW
+from support.leasing_producer import Producer
 from support.pd import LOOPBACK, OTHER_TOKEN, TOKEN, WAIT_S, wait_until
 from support.wire import OWN
 
@@ -33,62 +32,9 @@ ANSWER_S = 0.2
 """Of those whose tests are about silence: a busy machine may need longer for an answer."""
 
 
-class Producer:
-    """A lease table behind a side channel that can be told not to hear."""
-
-    def __init__(self) -> None:
-        self._leases = Leases(TOKEN, (16,), 600.0)
-        self.table = self._leases.table
-        self.seen: list[int] = []
-        self.pulling: dict[str, list[bool]] = {}
-        """What each renewal of a lease has said."""
-        self.deaf_to_releases = 0
-        self.deaf_to_renewals = False
-        self.answers = threading.Lock()
-        """Held by a test, it keeps back the next answer."""
-        self.ended: list[EndedLease] = []
-        self._server = BareServer(self._answer)
-        self.endpoint = self._server.endpoint
-
-    def grant(self, request_id: str = "r") -> str:
-        return self._leases.grant(request_id, ((1,),), OTHER_TOKEN, LEASE_S).token
-
-    def count(self, kind: int) -> int:
-        return self.seen.count(kind)
-
-    def renewals(self, token: str) -> list[bool]:
-        """Whether it was being pulled, of each."""
-        return self.pulling.get(token, [])
-
-    def has_ended(self) -> bool:
-        self.ended += self.table.take_ended()
-        return bool(self.ended)
-
-    def close(self) -> None:
-        self._server.close()
-
-    def _answer(self, request: Frame) -> Frame | None:
-        self.seen.append(request.kind)
-        if request.kind == RENEW:
-            tokens, pulling = unpack_renewal(request.body)
-            for token in tokens:
-                self.pulling.setdefault(token, []).append(pulling)
-            if self.deaf_to_renewals:
-                return None
-            with self.answers:
-                pass
-            return Frame(RENEWED, request.seq, pack_tokens(self.table.renew(tokens, pulling)))
-        tokens = unpack_tokens(request.body)
-        if self.deaf_to_releases:
-            self.deaf_to_releases -= 1
-            return None
-        self.table.release(tokens)
-        return Frame(RELEASED, request.seq, b"")
-
-
 @pytest.fixture
 def producer() -> Iterator[Producer]:
-    producer = Producer()
+    producer = Producer(LEASE_S)
     yield producer
     producer.close()
 

@@ -32,7 +32,7 @@ constexpr std::chrono::milliseconds kShortestPause{10};
 constexpr std::chrono::microseconds kGather{1000};
 // After a round that found no memory.
 constexpr std::chrono::milliseconds kPauseAfterFault{100};
-// Leases that are known to have ended; whoever shares one comes soon.
+// Leases that have ended, or may have: whoever shares one comes soon.
 constexpr size_t kMostRemembered = 1024;
 // So many leases are looked at before others get the lock.
 constexpr size_t kMostAtOnce = 1024;
@@ -47,7 +47,7 @@ class LeaseKeeper::State {
       : client_(std::move(client)),
         answer_timeout_(answer_timeout),
         limits_(limits),
-        release_bell_(loop_, std::max(limits.release_after, std::chrono::milliseconds(1))) {}
+        release_bell_(loop_, limits.release_after) {}
 
   Status Start();
   bool Hold(const Grantor &grantor, const LeaseToken &token, Clock::duration lease, bool is_news);
@@ -131,7 +131,7 @@ bool LeaseKeeper::State::Hold(const Grantor &grantor, const LeaseToken &token, C
     return true;
   }
   if (const auto released = leases_.find(token); released != leases_.end()) {
-    if (!released->second.is_release_told) {
+    if (!released->second.is_release_told) {  // it stands as if it had not been released
       released->second.give_up.reset();
       released->second.users = 1;
       released->second.pulling_until = {};

@@ -14,20 +14,11 @@
 
 #include "base/blake2b.h"
 #include "base/process_epoch.h"
+#include "channel/id_text.h"
 #include "control/doorbell.h"
 #include "control/event_loop.h"
 
 namespace datadist {
-
-// Ids of tokens or blocks as they are hashed: each as four bytes, the lowest first, which is how this machine has them.
-// An id that four bytes do not hold, or that is kEscape, stands there as kEscape and eight bytes.
-using IdText = std::vector<uint32_t>;
-constexpr uint32_t kEscape = 0xffffffff;
-
-void AppendId(IdText &text, int64_t id);
-// Without null blocks (0), which stand for what a sliding window has left.
-size_t CountBlocks(const IdText &text);
-void HashIds(Blake2b &hash, const IdText &text);
 
 class PendingHash {
  public:

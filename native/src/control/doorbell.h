@@ -3,6 +3,7 @@
 #ifndef DATADIST_CONTROL_DOORBELL_H_
 #define DATADIST_CONTROL_DOORBELL_H_
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 
@@ -14,8 +15,9 @@ namespace datadist {
 
 class Doorbell {
  public:
-  // Destroyed after the loop has stopped.
-  Doorbell(EventLoop &loop, std::chrono::microseconds delay) : loop_(loop), delay_(delay) {}
+  // Destroyed after the loop has stopped. The shortest delay is a microsecond: a timer of none never rings.
+  Doorbell(EventLoop &loop, std::chrono::microseconds delay)
+      : loop_(loop), delay_(std::max(delay, std::chrono::microseconds(1))) {}
 
   // LLM_FAILED when the system refuses a timer. `answer` runs on the loop, which has been started, after each ring.
   Status Install(EventLoop::Task answer);
